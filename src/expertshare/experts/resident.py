@@ -1,0 +1,36 @@
+"""All experts in memory: the store that training and small models use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from expertshare.types import ExpertBank
+
+
+class ResidentExperts(nn.Module):
+    """Experts of one layer as parameters: gate_up [E, 2F, D] (gate rows first) and down [E, D, F]."""
+
+    def __init__(self, num_experts: int, hidden_size: int, expert_hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * expert_hidden, hidden_size))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, expert_hidden))
+
+    def bank(self) -> ExpertBank:
+        """The weights, as they are."""
+        return ExpertBank(self.gate_up, self.down)
+
+
+class ResidentStore:
+    """An ExpertStore over modules that are wholly resident: borrowing costs nothing."""
+
+    def __init__(self, layers: list[ResidentExperts]) -> None:
+        self._layers = layers
+
+    @contextmanager
+    def borrow(self, layer: int, active_E: Tensor) -> Iterator[ExpertBank]:
+        """The layer's whole bank."""
+        yield self._layers[layer].bank()

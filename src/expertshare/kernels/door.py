@@ -1,0 +1,31 @@
+"""The one door to expert computation: same signature whichever backend runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor
+
+from expertshare.errors import ConfigError, nearest
+from expertshare.kernels.grouped import moe_ffn_grouped
+from expertshare.kernels.reference import moe_ffn_reference
+from expertshare.types import ExpertBank, RoutingPlan
+
+Backend = Literal["grouped", "reference"]
+
+BACKENDS: dict[str, Callable[[Tensor, RoutingPlan, ExpertBank], Tensor]] = {
+    "grouped": moe_ffn_grouped,
+    "reference": moe_ffn_reference,
+}
+
+
+def moe_ffn(x_TD: Tensor, plan: RoutingPlan, bank: ExpertBank, *, backend: str = "grouped") -> Tensor:
+    """Run each token through the experts of its plan and mix the outputs with its weights.
+
+    x_TD: float32 or bfloat16, same dtype as the bank. Returns [T, D] in that dtype; sums are float32.
+    Raises ConfigError for a backend that does not exist.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"unknown expert backend {backend!r}. {nearest(backend, BACKENDS)}")
+    return BACKENDS[backend](x_TD, plan, bank)

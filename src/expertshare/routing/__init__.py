@@ -1,0 +1,18 @@
+"""Expert sharing: policies choose a coreset (`select`), the model's rule routes inside it (`assign`)."""
+
+from expertshare.routing.assign import assign, everything, route, router_scores
+from expertshare.routing.table import POLICIES, Knob, knobs, make_policy, native_policy, parse_knob, parse_policy
+
+__all__ = [
+    "POLICIES",
+    "Knob",
+    "assign",
+    "everything",
+    "knobs",
+    "make_policy",
+    "native_policy",
+    "parse_knob",
+    "parse_policy",
+    "route",
+    "router_scores",
+]

@@ -1,0 +1,92 @@
+"""What all policies have in common, and how budgets are read."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+from expertshare.config import GroupLimit, RouterSpec
+from expertshare.errors import PolicyError
+from expertshare.routing.assign import everything
+from expertshare.types import Coreset, RouterScores
+
+Budget = int | float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenPolicy:
+    """A policy without a coreset: every expert stays available, a token may run fewer of them."""
+
+    name: ClassVar[str]
+
+    @property
+    def group_limit(self) -> GroupLimit:
+        """The model's own rule."""
+        return "inside"
+
+    def bind(self, spec: RouterSpec) -> Self:
+        """Nothing to derive."""
+        return self
+
+    def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
+        """All experts."""
+        return everything(scores)
+
+    def keep(self, affinity_TK: Tensor) -> Tensor | None:
+        """All K of them."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CoresetPolicy:
+    """A policy with a coreset: a token still runs K experts, all of them inside what its block agreed on.
+
+    group_limit: "inside" applies the model's group-limited routing within the coreset (dMoE), "ignore" drops it there
+    (LLaDA2.2). Without expert groups both are the same.
+    """
+
+    name: ClassVar[str]
+    group_limit: GroupLimit = field(default="inside", metadata={"help": "group rule in the coreset: inside, ignore"})
+
+    def keep(self, affinity_TK: Tensor) -> Tensor | None:
+        """All K of them."""
+        return None
+
+
+def default_budget(spec: RouterSpec, group_limit: GroupLimit) -> int:
+    """K experts more than the smallest possible coreset: 20 for LLaDA2.0-mini, 16 for LLaDA-MoE and SDAR-MoE."""
+    return min(spec.num_experts, spec.min_coreset_size(group_limit) + spec.top_k)
+
+
+def resolve_budget(budget: Budget | None, spec: RouterSpec, group_limit: GroupLimit, policy: str) -> int:
+    """Number of experts that `budget` stands for: a count, a fraction of all experts (rounded down), or the default.
+
+    Raises PolicyError below the smallest workable coreset or above the number of experts.
+    """
+    if budget is None:
+        return default_budget(spec, group_limit)
+    least = spec.min_coreset_size(group_limit)
+    if isinstance(budget, float):
+        if not 0.0 < budget <= 1.0:
+            raise PolicyError(
+                f"{policy}: a budget is a count of experts (a whole number) or a fraction in (0, 1], got {budget}"
+            )
+        count = math.floor(budget * spec.num_experts + 1e-9)
+    else:
+        count = budget
+    if not least <= count <= spec.num_experts:
+        shown = f"{budget} ({count} experts)" if isinstance(budget, float) else f"{budget}"
+        raise PolicyError(
+            f"{policy}: the budget must lie in {least}..{spec.num_experts} experts for this model "
+            f"({spec.top_k} experts per token, group limit {group_limit!r}), got {shown}"
+        )
+    return count
+
+
+def check_count(value: int, *, least: int, most: int, knob: str, policy: str) -> None:
+    """Raise PolicyError unless `value` lies in least..most."""
+    if not least <= value <= most:
+        raise PolicyError(f"{policy}: {knob} must lie in {least}..{most} for this model, got {value}")

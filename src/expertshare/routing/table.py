@@ -1,0 +1,105 @@
+"""The POLICIES table: every policy by name, and how one is made from text knobs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from expertshare.config import ModelConfig
+from expertshare.errors import PolicyError, nearest
+from expertshare.routing.block_max import BlockMax
+from expertshare.routing.block_top_p import BlockTopP
+from expertshare.routing.des_seq import DesSeq
+from expertshare.routing.des_vote import DesVote
+from expertshare.routing.protected_vote import ProtectedVote
+from expertshare.routing.skip import Skip
+from expertshare.routing.top_k_cap import TopKCap
+from expertshare.routing.vanilla import Vanilla
+from expertshare.types import RoutingPolicy
+
+Knob = int | float | str
+# fmt: off
+AnyPolicy = (
+    Vanilla
+    | TopKCap
+    | Skip
+    | DesSeq
+    | DesVote
+    | BlockTopP
+    | BlockMax
+    | ProtectedVote
+)
+# fmt: on
+
+POLICIES: dict[str, type[AnyPolicy]] = {policy.name: policy for policy in get_args(AnyPolicy)}
+
+
+def knobs(policy: RoutingPolicy) -> dict[str, Knob | None]:
+    """The knobs of a policy by name, for reports."""
+    return {f.name: getattr(policy, f.name) for f in fields(policy)}  # type: ignore[arg-type]
+
+
+def make_policy(name: str, settings: Mapping[str, Knob] | None = None) -> AnyPolicy:
+    """The policy called `name` with the given knobs; the others keep their defaults.
+
+    Raises PolicyError for an unknown name, a knob of another policy, or a value of the wrong kind.
+    """
+    if name not in POLICIES:
+        raise PolicyError(f"unknown policy {name!r}. {nearest(name, POLICIES)}")
+    kind = POLICIES[name]
+    known = {f.name for f in fields(kind)}
+    for knob, value in (settings or {}).items():
+        if knob not in known:
+            owners = sorted(n for n, k in POLICIES.items() if knob in {f.name for f in fields(k)})
+            hint = f"it belongs to {', '.join(owners)}. " if owners else ""
+            raise PolicyError(
+                f"{name} has no knob {knob!r}: {hint}{name} takes: {', '.join(sorted(known)) or 'no knobs'}."
+            )
+        _check_kind(name, knob, value)
+    return kind(**(settings or {}))  # type: ignore[arg-type]
+
+
+def _check_kind(policy: str, knob: str, value: Knob) -> None:
+    """Compare a knob's value with the type its policy declares: a choice of words, a number, or a whole number."""
+    declared = get_type_hints(POLICIES[policy])[knob]
+    if get_origin(declared) is Literal:
+        if value not in get_args(declared):
+            raise PolicyError(f"{policy}: {knob} must be one of {', '.join(get_args(declared))}, got {value!r}")
+        return
+    fractional = float in (declared, *get_args(declared))
+    if isinstance(value, bool) or not isinstance(value, (int, float) if fractional else int):
+        noun = "a number" if fractional else "a whole number"
+        raise PolicyError(f"{policy}: {knob} must be {noun}, got {value!r}")
+
+
+def parse_policy(text: str) -> AnyPolicy:
+    """Read a policy written as `name` or `name:knob=value,knob=value`, e.g. `des-vote:budget=16`."""
+    name, _, rest = text.partition(":")
+    settings: dict[str, Knob] = {}
+    for part in filter(None, (p.strip() for p in rest.split(","))):
+        knob, equals, value = part.partition("=")
+        if not equals:
+            raise PolicyError(f"expected knob=value in {text!r}, got {part!r}. Example: des-vote:budget=16")
+        knob = knob.strip().replace("-", "_")
+        if knob in settings:
+            raise PolicyError(f"expected each knob once in {text!r}, got {knob} again: give one value")
+        settings[knob] = parse_knob(value.strip())
+    return make_policy(name.strip(), settings)
+
+
+def parse_knob(text: str) -> Knob:
+    """A knob's value from text: a whole number, a number, or else a word."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def native_policy(config: ModelConfig) -> AnyPolicy:
+    """The policy that a checkpoint was trained with: block max at its expert capacity (LLaDA2.2), else vanilla."""
+    if config.expert_capacity is None:
+        return Vanilla()
+    return BlockMax(budget=config.expert_capacity)
