@@ -1,0 +1,23 @@
+"""Order and reproducibility of the whole suite."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+
+# Two runs of `make test` on one commit give one answer; a busy machine must not fail a property by its deadline.
+settings.register_profile("reproducible", derandomize=True, deadline=None)
+settings.load_profile("reproducible")
+
+QUICK_FIRST = ("routing", "kernels", "measure", "tasks", "models", "decoding", "evaluation", "training", "cli")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the rooms from the bottom up, so that the first failure is the nearest to its cause; slow tests last."""
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> tuple[bool, int]:
+    room = item.path.parent.name
+    slow = item.get_closest_marker("slow") is not None
+    return slow, QUICK_FIRST.index(room) if room in QUICK_FIRST else len(QUICK_FIRST)

@@ -1,0 +1,1 @@
+"""Tests of the routing room: contract, golden values, router rules, minimum coreset, errors."""
