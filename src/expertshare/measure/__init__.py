@@ -1,0 +1,1 @@
+"""Measurement as values: clocks, traces and reports are passed and returned, never global."""

@@ -1,0 +1,32 @@
+"""Model families, one transformer behind them, and strict loading from Hugging Face layouts."""
+
+from expertshare.models.description import ModelFacts, describe
+from expertshare.models.family import Family, Place
+from expertshare.models.loading import LoadedModel, load_model
+from expertshare.models.runtime import ForwardInput, ForwardOutput, LayerKeyValues, RoutingTrace, Runtime
+from expertshare.models.saving import save_model
+from expertshare.models.table import FAMILIES, family_of
+from expertshare.models.tokenizer import decode_answer, encode_prompt, load_tokenizer
+from expertshare.models.transformer import MoETransformer, initialise
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "ForwardInput",
+    "ForwardOutput",
+    "LayerKeyValues",
+    "LoadedModel",
+    "MoETransformer",
+    "ModelFacts",
+    "Place",
+    "RoutingTrace",
+    "Runtime",
+    "decode_answer",
+    "describe",
+    "encode_prompt",
+    "family_of",
+    "initialise",
+    "load_model",
+    "load_tokenizer",
+    "save_model",
+]

@@ -1,0 +1,136 @@
+"""Strict reading of a checkpoint's config.json: every key is used, or known to have no effect, or an error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from expertshare.errors import ConfigError, nearest
+
+NO_EFFECT = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "bos_token_id",
+        "dtype",
+        "embedding_dropout",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "max_window_layers",
+        "output_dropout",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+"""Keys about training, bookkeeping or other software: inference does not depend on them, in any family."""
+
+
+class ConfigKeys:
+    """The keys of one file, and which of them have been read. A null value counts as absent."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str = "config.json") -> None:
+        self._raw = raw
+        self._where = where
+        self._read: set[str] = set()
+
+    def states(self, key: str) -> bool:
+        """Whether the key is written at all, be it as null."""
+        return key in self._raw
+
+    def get(self, key: str) -> Any:
+        """The raw value, None if absent."""
+        self._read.add(key)
+        return self._raw.get(key)
+
+    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number of at least `least`; ConfigError if it is missing and there is no default."""
+        value = self._required(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{self._where}: {key} must be a whole number of at least {least}, got {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0."""
+        value = self._required(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ConfigError(f"{self._where}: {key} must be a number above 0, got {value!r}")
+        return float(value)
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        """true or false."""
+        value = self._required(key, default)
+        if not isinstance(value, bool):
+            raise ConfigError(f"{self._where}: {key} must be true or false, got {value!r}")
+        return value
+
+    def expect(self, key: str, *supported: object) -> None:
+        """Refuse a value of `key` other than the supported ones; absent and null are supported."""
+        value = self.get(key)
+        if value is not None and not any(type(value) is type(s) and value == s for s in supported):
+            wanted = " or ".join(repr(s) for s in supported) if supported else "null"
+            raise ConfigError(
+                f"{self._where}: {key}={value!r} is not supported, expected {wanted}: use another checkpoint"
+            )
+
+    def refuse_unread(self, without_effect: Iterable[str] = ()) -> None:
+        """Raise ConfigError for keys that nobody read and that are not known to be without effect."""
+        known = self._read | NO_EFFECT | set(without_effect) | {"model_type"}
+        unknown = sorted(set(self._raw) - known)
+        if unknown:
+            raise ConfigError(
+                f"{self._where}: unknown key {unknown[0]!r} ({len(unknown)} in all: {', '.join(unknown[:5])}). It may "
+                f"change what the model computes, so it is not skipped. {nearest(unknown[0], known)}"
+            )
+
+    def _required(self, key: str, default: object) -> Any:
+        value = self.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise ConfigError(f"{self._where}: the key {key!r} is missing: check that the download is complete")
+        return value
+
+
+def read_rope(keys: ConfigKeys, head_dim: int) -> tuple[float, int]:
+    """Base of the rotary embedding and the number of rotated features per head.
+
+    Knows the flat keys and the nested `rope_parameters` of transformers 5. Any scaling of the rotary embedding, and
+    `rotary_dim` that disagrees with `partial_rotary_factor`, is a ConfigError.
+    """
+    nested = ConfigKeys(keys.get("rope_parameters") or {}, "rope_parameters in config.json")
+    nested.expect("rope_type", "default")
+    keys.expect("rope_scaling")
+    theta = nested.number("rope_theta", _absent_or_number(keys, "rope_theta"))
+    factor = nested.number("partial_rotary_factor", _absent_or_number(keys, "partial_rotary_factor") or 1.0)
+    nested.refuse_unread()
+    stated = keys.get("rotary_dim")
+    rotary_dim = int(head_dim * factor)
+    factor_is_stated = keys.get("partial_rotary_factor") or nested.get("partial_rotary_factor")
+    if stated is None:
+        return theta, rotary_dim
+    size = keys.integer("rotary_dim")
+    if factor_is_stated and size != rotary_dim:
+        raise ConfigError(
+            f"config.json: rotary_dim={size} and partial_rotary_factor={factor:g} of head_dim={head_dim} disagree: "
+            "correct one of them"
+        )
+    return theta, size
+
+
+def refuse_sliding_window(keys: ConfigKeys) -> None:
+    """Sliding-window attention is not supported; `sliding_window` has no effect while `use_sliding_window` is false."""
+    keys.expect("use_sliding_window", False)
+    if keys.get("use_sliding_window") is None:
+        keys.expect("sliding_window")
+    keys.get("sliding_window")
+
+
+def _absent_or_number(keys: ConfigKeys, key: str) -> float | None:
+    return None if keys.get(key) is None else keys.number(key)

@@ -1,0 +1,103 @@
+"""Load a model from a Hugging Face layout, straight into the fused parameters."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from expertshare.config import ModelConfig
+from expertshare.errors import CheckpointError, ConfigError
+from expertshare.models.checkpoint import (
+    StoredTensor,
+    check_names,
+    check_tensors,
+    choose_places,
+    read_headers,
+    read_tensors,
+)
+from expertshare.models.family import Place
+from expertshare.models.moe import Router
+from expertshare.models.source import read_json, read_optional_json, resolve_source
+from expertshare.models.table import family_of
+from expertshare.models.tokenizer import load_tokenizer, token_ids
+from expertshare.models.transformer import MoETransformer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadedModel:
+    """A model that is ready to run, what it was loaded from, and its tokenizer (None where it comes with none)."""
+
+    model: MoETransformer
+    config: ModelConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    path: Path
+
+
+def load_model(
+    source: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> LoadedModel:
+    """Load a directory or a hub id. dtype: float32 or bfloat16, by default the checkpoint's own.
+
+    Routers stay in float32 whatever the dtype. A float16 checkpoint is computed in float32 unless told otherwise.
+    Raises InputError, ConfigError or CheckpointError, each naming the file, key or tensor.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+    path = resolve_source(source)
+    raw = read_json(path / "config.json")
+    family = family_of(raw)
+    tokenizer = load_tokenizer(path)
+    generation = read_optional_json(path / "generation_config.json")
+    config = family.parse_config(raw, generation, token_ids(tokenizer))
+    _check_vocabulary(tokenizer, config)
+    stored = read_headers(path)
+    places = choose_places(family, config, stored)
+    check_names(stored, places, path)
+    with torch.device("meta"):
+        model = MoETransformer(config)
+    check_tensors(stored, places, model.state_dict())
+    model = _allocate(model, dtype or _own_dtype(stored, places), device)
+    _fill(model, stored, places)
+    return LoadedModel(model=model.eval(), config=config, tokenizer=tokenizer, path=path)
+
+
+def _allocate(model: MoETransformer, dtype: torch.dtype, device: str | torch.device) -> MoETransformer:
+    """Memory for a model on the meta device, uninitialised: the checkpoint fills all of it."""
+    model = model.to(dtype)
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.float()
+    model = model.to_empty(device=device)
+    if model.config.tie_embeddings:  # to_empty gave each of the two a tensor of its own
+        model.head.weight = model.embed.weight
+    return model
+
+
+def _fill(model: MoETransformer, stored: Mapping[str, StoredTensor], places: Sequence[Place]) -> None:
+    state = model.state_dict()
+    with torch.no_grad():
+        for place, tensor in read_tensors(stored, places):
+            place.of(state[place.entry]).copy_(tensor)
+
+
+def _own_dtype(stored: Mapping[str, StoredTensor], places: Sequence[Place]) -> torch.dtype:
+    embedding = next(place.name for place in places if place.entry == "embed.weight")
+    return torch.bfloat16 if stored[embedding].dtype == "BF16" else torch.float32
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase | None, config: ModelConfig) -> None:
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model embeds {config.vocab_size} (vocab_size in "
+            "config.json): they do not belong together"
+        )

@@ -1,0 +1,76 @@
+"""What a forward needs beside the weights, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from expertshare.measure.clock import PartClock
+from expertshare.types import ExpertStore, RoutingPolicy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Runtime:
+    """How to run a model: passed to every forward, never found in a global.
+
+    policy: bound to the model's router. backend: name of the expert computation. store: where experts live, None for
+    the model's own parameters. clock: adds up time by part if given.
+    """
+
+    policy: RoutingPolicy
+    backend: str = "grouped"
+    store: ExpertStore | None = None
+    clock: PartClock | None = None
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Charge the body to `part`, where there is a clock."""
+        with self.clock.part(part) if self.clock else nullcontext():
+            yield
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForwardInput:
+    """A batch of sequences, or of parts of sequences, cut into sharing groups of `block_length` positions.
+
+    tokens_BS int64; positions_BS int64, absolute; live_BS bool, False for padding; mask_BSP bool [B, S, P + S], True
+    where a query may attend to a key, the P cached keys first. S is a multiple of block_length.
+    """
+
+    tokens_BS: Tensor
+    positions_BS: Tensor
+    live_BS: Tensor
+    mask_BSP: Tensor
+    block_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKeyValues:
+    """Keys (rotated) and values of one layer: [B, key/value heads, positions, head dim] each."""
+
+    keys_BHSD: Tensor
+    values_BHSD: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingTrace:
+    """What one forward asked of the experts, as tensors on the model's device (reading them synchronises).
+
+    load_NE: int64, (token, expert) pairs per MoE layer and expert; an expert with any is active. group_experts_NG:
+    int64, unique experts of each sharing group.
+    """
+
+    load_NE: Tensor
+    group_experts_NG: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardOutput:
+    """hidden_BSD: after the final norm, ready for the head. key_values: one per layer."""
+
+    hidden_BSD: Tensor
+    key_values: tuple[LayerKeyValues, ...]
+    routing: RoutingTrace

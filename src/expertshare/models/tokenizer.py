@@ -1,0 +1,69 @@
+"""Text to token ids and back, by the checkpoint's own tokenizer and chat template; no remote code is run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from expertshare.errors import CheckpointError, InputError
+from expertshare.models.token_ids import TokenIds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_MASK_SPELLINGS = ("<|mask|>", "<|MASK|>", "<|mdm_mask|>", "[MASK]", "<mask>")
+"""How tokenizers of diffusion models spell a mask token that they do not declare as one."""
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model directory, None where there is no tokenizer file; CheckpointError if it is unusable."""
+    if not any((directory / name).exists() for name in _FILES):
+        return None
+    # Imported here: it is slow, and neither configs nor weights need it.
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # A tokenizer.json is complete. Read directly, it asks neither config.json nor remote code for a class.
+    kind = PreTrainedTokenizerFast if (directory / "tokenizer.json").exists() else AutoTokenizer
+    try:
+        return kind.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"the tokenizer in {directory} cannot be loaded ({reason}): download it again") from error
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase | None) -> TokenIds:
+    """What the tokenizer says of special tokens: the declared ones, or a mask token found by its usual spelling."""
+    if tokenizer is None:
+        return TokenIds()
+    mask = tokenizer.mask_token_id
+    if mask is None:
+        special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+        mask = next((special[spelling] for spelling in _MASK_SPELLINGS if spelling in special), None)
+    eos = tokenizer.eos_token_id
+    return TokenIds(mask=mask, eos=() if eos is None else (eos,), pad=tokenizer.pad_token_id)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool | None = None) -> list[int]:
+    """Ids of a prompt: one user turn of the chat template, up to where the answer starts, or the text as it is.
+
+    chat: None uses the template where the tokenizer has one, True insists on it, False never uses it. Raises
+    InputError for an empty prompt, or for chat=True without a template.
+    """
+    if not text.strip():
+        raise InputError("a prompt must hold some text, got an empty one: write what the model should answer")
+    if chat is None:
+        chat = tokenizer.chat_template is not None
+    if not chat:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if tokenizer.chat_template is None:
+        raise InputError("this model's tokenizer has no chat template: give the prompt as plain text (chat=False)")
+    turns = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(str(rendered), add_special_tokens=False)["input_ids"])
+
+
+def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text of generated ids, without special tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))

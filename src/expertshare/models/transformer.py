@@ -1,0 +1,109 @@
+"""The one transformer behind every family: dense layers first, then mixture-of-experts layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from expertshare.config import ModelConfig
+from expertshare.models.layers import Attention, RMSNorm, SwiGLU, rotary_tables
+from expertshare.models.moe import LayerRouting, MoE
+from expertshare.models.runtime import ForwardInput, ForwardOutput, LayerKeyValues, RoutingTrace, Runtime
+
+
+class Layer(nn.Module):
+    """Attention, then a dense MLP or experts, each behind a norm and around a residual."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        dense = index < config.num_dense_layers
+        self.mlp = SwiGLU(config.hidden_size, config.dense_hidden) if dense else None
+        self.moe = None if dense else MoE(config, index - config.num_dense_layers)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        inputs: ForwardInput,
+        tables: tuple[Tensor, Tensor],
+        past: LayerKeyValues | None,
+        runtime: Runtime,
+    ) -> tuple[Tensor, LayerKeyValues, LayerRouting | None]:
+        """Returns the new residual stream, this layer's new keys and values, and its routing if it has experts."""
+        with runtime.timed("attention"):
+            y_BSD, new = self.attention(self.attention_norm(x_BSD), tables, inputs.mask_BSP.unsqueeze(1), past)
+            x_BSD = x_BSD + y_BSD
+        h_BSD = self.mlp_norm(x_BSD)
+        if self.mlp is not None:
+            return x_BSD + self.mlp(h_BSD), new, None
+        assert self.moe is not None
+        length = inputs.block_length
+        h_GLD = h_BSD.reshape(-1, length, h_BSD.shape[-1])
+        y_GLD, routing = self.moe(h_GLD, inputs.live_BS.reshape(-1, length), runtime)
+        return x_BSD + y_GLD.view(x_BSD.shape), new, routing
+
+
+class MoETransformer(nn.Module):
+    """An MoE diffusion language model. Predictions are for the same position as the token (no shift)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights and activations."""
+        return self.embed.weight.dtype
+
+    def forward(
+        self, inputs: ForwardInput, runtime: Runtime, past: Sequence[LayerKeyValues] | None = None
+    ) -> ForwardOutput:
+        """Run all layers; `past` holds the keys and values of finished blocks, one entry per layer."""
+        x_BSD = self.embed(inputs.tokens_BS)
+        tables = rotary_tables(inputs.positions_BS, self.config)
+        key_values: list[LayerKeyValues] = []
+        routings: list[LayerRouting] = []
+        for index, layer in enumerate(self.layers):
+            x_BSD, new, routing = layer(x_BSD, inputs, tables, past[index] if past is not None else None, runtime)
+            key_values.append(new)
+            if routing is not None:
+                routings.append(routing)
+        return ForwardOutput(self.norm(x_BSD), tuple(key_values), _trace(routings))
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """Vocabulary scores of chosen rows: [R, V] in the model's dtype."""
+        return self.head(hidden_RD)  # type: ignore[no-any-return]
+
+
+def _trace(routings: list[LayerRouting]) -> RoutingTrace:
+    return RoutingTrace(
+        torch.stack([r.load_E for r in routings]), torch.stack([r.group_experts_G for r in routings])
+    )
+
+
+def initialise(model: MoETransformer, *, seed: int, std: float = 0.02) -> None:
+    """Fill every weight from a normal distribution (norms with ones, router biases with zeros), reproducibly."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        for buffer in model.buffers():
+            buffer.zero_()
