@@ -25,10 +25,12 @@ def moe_ffn_grouped(x_TD: Tensor, plan: RoutingPlan, bank: ExpertBank) -> Tensor
         sort_key[order_P], torch.arange(num_experts, device=flat.device), right=True, out_int32=True
     )
     x_PD = x_TD.index_select(0, order_P // top_k)
+    # The gradient of a row that no group covers is never written either: cut it off here.
+    x_PD = torch.where(used_P[order_P].unsqueeze(-1), x_PD, 0.0)
     hidden = F.grouped_mm(x_PD, bank.gate_up_EHD.transpose(1, 2), offs=ends_E)
     gate_PF, up_PF = hidden.chunk(2, dim=-1)
     out_PD = F.grouped_mm(F.silu(gate_PF) * up_PF, bank.down_EDF.transpose(1, 2), offs=ends_E)
     place_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(order_P.numel(), device=flat.device))
-    y_TKD = out_PD.index_select(0, place_P).float().view(num_tokens, top_k, -1)
+    y_TKD = out_PD.index_select(0, place_P).float().view(num_tokens, top_k, x_TD.shape[1])
     y_TKD = torch.where(used_P.view(num_tokens, top_k, 1), y_TKD, 0.0)  # rows of unused slots were never written
     return (y_TKD * plan.weights_TK.unsqueeze(-1)).sum(dim=1).to(x_TD.dtype)

@@ -1,0 +1,191 @@
+"""Expert computation: both backends against the formula written out in float64, and against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from expertshare.errors import ConfigError
+from expertshare.kernels import BACKENDS, moe_ffn
+from expertshare.types import ExpertBank, RoutingPlan
+
+# tokens, experts per token, experts, model features, expert features
+SHAPES = [
+    (1, 1, 1, 8, 8),
+    (3, 2, 4, 16, 8),
+    (32, 8, 16, 32, 16),
+    (17, 4, 64, 24, 40),  # far more experts than pairs: most are empty
+    (40, 8, 8, 16, 24),  # every expert by every token
+]
+# Largest error, relative to the largest output: rounding of each factor, of the sum over F and of the result.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """An output or gradient row that nobody wrote must fail here, not now and then in training."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def scene(
+    shape: tuple[int, ...], dtype: torch.dtype, *, unused: float = 0.0, seed: int = 0
+) -> tuple[Tensor, RoutingPlan, ExpertBank]:
+    """Random tokens, weights and a plan of distinct experts per token; a share `unused` of the slots is -1."""
+    num_tokens, top_k, num_experts, hidden, inner = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    x_TD = normal(num_tokens, hidden).to(dtype)
+    gate_up, down = 0.3 * normal(num_experts, 2 * inner, hidden), 0.3 * normal(num_experts, hidden, inner)
+    bank = ExpertBank(gate_up.to(dtype), down.to(dtype))
+    ids_TK = torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=-1)[:, :top_k]
+    weights_TK = torch.rand(num_tokens, top_k, generator=generator)
+    dropped_TK = torch.rand(num_tokens, top_k, generator=generator) < unused
+    return x_TD, plan_of(ids_TK.masked_fill(dropped_TK, -1), weights_TK, num_experts), bank
+
+
+def plan_of(ids_TK: Tensor, weights_TK: Tensor, num_experts: int) -> RoutingPlan:
+    active_E = torch.tensor([bool((ids_TK == expert).any()) for expert in range(num_experts)], dtype=torch.bool)
+    return RoutingPlan(ids_TK, weights_TK.masked_fill(ids_TK < 0, 0.0), active_E)
+
+
+def formula(x_TD: Tensor, plan: RoutingPlan, bank: ExpertBank) -> Tensor:
+    """Every expert on every token in float64, then the mix as one sum: no sorting, no slots, no chunks."""
+    num_experts, double_inner, _ = bank.gate_up_EHD.shape
+    mixing_TE = torch.zeros(len(x_TD), num_experts + 1, dtype=torch.float64)
+    mixing_TE.scatter_add_(1, plan.expert_ids_TK + 1, plan.weights_TK.double())
+    x, inner = x_TD.double(), double_inner // 2
+    gate = torch.einsum("td,efd->tef", x, bank.gate_up_EHD[:, :inner].double())
+    up = torch.einsum("td,efd->tef", x, bank.gate_up_EHD[:, inner:].double())
+    hidden = gate * torch.sigmoid(gate) * up
+    return torch.einsum("te,edf,tef->td", mixing_TE[:, 1:], bank.down_EDF.double(), hidden)
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    scale = expected.abs().max().clamp_min(1e-6)
+    return float(((actual.double() - expected).abs() / scale).max())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("unused", [0.0, 0.4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_backends_follow_the_formula(shape: tuple[int, ...], unused: float, dtype: torch.dtype, backend: str) -> None:
+    x_TD, plan, bank = scene(shape, dtype, unused=unused)
+    actual = moe_ffn(x_TD, plan, bank, backend=backend)
+    assert actual.dtype == dtype
+    assert actual.shape == x_TD.shape
+    assert relative_error(actual, formula(x_TD, plan, bank)) < TOLERANCE[dtype]
+
+
+@given(
+    st.tuples(
+        st.integers(0, 9), st.integers(1, 4), st.integers(4, 9), st.sampled_from([8, 16]), st.sampled_from([8, 24])
+    ),
+    st.floats(0.0, 1.0),
+    st.integers(0, 1000),
+)
+def test_grouped_equals_reference(shape: tuple[int, ...], unused: float, seed: int) -> None:
+    x_TD, plan, bank = scene(shape, torch.float32, unused=unused, seed=seed)
+    grouped = moe_ffn(x_TD, plan, bank, backend="grouped")
+    reference = moe_ffn(x_TD, plan, bank, backend="reference")
+    torch.testing.assert_close(grouped, reference, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_inactive_experts_never_leak(dtype: torch.dtype, backend: str) -> None:
+    """A store may leave the memory of experts that the plan does not name uninitialised."""
+    x_TD, plan, bank = scene((5, 2, 16, 16, 8), dtype, unused=0.3)
+    clean = moe_ffn(x_TD, plan, bank, backend=backend)
+    gate_up, down = bank.gate_up_EHD.clone(), bank.down_EDF.clone()
+    assert not plan.active_E.all()
+    gate_up[~plan.active_E], down[~plan.active_E] = float("nan"), float("nan")
+    assert torch.equal(moe_ffn(x_TD, plan, ExpertBank(gate_up, down), backend=backend), clean)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_unused_slots_never_leak(backend: str) -> None:
+    """A padding token runs nothing: its features, however wild, stay out of everything, and its output is 0."""
+    x_TD, plan, bank = scene((6, 2, 4, 16, 8), torch.float32)
+    ids_TK = plan.expert_ids_TK.clone()
+    ids_TK[4:] = -1
+    plan = plan_of(ids_TK, plan.weights_TK, 4)
+    clean = moe_ffn(x_TD, plan, bank, backend=backend)
+    x_TD[4:] = float("nan")
+    poisoned = moe_ffn(x_TD, plan, bank, backend=backend)
+    assert torch.equal(poisoned[:4], clean[:4])
+    assert poisoned[4:].eq(0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens_and_no_experts_run(backend: str) -> None:
+    x_TD, plan, bank = scene((0, 2, 4, 16, 8), torch.float32)
+    assert moe_ffn(x_TD, plan, bank, backend=backend).shape == (0, 16)
+    x_TD, plan, bank = scene((3, 2, 4, 16, 8), torch.float32, unused=1.1)
+    assert moe_ffn(x_TD, plan, bank, backend=backend).eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_token_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
+    x_TD, plan, bank = scene((24, 4, 8, 16, 8), dtype, unused=0.2)
+    together = moe_ffn(x_TD, plan, bank)
+    order = torch.arange(23, -1, -1)
+    turned = moe_ffn(x_TD[order], plan_of(plan.expert_ids_TK[order], plan.weights_TK[order], 8), bank)
+    torch.testing.assert_close(turned[order], together, rtol=1e-6, atol=1e-6)
+
+
+GRADIENT_SHAPE = (12, 3, 6, 16, 8)
+
+
+def gradients(
+    backend: str, unused: float, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = GRADIENT_SHAPE
+) -> list[Tensor]:
+    x_TD, plan, bank = scene(shape, dtype, unused=unused)
+    leaves = [t.clone().requires_grad_() for t in (x_TD, plan.weights_TK, bank.gate_up_EHD, bank.down_EDF)]
+    x_TD, weights_TK, gate_up, down = leaves
+    used = RoutingPlan(plan.expert_ids_TK, weights_TK, plan.active_E)
+    y_TD = moe_ffn(x_TD, used, ExpertBank(gate_up, down), backend=backend)
+    target = torch.linspace(-1, 1, y_TD.numel()).view_as(y_TD)
+    (y_TD.float() * target).sum().backward()
+    grads = [leaf.grad for leaf in leaves]
+    assert all(grad is not None for grad in grads)
+    return [grad for grad in grads if grad is not None]
+
+
+@pytest.mark.parametrize("shape", [GRADIENT_SHAPE, (5, 2, 16, 16, 8)])  # in the second most experts run nothing
+@pytest.mark.parametrize("unused", [0.0, 0.4])
+def test_gradients_equal_those_of_the_reference(unused: float, shape: tuple[int, ...]) -> None:
+    both = (gradients(backend, unused, shape=shape) for backend in ("grouped", "reference"))
+    for grouped, reference in zip(*both, strict=True):
+        torch.testing.assert_close(grouped, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_in_bfloat16_are_close() -> None:
+    exact = gradients("reference", 0.3)
+    for rough, fine in zip(gradients("grouped", 0.3, torch.bfloat16), exact, strict=True):
+        assert relative_error(rough.float(), fine.double()) < 0.05
+
+
+def test_an_unused_slot_has_no_gradient() -> None:
+    x_grad, weights_grad, gate_up_grad, down_grad = gradients("grouped", 0.4)
+    _, plan, _ = scene(GRADIENT_SHAPE, torch.float32, unused=0.4)
+    assert weights_grad[plan.expert_ids_TK < 0].eq(0).all()
+    assert weights_grad[plan.expert_ids_TK >= 0].ne(0).all()
+    assert all(grad.isfinite().all() for grad in (x_grad, gate_up_grad, down_grad))
+
+
+def test_an_unknown_backend_suggests_the_nearest() -> None:
+    x_TD, plan, bank = scene(SHAPES[0], torch.float32)
+    with pytest.raises(ConfigError, match="Did you mean 'grouped'"):
+        moe_ffn(x_TD, plan, bank, backend="groupd")
