@@ -1,0 +1,86 @@
+"""Block diffusion: the current block attends to itself and to a cache of all blocks before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from expertshare.decoding.cache import KeyValueCache, visible
+from expertshare.decoding.canvas import Canvas
+from expertshare.decoding.forwards import AccountedModel
+from expertshare.decoding.row import Row
+from expertshare.measure.cost import ForwardKind
+from expertshare.models.runtime import ForwardInput, ForwardOutput
+
+
+class CachedPrefix:
+    """Forwards of one block per row, each row at its own block. The cache holds keys and values of final
+    tokens only: full prompt blocks from the prefill, decoded blocks from a forward of their own after their
+    last token."""
+
+    def __init__(self, run: AccountedModel, canvas: Canvas, rows: Sequence[Row]) -> None:
+        self._run, self._canvas = run, canvas
+        model = run.model
+        # a row's last block is never cached: nothing comes after it
+        capacity = max((row.geometry.num_blocks - 1) * row.geometry.block_length for row in rows)
+        self.cache = KeyValueCache(
+            model.config, num_rows=len(rows), capacity=capacity, dtype=model.dtype, device=model.device
+        )
+
+    def prefill(self, rows: Sequence[Row]) -> None:
+        """Cache the full prompt blocks of all rows in one forward; rows without one stay out of it."""
+        rows = [row for row in rows if row.start > 0]
+        if not rows:
+            return
+        lengths, index = [row.start for row in rows], [row.index for row in rows]
+        length, canvas = max(lengths), self._canvas
+        live_RS = visible(lengths, canvas.tokens_BC.device)
+        inputs = ForwardInput(
+            tokens_BS=canvas.tokens_BC[index, :length],
+            positions_BS=canvas.positions_BC[index, :length],
+            live_BS=live_RS,
+            mask_BSP=block_causal_mask(live_RS, rows[0].geometry.block_length),
+            block_length=rows[0].geometry.block_length,
+        )
+        output = self._run("prefill", rows, inputs)
+        self.cache.write(index, [(0, end) for end in lengths], output.key_values)
+
+    def denoise(self, rows: Sequence[Row]) -> Tensor:
+        """Run the current blocks as they stand."""
+        return self._forward("denoise", rows).hidden_BSD
+
+    def commit(self, rows: Sequence[Row]) -> None:
+        """Run the finished blocks once more, from their final tokens, and keep the keys and values."""
+        if not rows:
+            return
+        output = self._forward("commit", rows)
+        spans = [(row.start, row.start + row.geometry.block_length) for row in rows]
+        self.cache.write([row.index for row in rows], spans, output.key_values)
+
+    def _forward(self, kind: ForwardKind, rows: Sequence[Row]) -> ForwardOutput:
+        window = self._canvas.window(rows)
+        at = (window.rows_R1, window.index_RL)
+        cached = [row.start for row in rows]
+        past_RP = visible(cached, window.tokens_RL.device)
+        # a block attends to all of itself, undecided positions included
+        own_RL = torch.ones_like(window.masked_RL)
+        mask_RLP = torch.cat((past_RP, own_RL), dim=1).unsqueeze(1).expand(-1, own_RL.shape[1], -1)
+        inputs = ForwardInput(
+            tokens_BS=window.tokens_RL,
+            positions_BS=self._canvas.positions_BC[at],
+            live_BS=self._canvas.live_BC[at],
+            mask_BSP=mask_RLP,
+            block_length=own_RL.shape[1],
+        )
+        return self._run(kind, rows, inputs, self.cache.past([row.index for row in rows], max(cached)))
+
+
+def block_causal_mask(live_RS: Tensor, block_length: int) -> Tensor:
+    """Keys of the own block and of those before it, padding left out: bool [R, S, S]."""
+    block_S = torch.arange(live_RS.shape[1], device=live_RS.device) // block_length
+    causal_SS = block_S.unsqueeze(1) >= block_S
+    # padding sees itself, else its softmax would have nothing to sum over
+    itself_SS = torch.eye(live_RS.shape[1], dtype=torch.bool, device=live_RS.device)
+    return (causal_SS & live_RS.unsqueeze(1)) | itself_SS

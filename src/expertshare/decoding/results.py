@@ -1,0 +1,65 @@
+"""What decoding returns: a block as soon as it is committed, a row, a whole generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from expertshare.measure.cost import Cost
+
+FinishReason = Literal["eos", "length"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockResult:
+    """A committed block. token_ids: what it adds to the answer: no prompt, nothing from the first end-of-text
+    token on.
+
+    row: index of the prompt. block: number among the row's decoded blocks, from 0. finish_reason: None unless
+    this is the row's last block. steps: denoising forwards; forwards: those, the commit forward, and the
+    prefill if this is the row's first block.
+    """
+
+    row: int
+    block: int
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    steps: int
+    forwards: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowResult:
+    """One prompt's answer and the forwards it took part in; `blocks` counts the decoded blocks.
+
+    finish_reason: None where decoding was not run to the end.
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    steps: int
+    forwards: int
+    blocks: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """The answers of a batch, what they cost in experts, and the seconds spent, in all and by part of the
+    model."""
+
+    rows: tuple[RowResult, ...]
+    cost: Cost
+    elapsed_s: float
+    seconds_by_part: Mapping[str, float]
+
+
+def join_blocks(blocks: list[BlockResult]) -> RowResult:
+    """One row's result from its blocks, in order."""
+    return RowResult(
+        token_ids=tuple(token for block in blocks for token in block.token_ids),
+        finish_reason=blocks[-1].finish_reason if blocks else None,
+        steps=sum(block.steps for block in blocks),
+        forwards=sum(block.forwards for block in blocks),
+        blocks=len(blocks),
+    )

@@ -1,0 +1,65 @@
+"""From logits to a proposed token and its confidence. C candidates (positions to predict), V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from expertshare.decoding.options import DecodingOptions
+
+
+def propose(
+    logits_CV: Tensor, options: DecodingOptions, *, mask_id: int, uniform_CV: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A token for each candidate, int64 [C], and its probability, float32 [C]. The mask id is never proposed.
+
+    uniform_CV: float64 in [0, 1), the randomness; None is argmax (ties to the lower id). Sampling adds Gumbel
+    noise in float64 to the tempered, restricted logits. The probability is that of the model's own
+    distribution (float32 softmax without noise, temperature or restriction), because restricting inflates it,
+    unless the options ask for `filtered_confidence`.
+    """
+    clean_CV = logits_CV.float()
+    clean_CV = clean_CV.index_fill(1, torch.tensor([mask_id], device=clean_CV.device), float("-inf"))
+    tempered_CV = clean_CV.double() / options.temperature if options.temperature else clean_CV
+    restricted_CV = restrict(tempered_CV, options.top_k, options.top_p)
+    noised_CV = restricted_CV if uniform_CV is None else restricted_CV.double() + gumbel(uniform_CV)
+    tokens_C = noised_CV.argmax(dim=1)
+    judged_CV = restricted_CV if options.filtered_confidence else clean_CV
+    confidence_C = judged_CV.softmax(dim=1).gather(1, tokens_C.unsqueeze(1)).squeeze(1)
+    return tokens_C, confidence_C.float()
+
+
+def restrict(logits_CV: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Set to -inf what sampling must not choose: all but the `top_k` best, then all but the fewest best of
+    those that hold `top_p` of their probability (the one that passes it included). Ties go to the lower
+    id."""
+    if top_k is None and top_p is None:
+        return logits_CV
+    sorted_CV, order_CV = logits_CV.sort(dim=1, descending=True, stable=True)
+    if top_k is not None:
+        sorted_CV[:, top_k:] = float("-inf")
+    if top_p is not None and top_p < 1.0:
+        share_CV = sorted_CV.softmax(dim=1)
+        before_CV = share_CV.cumsum(dim=1) - share_CV
+        before_CV[:, 0] = 0.0  # rounding must not put the best token out of reach
+        sorted_CV = sorted_CV.masked_fill(before_CV >= top_p, float("-inf"))
+    return torch.empty_like(sorted_CV).scatter_(1, order_CV, sorted_CV)
+
+
+def gumbel(uniform: Tensor) -> Tensor:
+    """Standard Gumbel noise from uniform numbers in [0, 1), float64: argmax(logits + noise) samples their
+    softmax."""
+    return -(-uniform.log()).log()
+
+
+def draw(generators: Sequence[torch.Generator], counts: Sequence[int], *size: int) -> Tensor:
+    """Uniform numbers in [0, 1), float64 [sum of counts, *size]: each row draws its own from its own
+    generator, so that they do not depend on the batch."""
+    return torch.cat(
+        [
+            torch.rand(count, *size, generator=generator, dtype=torch.float64, device=generator.device)
+            for generator, count in zip(generators, counts, strict=True)
+        ]
+    )

@@ -1,0 +1,144 @@
+"""What decoding asked of the experts, counted without waiting for the device after every forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+ForwardKind = Literal["prefill", "denoise", "commit"]
+FORWARD_KINDS: tuple[ForwardKind, ...] = get_args(ForwardKind)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One row's part in a forward. block counts the row's decoded blocks from 0 (None: prefill); step its
+    denoising steps in that block from 0 (None: prefill and commit)."""
+
+    row: int
+    block: int | None
+    step: int | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForwardCost:
+    """One forward. groups: live sharing groups in it. Per MoE layer: unique_experts, the mean over those
+    groups; active_experts, the union over the batch, which is what is loaded; pairs, token-expert pairs."""
+
+    kind: ForwardKind
+    turns: tuple[Turn, ...]
+    groups: int
+    unique_experts: tuple[float, ...]
+    active_experts: tuple[int, ...]
+    pairs: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain lists and numbers."""
+        return {
+            "kind": self.kind,
+            "turns": [{"row": t.row, "block": t.block, "step": t.step} for t in self.turns],
+            "groups": self.groups,
+            "unique_experts": list(self.unique_experts),
+            "active_experts": list(self.active_experts),
+            "pairs": list(self.pairs),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """Totals by kind of forward. Every mapping has all three kinds; means are 0.0 where `forwards` is 0.
+
+    unique_experts: experts that one sharing group uses in one layer, mean over forwards, layers and live
+    groups. union_experts: experts that the whole batch uses in one layer, mean over forwards and layers.
+    expert_bytes: bytes of those experts, summed over forwards and layers. pairs: token-expert pairs, summed
+    likewise.
+    """
+
+    forwards: Mapping[ForwardKind, int]
+    unique_experts: Mapping[ForwardKind, float]
+    union_experts: Mapping[ForwardKind, float]
+    expert_bytes: Mapping[ForwardKind, int]
+    pairs: Mapping[ForwardKind, int]
+    unique_experts_by_layer: Mapping[ForwardKind, tuple[float, ...]]
+    steps: tuple[ForwardCost, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, ready for json.dumps."""
+        return {
+            "forwards": dict(self.forwards),
+            "unique_experts": dict(self.unique_experts),
+            "union_experts": dict(self.union_experts),
+            "expert_bytes": dict(self.expert_bytes),
+            "pairs": dict(self.pairs),
+            "unique_experts_by_layer": {kind: list(row) for kind, row in self.unique_experts_by_layer.items()},
+            "steps": [step.to_json() for step in self.steps],
+        }
+
+
+@dataclass(slots=True)
+class CostLedger:
+    """Collects forwards as small tensors; `cost()` reads them in one transfer. bytes_per_expert: of one
+    layer."""
+
+    num_layers: int
+    bytes_per_expert: int
+    _pending: list[tuple[ForwardKind, tuple[Turn, ...], Tensor]] = field(default_factory=list)
+    _settled: list[ForwardCost] = field(default_factory=list)
+
+    def record(
+        self,
+        kind: ForwardKind,
+        turns: Sequence[Turn],
+        *,
+        load_NE: Tensor,
+        group_experts_NG: Tensor,
+        live_G: Tensor,
+    ) -> None:
+        """Note one forward. load_NE: pairs per layer and expert; group_experts_NG: unique experts per group,
+        both int64; live_G: bool, False for groups of nothing but padding, which count nowhere."""
+        groups_N = live_G.sum().expand(load_NE.shape[0])
+        unique_N = group_experts_NG.masked_fill(~live_G, 0).sum(dim=1)
+        figures_4N = torch.stack((groups_N, unique_N, (load_NE > 0).sum(dim=1), load_NE.sum(dim=1)))
+        self._pending.append((kind, tuple(turns), figures_4N))
+
+    def cost(self) -> Cost:
+        """Everything recorded so far. Waits for the device once."""
+        self._settle()
+        by_kind = {kind: [step for step in self._settled if step.kind == kind] for kind in FORWARD_KINDS}
+        by_layer = {kind: self._mean_unique_by_layer(steps) for kind, steps in by_kind.items()}
+        active = {kind: sum(sum(s.active_experts) for s in steps) for kind, steps in by_kind.items()}
+        return Cost(
+            forwards={kind: len(steps) for kind, steps in by_kind.items()},
+            unique_experts={kind: sum(layers) / self.num_layers for kind, layers in by_layer.items()},
+            union_experts={k: active[k] / max(1, len(steps) * self.num_layers) for k, steps in by_kind.items()},
+            expert_bytes={kind: count * self.bytes_per_expert for kind, count in active.items()},
+            pairs={kind: sum(sum(s.pairs) for s in steps) for kind, steps in by_kind.items()},
+            unique_experts_by_layer=by_layer,
+            steps=tuple(self._settled),
+        )
+
+    def _settle(self) -> None:
+        if not self._pending:
+            return
+        figures = torch.stack([figures_4N for _, _, figures_4N in self._pending]).tolist()
+        for (kind, turns, _), (groups, unique, active, pairs) in zip(self._pending, figures, strict=True):
+            mean = tuple(total / max(1, groups[0]) for total in unique)
+            self._settled.append(
+                ForwardCost(
+                    kind=kind,
+                    turns=turns,
+                    groups=groups[0],
+                    unique_experts=mean,
+                    active_experts=tuple(active),
+                    pairs=tuple(pairs),
+                )
+            )
+        self._pending.clear()
+
+    def _mean_unique_by_layer(self, steps: Sequence[ForwardCost]) -> tuple[float, ...]:
+        groups = sum(step.groups for step in steps)
+        totals = [sum(step.unique_experts[n] * step.groups for step in steps) for n in range(self.num_layers)]
+        return tuple(total / max(1, groups) for total in totals)
