@@ -1,0 +1,1 @@
+"""Training of MoE diffusion language models with the block-diffusion objective."""

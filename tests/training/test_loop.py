@@ -1,0 +1,117 @@
+"""The loop: it learns, it resumes to the same weights, it balances; Muon against torch's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from expertshare.errors import ConfigError, TrainingError
+from expertshare.models import load_model
+from expertshare.training.config import TrainingConfig
+from expertshare.training.loop import Trainer, train
+from expertshare.training.muon import Muon, orthogonalise
+from expertshare.training.run import RunPaths, prepare, run
+
+
+def _config(**changes: object) -> TrainingConfig:
+    settings: dict[str, object] = {"steps": 4, "samples_per_step": 6, "dtype": "float32", "checkpoint_every": 2}
+    return TrainingConfig(**(settings | changes))  # type: ignore[arg-type]
+
+
+def _trainer(folder: Path, config: TrainingConfig, *, resume: bool = False) -> Trainer:
+    return prepare(RunPaths(folder=folder), config, hidden=64, layers=2, expert_hidden=8, resume=resume)
+
+
+def test_muon_equals_torch_on_a_matrix_and_treats_a_stack_matrix_by_matrix() -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(12, 20), [torch.randn(12, 20) for _ in range(3)]
+    theirs, ours = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    stack = torch.nn.Parameter(torch.stack((start, start.flip(0))))
+    reference = torch.optim.Muon([theirs], lr=0.1, momentum=0.95, weight_decay=0.01)
+    for gradient in gradients:
+        theirs.grad = gradient.clone()
+        reference.step()
+    optimiser = Muon([ours, stack], lr=0.1, momentum=0.95, weight_decay=0.01)
+    for gradient in gradients:
+        ours.grad, stack.grad = gradient.clone(), torch.stack((gradient, gradient.flip(0)))
+        optimiser.step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.03)  # torch iterates in bfloat16
+    torch.testing.assert_close(stack[0], ours, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stack[1], ours.flip(0), rtol=1e-4, atol=1e-5)
+
+
+def test_orthogonalise_brings_singular_values_near_one() -> None:
+    torch.manual_seed(1)
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(3, 16, 48)))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+    whole = _trainer(tmp_path / "whole", _config())
+    train(whole, tmp_path / "whole" / "checkpoint.pt", resume=False)
+
+    class Interrupt(Exception):
+        pass
+
+    def stop(result: object) -> None:
+        if getattr(result, "step", 0) == 2:
+            raise Interrupt
+
+    broken = _trainer(tmp_path / "broken", _config())
+    with pytest.raises(Interrupt):
+        train(broken, tmp_path / "broken" / "checkpoint.pt", resume=False, on_step=stop)
+    resumed = _trainer(tmp_path / "broken", _config(), resume=True)
+    train(resumed, tmp_path / "broken" / "checkpoint.pt", resume=True)
+    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_loss_falls_and_the_bias_moves_towards_an_even_load(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path / "run", _config(steps=30, samples_per_step=16, warmup_steps=5, balance_rate=0.01))
+    losses = [trainer.step().loss for _ in range(30)]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    bias = trainer.model.layers[1].moe.router.bias
+    assert bias.abs().max() > 0.01
+
+
+def test_balancing_raises_the_idle_and_lowers_the_busy(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path / "run", _config(balance_rate=0.5, warmup_steps=1, decay_share=1e-9))
+    load = torch.ones(1, 64)
+    load[0, 3], load[0, 5] = 10.0, 0.0
+    trainer._balance(load)
+    bias = trainer.model.layers[1].moe.router.bias
+    assert bias[3] == -0.5
+    assert bias[5] == 0.5
+
+
+def test_a_run_exports_a_model_that_loads_and_its_log(tmp_path: Path) -> None:
+    paths = RunPaths(folder=tmp_path / "run")
+    trainer = _trainer(paths.folder, _config(steps=2))
+    model = run(trainer, paths, resume=False, log_every=1)
+    loaded = load_model(model)
+    assert loaded.config.router.min_coreset_size("inside") == 12
+    assert loaded.model.dtype == torch.bfloat16
+    lines = [json.loads(line) for line in paths.log.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert json.loads(paths.config.read_text())["training"]["seed"] == 0
+
+
+def test_other_settings_or_a_finished_folder_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    _trainer(folder, _config())
+    with pytest.raises(TrainingError, match=r"--resume"):
+        _trainer(folder, _config())
+    with pytest.raises(TrainingError, match=r"training\.seed"):
+        _trainer(folder, _config(seed=5), resume=True)
+    with pytest.raises(TrainingError, match=r"nothing to resume"):
+        _trainer(tmp_path / "other", _config(), resume=True)
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"mask_ratio": (0.0, 0.5)}, {"dtype": "float16"}])
+def test_unusable_settings_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        _config(**change)
