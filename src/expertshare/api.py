@@ -1,0 +1,224 @@
+"""expertshare from Python: the same verbs as the command line, with values instead of tables.
+
+Example:
+
+    from expertshare.api import compare, generate, info, load
+    from expertshare.tasks import read_prompts
+
+    model = load("path/to/model")                     # a directory in Hugging Face layout, or a hub id
+    print(info(model).router_rule, info(model).min_coreset_inside)
+
+    result = generate(model, "What is 7 plus 8?", policy="des-vote:budget=16", gen_length=64)
+    print(result.answers[0].text, result.cost.unique_experts["denoise"])
+
+    comparison = compare(model, read_prompts("prompts.jsonl"), ["vanilla", "des-vote:budget=16", "des-seq"])
+    for run in comparison.runs:
+        print(run.label, run.reduction, run.agreement.tokens, run.accuracy.overall)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expertshare.decoding import DecodingOptions
+from expertshare.errors import ConfigError, InputError, nearest
+from expertshare.evaluation import (
+    Answer,
+    Comparison,
+    PolicyRun,
+    Setup,
+    answer_prompts,
+    compare_policies,
+    encode_prompts,
+    parse_policies,
+    policy_label,
+)
+from expertshare.evaluation.answering import BlockListener
+from expertshare.evaluation.comparison import ProgressListener
+from expertshare.measure.cost import Cost
+from expertshare.measure.environment import capture_environment, peak_memory_bytes, versions
+from expertshare.measure.report import Report
+from expertshare.models import LoadedModel, ModelFacts, describe, load_model
+from expertshare.routing import POLICIES, knobs, native_policy, parse_policy
+from expertshare.tasks import PromptRecord
+from expertshare.types import RoutingPolicy
+
+Model = str | Path | LoadedModel
+DecodingValue = int | float | str | bool | None
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generated:
+    """The answers to `prompts`, what they cost, and how they were made. peak_memory_bytes: of the process so far."""
+
+    prompts: tuple[str, ...]
+    run: PolicyRun
+    config: Mapping[str, Any]
+    device: torch.device
+    peak_memory_bytes: int
+
+    @property
+    def answers(self) -> tuple[Answer, ...]:
+        """One for each prompt, in order."""
+        return self.run.answers
+
+    @property
+    def cost(self) -> Cost:
+        """Experts by kind of forward."""
+        return self.run.cost
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat object. With several prompts token_ids, text and finish_reason are lists, one entry for each, and
+        "results" has the same by prompt; costs and times are totals of all of them."""
+        results = [self._answer_json(prompt, answer) for prompt, answer in zip(self.prompts, self.answers, strict=True)]
+        single = len(results) == 1
+        return {
+            **{
+                key: results[0][key] if single else [result[key] for result in results]
+                for key in ("token_ids", "text", "finish_reason")
+            },
+            "policy": self.run.policy.name,
+            "label": policy_label(self.run.policy),
+            "knobs": knobs(self.run.policy),
+            "unique_experts": dict(self.cost.unique_experts),
+            "union_experts": dict(self.cost.union_experts),
+            "expert_bytes": dict(self.cost.expert_bytes),
+            "pairs": dict(self.cost.pairs),
+            "steps": self.run.steps,
+            "forwards": self.run.forwards,
+            "tokens_per_s": self.run.tokens_per_s,
+            "elapsed_s": self.run.elapsed_s,
+            "seconds_by_part": dict(self.run.seconds_by_part),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "seed": self.run.options.seed,
+            "model": self.config["model"],
+            "versions": versions(),
+            **({} if single else {"results": results}),
+        }
+
+    @staticmethod
+    def _answer_json(prompt: str, answer: Answer) -> dict[str, Any]:
+        return {
+            "prompt": prompt,
+            "token_ids": list(answer.token_ids),
+            "text": answer.text,
+            "finish_reason": answer.finish_reason,
+            "steps": answer.steps,
+            "forwards": answer.forwards,
+        }
+
+    def report(self) -> Report:
+        """The whole record, with the cost of every forward."""
+        return Report(
+            command="generate",
+            environment=capture_environment(self.device),
+            seeds={"decoding": self.run.options.seed},
+            config={**self.config, "policy": self.run.policy.name, "knobs": knobs(self.run.policy)},
+            results={**self.to_json(), "cost": self.cost.to_json()},
+        )
+
+
+def load(model: Model, *, dtype: str | torch.dtype | None = None) -> LoadedModel:
+    """A model from a directory or hub id; one that is loaded is passed through. dtype: by default the checkpoint's."""
+    if isinstance(model, LoadedModel):
+        return model
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"unknown dtype {dtype!r}. {nearest(dtype, DTYPES)}")
+        dtype = DTYPES[dtype]
+    return load_model(model, dtype=dtype)
+
+
+def info(model: Model) -> ModelFacts:
+    """Architecture, router rule, bytes per expert, smallest coreset."""
+    return describe(load(model))
+
+
+def generate(
+    model: Model,
+    prompts: str | Sequence[str],
+    *,
+    policy: str | RoutingPolicy | None = None,
+    batch_size: int = 1,
+    backend: str = "grouped",
+    dtype: str | torch.dtype | None = None,
+    chat: bool | None = None,
+    on_block: BlockListener | None = None,
+    **decoding: DecodingValue,
+) -> Generated:
+    """Answer one prompt or several under an expert-sharing policy.
+
+    policy: `name` or `name:knob=value,...`, by default the one that the checkpoint was trained with. chat: None uses
+    the chat template where there is one. on_block hears of every block as it is committed. decoding: the fields of
+    DecodingOptions, e.g. gen_length=64, threshold=0.9. Raises a subclass of ExpertShareError for anything unusable.
+    """
+    setup, options = Setup(batch_size=batch_size, backend=backend, chat=chat), decoding_options(decoding)
+    wanted = parse_policy(policy) if isinstance(policy, str) else policy
+    texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    loaded = load(model, dtype=dtype)
+    ids = encode_prompts(loaded, texts, chat)
+    bound = wanted if wanted is not None else native_policy(loaded.config)
+    run = answer_prompts(loaded, ids, bound, options, setup=setup, on_block=on_block)
+    return Generated(
+        prompts=texts,
+        run=run,
+        config=setup.to_json(loaded, options),
+        device=loaded.model.device,
+        peak_memory_bytes=peak_memory_bytes(loaded.model.device),
+    )
+
+
+def compare(
+    model: Model,
+    records: Sequence[PromptRecord | str],
+    policies: Sequence[str | RoutingPolicy] | None = None,
+    *,
+    batch_size: int = 1,
+    backend: str = "grouped",
+    dtype: str | torch.dtype | None = None,
+    chat: bool | None = None,
+    on_progress: ProgressListener | None = None,
+    **decoding: DecodingValue,
+) -> Comparison:
+    """Answer the same prompts under several policies and compare each with vanilla, which is always run.
+
+    policies: by default all of them, with their default knobs. Prompts with a reference or tests are judged; code that
+    the model wrote for the code tasks is then run, in the sandbox of expertshare.tasks. on_progress(label, done, total)
+    hears of every finished prompt. Raises a subclass of ExpertShareError for anything unusable.
+    """
+    setup, options = Setup(batch_size=batch_size, backend=backend, chat=chat), decoding_options(decoding)
+    chosen = [
+        policy
+        for given in (policies if policies is not None else list(POLICIES))
+        for policy in (parse_policies([given]) if isinstance(given, str) else [given])
+    ]
+    prompts = [PromptRecord(prompt=record) if isinstance(record, str) else record for record in records]
+    loaded = load(model, dtype=dtype)
+    return compare_policies(loaded, prompts, chosen, options, setup=setup, on_progress=on_progress)
+
+
+def comparison_report(comparison: Comparison, device: torch.device | None = None) -> Report:
+    """The whole record, with every answer."""
+    decoding = comparison.config["decoding"]
+    return Report(
+        command="compare",
+        environment=capture_environment(device),
+        seeds={"decoding": decoding["seed"]},
+        config=comparison.config,
+        results=comparison.to_json(answers=True),
+    )
+
+
+def decoding_options(values: Mapping[str, DecodingValue]) -> DecodingOptions:
+    """DecodingOptions from names and values; InputError for a name that is none of its fields."""
+    known = [field.name for field in fields(DecodingOptions)]
+    for name in values:
+        if name not in known:
+            raise InputError(f"unknown decoding option {name!r}. {nearest(name, known)}")
+    return DecodingOptions(**values)  # type: ignore[arg-type]

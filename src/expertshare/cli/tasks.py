@@ -1,0 +1,33 @@
+"""`expertshare tasks`: write prompts of the generated tasks, with what their answers are judged by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expertshare.errors import InputError
+from expertshare.measure.report import check_writable
+from expertshare.tasks import TASKS, generate_items, write_prompts
+
+EXAMPLE = "Example: expertshare tasks prompts.jsonl --task arith --task code --count 100 --seed 1"
+
+
+def tasks(
+    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="File to write.")],
+    task: Annotated[
+        list[str] | None, typer.Option(help=f"Task ({', '.join(TASKS)}); may be repeated. Default: all.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Prompts of each task.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    split: Annotated[str, typer.Option(help="test (never trained on) or train.")] = "test",
+) -> None:
+    """Write prompts of the generated tasks as JSONL, for `expertshare compare` and `generate`."""
+    if count < 1:
+        raise InputError(f"count must be at least 1, got {count}")
+    check_writable(out)
+    names = list(dict.fromkeys(task or TASKS))
+    items = [item for name in names for item in generate_items(name, split=split, count=count, seed=seed)]  # type: ignore[arg-type]
+    write_prompts(out, items)
+    typer.echo(f"{len(items)} prompts in {out}: {', '.join(names)}; split {split}, seed {seed}")

@@ -1,0 +1,213 @@
+"""Several policies on the same prompts: what each saves, and what it costs in quality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from expertshare.decoding import BlockResult, DecodingOptions
+from expertshare.errors import PolicyError
+from expertshare.evaluation.accuracy import TaskAccuracy, check_scorable, judge, task_accuracy
+from expertshare.evaluation.agreement import Agreement, agreement
+from expertshare.evaluation.answering import PolicyRun, answer_prompts
+from expertshare.evaluation.labels import policy_label
+from expertshare.evaluation.setup import Setup, encode_prompts
+from expertshare.evaluation.statistics import PairedDifference, Proportion, Retained, paired_difference, retained
+from expertshare.measure.environment import peak_memory_bytes
+from expertshare.models import LoadedModel
+from expertshare.routing import POLICIES, knobs
+from expertshare.tasks import PromptRecord
+from expertshare.types import RoutingPolicy
+
+VANILLA = POLICIES["vanilla"]()
+ProgressListener = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComparedRun:
+    """One policy's run beside vanilla's on the same prompts.
+
+    outcomes: whether each answer is right, None where it cannot be judged. reduction: share of vanilla's unique
+    experts of a denoising forward that is saved. difference: to vanilla's accuracy, None without judged prompts and for
+    vanilla itself.
+    """
+
+    label: str
+    run: PolicyRun
+    outcomes: tuple[bool | None, ...]
+    accuracy: TaskAccuracy
+    agreement: Agreement
+    reduction: float
+    retained: Retained
+    difference: PairedDifference | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; shares as fractions, intervals as [low, high] at the 95 % level."""
+        cost, overall = self.run.cost, self.accuracy.overall
+        return {
+            "policy": self.run.policy.name,
+            "label": self.label,
+            "knobs": knobs(self.run.policy),
+            "unique_experts": dict(cost.unique_experts),
+            "union_experts": dict(cost.union_experts),
+            "expert_bytes": dict(cost.expert_bytes),
+            "unique_experts_reduction": self.reduction,
+            "steps": self.run.steps,
+            "forwards": self.run.forwards,
+            "tokens_per_s": self.run.tokens_per_s,
+            "elapsed_s": self.run.elapsed_s,
+            "seconds_by_part": dict(self.run.seconds_by_part),
+            "agreement": self.agreement.tokens,
+            "exact_agreement": self.agreement.exact,
+            "accuracy": overall.value if overall else None,
+            "accuracy_interval": [overall.low, overall.high] if overall else None,
+            "tasks": {task: self._task_json(task, share) for task, share in self.accuracy.by_task.items()},
+            "retained": self.retained.mean,
+            "retained_capped": self.retained.capped_mean,
+            "difference": asdict(self.difference) if self.difference else None,
+        }
+
+    def _task_json(self, task: str, share: Proportion) -> dict[str, Any]:
+        return {
+            "accuracy": share.value,
+            "interval": [share.low, share.high],
+            "correct": share.successes,
+            "count": share.count,
+            "retained": self.retained.by_task.get(task),
+        }
+
+    def answers_json(self, records: Sequence[PromptRecord]) -> list[dict[str, Any]]:
+        """Every answer with its prompt and outcome, for a report."""
+        return [
+            {"prompt": record.prompt, "task": record.task, "text": answer.text, "correct": outcome}
+            for record, answer, outcome in zip(records, self.run.answers, self.outcomes, strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """The runs that were asked for, in that order. reference: vanilla's run, whether or not it was asked for.
+
+    config: the resolved configuration. peak_memory_bytes: of the process, over all runs together.
+    """
+
+    records: tuple[PromptRecord, ...]
+    config: Mapping[str, Any]
+    runs: tuple[ComparedRun, ...]
+    reference: ComparedRun
+    peak_memory_bytes: int
+
+    def to_json(self, *, answers: bool = False) -> dict[str, Any]:
+        """Plain values under "runs"; `answers` adds every answer to its run."""
+        runs = [
+            {**run.to_json(), **({"answers": run.answers_json(self.records)} if answers else {})} for run in self.runs
+        ]
+        return {
+            "runs": runs,
+            "reference": self.reference.to_json(),
+            "num_prompts": len(self.records),
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+
+
+def compare_policies(
+    loaded: LoadedModel,
+    records: Sequence[PromptRecord],
+    policies: Sequence[RoutingPolicy],
+    options: DecodingOptions,
+    *,
+    setup: Setup,
+    on_progress: ProgressListener | None = None,
+) -> Comparison:
+    """Answer the prompts of `records` under vanilla and every policy, and compare with vanilla.
+
+    Everything that can be refused is refused before the first forward. on_progress(label, done, total) hears of
+    every finished prompt. Raises InputError, PolicyError or NumericsError.
+    """
+    labels = _labels(policies)
+    bound = [policy.bind(loaded.config.router) for policy in policies]
+    check_scorable(records)
+    prompts = encode_prompts(loaded, [record.prompt for record in records], setup.chat)
+
+    def run(policy: RoutingPolicy, label: str) -> PolicyRun:
+        listener = _count_finished(label, len(prompts), on_progress)
+        return answer_prompts(loaded, prompts, policy, options, setup=setup, on_block=listener)
+
+    _warm_up(loaded, prompts, options, setup)
+    base_run = run(VANILLA, VANILLA.name)
+    base_outcomes = judge(records, [answer.text for answer in base_run.answers])
+    reference = _compare(VANILLA.name, base_run, base_outcomes, base_run, base_outcomes, records)
+    runs: list[ComparedRun] = []
+    for policy, label in zip(bound, labels, strict=True):
+        if policy == VANILLA:
+            runs.append(reference)
+            continue
+        this = run(policy, label)
+        outcomes = judge(records, [answer.text for answer in this.answers])
+        runs.append(_compare(label, this, outcomes, base_run, base_outcomes, records))
+    return Comparison(
+        records=tuple(records),
+        config=setup.to_json(loaded, options),
+        runs=tuple(runs),
+        reference=reference,
+        peak_memory_bytes=peak_memory_bytes(loaded.model.device),
+    )
+
+
+def _labels(policies: Sequence[RoutingPolicy]) -> list[str]:
+    labels = [policy_label(policy) for policy in policies]
+    if not labels:
+        raise PolicyError("expected at least one policy to compare, got none; name one, e.g. des-vote:budget=16")
+    repeated = sorted({label for label in labels if labels.count(label) > 1})
+    if repeated:
+        raise PolicyError(f"expected every policy once, got {', '.join(repeated)} again; drop it or change a knob")
+    return labels
+
+
+def _warm_up(loaded: LoadedModel, prompts: Sequence[Sequence[int]], options: DecodingOptions, setup: Setup) -> None:
+    """One block that counts nowhere, so that the first policy does not pay for what happens only once."""
+    resolved = options.resolve(loaded.config)
+    one_block = replace(options, gen_length=min(resolved.gen_length, resolved.block_length or 1))
+    answer_prompts(loaded, prompts[:1], VANILLA, one_block, setup=setup)
+
+
+def _count_finished(label: str, total: int, listener: ProgressListener | None) -> Callable[[BlockResult], None]:
+    done = 0
+
+    def heard(block: BlockResult) -> None:
+        nonlocal done
+        done += block.finish_reason is not None
+        if listener is not None and block.finish_reason is not None:
+            listener(label, done, total)
+
+    return heard
+
+
+def _compare(
+    label: str,
+    run: PolicyRun,
+    outcomes: Sequence[bool | None],
+    base_run: PolicyRun,
+    base_outcomes: Sequence[bool | None],
+    records: Sequence[PromptRecord],
+) -> ComparedRun:
+    accuracy, base_accuracy = task_accuracy(records, outcomes), task_accuracy(records, base_outcomes)
+    pairs = [
+        (mine, theirs)
+        for mine, theirs in zip(outcomes, base_outcomes, strict=True)
+        if mine is not None and theirs is not None
+    ]
+    base_unique = base_run.cost.unique_experts["denoise"]
+    return ComparedRun(
+        label=label,
+        run=run,
+        outcomes=tuple(outcomes),
+        accuracy=accuracy,
+        agreement=agreement([a.token_ids for a in run.answers], [a.token_ids for a in base_run.answers]),
+        reduction=1.0 - run.cost.unique_experts["denoise"] / base_unique,
+        retained=retained(accuracy.by_task, base_accuracy.by_task),
+        difference=paired_difference([m for m, _ in pairs], [t for _, t in pairs])
+        if pairs and run is not base_run
+        else None,
+    )

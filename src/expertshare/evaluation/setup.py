@@ -1,0 +1,54 @@
+"""How a run was set up: what goes into a report beside its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from expertshare.decoding import DecodingOptions
+from expertshare.errors import InputError
+from expertshare.models import LoadedModel, describe, encode_prompt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setup:
+    """What all runs of one command share. chat: whether prompts went through the chat template (None: if there is one).
+
+    batch_size: prompts decoded together; a coreset is still per block and prompt.
+    """
+
+    batch_size: int = 1
+    backend: str = "grouped"
+    chat: bool | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise InputError(f"batch_size must be a whole number of at least 1, got {self.batch_size!r}")
+
+    def to_json(self, loaded: LoadedModel, options: DecodingOptions) -> dict[str, Any]:
+        """The resolved configuration: model, decoding and these."""
+        has_template = loaded.tokenizer is not None and loaded.tokenizer.chat_template is not None
+        return {
+            "model": str(loaded.path),
+            "model_facts": asdict(describe(loaded)),
+            "decoding": asdict(options.resolve(loaded.config)),
+            "batch_size": self.batch_size,
+            "backend": self.backend,
+            "chat": has_template if self.chat is None else self.chat,
+        }
+
+
+def encode_prompts(loaded: LoadedModel, texts: Sequence[str], chat: bool | None) -> list[list[int]]:
+    """Token ids of every prompt. Raises InputError for none, an empty one, or a model without a tokenizer."""
+    if not texts:
+        raise InputError("expected at least one prompt, got none; give some text")
+    if loaded.tokenizer is None:
+        raise InputError(f"{loaded.path} has no tokenizer: put the model's tokenizer.json there")
+    prompts: list[list[int]] = []
+    for number, text in enumerate(texts, 1):
+        try:
+            prompts.append(encode_prompt(loaded.tokenizer, text, chat=chat))
+        except InputError as error:
+            raise error if len(texts) == 1 else InputError(f"prompt {number}: {error}") from error
+    return prompts

@@ -1,0 +1,162 @@
+"""Wrong input: exit code 2, one clear message on stderr, nothing on stdout, no traceback."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cli.conftest import Run
+from expertshare import api
+from expertshare.errors import InputError
+
+GENERATE = [
+    (("--policy", "des-vot"), "Did you mean 'des-vote'?"),
+    (("--policy", "block-top-p", "--top-p-experts", "1.5"), "top_p_experts must lie in (0, 1], got 1.5"),
+    (("--policy", "block-top-p", "--top-p-experts", "0"), "top_p_experts must lie in (0, 1]"),
+    (("--policy", "des-vote", "--budget", "5"), "must lie in 6..16 experts"),
+    (("--policy", "des-vote", "--budget", "17"), "must lie in 6..16 experts"),
+    (("--policy", "des-vote", "--budget", "-3"), "must lie in 6..16 experts"),
+    (("--policy", "des-vote", "--budget", "1.5"), "a fraction in (0, 1], got 1.5"),
+    (("--policy", "des-vote", "--budget", "many"), "budget must be a number, got 'many'"),
+    (("--policy", "des-vote", "--skip-share", "0.2"), "it belongs to skip"),
+    (("--policy", "des-vote:budget=8", "--budget", "9"), "got both: choose one way"),
+    (("--budget", "8"), "expected --policy beside --budget"),
+    (("--gen-length", "0"), "gen_length must be a whole number of at least 1, got 0"),
+    (("--gen-length", "-4"), "gen_length must be a whole number of at least 1, got -4"),
+    (("--gen-length", "500"), "the model has 128 positions"),
+    (("--block-length", "0"), "block_length must be"),
+    (("--steps", "0"), "steps_per_block must be"),
+    (("--batch-size", "0"), "batch_size must be"),
+    (("--threshold", "1.5"), "threshold must lie in [0, 1)"),
+    (("--temperature", "-1"), "temperature must be"),
+    (("--seed", "-1"), "seed must be"),
+    (("--dtype", "float23"), "Did you mean 'float32'?"),
+    (("--backend", "groupd"), "Did you mean 'grouped'?"),
+    (("--prompts", "x.jsonl"), "got --prompt and --prompts: choose one"),
+    (("--report", "missing-directory/report.json"), "expected a path that can be written"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), GENERATE)
+def test_generate_refuses(checkpoint: Path, run: Run, arguments: tuple[str, ...], message: str) -> None:
+    done = run("generate", checkpoint, "--prompt", "hello", *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: ")
+    assert message in done.err
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_empty_prompt(checkpoint: Path, run: Run, prompt: str) -> None:
+    done = run("generate", checkpoint, "--prompt", prompt)
+    assert done.code == 2
+    assert "got an empty one" in done.err
+
+
+def test_prompt_longer_than_the_model(checkpoint: Path, run: Run) -> None:
+    done = run("generate", checkpoint, "--prompt", "number " * 200)
+    assert done.code == 2
+    assert "the model has 128 positions" in done.err
+
+
+def test_missing_model(run: Run, tmp_path: Path) -> None:
+    done = run("generate", tmp_path / "nothing", "--prompt", "hello")
+    assert done.code == 2
+    assert "there is no directory" in done.err
+
+
+def test_model_without_a_tokenizer(checkpoint: Path, run: Run, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(checkpoint, bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    done = run("generate", bare, "--prompt", "hello")
+    assert done.code == 2
+    assert "has no tokenizer" in done.err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": \n', "line 2: expected one JSON object"),
+        ("\n", "got none"),
+        ('{"prompt": "a"}\n\n{"question": "b"}\n', "line 3"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["generate", "compare"])
+def test_unusable_prompt_files(
+    checkpoint: Path, run: Run, tmp_path: Path, verb: str, content: str, message: str
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(content)
+    done = run(verb, checkpoint, "--prompts", file)
+    assert (done.code, done.out) == (2, "")
+    assert message in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--policies", "vanilla,des-vot"), "Did you mean 'des-vote'?"),
+        (("--policies", "vanilla,vanilla"), "got vanilla again"),
+        (("--policies", "budget=8"), "expected a policy before the knob"),
+        (("--policies", ""), "expected at least one policy"),
+        (("--policies", "skip:budget=8"), "skip has no knob 'budget'"),
+        (("--policies", "des-vote:budget=3"), "must lie in 6..16 experts"),
+        (("--limit", "0"), "limit must be at least 1"),
+        (("--plot", "quality.bmp"), "expected a picture name ending in .png, .svg, .pdf"),
+        (("--plot", "missing-directory/quality.png"), "expected a path that can be written"),
+        (("--report", "."), "it is a directory"),
+    ],
+)
+def test_compare_refuses(checkpoint: Path, run: Run, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "hello"}\n')
+    done = run("compare", checkpoint, "--prompts", file, "--gen-length", "8", *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert message in done.err
+
+
+def test_unknown_task_in_a_prompt_file(checkpoint: Path, run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "hello", "reference": "x", "task": "arit"}\n')
+    done = run("compare", checkpoint, "--prompts", file)
+    assert done.code == 2
+    assert "Did you mean 'arith'?" in done.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--task", "arit"), "Did you mean 'arith'?"),
+        (("--split", "tset"), "expected split 'train' or 'test'"),
+        (("--count", "0"), "count must be at least 1"),
+    ],
+)
+def test_tasks_refuses(run: Run, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    done = run("tasks", tmp_path / "out.jsonl", *arguments)
+    assert done.code == 2
+    assert message in done.err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generat",), "No such command 'generat'"),
+        (("info", "model", "--jsn"), "No such option: --jsn"),
+        (("generate",), "Missing argument"),
+        (("generate", "m", "--gen-length", "ten"), "Invalid value for '--gen-length'"),
+        (("generate", "m", "--threshold", "high"), "expected a number or none"),
+    ],
+)
+def test_unusable_command_lines(run: Run, arguments: tuple[str, ...], message: str) -> None:
+    done = run(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert message in done.err
+
+
+def test_python_api_names_the_nearest_option(checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="Did you mean 'gen_length'"):
+        api.generate(checkpoint, "hello", gen_lenght=8)
+    with pytest.raises(InputError, match="expected at least one prompt"):
+        api.generate(checkpoint, [])
