@@ -75,16 +75,16 @@ def check_prompts(prompts: Sequence[Sequence[int]], options: DecodingOptions, co
         raise InputError("expected at least one prompt, got none. Pass a list of token-id lists.")
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise InputError(f"prompt {row} is empty: expected at least one token. Remove it, or give it some text.")
+            raise InputError(f"prompt {row + 1} is empty: expected at least one token. Remove it, or give it some text.")
         total = len(prompt) + options.gen_length
         if total > config.max_positions:
             raise InputError(
-                f"prompt {row} has {len(prompt)} tokens; with gen_length {options.gen_length} that is "
+                f"prompt {row + 1} has {len(prompt)} tokens; with gen_length {options.gen_length} that is "
                 f"{total}, and the model has {config.max_positions} positions. Shorten the prompt, or generate less."
             )
         for token in prompt:
             if not 0 <= token < config.vocab_size:
                 raise InputError(
-                    f"prompt {row} holds token id {token}, expected ids in 0..{config.vocab_size - 1}. "
+                    f"prompt {row + 1} holds token id {token}, expected ids in 0..{config.vocab_size - 1}. "
                     "Encode it with the tokenizer of this model."
                 )
