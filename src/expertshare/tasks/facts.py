@@ -1,7 +1,7 @@
 """Arithmetic facts that all kinds share, each written in one way: "a + b = c".
 
 One spelling and one small table per operation, so that a fact learnt in a worded problem also serves
-equations. All values lie in 0..30. Added and subtracted operands are 1..9; products are 2..9 times 2..5;
+equations. All values lie in 0..60. Added and subtracted operands are 1..12; products are 2..9 times 2..6;
 a division undoes such a product and divides by its second factor.
 """
 
@@ -11,15 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-MAX_VALUE = 30
-MAX_OPERAND = 9
+MAX_VALUE = 60
+MAX_OPERAND = 12
 FACTORS = range(2, 10)
-MULTIPLIERS = range(2, 6)
+MULTIPLIERS = range(2, 7)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fact:
-    """`left symbol right = result`, all integers in 0..30."""
+    """`left symbol right = result`, all integers in 0..MAX_VALUE."""
 
     left: int
     symbol: str
@@ -48,7 +48,7 @@ QUOTIENTS = tuple(Fact(left=f.result, symbol="/", right=f.right, result=f.left) 
 
 
 def sum_onto(rng: Random, value: int) -> Fact:
-    """A sum that starts from `value` (at most 29)."""
+    """A sum that starts from `value` (below MAX_VALUE)."""
     operand = rng.randint(1, min(MAX_OPERAND, MAX_VALUE - value))
     return Fact(left=value, symbol="+", right=operand, result=value + operand)
 

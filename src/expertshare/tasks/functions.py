@@ -1,6 +1,7 @@
 """Kind `code` (HumanEval-like): write one short function; unit tests decide.
 
-Level 1 is one operation, level 2 two, level 3 three or one whose constant has to be computed first.
+Level 1 is one operation, level 2 two, level 3 three or one whose constant has to be computed first, without room to
+write the computation down.
 """
 
 from __future__ import annotations
@@ -162,6 +163,19 @@ def _folded(rng: Random, a: str) -> Expression:
     return Expression(takes="int", asked=asked, written=written, meaning=lambda v: v + c - d)
 
 
+def _folded_twice(rng: Random, a: str) -> Expression:
+    """Three operations asked for, one to be written: two shared facts in a row."""
+    c, d, e = fold_two(rng)
+    asked = f"{a} plus {c} and then plus {d} and then minus {e}, in one step"
+    return Expression(takes="int", asked=asked, written=f"{a} + {c + d - e}", meaning=lambda v: v + c + d - e)
+
+
+def fold_two(rng: Random) -> tuple[int, int, int]:
+    """Constants c, d, e such that c + d and c + d - e are facts with results of at least 1."""
+    d, e = rng.randint(1, MAX_OPERAND), rng.randint(1, MAX_OPERAND)
+    return rng.randint(max(1, e - d + 1), MAX_VALUE - d), d, e
+
+
 def _choose_between(rng: Random, a: str) -> Expression:
     c, d, e = rng.randint(1, 9), rng.randint(1, 9), rng.randint(2, 9)
     asked = f"{a} plus {d} if {a} is above {c}, else {a} times {e}"
@@ -203,7 +217,7 @@ INT_EASY: tuple[Form, ...] = (_shift, _scale)
 INT_MEDIUM: tuple[Form, ...] = (_scale_shift, _choose)
 EASY: tuple[Form, ...] = (_shift, _shift, _scale, _scale, _list_call, _text_call)
 MEDIUM: tuple[Form, ...] = (_scale_shift, _map, _filter, _choose)
-HARD: tuple[Form, ...] = (_folded, _choose_between, _map_filter)
+HARD: tuple[Form, ...] = (_folded, _folded_twice, _folded_twice, _choose_between, _map_filter)
 _INPUT_KINDS: dict[Form, InputKind] = {
     _list_call: "list",
     _map: "list",

@@ -16,7 +16,7 @@ from expertshare.tasks.table import find_task
 from expertshare.tasks.types import Split, TaskItem
 
 TEST_SHARE_INVERSE = 16
-LEVEL_SHARES = (0.40, 0.35, 0.25)
+LEVEL_SHARES = (0.30, 0.35, 0.35)
 # Consecutive draws that bring nothing new before the space of prompts counts as used up.
 MAX_BARREN_DRAWS = 2_000
 

@@ -19,7 +19,7 @@ from expertshare.tasks.expressions import (
     sample_inputs,
 )
 from expertshare.tasks.facts import MAX_OPERAND, MAX_VALUE
-from expertshare.tasks.functions import INT_EASY, INT_MEDIUM, Form, compose
+from expertshare.tasks.functions import INT_EASY, INT_MEDIUM, Form, compose, fold_two
 from expertshare.tasks.types import Draft, Draw, Task
 
 
@@ -113,6 +113,16 @@ def _folded(rng: Random, f: str, a: str) -> _Caller:
     )
 
 
+def _folded_twice(rng: Random, f: str, a: str) -> _Caller:
+    c, d, e = fold_two(rng)
+    return _Caller(
+        takes="int",
+        asked=f"{f}({a}) plus {c} and then plus {d} and then minus {e}, in one step",
+        written=f"{f}({a}) + {c + d - e}",
+        meaning=lambda first, v: first(v) + c + d - e,
+    )
+
+
 def check_calls(first: str, second: str, value: Any) -> str:
     """Statements that fail unless `second(value)` calls the global `first`; they put `first` back."""
     return (
@@ -158,7 +168,7 @@ def _level(first_forms: tuple[Form, ...], second_forms: tuple[CallerForm, ...]) 
 
 EASY_CALLERS: tuple[CallerForm, ...] = (_shifted, _scaled, _twice)
 MEDIUM_CALLERS: tuple[CallerForm, ...] = (_each, _total, _shifted)
-HARD_CALLERS: tuple[CallerForm, ...] = (_guarded, _folded, _twice, _total)
+HARD_CALLERS: tuple[CallerForm, ...] = (_guarded, _folded, _folded_twice, _folded_twice, _total)
 
 TASK = Task(
     name="code_pro",

@@ -41,7 +41,7 @@ def _byte_level() -> pre_tokenizers.PreTokenizer:
 
 
 def _words(seed: int) -> list[str]:
-    """The pieces into which train items are cut, and 0..30 with and without a blank; sorted."""
+    """The pieces into which train items are cut, and 0..MAX_VALUE with and without a blank; sorted."""
     texts: set[str] = set()
     for task in TASKS:
         for item in islice(iterate_items(task, split="train", seed=seed), ITEMS_PER_TASK):

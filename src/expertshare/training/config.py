@@ -33,7 +33,7 @@ class TrainingConfig:
     fill_weight: float = 0.2
     balance_rate: float = 0.001
     mixture: dict[str, float] = field(
-        default_factory=lambda: {"arith": 1.5, "math": 1.5, "code": 1.0, "code_pro": 1.0, "choice": 1.5}
+        default_factory=lambda: {"arith": 1.5, "math": 1.5, "code": 1.0, "code_pro": 1.0, "choice": 2.5}
     )
     dtype: str = "bfloat16"
     checkpoint_every: int = 500
