@@ -31,9 +31,8 @@ def test_changed_final_answers_are_wrong(task: str) -> None:
     changed = []
     for item in items:
         steps, mark, final = item.reference.rpartition("#### ")
-        other = {"A": "B", "B": "C", "C": "D", "D": "A"}
-        broken = other.get(final) or re.sub(r"\d+", lambda m: str(int(m[0]) + 1), final, count=1)
-        changed.append(steps + mark + broken)
+        broken = re.sub(r"\d+", lambda m: str(int(m[0]) + 1), final, count=1)
+        changed.append(steps + mark + (broken if broken != final else f"{final}s"))
     assert not any(score_many(items, changed))
 
 
@@ -71,7 +70,7 @@ def test_the_second_function_must_call_the_first() -> None:
 
 ARITH = TaskItem(task="arith", prompt="p", reference="12 + 7 = 19\n#### 19", level=1)
 MATH = TaskItem(task="math", prompt="p", reference="2 * 3 = 6\n#### 6x + 5", level=2)
-CHOICE = TaskItem(task="choice", prompt="p", reference="iron\n#### B", level=1)
+CHOICE = TaskItem(task="choice", prompt="p", reference="#### iron", level=1)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +87,9 @@ CHOICE = TaskItem(task="choice", prompt="p", reference="iron\n#### B", level=1)
         (MATH, "####6x+5\n", True),
         (MATH, "#### 6x + 5x", False),
         (MATH, "#### 5 + 6x", False),
-        (CHOICE, "#### B. iron", True),
-        (CHOICE, "#### Bronze", False),
-        (CHOICE, "iron\n#### A", False),
+        (CHOICE, "a metal\n####  iron\n", True),
+        (CHOICE, "#### iron or tin", False),
+        (CHOICE, "iron", False),
     ],
 )
 def test_final_answers(item: TaskItem, answer: str, right: bool) -> None:

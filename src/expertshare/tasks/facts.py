@@ -1,7 +1,7 @@
 """Arithmetic facts that all kinds share, each written in one way: "a + b = c".
 
 One spelling and one small table per operation, so that a fact learnt in a worded problem also serves
-equations. All values lie in 0..60. Added and subtracted operands are 1..12; products are 2..9 times 2..6;
+equations. All values lie in 0..48. Added and subtracted operands are 1..10; products are 2..9 times 2..6;
 a division undoes such a product and divides by its second factor.
 """
 
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-MAX_VALUE = 60
-MAX_OPERAND = 12
+MAX_VALUE = 48
+MAX_OPERAND = 10
 FACTORS = range(2, 10)
 MULTIPLIERS = range(2, 7)
 

@@ -1,4 +1,4 @@
-"""Kind `choice` (ARC-like): four options, one right. The answer names the option, then its letter.
+"""Kind `choice` (ARC-like): four options, one right. The answer names the option.
 
 Level 1 asks for a category, level 2 for the odd one out, level 3 compares numbers, needs a sum, or asks for
 a property of an animal (two hops).
@@ -13,31 +13,33 @@ from expertshare.tasks.facts import DIFFERENCES, MAX_VALUE, SUMS
 from expertshare.tasks.types import Draft, Task
 from expertshare.tasks.words import CATEGORIES, PROPERTIES
 
-LETTERS = "ABCD"
 _CATEGORY_NAMES = tuple(CATEGORIES)
 _ANIMALS = CATEGORIES["an animal"]
 
 
 def _pose(rng: Random, question: str, right: str, wrong: Sequence[str], steps: str | None = None) -> Draft:
-    """Shuffle the options; the answer is `steps` (default: the right option) and its letter."""
+    """Shuffle the options; the answer is the right one, after the steps that lead to it if there are any."""
     options = [right, *wrong]
     rng.shuffle(options)
-    listed = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=True)]
-    letter = LETTERS[options.index(right)]
-    return Draft(prompt="\n".join([question, *listed]), reference=f"{steps or right}\n#### {letter}")
+    first, second, third, last = options
+    final = f"#### {right}"
+    return Draft(
+        prompt=f"{question}: {first}, {second}, {third} or {last}?",
+        reference=f"{steps}\n{final}" if steps else final,
+    )
 
 
 def _category(rng: Random) -> Draft:
     asked, *others = rng.sample(_CATEGORY_NAMES, 4)
     wrong = [rng.choice(CATEGORIES[name]) for name in others]
-    return _pose(rng, f"Which of these is {asked}?", rng.choice(CATEGORIES[asked]), wrong)
+    return _pose(rng, f"Which of these is {asked}", rng.choice(CATEGORIES[asked]), wrong)
 
 
 def _odd_one_out(rng: Random) -> Draft:
     asked, other = rng.sample(_CATEGORY_NAMES, 2)
     return _pose(
         rng,
-        f"Which of these is not {asked}?",
+        f"Which of these is not {asked}",
         rng.choice(CATEGORIES[other]),
         rng.sample(CATEGORIES[asked], 3),
     )
@@ -47,7 +49,7 @@ def _extreme(rng: Random) -> Draft:
     numbers = sorted(rng.sample(range(MAX_VALUE + 1), 4))
     largest = rng.random() < 0.5
     right = numbers.pop(-1 if largest else 0)
-    question = f"Which of these is the {'largest' if largest else 'smallest'}?"
+    question = f"Which of these is the {'largest' if largest else 'smallest'}"
     return _pose(rng, question, str(right), [str(n) for n in numbers])
 
 
@@ -56,7 +58,7 @@ def _equals(rng: Random) -> Draft:
     fact = rng.choice(SUMS if rng.random() < 0.5 else DIFFERENCES)
     near = [n for n in range(fact.result - 5, fact.result + 6) if n != fact.result and 0 <= n <= MAX_VALUE]
     wrong = [str(n) for n in rng.sample(near, 3)]
-    question = f"Which of these equals {fact.left} {fact.symbol} {fact.right}?"
+    question = f"Which of these equals {fact.left} {fact.symbol} {fact.right}"
     return _pose(rng, question, str(fact.result), wrong, steps=fact.text)
 
 
@@ -64,7 +66,7 @@ def _property(rng: Random) -> Draft:
     asked = rng.choice(tuple(PROPERTIES))
     has = [animal for animal in _ANIMALS if animal in PROPERTIES[asked]]
     lacks = [animal for animal in _ANIMALS if animal not in PROPERTIES[asked]]
-    return _pose(rng, f"Which of these {asked}?", rng.choice(has), rng.sample(lacks, 3))
+    return _pose(rng, f"Which of these {asked}", rng.choice(has), rng.sample(lacks, 3))
 
 
 def _hard(rng: Random) -> Draft:
@@ -75,5 +77,5 @@ TASK = Task(
     name="choice",
     description="four-way multiple choice, like ARC",
     levels=(_category, _odd_one_out, _hard),
-    answer_rule="letter",
+    answer_rule="text",
 )

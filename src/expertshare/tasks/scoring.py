@@ -12,7 +12,6 @@ from expertshare.tasks.types import AnswerRule, PromptRecord, TaskItem
 
 FINAL_MARK = "####"
 _INTEGER = re.compile(r"[+-]?\d+(?!\w|\.\d)")
-_LETTER = re.compile(r"[A-Z](?!\w)")
 
 
 def final_answer(text: str) -> str | None:
@@ -25,9 +24,6 @@ def _equal(rule: AnswerRule, gold: str, answer: str) -> bool:
     if rule == "number":
         wanted, found = _INTEGER.match(gold), _INTEGER.match(answer)
         return wanted is not None and found is not None and int(wanted[0]) == int(found[0])
-    if rule == "letter":
-        wanted, found = _LETTER.match(gold), _LETTER.match(answer)
-        return wanted is not None and found is not None and wanted[0] == found[0]
     return "".join(gold.split()) == "".join(answer.split())
 
 

@@ -8,7 +8,7 @@ from random import Random
 from typing import Literal
 
 Split = Literal["train", "test"]
-AnswerRule = Literal["number", "text", "letter", "program"]
+AnswerRule = Literal["number", "text", "program"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,8 +52,8 @@ Draw = Callable[[Random], Draft]
 class Task:
     """A kind of task: one draw per level, easiest first, and the rule that judges answers.
 
-    `number`, `text` and `letter` compare what follows the last "####" of answer and reference (as an integer,
-    with blanks ignored, as an option's letter); `program` runs the item's tests after the answer.
+    `number` and `text` compare what follows the last "####" of answer and reference (as an integer, with blanks
+    ignored); `program` runs the item's tests after the answer.
     """
 
     name: str

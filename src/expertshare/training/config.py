@@ -20,7 +20,7 @@ class TrainingConfig:
     `decay_share` of the run.
     """
 
-    steps: int = 6_000
+    steps: int = 4_600
     samples_per_step: int = 96
     seed: int = 0
     matrix_lr: float = 0.02
@@ -33,7 +33,7 @@ class TrainingConfig:
     fill_weight: float = 0.2
     balance_rate: float = 0.001
     mixture: dict[str, float] = field(
-        default_factory=lambda: {"arith": 1.5, "math": 1.5, "code": 1.0, "code_pro": 1.0, "choice": 2.5}
+        default_factory=lambda: {"arith": 1.5, "math": 1.5, "code": 1.0, "code_pro": 1.0, "choice": 1.5}
     )
     dtype: str = "bfloat16"
     checkpoint_every: int = 500
