@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# What an installation is made from; sources in Python are used in place.
+INPUTS := pyproject.toml setup.py constraints.txt $(wildcard src/expertshare/kernels/native/*)
+
 MODEL := models/reference
 PROMPT := Tom has 12 apples. He finds 7 more. He sells 4. How many apples does Tom have now?
 POLICIES := vanilla,des-seq,des-vote,block-top-p
@@ -39,12 +42,12 @@ $(BIN)/python:
 		+ sys.version.split()[0] + "; name another one: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/runtime.stamp: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/runtime.stamp: $(INPUTS) | $(BIN)/python
 	@echo 'Installing into $(VENV); the first time this takes a few minutes.'
 	$(PIP_INSTALL) --editable .
 	@touch $@
 
-$(VENV)/dev.stamp: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/dev.stamp: $(INPUTS) | $(BIN)/python
 	@echo 'Installing into $(VENV), tools for development included; the first time this takes a few minutes.'
 	$(PIP_INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/runtime.stamp

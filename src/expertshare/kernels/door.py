@@ -8,14 +8,16 @@ from typing import Literal
 from torch import Tensor
 
 from expertshare.errors import ConfigError, nearest
+from expertshare.kernels.cpu import moe_ffn_cpu
 from expertshare.kernels.grouped import moe_ffn_grouped
 from expertshare.kernels.reference import moe_ffn_reference
 from expertshare.types import ExpertBank, RoutingPlan
 
-Backend = Literal["grouped", "reference"]
+Backend = Literal["grouped", "cpu", "reference"]
 
 BACKENDS: dict[str, Callable[[Tensor, RoutingPlan, ExpertBank], Tensor]] = {
     "grouped": moe_ffn_grouped,
+    "cpu": moe_ffn_cpu,
     "reference": moe_ffn_reference,
 }
 
@@ -24,7 +26,7 @@ def moe_ffn(x_TD: Tensor, plan: RoutingPlan, bank: ExpertBank, *, backend: str =
     """Run each token through the experts of its plan and mix the outputs with its weights.
 
     x_TD: float32 or bfloat16, same dtype as the bank. Returns [T, D] in that dtype; sums are float32.
-    Raises ConfigError for a backend that does not exist.
+    Raises ConfigError for a backend that does not exist, and for "cpu" where its library was not built.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"unknown expert backend {backend!r}. {nearest(backend, BACKENDS)}")

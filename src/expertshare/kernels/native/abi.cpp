@@ -1,0 +1,139 @@
+#include "abi.h"
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <system_error>
+
+#include "expert_layer.h"
+#include "isa.h"
+
+#define EXPERTSHARE_EXPORT __attribute__((visibility("default")))
+
+namespace expertshare {
+namespace {
+
+// Bounds the scratch (about 64 MiB at 2048 features and 8 experts a token); reading the weights once more for every
+// so many tokens costs nothing beside the arithmetic of those tokens.
+constexpr Index kTokensAtATime = 1024;
+
+// Threads and scratch of the process. One call at a time: two would only fight for the same cores.
+class Engine {
+   public:
+    Engine() {
+#if defined(__unix__) || defined(__APPLE__)
+        pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+#endif
+    }
+
+    // At exit a daemon thread may still be computing; then threads and scratch are left to the operating system.
+    ~Engine() {
+        if (!mutex_.try_lock()) {
+            static_cast<void>(pool_.release());
+            return;
+        }
+        pool_.reset();
+        mutex_.unlock();
+    }
+
+    es_status run(const es_layer &whole);
+
+   private:
+    static void before_fork();
+    static void after_fork_in_parent();
+    static void after_fork_in_child();
+
+    std::mutex mutex_;
+    std::unique_ptr<Pool> pool_;
+    Arena arena_;
+    bool forked_ = false;
+};
+
+Engine &engine() {
+    static Engine one;
+    return one;
+}
+
+void Engine::before_fork() { engine().mutex_.lock(); }
+void Engine::after_fork_in_parent() { engine().mutex_.unlock(); }
+// A child has none of the threads, and what they waited on must never be touched again. Nor has it those of a team,
+// which libgomp would wait for in vain.
+void Engine::after_fork_in_child() {
+    static_cast<void>(engine().pool_.release());
+    engine().forked_ = true;
+    engine().mutex_.unlock();
+}
+
+struct TeamWork {
+    Work &work;
+    std::atomic<int> entered{0};
+};
+
+void run_in_team(void *data) {
+    TeamWork &team = *static_cast<TeamWork *>(data);
+    team.work.run(team.entered.fetch_add(1, std::memory_order_relaxed));
+}
+
+es_status run_part(const es_layer &part, const Kernels &kernels, Arena &arena, Pool *pool) {
+    ExpertLayer layer(part, kernels, arena);
+    if (!layer.ids_in_range()) return ES_BAD_EXPERT_ID;
+    if (pool != nullptr) {
+        pool->run(layer, layer.useful_threads());
+    } else if (layer.useful_threads() == 1) {
+        layer.run(0);
+    } else {  // always the whole team: libgomp would end the threads that a smaller one leaves out
+        TeamWork work{layer};
+        part.team(run_in_team, &work, static_cast<unsigned>(part.num_threads), 0);
+    }
+    return ES_OK;
+}
+
+es_status Engine::run(const es_layer &whole) {
+    const Kernels *kernels = kernels_for(whole.isa, whole.is_bfloat16 != 0);
+    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const bool own_threads = whole.team == nullptr || forked_;
+    if (own_threads && (pool_ == nullptr || pool_->num_threads() != whole.num_threads)) {
+        pool_.reset();
+        pool_ = std::make_unique<Pool>(whole.num_threads);
+    }
+    const Index row_bytes = whole.hidden * (whole.is_bfloat16 ? 2 : 4);
+    for (Index token = 0; token < whole.num_tokens; token += kTokensAtATime) {
+        es_layer part = whole;
+        part.num_tokens = std::min<Index>(kTokensAtATime, whole.num_tokens - token);
+        part.x = static_cast<const char *>(whole.x) + token * row_bytes;
+        part.y = static_cast<char *>(whole.y) + token * row_bytes;
+        part.ids = whole.ids + token * whole.top_k;
+        part.weights = whole.weights + token * whole.top_k;
+        const es_status status = run_part(part, *kernels, arena_, own_threads ? pool_.get() : nullptr);
+        if (status != ES_OK) return status;
+    }
+    return ES_OK;
+}
+
+}  // namespace
+}  // namespace expertshare
+
+extern "C" {
+
+EXPERTSHARE_EXPORT int es_abi_version() { return EXPERTSHARE_ABI_VERSION; }
+EXPERTSHARE_EXPORT int es_num_isas() { return expertshare::num_isas(); }
+EXPERTSHARE_EXPORT const char *es_isa_name(int isa) { return expertshare::isa_name(isa); }
+EXPERTSHARE_EXPORT int es_isa_usable(int isa) { return expertshare::isa_usable(isa) ? 1 : 0; }
+
+EXPERTSHARE_EXPORT int es_moe_ffn(const es_layer *layer) {
+    try {
+        return expertshare::engine().run(*layer);
+    } catch (const std::bad_alloc &) {
+        return ES_OUT_OF_MEMORY;
+    } catch (const std::system_error &) {
+        return ES_NO_THREADS;
+    }
+}
+}

@@ -1,0 +1,46 @@
+// Items of one phase, taken from both ends, and a count of those that are done.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "kernels.h"
+#include "pool.h"
+
+namespace expertshare {
+
+class Queue {
+   public:
+    void fill(Index num_items) {
+        size_ = num_items;
+        ends_.store(static_cast<std::uint64_t>(num_items), std::memory_order_relaxed);
+        done_.store(0, std::memory_order_relaxed);
+    }
+
+    // The next item from the front or from the back; -1 when there is none.
+    Index take(bool from_back) {
+        std::uint64_t ends = ends_.load(std::memory_order_relaxed);
+        for (;;) {
+            const std::uint64_t front = ends >> 32, back = ends & 0xffffffffu;
+            if (front == back) return -1;
+            const std::uint64_t rest = from_back ? ends - 1 : ends + (std::uint64_t{1} << 32);
+            if (ends_.compare_exchange_weak(ends, rest, std::memory_order_relaxed)) {
+                return static_cast<Index>(from_back ? back - 1 : front);
+            }
+        }
+    }
+
+    void finish(Index num_items) { done_.fetch_add(num_items, std::memory_order_release); }
+
+    // Returns when every item has been finished, with all that was written for them visible.
+    void wait() const {
+        wait_until([this] { return done_.load(std::memory_order_acquire) == size_; });
+    }
+
+   private:
+    Index size_ = 0;
+    std::atomic<std::uint64_t> ends_{0};  // front in the high half, back in the low one
+    std::atomic<Index> done_{0};
+};
+
+}  // namespace expertshare

@@ -1,0 +1,159 @@
+// Rows of W dotted with token rows, R x M at a time in registers: every cache line of W comes from memory once.
+//
+// A vector type V gives: Weight, Act; kStep (features per step); Acc, zero(); Loaded, load(w), load_some(w, n) with
+// zeros behind n; dot(acc, loaded, x); sum(acc); sum4(acc, acc, acc, acc, out); kMaxTokens (with 4 rows at a time) and
+// kWideTokens (with 8); kHoldsRows: whether all R vectors of W stay in registers, or one at a time while x is reloaded.
+// Everything has internal linkage: no file may end up with another instruction set's copy.
+//
+// In registers: R * M sums, R vectors of W, one of x. In fours rows share each load of x; with one or two tokens eights
+// keep enough independent sums for the latency of the multiply-add (6 cycles, 2 a cycle, on Zen 5).
+#pragma once
+
+#include "activation.h"
+#include "kernels.h"
+
+namespace {
+
+constexpr Index kLine = 64;
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+// At 15 GB/s a microsecond, several times the latency of memory. Anything from 4 to 128 KiB, into the first or the
+// second cache, does as well; without prefetching six tokens an expert take a third longer (Zen 5).
+constexpr Index kAheadBytes = 16384;
+
+inline void prefetch(const char *line) { __builtin_prefetch(line, 0, 3); }
+
+// Lines still to be fetched ahead. They are spread over all tiles of a block, so that arithmetic on many tokens and
+// the memory's work overlap: fetched by the first tile alone, they would come in bursts with pauses between.
+struct Ahead {
+    const char *line;
+    Index left;
+};
+
+template <class V, int R, int M, int Lines>
+inline __attribute__((always_inline)) void tile_loop(const typename V::Weight *w, Index depth, const void *const *x,
+                                                     float *out, Index out_stride, const char *ahead) {
+    using Act = typename V::Act;
+    typename V::Acc acc[M][R];
+    const Act *tokens[M];
+    for (int m = 0; m < M; m++) {
+        tokens[m] = static_cast<const Act *>(x[m]);
+        for (int r = 0; r < R; r++) acc[m][r] = V::zero();
+    }
+    const Index whole = depth / V::kStep * V::kStep;
+    for (Index i = 0; i < whole; i += V::kStep) {
+        for (int line = 0; line < Lines; line++) prefetch(ahead + line * kLine);
+        ahead += Lines * kLine;
+        if constexpr (V::kHoldsRows) {
+            typename V::Loaded loaded[R];
+            for (int r = 0; r < R; r++) loaded[r] = V::load(w + r * depth + i);
+            for (int m = 0; m < M; m++) {
+                for (int r = 0; r < R; r++) acc[m][r] = V::dot(acc[m][r], loaded[r], tokens[m] + i);
+            }
+        } else {
+            for (int r = 0; r < R; r++) {
+                const typename V::Loaded loaded = V::load(w + r * depth + i);
+                for (int m = 0; m < M; m++) acc[m][r] = V::dot(acc[m][r], loaded, tokens[m] + i);
+            }
+        }
+    }
+    if (whole < depth) {
+        for (int r = 0; r < R; r++) {
+            const typename V::Loaded loaded = V::load_some(w + r * depth + whole, static_cast<int>(depth - whole));
+            for (int m = 0; m < M; m++) acc[m][r] = V::dot(acc[m][r], loaded, tokens[m] + whole);
+        }
+    }
+    for (int m = 0; m < M; m++) {
+        if constexpr (R % 4 == 0) {
+            for (int r = 0; r < R; r += 4) {
+                V::sum4(acc[m][r], acc[m][r + 1], acc[m][r + 2], acc[m][r + 3], out + m * out_stride + r);
+            }
+        } else {
+            for (int r = 0; r < R; r++) out[m * out_stride + r] = V::sum(acc[m][r]);
+        }
+    }
+}
+
+template <class V, int R, int M>
+void tile(const typename V::Weight *w, Index depth, const void *const *x, float *out, Index out_stride, Ahead &ahead,
+          Index tiles_left) {
+    const Index steps = depth / V::kStep;
+    const Index wanted = steps == 0 ? 0 : (ahead.left + steps * tiles_left - 1) / (steps * tiles_left);
+    const char *from = ahead.line;
+    const auto run = [&](auto lines) {
+        constexpr int kLines = decltype(lines)::value;
+        tile_loop<V, R, M, kLines>(w, depth, x, out, out_stride, from);
+        ahead.line += kLines * steps * kLine;
+        ahead.left -= kLines * steps;
+    };
+    if (wanted <= 0) return run(Count<0>{});
+    if (wanted == 1) return run(Count<1>{});
+    if (wanted == 2) return run(Count<2>{});
+    if (wanted <= 4) return run(Count<4>{});
+    run(Count<8>{});
+}
+
+template <class V, int R, int M>
+void tile_of(Index num_tokens, const typename V::Weight *w, Index depth, const void *const *x, float *out,
+             Index out_stride, Ahead &ahead, Index tiles_left) {
+    if constexpr (M > 1) {
+        if (num_tokens < M) return tile_of<V, R, M - 1>(num_tokens, w, depth, x, out, out_stride, ahead, tiles_left);
+    }
+    tile<V, R, M>(w, depth, x, out, out_stride, ahead, tiles_left);
+}
+
+// R rows for all tokens; only the first tile meets W in memory, the others in the cache.
+template <class V, int R, int M>
+void block(const typename V::Weight *w, Index depth, const void *const *x, Index num_tokens, float *out,
+           Index out_stride, Ahead ahead) {
+    const Index num_tiles = (num_tokens + M - 1) / M;
+    for (Index i = 0; i < num_tiles; i++) {
+        const Index from = num_tokens * i / num_tiles, to = num_tokens * (i + 1) / num_tiles;
+        tile_of<V, R, M>(to - from, w, depth, x + from, out + from * out_stride, out_stride, ahead, num_tiles - i);
+    }
+}
+
+template <class V, int R, int M>
+void blocks(const typename V::Weight *w, Index num_rows, Index depth, const void *const *x, Index num_tokens,
+            float *out, Index out_stride, const typename V::Weight *next) {
+    const Index block_bytes = R * depth * static_cast<Index>(sizeof(typename V::Weight));
+    const Index distance = (kAheadBytes + block_bytes - 1) / block_bytes;
+    const Index num_blocks = num_rows / R;
+    for (Index b = 0; b < num_blocks; b++) {
+        Ahead ahead = {nullptr, 0};
+        if (next != nullptr) {
+            const Index later = b + distance - num_blocks;
+            ahead.line = later < 0 ? reinterpret_cast<const char *>(w) + (b + distance) * block_bytes
+                                   : reinterpret_cast<const char *>(next) + later * block_bytes;
+            ahead.left = (block_bytes + kLine - 1) / kLine;
+        }
+        block<V, R, M>(w + b * R * depth, depth, x, num_tokens, out + b * R, out_stride, ahead);
+    }
+    for (Index r = num_blocks * R; r < num_rows; r++) {
+        block<V, 1, 1>(w + r * depth, depth, x, num_tokens, out + r, out_stride, Ahead{nullptr, 0});
+    }
+}
+
+template <class V>
+void rows(const void *w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
+          Index out_stride, const void *next) {
+    const auto *from = static_cast<const typename V::Weight *>(w);
+    const auto *then = static_cast<const typename V::Weight *>(next);
+    if (num_tokens > V::kWideTokens) {
+        return blocks<V, 4, V::kMaxTokens>(from, num_rows, depth, x, num_tokens, out, out_stride, then);
+    }
+    const Index by_eights = num_rows / 8 * 8;
+    blocks<V, 8, V::kWideTokens>(from, by_eights, depth, x, num_tokens, out, out_stride, then);
+    // In fours again, which sums lanes in the same order: how a row is summed must not depend on who shares it.
+    blocks<V, 4, V::kMaxTokens>(from + by_eights * depth, num_rows - by_eights, depth, x, num_tokens, out + by_eights,
+                                out_stride, then);
+}
+
+template <class V>
+constexpr expertshare::Kernels kernels_of() {
+    return {row_bytes<V>, encode<V>, rows<V>, swiglu<V>, mix<V>};
+}
+
+}  // namespace
