@@ -75,7 +75,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], options: DecodingOptions, co
         raise InputError("expected at least one prompt, got none. Pass a list of token-id lists.")
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise InputError(f"prompt {row + 1} is empty: expected at least one token. Remove it, or give it some text.")
+            raise InputError(f"prompt {row + 1} is empty: expected one token at least. Remove it, or give it text.")
         total = len(prompt) + options.gen_length
         if total > config.max_positions:
             raise InputError(
