@@ -21,6 +21,10 @@ KINDS = ("arith", "math", "code", "code_pro", "choice")
 FACT = re.compile(r"^(\d+) ([-+*/]) (\d+) = (\d+)$", re.MULTILINE)
 
 
+def _test(task: str, count: int) -> list[TaskItem]:
+    return list(islice(iterate_items(task, split="test", seed=3), count))
+
+
 def _train(task: str, count: int, seed: int = 3) -> list[TaskItem]:
     return list(islice(iterate_items(task, split="train", seed=seed), count))
 
@@ -53,13 +57,13 @@ def test_level_shares(task: str) -> None:
     shares = Counter(item.level for item in _train(task, 4000))
     assert [shares[level] / 4000 for level in (1, 2, 3)] == pytest.approx([0.30, 0.35, 0.35], abs=0.03)
     held_out = Counter(item.level for item in generate_items(task, split="test", count=500, seed=0))
-    assert all(held_out[level] >= 90 for level in (1, 2, 3))
+    assert all(held_out[level] >= 60 for level in (1, 2, 3, 4))
 
 
 @pytest.mark.parametrize("task", KINDS)
 def test_token_budget(task: str, tokenizer: Tokenizer) -> None:
     sample_limit = 80 if task == "code_pro" else 64
-    for item in _train(task, 2000):
+    for item in _train(task, 2000) + _test(task, 500):
         prompt, reference = (len(tokenizer.encode(text).ids) for text in (item.prompt, item.reference))
         assert reference <= 36, item
         assert prompt + reference + 3 <= sample_limit, item
@@ -98,7 +102,7 @@ def _follow(story: str) -> int:
 
 
 def test_arith_golds_follow_from_the_wording() -> None:
-    for item in _train("arith", 2000):
+    for item in _train("arith", 2000) + _test("arith", 500):
         assert item.reference.endswith(f"#### {_follow(item.prompt)}"), item
         assert item.level == len(FACT.findall(item.reference))
 
@@ -110,7 +114,7 @@ def _value(expression: str, name: str, at: int) -> int:
 
 
 def test_math_golds_hold_as_algebra() -> None:
-    for item in _train("math", 3000):
+    for item in _train("math", 3000) + _test("math", 500):
         verb, body = item.prompt.rstrip(".").split(" ", 1)
         final = item.reference.rpartition("#### ")[2]
         name = re.search(r"[a-z]", body.split(" at ")[0])
@@ -132,7 +136,7 @@ def test_math_golds_hold_as_algebra() -> None:
 
 
 def test_choice_has_one_right_option_and_names_it() -> None:
-    for item in _train("choice", 2000):
+    for item in _train("choice", 2000) + _test("choice", 500):
         question, _, listed = item.prompt.rstrip("?").partition(": ")
         options = re.split(r", | or ", listed)
         assert len(set(options)) == len(options) == 4
@@ -152,8 +156,9 @@ def _answers(asked: str, option: str, options: list[str]) -> bool:
         return int(option) == (int(left) + int(right) if symbol == "+" else int(left) - int(right))
     if rest in ("the largest", "the smallest"):
         return int(option) == (max if "largest" in rest else min)(map(int, options))
-    category = rest.removeprefix("not ")
-    return (option in CATEGORIES[category]) is (category == rest)
+    if rest.startswith("not "):
+        return not any(option in CATEGORIES[name] for name in rest.removeprefix("not ").split(" and not "))
+    return option in CATEGORIES[rest]
 
 
 def test_wrong_requests_are_refused() -> None:

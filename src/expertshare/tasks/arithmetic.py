@@ -1,7 +1,7 @@
 """Kind `arith` (GSM8K-like): short worded problems, answered step by step.
 
-Level n has n steps. A story starts with a count or with a product ("3 bags with 4 apples each") and goes
-on with gains, losses, doubling and halving.
+Level n has n steps (level 4: test only). A story starts with a count or with a product ("3 bags with 4 apples
+each") and goes on with gains, losses, doubling and halving.
 """
 
 from __future__ import annotations
@@ -99,9 +99,14 @@ def _three_steps(rng: Random) -> Draft:
     return _tell(rng, 3)
 
 
+def _four_steps(rng: Random) -> Draft:
+    return _tell(rng, 4)
+
+
 TASK = Task(
     name="arith",
     description="worded arithmetic with steps, like GSM8K",
     levels=(_one_step, _two_steps, _three_steps),
+    beyond=_four_steps,
     answer_rule="number",
 )

@@ -213,6 +213,18 @@ def _map_filter(rng: Random, a: str) -> Expression:
     )
 
 
+def _map_twice_filter(rng: Random, a: str) -> Expression:
+    """Level 4: a filter with two operations, where training has one."""
+    c, d, e = rng.randint(2, 9), rng.randint(1, 9), rng.randint(1, 9)
+    return Expression(
+        takes="list",
+        asked=f"each of {a} above {d}, times {c} plus {e}",
+        written=f"[v * {c} + {e} for v in {a} if v > {d}]",
+        meaning=lambda vs: [e + c * v for v in vs if v - d > 0],
+        edges=([d - 1, d, d + 1, 25], [d + 2, -3, d]),
+    )
+
+
 INT_EASY: tuple[Form, ...] = (_shift, _scale)
 INT_MEDIUM: tuple[Form, ...] = (_scale_shift, _choose)
 EASY: tuple[Form, ...] = (_shift, _shift, _scale, _scale, _list_call, _text_call)
@@ -223,6 +235,7 @@ _INPUT_KINDS: dict[Form, InputKind] = {
     _map: "list",
     _filter: "list",
     _map_filter: "list",
+    _map_twice_filter: "list",
     _text_call: "str",
 }
 
@@ -253,5 +266,6 @@ TASK = Task(
     name="code",
     description="one short Python function, checked by unit tests, like HumanEval",
     levels=(_level(EASY), _level(MEDIUM), _level(HARD)),
+    beyond=_level((_map_twice_filter,)),
     answer_rule="program",
 )

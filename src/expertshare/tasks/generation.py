@@ -2,7 +2,7 @@
 
 The split is a property of the prompt text alone: an item belongs to `test` when blake2b(prompt) is a multiple
 of 16, else to `train`. Train and test are therefore disjoint whatever the seeds and however many are drawn.
-Both splits follow the same distribution.
+Levels 1 to 3 follow the same distribution in both; level 4, a fifth of the test items, is never trained on.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from expertshare.tasks.types import Split, TaskItem
 
 TEST_SHARE_INVERSE = 16
 LEVEL_SHARES = (0.30, 0.35, 0.35)
+BEYOND_SHARE = 0.20
 # Consecutive draws that bring nothing new before the space of prompts counts as used up.
 MAX_BARREN_DRAWS = 2_000
 
@@ -38,15 +39,21 @@ def iterate_items(task: str, *, split: Split, seed: int) -> Iterator[TaskItem]:
 def _stream(task: str, split: Split, seed: int) -> Iterator[TaskItem]:
     kind = find_task(task)
     rng = Random(f"{task}/{split}/{seed}")
-    easy, medium, _ = LEVEL_SHARES
+    draws = (*kind.levels, kind.beyond)
     while True:
-        toss = rng.random()
-        level = 1 if toss < easy else 2 if toss < easy + medium else 3
-        draft = kind.levels[level - 1](rng)
+        beyond = split == "test" and rng.random() < BEYOND_SHARE
+        level = 4 if beyond else _draw_level(rng)
+        draft = draws[level - 1](rng)
         if split_of(draft.prompt) == split:
             yield TaskItem(
                 task=task, prompt=draft.prompt, reference=draft.reference, tests=draft.tests, level=level
             )
+
+
+def _draw_level(rng: Random) -> int:
+    easy, medium, _ = LEVEL_SHARES
+    toss = rng.random()
+    return 1 if toss < easy else 2 if toss < easy + medium else 3
 
 
 def generate_items(task: str, *, split: Split, count: int, seed: int) -> list[TaskItem]:

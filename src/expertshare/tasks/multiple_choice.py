@@ -73,9 +73,18 @@ def _hard(rng: Random) -> Draft:
     return rng.choice((_extreme, _equals, _property))(rng)
 
 
+def _neither(rng: Random) -> Draft:
+    """Level 4: two exclusions, where training has one."""
+    first, second, other = rng.sample(_CATEGORY_NAMES, 3)
+    wrong = [*rng.sample(CATEGORIES[first], 2), rng.choice(CATEGORIES[second])]
+    question = f"Which of these is not {first} and not {second}"
+    return _pose(rng, question, rng.choice(CATEGORIES[other]), wrong)
+
+
 TASK = Task(
     name="choice",
     description="four-way multiple choice, like ARC",
     levels=(_category, _odd_one_out, _hard),
+    beyond=_neither,
     answer_rule="text",
 )

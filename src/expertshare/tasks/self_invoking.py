@@ -123,6 +123,18 @@ def _folded_twice(rng: Random, f: str, a: str) -> _Caller:
     )
 
 
+def _guarded_shift(rng: Random, f: str, a: str) -> _Caller:
+    """Level 4: a guard and a shift together, where training has either."""
+    c, d = rng.randint(1, 9), rng.randint(1, 9)
+    return _Caller(
+        takes="int",
+        asked=f"{f}({a}) plus {d} if {a} is above {c}, else {a}",
+        written=f"{f}({a}) + {d} if {a} > {c} else {a}",
+        meaning=lambda first, v: first(v) + d if v >= c + 1 else v,
+        edges=(c + 1, c, c - 1),
+    )
+
+
 def check_calls(first: str, second: str, value: Any) -> str:
     """Statements that fail unless `second(value)` calls the global `first`; they put `first` back."""
     return (
@@ -178,5 +190,6 @@ TASK = Task(
         _level((*INT_EASY, *INT_MEDIUM), MEDIUM_CALLERS),
         _level(INT_MEDIUM, HARD_CALLERS),
     ),
+    beyond=_level(INT_MEDIUM, (_guarded_shift,)),
     answer_rule="program",
 )

@@ -132,6 +132,19 @@ def _expand_and_shift(rng: Random) -> Draft:
     return Draft(prompt=prompt, reference=worked([product, last], f"{product.left}{v} + {last.result}"))
 
 
+def _evaluate_three_terms(rng: Random) -> Draft:
+    """Level 4: one term more than training evaluates."""
+    v, facts = rng.choice(VARIABLES), [rng.choice(PRODUCTS)]
+    for _ in range(2):
+        value = facts[-1].result
+        gains = value == 0 or (value < MAX_VALUE and rng.random() < 0.5)
+        facts.append(sum_onto(rng, value) if gains else difference_from(rng, value))
+    product, *terms = facts
+    shifts = " ".join(f"{fact.symbol} {fact.right}" for fact in terms)
+    prompt = f"Evaluate {product.left}{v} {shifts} at {v} = {product.right}."
+    return Draft(prompt=prompt, reference=worked(facts, str(facts[-1].result)))
+
+
 EASY: tuple[Draw, ...] = (_solve_sum, _solve_difference, _solve_product, _simplify)
 MEDIUM: tuple[Draw, ...] = (_expand, _evaluate, _evaluate, _differentiate)
 HARD: tuple[Draw, ...] = (_solve_two_steps, _solve_both_sides, _expand_and_collect, _expand_and_shift)
@@ -148,5 +161,6 @@ TASK = Task(
     name="math",
     description="symbolic mathematics with steps, like MATH",
     levels=(_one_of(EASY), _one_of(MEDIUM), _one_of(HARD)),
+    beyond=_evaluate_three_terms,
     answer_rule="text",
 )

@@ -16,7 +16,8 @@ class TaskItem:
     """One generated problem with its gold answer.
 
     `reference` is the text the model is trained to emit. `tests` are Python statements that must run without
-    an exception after the answer's code (code kinds only, else empty). `level` is 1, 2 or 3.
+    an exception after the answer's code (code kinds only, else empty). `level` is 1, 2 or 3, or 4 for
+    test items that go one step beyond what training items ask.
     """
 
     task: str
@@ -52,6 +53,8 @@ Draw = Callable[[Random], Draft]
 class Task:
     """A kind of task: one draw per level, easiest first, and the rule that judges answers.
 
+    `beyond` is level 4, which only the test split has: known steps in a number or combination never trained on.
+
     `number` and `text` compare what follows the last "####" of answer and reference (as an integer, with blanks
     ignored); `program` runs the item's tests after the answer.
     """
@@ -59,4 +62,5 @@ class Task:
     name: str
     description: str
     levels: tuple[Draw, Draw, Draw]
+    beyond: Draw
     answer_rule: AnswerRule
