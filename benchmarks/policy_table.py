@@ -1,4 +1,4 @@
-"""Print a `compare --report` file as the Markdown table of README.
+"""Print what `compare --json` wrote as the Markdown table of README.
 
 Example: python benchmarks/policy_table.py benchmarks/results/policies.json
 """
@@ -34,9 +34,9 @@ def row(run: dict[str, Any], tasks: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def table(report: dict[str, Any]) -> str:
+def table(comparison: dict[str, Any]) -> str:
     """The whole table, in the order of the runs."""
-    runs = report["results"]["runs"]
+    runs = comparison["runs"]
     tasks = list(runs[0]["tasks"])
     head = ["policy", "unique experts", "fewer, %", *tasks, "retained, %", "capped, %"]
     lines = [f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1)]
@@ -46,8 +46,8 @@ def table(report: dict[str, Any]) -> str:
 def main() -> None:
     """Read the file named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", type=Path)
-    print(table(json.loads(parser.parse_args().report.read_text(encoding="utf-8"))))
+    parser.add_argument("comparison", type=Path)
+    print(table(json.loads(parser.parse_args().comparison.read_text(encoding="utf-8"))))
 
 
 if __name__ == "__main__":
