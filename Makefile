@@ -14,15 +14,17 @@ PROMPT := Tom has 12 apples. He finds 7 more. He sells 4. How many apples does T
 POLICIES := vanilla,des-seq,des-vote,block-top-p
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test clean
+.PHONY: help demo test quality bench clean
 
 help:
 	@echo 'make demo   generate with the reference model, with and without expert sharing, and draw what was saved'
 	@echo 'make test   lint, types, import contracts, tests'
+	@echo 'make quality  accuracy and experts of every policy, the figures of README; a quarter of an hour'
+	@echo 'make bench  a few minutes of benchmarks on this machine, into build/bench/ (docs/performance.md)'
 	@echo 'make clean  remove build products and caches (rm -r $(VENV) for the environment)'
 
 # The model and all inputs are in the repository; nothing is asked of a hub.
-demo test: export HF_HUB_OFFLINE = 1
+demo test quality bench: export HF_HUB_OFFLINE = 1
 
 demo: $(VENV)/runtime.stamp
 	@mkdir -p build
@@ -36,6 +38,34 @@ test: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python -m pytest -q
+
+# Every policy at two or more settings on 500 unseen prompts of each kind: the figures of README.
+QUALITY := benchmarks/results/policies.json
+TASKS := arith math code code_pro choice
+SETTINGS := vanilla,top-k-cap:experts_per_token=6,top-k-cap:experts_per_token=4,skip:skip_share=0.2,skip:skip_share=0.4,$\
+	des-seq:experts_per_vote=1,des-seq:experts_per_vote=2,des-vote:budget=16,des-vote:budget=20,des-vote:budget=28,$\
+	block-top-p:top_p_experts=0.6,block-top-p:top_p_experts=0.8,block-max:budget=16,block-max:budget=24,$\
+	protected-vote:budget=16,protected-vote:budget=20,protected-vote:budget=28
+quality: $(VENV)/runtime.stamp
+	@mkdir -p build/quality
+	for task in $(TASKS); do \
+		$(BIN)/expertshare tasks build/quality/$$task.jsonl --task $$task --count 500 --seed 2026 --split test || exit; \
+	done
+	cat $(TASKS:%=build/quality/%.jsonl) > build/quality/prompts.jsonl
+	$(BIN)/expertshare compare $(MODEL) --prompts build/quality/prompts.jsonl --policies '$(SETTINGS)' \
+		--batch-size 64 --gen-length 64 --plot docs/images/policies.png --json > $(QUALITY)
+	$(BIN)/python benchmarks/policy_table.py $(QUALITY)
+	$(BIN)/python benchmarks/accuracy_by_level.py $(MODEL) --count 500 --seed 2026 --out benchmarks/results/levels.json
+
+# Small: one layer, three full-width layers with the head, the reference model. Close everything else first.
+bench: $(VENV)/runtime.stamp
+	@mkdir -p build/bench
+	$(BIN)/expertshare bench experts --case llada2.0-mini --unique 16,32,70 \
+		--report build/bench/experts.json --plot build/bench/experts.png
+	$(BIN)/expertshare bench forward --case llada2.0-mini --layers 3 --policies vanilla,des-vote:budget=16 \
+		--report build/bench/forward.json --plot build/bench/forward.png
+	$(BIN)/expertshare bench generate $(MODEL) --limit 4 --policies vanilla,des-vote \
+		--report build/bench/generate.json --plot build/bench/generate.png
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expertshare needs Python 3.11 or newer, got " \

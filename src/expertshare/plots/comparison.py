@@ -7,26 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.transforms import BboxBase
 
-from expertshare.errors import InputError
+from expertshare.plots.style import COLOURS, INK, check_plot_path, frame, new_figure, save
 
-FORMATS = (".png", ".svg", ".pdf")
-INK, GRID, VANILLA_COLOUR = "#333333", "#e3e3e3", "#222222"
-# Told apart by colour-blind readers too (Okabe and Ito), then repeated.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
+VANILLA_COLOUR = "#222222"
 # Offsets of a label from its point, in typographic points: beside it, then further below and above.
 LABEL_PLACES = ((7, 5), (7, -12), (7, 17), (7, -24), (7, 29), (7, -36))
-
-
-def check_plot_path(path: str | Path) -> None:
-    """Raise InputError unless the name ends like a format that can be drawn."""
-    if Path(path).suffix.lower() not in FORMATS:
-        raise InputError(f"expected a picture name ending in {', '.join(FORMATS)}, got {path}")
 
 
 def plot_comparison(comparison: Mapping[str, Any], path: str | Path) -> None:
@@ -37,8 +26,7 @@ def plot_comparison(comparison: Mapping[str, Any], path: str | Path) -> None:
     judged, else token agreement with vanilla. Raises InputError for a path that cannot be written.
     """
     check_plot_path(path)
-    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 4.8)
     axes = figure.add_subplot()
     judged = comparison["reference"]["accuracy"] is not None
     labels: list[Annotation] = []
@@ -48,10 +36,7 @@ def plot_comparison(comparison: Mapping[str, Any], path: str | Path) -> None:
     _decorate(axes, comparison["num_prompts"], judged=judged)
     figure.draw_without_rendering()
     _part_labels(labels)
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise InputError(f"expected a picture path that can be written, got {path}: {error.strerror}") from error
+    save(figure, path)
 
 
 def _by_policy(comparison: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
@@ -107,14 +92,13 @@ def _part_labels(labels: Sequence[Annotation]) -> None:
 
 
 def _decorate(axes: Axes, num_prompts: int, *, judged: bool) -> None:
-    axes.set_xlabel("unique experts per block and layer, mean over denoising forwards", color=INK)
-    axes.set_ylabel("right answers, % (bars: 95 % interval)" if judged else "tokens equal to vanilla's, %", color=INK)
     noun = "prompt" if num_prompts == 1 else "prompts"
-    axes.set_title(f"Quality against experts, {num_prompts} {noun}", fontsize=11, color=INK)
+    frame(
+        axes,
+        title=f"Quality against experts, {num_prompts} {noun}",
+        x="unique experts per block and layer, mean over denoising forwards",
+        y="right answers, % (bars: 95 % interval)" if judged else "tokens equal to vanilla's, %",
+    )
     axes.margins(x=0.15, y=0.12)
     axes.set_xlim(left=0)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8, labelcolor=INK)

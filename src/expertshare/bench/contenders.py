@@ -1,0 +1,150 @@
+"""Who takes part in `bench experts`: ours, and what people would use instead, all on the very same weights."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from expertshare.bench.cases import Case
+from expertshare.errors import ConfigError, nearest
+from expertshare.kernels import cpu, moe_ffn
+from expertshare.types import ExpertBank, RoutingPlan
+
+Run = Callable[[int, Tensor, RoutingPlan], Tensor]
+"""run(layer, x_TD, plan) -> y_TD."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contender:
+    """build: makes a Run over layers of weights without copying them. missing: why it cannot take part here, or None.
+    copies_weights: it keeps a copy of its own, which counts as memory.
+    """
+
+    build: Callable[[Sequence[ExpertBank], Case], Run]
+    missing: Callable[[], str | None] = lambda: None
+    copies_weights: bool = False
+    about: str
+
+
+def contenders(names: Sequence[str] | None) -> dict[str, Contender]:
+    """Those called `names`, in that order, or all of them. Raises ConfigError for an unknown name."""
+    for name in names or ():
+        if name not in CONTENDERS:
+            raise ConfigError(f"unknown contender {name!r}. {nearest(name, CONTENDERS)}")
+    return {name: CONTENDERS[name] for name in (names or CONTENDERS)}
+
+
+def _ours(backend: str) -> Callable[[Sequence[ExpertBank], Case], Run]:
+    def build(banks: Sequence[ExpertBank], case: Case) -> Run:
+        del case  # a plan and a bank say everything
+        return lambda layer, x_TD, plan: moe_ffn(x_TD, plan, banks[layer], backend=backend)
+
+    return build
+
+
+def _torch_loop(banks: Sequence[ExpertBank], case: Case) -> Run:
+    """What one writes first: for every expert in use, two matrix products over its tokens."""
+    del case
+
+    def run(layer: int, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        bank, y_TD = banks[layer], torch.zeros_like(x_TD, dtype=torch.float32)
+        for expert in plan.active_E.nonzero().flatten().tolist():
+            token_R, slot_R = torch.where(plan.expert_ids_TK == expert)
+            gate_RF, up_RF = F.linear(x_TD[token_R], bank.gate_up_EHD[expert]).chunk(2, dim=-1)
+            out_RD = F.linear(F.silu(gate_RF) * up_RF, bank.down_EDF[expert])
+            y_TD.index_add_(0, token_R, out_RD.float() * plan.weights_TK[token_R, slot_R].unsqueeze(-1))
+        return y_TD.to(x_TD.dtype)
+
+    return run
+
+
+def _torch_grouped_mm(banks: Sequence[ExpertBank], case: Case) -> Run:
+    """torch's grouped matrix product with the least around it: one sort, one gather, one weighted sum."""
+    del case
+
+    def run(layer: int, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        bank, num_experts = banks[layer], len(plan.active_E)
+        expert_P, order_P = plan.expert_ids_TK.flatten().sort()
+        ends_E = torch.bincount(expert_P, minlength=num_experts).cumsum(0, dtype=torch.int32)
+        token_P = order_P // plan.expert_ids_TK.shape[1]
+        hidden = F.grouped_mm(x_TD[token_P], bank.gate_up_EHD.transpose(1, 2), offs=ends_E)
+        gate_PF, up_PF = hidden.chunk(2, dim=-1)
+        out_PD = F.grouped_mm(F.silu(gate_PF) * up_PF, bank.down_EDF.transpose(1, 2), offs=ends_E)
+        weighted_PD = out_PD.float() * plan.weights_TK.flatten()[order_P].unsqueeze(-1)
+        return torch.zeros_like(x_TD, dtype=torch.float32).index_add_(0, token_P, weighted_PD).to(x_TD.dtype)
+
+    return run
+
+
+def _transformers(implementation: str) -> Callable[[Sequence[ExpertBank], Case], Run]:
+    """transformers' own experts module. It gets its weights in the tokens' dtype, as its own router gives them."""
+
+    def build(banks: Sequence[ExpertBank], case: Case) -> Run:
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+        config = Qwen3MoeConfig(
+            hidden_size=case.config.hidden_size,
+            moe_intermediate_size=case.config.expert_hidden,
+            num_experts=case.config.router.num_experts,
+            num_experts_per_tok=case.config.router.top_k,
+            hidden_act="silu",
+        )
+        config._experts_implementation = implementation
+        modules: list[nn.Module] = []
+        for bank in banks:
+            with torch.device("meta"):
+                module = Qwen3MoeExperts(config)  # type: ignore[no-untyped-call]
+            module.gate_up_proj = nn.Parameter(bank.gate_up_EHD, requires_grad=False)
+            module.down_proj = nn.Parameter(bank.down_EDF, requires_grad=False)
+            modules.append(module)
+
+        def run(layer: int, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+            y_TD: Tensor = modules[layer](x_TD, plan.expert_ids_TK, plan.weights_TK.to(x_TD.dtype))
+            return y_TD
+
+        return run
+
+    return build
+
+
+def _zentorch(banks: Sequence[ExpertBank], case: Case) -> Run:
+    """AMD's fused layer. Some of its versions are wrong when routing changes between calls; hence the checks."""
+    del case
+    importlib.import_module("zentorch")
+    fused = torch.ops.zentorch.zentorch_fused_moe
+
+    def run(layer: int, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        bank, y_TD = banks[layer], torch.empty_like(x_TD)
+        ids_TK = plan.expert_ids_TK.to(torch.int32)
+        fused(y_TD, x_TD, bank.gate_up_EHD, bank.down_EDF, None, None, plan.weights_TK, ids_TK, False, "silu")
+        return y_TD
+
+    return run
+
+
+def _zentorch_missing() -> str | None:
+    if importlib.util.find_spec("zentorch") is None:
+        return "not installed: pip install zentorch, for processors that it supports"
+    return None
+
+
+CONTENDERS: dict[str, Contender] = {
+    "cpu": Contender(build=_ours("cpu"), missing=cpu.unavailable_reason, about="our kernel"),
+    "grouped": Contender(build=_ours("grouped"), about="our torch path, which works everywhere"),
+    "torch": Contender(build=_torch_loop, about="a loop over experts in plain torch"),
+    "torch-grouped-mm": Contender(build=_torch_grouped_mm, about="F.grouped_mm with the least around it"),
+    "transformers-eager": Contender(build=_transformers("eager"), about="transformers' experts, its eager loop"),
+    "transformers-grouped-mm": Contender(
+        build=_transformers("grouped_mm"), about="transformers' experts over grouped_mm, its default"
+    ),
+    "zentorch": Contender(
+        build=_zentorch, missing=_zentorch_missing, copies_weights=True, about="AMD's fused layer, where installed"
+    ),
+}

@@ -1,0 +1,246 @@
+"""`bench forward`: one denoising forward of a few full-width layers with the head, under several policies."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertshare.bench.cases import Case
+from expertshare.bench.concentration import concentrate
+from expertshare.bench.machine import dtype_name
+from expertshare.bench.peer_models import IMPLEMENTATIONS, build_peer, peer_cache, peer_logits
+from expertshare.bench.timing import interleave, spread
+from expertshare.bench.weights import check_memory, model_bytes, random_model
+from expertshare.config import ModelConfig
+from expertshare.errors import ConfigError, InputError, nearest
+from expertshare.kernels import BACKENDS, cpu
+from expertshare.measure.clock import PartClock
+from expertshare.models import ForwardInput, LayerKeyValues, MoETransformer, Runtime
+from expertshare.routing import make_policy
+from expertshare.types import RoutingPolicy
+
+GROSSLY_WRONG = 0.5
+"""Relative difference of logits from the reference above which a contender is not timed. bfloat16 alone moves some
+tokens to other experts, each a visible difference; exact agreement in float32 is what the tests check."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForwardSettings:
+    """unique: experts per block and layer that vanilla routing should use (None: routers left random). context:
+    cached positions. masked: rows that the head runs on (None: the whole block)."""
+
+    num_layers: int = 4
+    tokens: int | None = None
+    context: int = 256
+    unique: int | None = 70
+    masked: int | None = None
+    dtype: torch.dtype = torch.bfloat16
+    repeats: int = 10
+    warmup: int = 2
+    seed: int = 0
+    memory_bytes: int = 8 * 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One block in front of a random cache."""
+
+    model: MoETransformer
+    inputs: ForwardInput
+    past: tuple[LayerKeyValues, ...] | None
+    masked: int
+
+
+@dataclass(slots=True)
+class Ours:
+    """Our model under one policy and backend; remembers where the time of every call went."""
+
+    scene: Scene
+    policy: RoutingPolicy
+    backend: str
+    parts_s: list[dict[str, float]] = field(default_factory=list)
+    unique: list[float] = field(default_factory=list)
+
+    def __call__(self, turn: int = 0) -> Tensor:
+        """Logits of the masked rows [masked, V]."""
+        del turn  # every call is the same block
+        clock, scene = PartClock(), self.scene
+        runtime = Runtime(policy=self.policy, backend=self.backend, clock=clock)
+        start = time.perf_counter()
+        output = scene.model(scene.inputs, runtime, scene.past)
+        with runtime.timed("head"):
+            logits: Tensor = scene.model.logits(output.hidden_BSD[0, : scene.masked])
+        self.parts_s.append(clock.shares(time.perf_counter() - start))
+        self.unique = output.routing.group_experts_NG.float().mean(dim=1).tolist()
+        return logits
+
+    def to_json(self, repeats: int) -> dict[str, Any]:
+        """Medians over the last `repeats` calls."""
+        timed = self.parts_s[-repeats:]
+        parts = {part: 1e3 * statistics.median(call[part] for call in timed) for part in timed[0]}
+        return {
+            "unique_experts": statistics.fmean(self.unique),
+            "unique_experts_by_layer": self.unique,
+            "ms_by_part": parts,
+            "router_over_experts": parts["router"] / parts["experts"] if parts["experts"] > 0 else None,
+        }
+
+
+def bench_forward(
+    name: str,
+    case: Case,
+    policies: Mapping[str, RoutingPolicy],
+    backends: Sequence[str] | None,
+    settings: ForwardSettings,
+    on_progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Returns {"forwards": points, "left_out": who was not timed and why, "scene": what was run}.
+
+    backends: ours and peers, None for all that are there. Peers run vanilla routing only. Raises InputError where the
+    model does not fit, ConfigError or PolicyError for names and knobs that cannot be used.
+    """
+    chosen = forward_backends(backends)
+    config = case.stack(settings.num_layers)
+    check_memory(model_bytes(config, settings.dtype), settings.memory_bytes, "this model", "measure fewer --layers")
+    bound = {label: policy.bind(config.router) for label, policy in policies.items()}
+    with torch.no_grad():
+        on_progress(f"{name}: filling weights")
+        scene = _scene(config, case, settings)
+        calls: dict[tuple[str, str], Callable[[int], Tensor]] = {}
+        for backend in chosen:
+            if backend in IMPLEMENTATIONS:
+                assert case.peer is not None  # stack() refused it
+                peer = build_peer(scene.model, case.peer, IMPLEMENTATIONS[backend])
+                calls[backend, "vanilla"] = _peer_call(scene, peer)
+            else:
+                calls |= {(backend, label): Ours(scene, policy, backend) for label, policy in bound.items()}
+        on_progress(f"{name}: verifying")
+        agreement = _agreement(calls, bound, scene)
+        right = {key: call for key, call in calls.items() if agreement[key]["difference"] <= GROSSLY_WRONG}
+        on_progress(f"{name}: timing {len(right)} contenders")
+        seconds = interleave(
+            {"\n".join(key): call for key, call in right.items()}, repeats=settings.repeats, warmup=settings.warmup
+        )
+    points = []
+    for (backend, label), call in right.items():
+        own = call.to_json(settings.repeats) if isinstance(call, Ours) else {}
+        timed = spread(seconds[f"{backend}\n{label}"]).to_json()
+        points.append({"case": name, "backend": backend, "policy": label, **timed, **own, **agreement[backend, label]})
+    _add_ratios(points)
+    wrong = [
+        {"backend": backend, "policy": label, "reason": f"wrong: logits differ by {agreement[backend, label]}"}
+        for backend, label in calls.keys() - right.keys()
+    ]
+    absent = [
+        {"backend": backend, "policy": None, "reason": reason}
+        for backend in (backends or ("cpu",))
+        if backend == "cpu" and (reason := cpu.unavailable_reason()) is not None
+    ]
+    return {"forwards": points, "left_out": wrong + absent, "scene": _told(config, scene, settings)}
+
+
+def forward_backends(names: Sequence[str] | None) -> list[str]:
+    """Names that are there: by default our fast ones and transformers. ConfigError for an unknown one."""
+    known = [*BACKENDS, *IMPLEMENTATIONS]
+    for name in names or ():
+        if name not in known:
+            raise ConfigError(f"unknown backend {name!r}. {nearest(name, known)}")
+    wanted = names or ["cpu", "grouped", *IMPLEMENTATIONS]
+    return [name for name in wanted if name != "cpu" or cpu.available()]
+
+
+def _scene(config: ModelConfig, case: Case, settings: ForwardSettings) -> Scene:
+    length = settings.tokens or case.tokens
+    masked = length if settings.masked is None else settings.masked
+    if not 1 <= masked <= length:
+        raise InputError(f"masked rows must lie in 1..{length}, the tokens of a block, got {masked}")
+    if settings.context < 0 or settings.context + length > config.max_positions:
+        raise InputError(f"context must lie in 0..{config.max_positions - length}, got {settings.context}")
+    model = random_model(config, settings.dtype, settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed)
+    shape = (1, config.num_kv_heads, settings.context, config.head_dim)
+    past = tuple(
+        LayerKeyValues(
+            torch.randn(shape, generator=generator).to(settings.dtype),
+            torch.randn(shape, generator=generator).to(settings.dtype),
+        )
+        for _ in range(config.num_layers)
+    )
+    inputs = ForwardInput(
+        tokens_BS=torch.randperm(config.vocab_size, generator=generator)[:length].unsqueeze(0),
+        positions_BS=torch.arange(settings.context, settings.context + length).unsqueeze(0),
+        live_BS=torch.ones(1, length, dtype=torch.bool),
+        mask_BSP=torch.ones(1, length, settings.context + length, dtype=torch.bool),
+        block_length=length,
+    )
+    scene = Scene(model, inputs, past if settings.context else None, masked)
+    if settings.unique is not None:
+        concentrate(model, inputs, scene.past, unique=settings.unique, seed=settings.seed)
+    return scene
+
+
+def _peer_call(scene: Scene, peer: Any) -> Callable[[int], Tensor]:
+    """A forward with transformers' cache, and the step back that a denoising loop needs after it. Its class has no
+    way to run the head on some rows only."""
+    cache, inputs = peer_cache(peer, scene.past or ()), scene.inputs
+
+    def call(turn: int) -> Tensor:
+        del turn
+        logits = peer_logits(peer, inputs.tokens_BS, inputs.positions_BS, inputs.mask_BSP, cache)
+        cache.crop(-inputs.tokens_BS.shape[1])
+        return logits[0, : scene.masked]
+
+    return call
+
+
+def _agreement(
+    calls: Mapping[tuple[str, str], Callable[[int], Tensor]], policies: Mapping[str, RoutingPolicy], scene: Scene
+) -> dict[tuple[str, str], dict[str, float]]:
+    """How near each one's logits are to those of our torch path under the same policy."""
+    found = {}
+    for label in dict.fromkeys(label for _, label in calls):
+        policy = policies.get(label)
+        if policy is None:  # peers run vanilla even where nobody asked us to
+            policy = make_policy("vanilla").bind(scene.model.config.router)
+        expected = Ours(scene, policy, "grouped")().float()
+        for key, call in calls.items():
+            if key[1] != label:
+                continue
+            logits = call(0).float()
+            found[key] = {
+                "difference": float((logits - expected).norm() / expected.norm()),
+                "same_argmax": float((logits.argmax(-1) == expected.argmax(-1)).float().mean()),
+            }
+    return found
+
+
+def _add_ratios(points: list[dict[str, Any]]) -> None:
+    """Speed against the peers and against vanilla in the same backend."""
+    by_key = {(point["backend"], point["policy"]): point["ms"] for point in points}
+    for point in points:
+        others = {
+            name: by_key[name, "vanilla"] / point["ms"] for name in IMPLEMENTATIONS if (name, "vanilla") in by_key
+        }
+        if (point["backend"], "vanilla") in by_key:
+            others["vanilla"] = by_key[point["backend"], "vanilla"] / point["ms"]
+        point["faster_than"] = others
+
+
+def _told(config: ModelConfig, scene: Scene, settings: ForwardSettings) -> dict[str, Any]:
+    return {
+        "num_layers": config.num_layers,
+        "num_moe_layers": config.num_moe_layers,
+        "tokens": scene.inputs.tokens_BS.shape[1],
+        "masked": scene.masked,
+        "context": settings.context,
+        "unique_requested": settings.unique,
+        "dtype": dtype_name(settings.dtype),
+        "seed": settings.seed,
+        "weights": "random, the same tensors for all; routers concentrated by one direction per layer",
+    }

@@ -1,0 +1,132 @@
+"""What this machine can do at best, measured in the same run as everything that is compared with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expertshare.kernels import cpu
+from expertshare.measure.environment import capture_environment
+
+ASSUMED_CACHE_BYTES = 32 * 2**20
+"""Where the system does not say how large its last-level cache is."""
+CACHE_FACTOR = 8
+"""Weights in rotation and the bandwidth buffer are at least this many times the last-level cache."""
+GEMM_SHAPES = ((1024, 2048, 2048), (2048, 4096, 2048))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Peaks:
+    """bytes_per_s: best read bandwidth. macs_per_s: best rate of a large matrix product in the dtype measured."""
+
+    bytes_per_s: float
+    macs_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """The machine as found and as measured. macs_per_s: by dtype name. instruction_set: of our kernel, if any."""
+
+    facts: dict[str, Any]
+    cache_bytes: int
+    instruction_set: str | None
+    bytes_per_s: float
+    macs_per_s: dict[str, float]
+
+    def peaks(self, dtype: torch.dtype) -> Peaks:
+        """The two limits for weights of `dtype`."""
+        return Peaks(bytes_per_s=self.bytes_per_s, macs_per_s=self.macs_per_s[dtype_name(dtype)])
+
+    def to_json(self) -> dict[str, Any]:
+        """Environment (cpu, threads, versions, commit) and peaks in GB/s and GMAC/s."""
+        return {
+            **self.facts,
+            "cache_bytes": self.cache_bytes,
+            "instruction_set": self.instruction_set,
+            "bandwidth_gb_per_s": self.bytes_per_s / 1e9,
+            "peak_gmac_per_s": {name: rate / 1e9 for name, rate in self.macs_per_s.items()},
+        }
+
+
+def measure_machine(
+    *, buffer_bytes: int | None = None, gemm_shapes: Sequence[tuple[int, int, int]] = GEMM_SHAPES
+) -> Machine:
+    """Look and measure; a few seconds. buffer_bytes: read for the bandwidth, by default 16 times the cache."""
+    cache = last_level_cache_bytes()
+    return Machine(
+        facts=capture_environment().to_json(),
+        cache_bytes=cache,
+        instruction_set=cpu.instruction_set() if cpu.available() else None,
+        bytes_per_s=read_bandwidth(buffer_bytes or 2 * CACHE_FACTOR * cache),
+        macs_per_s={dtype_name(dtype): gemm_rate(dtype, gemm_shapes) for dtype in (torch.bfloat16, torch.float32)},
+    )
+
+
+def read_bandwidth(num_bytes: int, repeats: int = 7) -> float:
+    """Bytes per second, the best of several passes over a buffer, by three ways of reading all of it."""
+    buffer = torch.ones(num_bytes // 4)
+    rows = buffer[: len(buffer) // 4096 * 4096].view(-1, 4096) if len(buffer) >= 4096 else buffer.view(1, -1)
+    one = torch.ones(rows.shape[1])
+    readers: tuple[Callable[[], object], ...] = (
+        buffer.sum,
+        buffer.amax,
+        lambda: torch.mv(rows, one),
+    )
+    best = min(_seconds(reader) for _ in range(repeats) for reader in readers)
+    return buffer.numel() * 4 / best
+
+
+def gemm_rate(dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]], repeats: int = 4) -> float:
+    """Multiply-accumulates per second of the best of several [m, k] x [k, n] products, after one to warm up."""
+    best = 0.0
+    for m, k, n in shapes:
+        left, right = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype).T
+        out = torch.empty(m, n, dtype=dtype)
+        product = partial(torch.mm, left, right, out=out)
+        seconds = [_seconds(product) for _ in range(repeats + 1)]
+        best = max(best, m * k * n / min(seconds[1:]))
+    return best
+
+
+def last_level_cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int:
+    """All last-level caches of the machine together, as Linux lists them; ASSUMED_CACHE_BYTES where it does not."""
+    caches: dict[tuple[int, str], int] = {}
+    for index in root.glob("cpu[0-9]*/cache/index[0-9]*"):
+        try:
+            level = int((index / "level").read_text())
+            shared = (index / "shared_cpu_list").read_text().strip()
+            size = (index / "size").read_text().strip()
+        except (OSError, ValueError):
+            continue
+        if size.endswith("K"):
+            caches[level, shared] = int(size[:-1]) * 1024
+    if not caches:
+        return ASSUMED_CACHE_BYTES
+    last = max(level for level, _ in caches)
+    return sum(size for (level, _), size in caches.items() if level == last)
+
+
+def available_memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Memory that can be had without swapping, None where the system does not say."""
+    try:
+        lines = meminfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32, bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

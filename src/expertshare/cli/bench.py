@@ -1,0 +1,300 @@
+"""`expertshare bench experts|forward|generate`: how fast, how near to what the machine can do, and against whom."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from expertshare import api
+from expertshare.bench import (
+    ExpertsSettings,
+    ForwardSettings,
+    Machine,
+    Subject,
+    bench_experts,
+    bench_forward,
+    bench_generate,
+    contenders,
+    find_case,
+    measure_machine,
+    random_subject,
+)
+from expertshare.bench.machine import dtype_name
+from expertshare.bench.weights import memory_limit_bytes
+from expertshare.cli.bench_options import (
+    BackendsFlag,
+    CasesFlag,
+    DtypeFlag,
+    JsonFlag,
+    ListFlag,
+    MemoryFlag,
+    PlotFlag,
+    RepeatsFlag,
+    ReportFlag,
+    SeedFlag,
+    ThreadsFlag,
+    counts,
+    dtype_named,
+    names,
+    policies_by_label,
+)
+from expertshare.cli.bench_tables import experts_tables, forward_tables, generate_tables, machine_line
+from expertshare.cli.console import people, print_json
+from expertshare.decoding import DecodingOptions
+from expertshare.errors import InputError
+from expertshare.evaluation import encode_prompts
+from expertshare.measure.environment import capture_environment
+from expertshare.measure.report import Report, check_writable
+from expertshare.plots import check_plot_path, plot_bench
+from expertshare.tasks import read_prompts
+
+DEFAULT_MODEL, DEFAULT_PROMPTS = "models/reference", Path("examples/prompts.jsonl")
+POLICIES = "vanilla,des-vote"
+EXPERTS_EXAMPLE = "Example: expertshare bench experts --case llada2.0-mini --unique 16,70 --plot experts.png"
+FORWARD_EXAMPLE = "Example: expertshare bench forward --case llada2.0-mini --policies vanilla,des-vote:budget=16"
+GENERATE_EXAMPLE = "Example: expertshare bench generate models/reference --limit 8 --batch-sizes 1,8"
+
+app = typer.Typer(
+    help="Speed: a layer's experts, a forward, whole answers, each beside what people would use instead.",
+    no_args_is_help=True,
+    invoke_without_command=True,
+)
+
+
+@app.callback()
+def _shared(list_cases: ListFlag = False) -> None:
+    del list_cases  # its callback has done everything
+
+
+@app.command("experts", epilog=EXPERTS_EXAMPLE)
+def experts(
+    case: CasesFlag = "llada2.0-mini",
+    unique: Annotated[str | None, typer.Option(help="Unique experts per block, e.g. 16,70.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens per block, e.g. 32 or 16,32,64.")] = None,
+    num_experts: Annotated[
+        str | None, typer.Option("--experts", help="Experts in the layer instead of the model's number, e.g. 64,512.")
+    ] = None,
+    dtype: DtypeFlag = "bfloat16",
+    backends: BackendsFlag = None,
+    repeats: RepeatsFlag = 15,
+    threads: ThreadsFlag = None,
+    memory: MemoryFlag = None,
+    seed: SeedFlag = 0,
+    as_json: JsonFlag = False,
+    report: ReportFlag = None,
+    plot: PlotFlag = None,
+    list_cases: ListFlag = False,
+) -> None:
+    """Time one layer's experts by number of unique experts. Wrong results are reported, not timed."""
+    del list_cases
+    _prepare(report, plot, threads, repeats)
+    entrants = contenders(names(backends))
+    cases = {
+        name if size is None else f"{name}/{size}-experts": find_case(name).with_experts(size)
+        for name in names(case) or ()
+        for size in (counts("--experts", num_experts) or (None,))
+    }
+    settings = ExpertsSettings(
+        tokens=counts("--tokens", tokens),
+        unique=counts("--unique", unique),
+        dtype=dtype_named(dtype),
+        repeats=repeats,
+        seed=seed,
+        memory_bytes=memory_limit_bytes(memory),
+    )
+    console = people(as_json=as_json)
+    machine = _measure(console)
+    found = bench_experts(cases, entrants, machine, settings, _progress())
+    config = {"cases": list(cases), "repeats": repeats, "warmup": settings.warmup, "skew": settings.skew}
+    _finish("bench experts", console, machine, found, experts_tables(found), config, seed, dtype, as_json, report, plot)
+
+
+@app.command("forward", epilog=FORWARD_EXAMPLE)
+def forward(
+    case: Annotated[str, typer.Option("--case", help="One case; --list shows them.")] = "llada2.0-mini",
+    layers: Annotated[int, typer.Option(help="Layers, leading dense ones included.")] = 4,
+    policies: Annotated[str, typer.Option(help="Policies, parted by commas, each with knobs if wanted.")] = POLICIES,
+    unique: Annotated[
+        int, typer.Option(help="Unique experts that vanilla routing should use; 0 leaves the random routers alone.")
+    ] = 70,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of the block. Default: the case's.")] = None,
+    masked: Annotated[int | None, typer.Option(help="Rows that need the head. Default: all.")] = None,
+    context: Annotated[int, typer.Option(help="Positions in the cache.")] = 256,
+    dtype: DtypeFlag = "bfloat16",
+    backends: BackendsFlag = None,
+    repeats: RepeatsFlag = 10,
+    threads: ThreadsFlag = None,
+    memory: MemoryFlag = None,
+    seed: SeedFlag = 0,
+    as_json: JsonFlag = False,
+    report: ReportFlag = None,
+    plot: PlotFlag = None,
+    list_cases: ListFlag = False,
+) -> None:
+    """Time one denoising forward of a few full-width layers and the head, by part, under several policies."""
+    del list_cases
+    _prepare(report, plot, threads, repeats)
+    settings = ForwardSettings(
+        num_layers=layers,
+        tokens=tokens,
+        context=context,
+        unique=unique or None,
+        masked=masked,
+        dtype=dtype_named(dtype),
+        repeats=repeats,
+        seed=seed,
+        memory_bytes=memory_limit_bytes(memory),
+    )
+    console = people(as_json=as_json)
+    chosen, picked = policies_by_label(policies), find_case(case)
+    machine = _measure(console)
+    found = bench_forward(case, picked, chosen, names(backends), settings, _progress())
+    config = {**found["scene"], "case": case, "policies": list(chosen), "repeats": repeats}
+    _finish("bench forward", console, machine, found, forward_tables(found), config, seed, dtype, as_json, report, plot)
+
+
+@app.command("generate", epilog=GENERATE_EXAMPLE)
+def generate(
+    model: Annotated[str, typer.Argument(help="Directory of a model in Hugging Face layout, or a hub id.")] = (
+        DEFAULT_MODEL
+    ),
+    case: Annotated[
+        str | None, typer.Option("--case", help="Decode a random model of this case instead, transformers beside it.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="With --case: layers, leading dense ones included.")] = 4,
+    prompt_blocks: Annotated[int, typer.Option(help="With --case: length of the random prompts, in blocks.")] = 2,
+    prompts: Annotated[Path, typer.Option(metavar="FILE", help="Without --case: JSONL file of prompts.")] = (
+        DEFAULT_PROMPTS
+    ),
+    limit: Annotated[int, typer.Option(help="Prompts to answer.")] = 4,
+    policies: Annotated[str, typer.Option(help="Policies, parted by commas, each with knobs if wanted.")] = POLICIES,
+    gen_length: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 64,
+    threshold: Annotated[float, typer.Option(help="Commit tokens more probable than this.")] = 0.95,
+    batch_sizes: Annotated[str, typer.Option(help="Prompts decoded together, e.g. 1,4,16.")] = "1",
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")] = None,
+    backends: BackendsFlag = None,
+    repeats: RepeatsFlag = 3,
+    threads: ThreadsFlag = None,
+    memory: MemoryFlag = None,
+    seed: SeedFlag = 0,
+    as_json: JsonFlag = False,
+    report: ReportFlag = None,
+    plot: PlotFlag = None,
+    list_cases: ListFlag = False,
+) -> None:
+    """Time whole answers, end to end: tokens per second, and whether every repetition says the same."""
+    del list_cases
+    _prepare(report, plot, threads, repeats)
+    if limit < 1:
+        raise InputError(f"limit must be at least 1, got {limit}")
+    chosen, sizes = policies_by_label(policies), counts("--batch-sizes", batch_sizes) or (1,)
+    if case is None:
+        subject = _loaded_subject(model, prompts, limit, dtype, gen_length, threshold, seed)
+    else:
+        subject = random_subject(
+            case,
+            find_case(case),
+            num_layers=layers,
+            num_prompts=limit,
+            prompt_blocks=prompt_blocks,
+            gen_length=gen_length,
+            threshold=threshold,
+            dtype=dtype_named(dtype or "bfloat16"),
+            seed=seed,
+            memory_bytes=memory_limit_bytes(memory),
+        )
+    console = people(as_json=as_json)
+    machine = _measure(console)
+    found = bench_generate(
+        subject, chosen, names(backends), batch_sizes=sizes, repeats=repeats, on_progress=_progress()
+    )
+    config = {**found["subject"], "policies": list(chosen), "gen_length": gen_length, "threshold": threshold}
+    told = dtype_name(subject.model.dtype)
+    tables = generate_tables(found)
+    _finish("bench generate", console, machine, found, tables, config, seed, told, as_json, report, plot)
+
+
+def _loaded_subject(
+    model: str, prompts: Path, limit: int, dtype: str | None, gen_length: int, threshold: float, seed: int
+) -> Subject:
+    records = read_prompts(prompts)[:limit]
+    loaded = api.load(model, dtype=dtype)
+    loaded.model.requires_grad_(False)
+    return Subject(
+        name=str(loaded.path),
+        model=loaded.model,
+        prompts=encode_prompts(loaded, [record.prompt for record in records], None),
+        options=DecodingOptions(gen_length=gen_length, threshold=threshold, seed=seed),
+    )
+
+
+def _prepare(report: Path | None, plot: Path | None, threads: int | None, repeats: int) -> None:
+    """Refuse what would fail only after minutes; set the threads once."""
+    if plot is not None:
+        check_plot_path(plot)
+    for path in (report, plot):
+        if path is not None:
+            check_writable(path)
+    if repeats < 1:
+        raise InputError(f"repeats must be at least 1, got {repeats}")
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"threads must be at least 1, got {threads}")
+        torch.set_num_threads(threads)
+
+
+def _measure(console: Console) -> Machine:
+    _progress()("measuring bandwidth and peak")
+    machine = measure_machine()
+    console.print(machine_line(machine))
+    return machine
+
+
+def _finish(
+    command: str,
+    console: Console,
+    machine: Machine,
+    found: Mapping[str, Any],
+    tables: Sequence[Table],
+    config: Mapping[str, Any],
+    seed: int,
+    dtype: str,
+    as_json: bool,
+    report: Path | None,
+    plot: Path | None,
+) -> None:
+    for table in tables:
+        console.print(table)
+    for entry in found["left_out"]:
+        where = f" at {entry['unique']} unique experts of {entry['case']}" if entry.get("unique") else ""
+        console.print(f"not timed: {entry['backend']}{where}: {entry['reason']}", soft_wrap=True)
+    results = {
+        "machine": machine.to_json(),
+        "bandwidth_gb_per_s": machine.bytes_per_s / 1e9,
+        "peak_gmac_per_s": machine.macs_per_s[dtype] / 1e9,
+        **found,
+    }
+    if report is not None:
+        full = {**config, "dtype": dtype}
+        environment = capture_environment()
+        Report(command=command, environment=environment, seeds={"bench": seed}, config=full, results=results).write(
+            report
+        )
+    if plot is not None:
+        plot_bench(results, plot)
+    if as_json:
+        print_json(results)
+
+
+def _progress() -> Callable[[str], None]:
+    """A line on stderr for each step, on a terminal only."""
+    if not sys.stderr.isatty():
+        return lambda _: None
+    return lambda text: typer.echo(f"  {text}", err=True)

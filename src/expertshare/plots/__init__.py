@@ -1,0 +1,7 @@
+"""Pictures of saved results: each function reads JSON, so a report can be drawn again."""
+
+from expertshare.plots.bench import plot_bench
+from expertshare.plots.comparison import plot_comparison
+from expertshare.plots.style import check_plot_path
+
+__all__ = ["check_plot_path", "plot_bench", "plot_comparison"]
