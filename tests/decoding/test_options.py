@@ -78,7 +78,7 @@ def test_resolve_fills_in_the_model(config: ModelConfig) -> None:
     ("prompts", "message"),
     [
         ([], "at least one prompt"),
-        ([[1], []], "prompt 1 is empty"),
+        ([[1], []], "prompt 2 is empty"),
         ([[1] * 119], "119 tokens; with gen_length 10 that is 129, and the model has 128 positions"),
         ([[1, 64]], r"token id 64, expected ids in 0\.\.63"),
         ([[-1]], "token id -1"),

@@ -63,6 +63,6 @@ def test_blocks_are_heard_with_the_number_of_their_prompt(loaded: LoadedModel) -
 def test_a_late_prompt_that_is_too_long_is_refused_before_the_first_batch(loaded: LoadedModel) -> None:
     heard: list[BlockResult] = []
     prompts = encode_prompts(loaded, ["short", "long " * 200], chat=False)
-    with pytest.raises(InputError, match="prompt 1 has"):
+    with pytest.raises(InputError, match="prompt 2 has"):
         answer_prompts(loaded, prompts, parse_policy("vanilla"), OPTIONS, setup=Setup(), on_block=heard.append)
     assert heard == []

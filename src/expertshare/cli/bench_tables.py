@@ -111,7 +111,7 @@ def forward_tables(found: Found) -> list[Table]:
 
 def generate_tables(found: Found) -> list[Table]:
     """Every contender."""
-    columns = ["batch", "tokens/s", "range", "unique", "x grouped", "x vanilla", "= vanilla %", "= peers %"]
+    columns = ["batch", "tokens/s", "range", "unique", "x grouped", "x vanilla", "same %", "as peer %"]
     table = _table(f"Whole answers, {PEERS_TITLE}", ["backend", "policy"], [*columns, "repeats"])
     for point in found["generations"]:
         table.add_row(
@@ -119,7 +119,7 @@ def generate_tables(found: Found) -> list[Table]:
             point["policy"],
             str(point["batch_size"]),
             f"{point['tokens_per_s']:.1f}",
-            _between(point["tokens_per_s_range"]),
+            "-".join(f"{rate:.1f}" for rate in point["tokens_per_s_range"]),
             f"{point['unique_experts']:.1f}" if "unique_experts" in point else "-",
             *(_times(point, other) for other in ("transformers-grouped-mm", "vanilla")),
             percent(point["same_as_vanilla"]),
@@ -140,7 +140,7 @@ def _between(pair: Sequence[float]) -> str:
 
 def _table(title: str, words: Sequence[str], numbers: Sequence[str], *more: str) -> Table:
     """Without lines between columns: there are many of them."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in words:
         table.add_column(column, overflow="fold", min_width=WORD_WIDTH.get(column))
     for column in numbers:
