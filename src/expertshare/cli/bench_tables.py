@@ -111,8 +111,8 @@ def forward_tables(found: Found) -> list[Table]:
 
 def generate_tables(found: Found) -> list[Table]:
     """Every contender."""
-    columns = ["batch", "tokens/s", "range", "unique", "x grouped", "x vanilla", "same %", "as peer %"]
-    table = _table(f"Whole answers, {PEERS_TITLE}", ["backend", "policy"], [*columns, "repeats"])
+    columns = ["batch", "tokens/s", "range", "unique", "x grouped", "x vanilla", "same %", "peer %"]
+    table = _table(f"Whole answers, {PEERS_TITLE}", ["backend", "policy"], [*columns, "runs"])
     for point in found["generations"]:
         table.add_row(
             point["backend"],
