@@ -17,7 +17,7 @@ def propose(
 
     uniform_CV: float64 in [0, 1), the randomness; None is argmax (ties to the lower id). Sampling adds Gumbel
     noise in float64 to the tempered, restricted logits. The probability is that of the model's own
-    distribution over all tokens but the mask (float32 softmax, no noise, temperature or restriction), because restricting inflates it,
+    distribution without the mask (float32 softmax, no noise, temperature or restriction), because restricting inflates it,
     unless the options ask for `filtered_confidence`.
     """
     clean_CV = logits_CV.float()
