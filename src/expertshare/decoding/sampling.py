@@ -17,8 +17,8 @@ def propose(
 
     uniform_CV: float64 in [0, 1), the randomness; None is argmax (ties to the lower id). Sampling adds Gumbel
     noise in float64 to the tempered, restricted logits. The probability is that of the model's own
-    distribution without the mask (float32 softmax, no noise, temperature or restriction), because restricting inflates it,
-    unless the options ask for `filtered_confidence`.
+    distribution without the mask (float32 softmax, no noise, temperature or restriction), because
+    restricting inflates it, unless the options ask for `filtered_confidence`.
     """
     clean_CV = logits_CV.float()
     clean_CV = clean_CV.index_fill(1, torch.tensor([mask_id], device=clean_CV.device), float("-inf"))
