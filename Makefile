@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 # What an installation is made from; sources in Python are used in place.
-INPUTS := pyproject.toml setup.py constraints.txt $(wildcard src/expertshare/kernels/native/*)
+INPUTS := pyproject.toml setup.py constraints.txt $(wildcard src/expertshare/native/csrc/*)
 
 MODEL := models/reference
 PROMPT := Tom has 12 apples. He finds 7 more. He sells 4. How many apples does Tom have now?

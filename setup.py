@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-NATIVE = Path("src/expertshare/kernels/native")
+NATIVE = Path("src/expertshare/native/csrc")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -63,7 +63,7 @@ def compile_source(source: Path, to: Path, cxx: list[str]) -> None:
 
 
 class BuildKernel(build_ext):
-    """Compiles `ext.sources` into one library that setuptools then ships beside kernels/cpu.py."""
+    """Compiles `ext.sources` into one library that setuptools then ships beside native/loading.py."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -97,7 +97,7 @@ class AnyPythonWheel(bdist_wheel):
 setup(
     ext_modules=[
         Extension(
-            "expertshare.kernels.libexpertshare_cpu",
+            "expertshare.native.libexpertshare_cpu",
             sources=[str(path) for path in sorted(NATIVE.glob("*.cpp"))],
             depends=[str(path) for path in sorted(NATIVE.glob("*.h"))],
             optional=True,

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertshare.kernels import cpu, moe_ffn
+from expertshare import native
+from expertshare.kernels import moe_ffn
 from expertshare.types import ExpertBank, RoutingPlan
 
 TOKENS, TOP_K = 32, 8
@@ -76,17 +77,17 @@ def loop(x_TD: Tensor, plan: RoutingPlan, bank: ExpertBank) -> Tensor:
     return y_TD
 
 
-def with_torch_threads(x_TD: Tensor, plan: RoutingPlan, bank: ExpertBank) -> Tensor:
-    """The kernel in the threads of torch: matters where torch's operations surround it (--between)."""
-    cpu.use_torch_threads(True)
+def with_own_threads(x_TD: Tensor, plan: RoutingPlan, bank: ExpertBank) -> Tensor:
+    """The kernel in its own threads, which contest the cores with torch's where torch's operations surround it."""
+    native.use_torch_threads(False)
     y_TD = moe_ffn(x_TD, plan, bank, backend="cpu")
-    cpu.use_torch_threads(False)
+    native.use_torch_threads(None)
     return y_TD
 
 
 BACKENDS: dict[str, Backend] = {
     "cpu": lambda x, plan, bank: moe_ffn(x, plan, bank, backend="cpu"),
-    "cpu-team": with_torch_threads,
+    "cpu-own": with_own_threads,
     "grouped": lambda x, plan, bank: moe_ffn(x, plan, bank, backend="grouped"),
     "loop": loop,
 }
@@ -243,15 +244,15 @@ def main() -> None:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    if not cpu.available():
-        print(f"cpu left out: {cpu.unavailable_reason()}")
+    if not native.available():
+        print(f"cpu left out: {native.unavailable_reason()}")
         options.backends = [backend for backend in options.backends if not backend.startswith("cpu")]
     dtypes = options.dtype.split(",")
     machine = measure_machine(dtypes)
     peaks = ", ".join(f"{dtype} {peak:.0f} GMAC/s" for dtype, peak in machine.peak_gmac_per_s.items())
     print(f"{machine.processor}, {machine.threads} threads: {machine.bandwidth_gb_per_s:.1f} GB/s, {peaks}")
-    if cpu.available():
-        print(f"kernel: {cpu.instruction_set()}, {cpu.num_threads()} threads")
+    if native.available():
+        print(f"kernel: {native.instruction_set()}, {native.num_threads()} threads")
     print("case       dtype        U backend        ms     IQR   GB/s  GMAC/s bound ms share")
     rows = []
     for case in options.case.split(","):

@@ -90,7 +90,7 @@ def test_grossly_wrong_logits_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> 
     from expertshare.kernels import BACKENDS
 
     monkeypatch.setitem(BACKENDS, "cpu", lambda x_TD, plan, bank: -100 * x_TD)
-    monkeypatch.setattr("expertshare.kernels.cpu.available", lambda: True)
+    monkeypatch.setattr("expertshare.native.available", lambda: True)
     settings = ForwardSettings(num_layers=3, context=0, unique=None, repeats=1, warmup=0)
     found = bench_forward("tiny", find_case("tiny"), VANILLA, ["cpu", "grouped"], settings)
     assert [point["backend"] for point in found["forwards"]] == ["grouped"]

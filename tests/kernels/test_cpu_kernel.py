@@ -17,16 +17,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from expertshare import native
 from expertshare.errors import ConfigError
-from expertshare.kernels import cpu, moe_ffn
+from expertshare.kernels import moe_ffn
 from expertshare.kernels.cpu import moe_ffn_cpu
+from expertshare.native import loading
 from expertshare.types import ExpertBank, RoutingPlan
 
 from .test_moe_ffn import formula, plan_of, relative_error, scene
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no native kernel: {cpu.unavailable_reason()}")
+pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernel: {native.unavailable_reason()}")
 
-ISAS = cpu.usable_instruction_sets() if cpu.available() else []
+ISAS = native.usable_instruction_sets() if native.available() else []
 
 # Largest error over the largest output. float32: sums of at most some hundred products in a few partial sums, each
 # rounding 6e-8. bfloat16: the result and each hidden feature are rounded once (relative 2^-9 = 2e-3 each, in outputs
@@ -52,14 +54,14 @@ def every_byte_is_accounted_for() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-    cpu.set_num_threads(None)
-    cpu.use_torch_threads(False)
+    native.set_num_threads(None)
+    native.use_torch_threads(None)
 
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("EXPERTSHARE_ISA", request.param)
-    assert cpu.instruction_set() == request.param
+    assert native.instruction_set() == request.param
     return str(request.param)
 
 
@@ -73,7 +75,7 @@ def test_follows_the_formula(isa: str, shape: tuple[int, ...], dtype: torch.dtyp
     x_TD, plan, bank = scene(shape, dtype, unused=0.2, seed=3)
     outputs = []
     for num_threads in (1, 2, 3):
-        cpu.set_num_threads(num_threads)
+        native.set_num_threads(num_threads)
         outputs += [moe_ffn_cpu(x_TD, plan, bank) for _ in range(3)]
     assert outputs[0].dtype == dtype
     assert outputs[0].shape == x_TD.shape
@@ -115,9 +117,9 @@ def test_work_of_many_chunks_is_divided_without_a_trace(isa: str, num_threads: i
     ids_TK[:, 0] = 7
     ids_TK[ids_TK[:, 1] == 7, 1] = -1
     plan = plan_of(ids_TK, plan.weights_TK, 24)
-    cpu.set_num_threads(1)
+    native.set_num_threads(1)
     alone = moe_ffn_cpu(x_TD, plan, bank)
-    cpu.set_num_threads(num_threads)
+    native.set_num_threads(num_threads)
     assert all(torch.equal(moe_ffn_cpu(x_TD, plan, bank), alone) for _ in range(10))
     assert relative_error(alone, formula(x_TD, plan, bank)) < TOLERANCE[torch.bfloat16]
 
@@ -133,7 +135,7 @@ def test_equals_the_reference(shape: tuple[int, ...], unused: float, isa: str, n
     x_TD, plan, bank = scene(shape, torch.float32, unused=unused, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EXPERTSHARE_ISA", isa)
-        cpu.set_num_threads(num_threads)
+        native.set_num_threads(num_threads)
         y_TD = moe_ffn_cpu(x_TD, plan, bank)
     scale = max(1.0, float(y_TD.abs().max())) if y_TD.numel() else 1.0
     torch.testing.assert_close(y_TD, reference_of(x_TD, plan, bank), rtol=0, atol=3e-6 * scale)
@@ -218,7 +220,7 @@ def test_experts_may_lie_apart_and_tokens_anyhow() -> None:
 
 
 def test_concurrent_calls_do_not_mix() -> None:
-    cpu.set_num_threads(2)
+    native.set_num_threads(2)
     scenes = [scene((20 + 9 * seed, 2, 6, 128, 96), torch.float32, seed=seed) for seed in range(2)]
     expected = [moe_ffn_cpu(*one) for one in scenes]
     wrong: list[int] = []
@@ -237,7 +239,7 @@ def test_concurrent_calls_do_not_mix() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_gets_its_own_threads() -> None:
-    cpu.set_num_threads(3)
+    native.set_num_threads(3)
     x_TD, plan, bank = scene((40, 2, 8, 128, 96), torch.float32)
     expected = moe_ffn_cpu(x_TD, plan, bank)
     child = os.fork()
@@ -262,8 +264,9 @@ def three_torch_threads() -> Iterator[None]:
 def test_torch_threads_compute_the_same() -> None:
     """By turns with torch's own operations, and in a forked child, where torch's threads no longer exist."""
     x_TD, plan, bank = scene((40, 2, 8, 128, 96), torch.float32)
+    native.use_torch_threads(False)
     expected = moe_ffn_cpu(x_TD, plan, bank)
-    cpu.use_torch_threads(True)
+    native.use_torch_threads(True)
     square = torch.ones(300, 300)
     for _ in range(5):
         assert torch.equal(square @ square, torch.full((300, 300), 300.0))
@@ -277,13 +280,14 @@ def test_torch_threads_compute_the_same() -> None:
 
 def test_a_process_ends_with_its_threads() -> None:
     script = (
-        "import torch; from expertshare.kernels import cpu; from expertshare.types import *;"
-        "cpu.set_num_threads(3); ids = torch.arange(64).view(64, 1) % 8;"
+        "import torch; from expertshare import native; from expertshare.kernels.cpu import moe_ffn_cpu;"
+        "from expertshare.types import *;"
+        "native.set_num_threads(3); ids = torch.arange(64).view(64, 1) % 8;"
         "plan = RoutingPlan(ids, torch.ones(64, 1), torch.ones(8, dtype=torch.bool));"
         "bank = ExpertBank(torch.ones(8, 128, 128), torch.ones(8, 128, 64));"
-        "print(cpu.moe_ffn_cpu(torch.ones(64, 128), plan, bank).shape)"
+        "print(moe_ffn_cpu(torch.ones(64, 128), plan, bank).shape)"
     )
-    package = Path(cpu.__file__).parents[2]
+    package = Path(native.__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1"},
@@ -340,28 +344,28 @@ def test_gradients_are_not_asked_for_in_inference() -> None:
 
 def test_instruction_sets_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EXPERTSHARE_ISA", raising=False)
-    assert cpu.instruction_set() == ISAS[0]
+    assert native.instruction_set() == ISAS[0]
     assert ISAS[-1] == "portable"
     monkeypatch.setenv("EXPERTSHARE_ISA", "avx3")
     with pytest.raises(ConfigError, match="Did you mean 'avx2'"):
-        cpu.instruction_set()
+        native.instruction_set()
 
 
 def test_an_instruction_set_that_cannot_run_here_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "usable_instruction_sets", lambda: ["portable"])
-    cpu._usable_isa.cache_clear()
+    monkeypatch.setattr(loading, "usable_instruction_sets", lambda: ["portable"])
+    loading._usable_isa.cache_clear()
     monkeypatch.setenv("EXPERTSHARE_ISA", "avx512_bf16")
     with pytest.raises(ConfigError, match=r"cannot run here.*Expected one of portable"):
-        cpu.instruction_set()
+        native.instruction_set()
     monkeypatch.delenv("EXPERTSHARE_ISA")
-    assert cpu.instruction_set() == "portable"
-    cpu._usable_isa.cache_clear()
+    assert native.instruction_set() == "portable"
+    loading._usable_isa.cache_clear()
 
 
 @pytest.mark.parametrize("num_threads", [0, -1, 5000])
 def test_impossible_numbers_of_threads(num_threads: int) -> None:
     with pytest.raises(ConfigError, match="expected 1 to 1024 threads"):
-        cpu.set_num_threads(num_threads)
+        native.set_num_threads(num_threads)
 
 
 def test_the_door_has_it() -> None:

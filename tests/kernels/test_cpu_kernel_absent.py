@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from expertshare import native
 from expertshare.errors import ConfigError
-from expertshare.kernels import cpu, moe_ffn
+from expertshare.kernels import moe_ffn
+from expertshare.native import loading
 
 from .test_moe_ffn import scene
 
@@ -22,8 +24,8 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A place where there is no library yet."""
-    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "libexpertshare_cpu.so")
-    caches = (cpu._load, cpu._isas, cpu._usable_isa)
+    monkeypatch.setattr(loading, "LIBRARY", tmp_path / "libexpertshare_cpu.so")
+    caches = (loading._load, loading._isas, loading._usable_isa)
     for one in caches:
         one.cache_clear()
     yield tmp_path / "libexpertshare_cpu.so"
@@ -32,8 +34,8 @@ def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_missing_library_is_said_and_the_default_still_works(library: Path) -> None:
-    assert not cpu.available()
-    assert "no C++ compiler" in str(cpu.unavailable_reason())
+    assert not native.available()
+    assert "no C++ compiler" in str(native.unavailable_reason())
     x_TD, plan, bank = scene((3, 2, 4, 16, 8), torch.float32)
     assert moe_ffn(x_TD, plan, bank).shape == (3, 16)
     with pytest.raises(ConfigError, match=r"'cpu' is not available.*use the backend 'grouped'"):
@@ -42,7 +44,7 @@ def test_a_missing_library_is_said_and_the_default_still_works(library: Path) ->
 
 def test_a_library_that_cannot_be_loaded_is_said(library: Path) -> None:
     library.write_text("not a library")
-    assert "cannot be loaded" in str(cpu.unavailable_reason())
+    assert "cannot be loaded" in str(native.unavailable_reason())
 
 
 @pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])

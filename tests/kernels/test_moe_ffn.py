@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from expertshare import native
 from expertshare.errors import ConfigError
-from expertshare.kernels import BACKENDS, cpu, moe_ffn
+from expertshare.kernels import BACKENDS, moe_ffn
 from expertshare.types import ExpertBank, RoutingPlan
 
 RUNNABLE = [
-    pytest.param(name, marks=pytest.mark.skipif(name == "cpu" and not cpu.available(), reason="library not built"))
+    pytest.param(name, marks=pytest.mark.skipif(name == "cpu" and not native.available(), reason="library not built"))
     for name in BACKENDS
 ]
 

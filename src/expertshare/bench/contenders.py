@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from expertshare import native
 from expertshare.bench.cases import Case
 from expertshare.errors import ConfigError, nearest
-from expertshare.kernels import cpu, moe_ffn
+from expertshare.kernels import moe_ffn
 from expertshare.types import ExpertBank, RoutingPlan
 
 Run = Callable[[int, Tensor, RoutingPlan], Tensor]
@@ -136,7 +137,7 @@ def _zentorch_missing() -> str | None:
 
 
 CONTENDERS: dict[str, Contender] = {
-    "cpu": Contender(build=_ours("cpu"), missing=cpu.unavailable_reason, about="our kernel"),
+    "cpu": Contender(build=_ours("cpu"), missing=native.unavailable_reason, about="our kernel"),
     "grouped": Contender(build=_ours("grouped"), about="our torch path, which works everywhere"),
     "torch": Contender(build=_torch_loop, about="a loop over experts in plain torch"),
     "torch-grouped-mm": Contender(build=_torch_grouped_mm, about="F.grouped_mm with the least around it"),

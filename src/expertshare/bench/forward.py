@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertshare import native
 from expertshare.bench.cases import Case
 from expertshare.bench.concentration import concentrate
 from expertshare.bench.machine import dtype_name
@@ -19,7 +20,7 @@ from expertshare.bench.timing import interleave, spread
 from expertshare.bench.weights import check_memory, model_bytes, random_model
 from expertshare.config import ModelConfig
 from expertshare.errors import ConfigError, InputError, nearest
-from expertshare.kernels import BACKENDS, cpu
+from expertshare.kernels import BACKENDS
 from expertshare.measure.clock import PartClock
 from expertshare.models import ForwardInput, LayerKeyValues, MoETransformer, Runtime
 from expertshare.routing import make_policy
@@ -140,7 +141,7 @@ def bench_forward(
     absent = [
         {"backend": backend, "policy": None, "reason": reason}
         for backend in (backends or ("cpu",))
-        if backend == "cpu" and (reason := cpu.unavailable_reason()) is not None
+        if backend == "cpu" and (reason := native.unavailable_reason()) is not None
     ]
     return {"forwards": points, "left_out": wrong + absent, "scene": _told(config, scene, settings)}
 
@@ -152,7 +153,7 @@ def forward_backends(names: Sequence[str] | None) -> list[str]:
         if name not in known:
             raise ConfigError(f"unknown backend {name!r}. {nearest(name, known)}")
     wanted = names or ["cpu", "grouped", *IMPLEMENTATIONS]
-    return [name for name in wanted if name != "cpu" or cpu.available()]
+    return [name for name in wanted if name != "cpu" or native.available()]
 
 
 def _scene(config: ModelConfig, case: Case, settings: ForwardSettings) -> Scene:

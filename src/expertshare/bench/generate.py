@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from expertshare import native
 from expertshare.bench.cases import Case
 from expertshare.bench.forward import forward_backends
 from expertshare.bench.machine import dtype_name
@@ -20,7 +21,6 @@ from expertshare.config import ModelConfig
 from expertshare.decoding import BlockDecoder, DecodingOptions, Generation
 from expertshare.decoding.geometry import check_prompts
 from expertshare.errors import InputError
-from expertshare.kernels import cpu
 from expertshare.models import MoETransformer, Runtime
 from expertshare.types import RoutingPolicy
 
@@ -175,7 +175,7 @@ def bench_generate(
         )
     points = [_point(subject.name, key, call, seconds["\n".join(map(str, key))], calls) for key, call in calls.items()]
     _add_ratios(points)
-    reason = cpu.unavailable_reason()
+    reason = native.unavailable_reason()
     absent = reason is not None and "cpu" in (backends or ("cpu",))
     return {
         "generations": points,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from expertshare.kernels import cpu
+from expertshare import native
 from expertshare.measure.environment import capture_environment
 
 ASSUMED_CACHE_BYTES = 32 * 2**20
@@ -62,7 +62,7 @@ def measure_machine(
     return Machine(
         facts=capture_environment().to_json(),
         cache_bytes=cache,
-        instruction_set=cpu.instruction_set() if cpu.available() else None,
+        instruction_set=native.instruction_set() if native.available() else None,
         bytes_per_s=read_bandwidth(buffer_bytes or 2 * CACHE_FACTOR * cache),
         macs_per_s={dtype_name(dtype): gemm_rate(dtype, gemm_shapes) for dtype in (torch.bfloat16, torch.float32)},
     )

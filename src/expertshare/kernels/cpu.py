@@ -1,29 +1,15 @@
-"""Experts on the CPU by our own kernel (kernels/native): weights are read once, where they lie, and never copied.
-
-The library `libexpertshare_cpu.so` is built when the package is installed (setup.py) and looked for beside this file,
-nowhere else. EXPERTSHARE_ISA names the instruction set to use (avx512_bf16, avx512, avx2, portable) instead of the
-best that the processor has; it is read at every call.
-"""
+"""Experts on the CPU by our own kernel (native/csrc): weights are read once, where they lie, and never copied."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_int32, c_int64, c_void_p
-from functools import cache
-from pathlib import Path
+from ctypes import POINTER, Structure, byref, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
 
-from expertshare.errors import ConfigError, nearest
+from expertshare import native
+from expertshare.errors import ConfigError
 from expertshare.types import ExpertBank, RoutingPlan
-
-LIBRARY = Path(__file__).with_name("libexpertshare_cpu.so")
-_ABI_VERSION = 1
-_MAX_THREADS = 1024
-_num_threads: int | None = None
-_team: int | None = None  # address of GOMP_parallel
 
 
 class _Layer(Structure):
@@ -38,117 +24,6 @@ class _Layer(Structure):
     )
 
 
-@cache
-def _load() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
-    if not LIBRARY.exists():
-        return (
-            f"{LIBRARY.name} is not beside {Path(__file__).name}: there was no C++ compiler when expertshare was "
-            f"installed, or it failed. Install g++ or clang++, then expertshare again (pip install -v says why)"
-        )
-    try:
-        library = ctypes.CDLL(str(LIBRARY))
-        version = int(library.es_abi_version())
-    except (OSError, AttributeError) as error:
-        return f"{LIBRARY.name} cannot be loaded: {error}. Install expertshare again"
-    if version != _ABI_VERSION:
-        return f"{LIBRARY.name} is of version {version}, expected {_ABI_VERSION}. Install expertshare again"
-    library.es_isa_name.restype = c_char_p
-    library.es_isa_name.argtypes = library.es_isa_usable.argtypes = [c_int]
-    library.es_moe_ffn.argtypes = [POINTER(_Layer)]
-    return library
-
-
-def _library() -> ctypes.CDLL:
-    library = _load()
-    if isinstance(library, str):
-        raise ConfigError(f"the expert backend 'cpu' is not available: {library}, or use the backend 'grouped'.")
-    return library
-
-
-def available() -> bool:
-    """Whether the library is there and fits."""
-    return unavailable_reason() is None
-
-
-def unavailable_reason() -> str | None:
-    """Why `available()` is False, with what to do; None where it is True."""
-    library = _load()
-    return library if isinstance(library, str) else None
-
-
-@cache
-def _isas() -> dict[str, int]:
-    """Every instruction set that the library knows -> its number, the fastest first."""
-    library = _library()
-    return {library.es_isa_name(isa).decode(): isa for isa in range(library.es_num_isas())}
-
-
-def usable_instruction_sets() -> list[str]:
-    """Those that this build contains and this processor runs, the fastest first."""
-    library = _library()
-    return [name for name, isa in _isas().items() if library.es_isa_usable(isa)]
-
-
-@cache
-def _usable_isa(asked: str | None) -> str:
-    usable = usable_instruction_sets()
-    if asked is None:
-        return usable[0]
-    if asked not in _isas():
-        raise ConfigError(f"EXPERTSHARE_ISA={asked!r} is no instruction set. {nearest(asked, _isas())}")
-    if asked not in usable:
-        raise ConfigError(
-            f"EXPERTSHARE_ISA={asked} cannot run here: the processor or the compiler of this build lacks it. "
-            f"Expected one of {', '.join(usable)}; unset it to use the best."
-        )
-    return asked
-
-
-def instruction_set() -> str:
-    """The instruction set that the next call uses. Raises ConfigError if EXPERTSHARE_ISA names none that runs here."""
-    return _usable_isa(os.environ.get("EXPERTSHARE_ISA") or None)
-
-
-def set_num_threads(num_threads: int | None) -> None:
-    """Threads of the next calls, the caller's among them; None (the default) means torch's number of threads.
-
-    Changing it ends the old threads and starts new ones, so set it once.
-    """
-    if num_threads is not None and not 1 <= num_threads <= _MAX_THREADS:
-        raise ConfigError(f"expected 1 to {_MAX_THREADS} threads, got {num_threads}.")
-    global _num_threads
-    _num_threads = num_threads
-
-
-def num_threads() -> int:
-    """Threads that the next call may use; a small one uses fewer."""
-    return min(_num_threads or torch.get_num_threads(), _MAX_THREADS)
-
-
-def use_torch_threads(use: bool) -> None:
-    """Run in the threads of torch's OpenMP (libgomp) instead of our own, as long as their number is torch's.
-
-    After every parallel torch operation those threads spin for some milliseconds, in which they would contest the
-    cores with ours; inside their team there is nothing to contest. Raises ConfigError where torch has no libgomp.
-    """
-    global _team
-    _team = _gomp_parallel() if use else None
-
-
-@cache
-def _gomp_parallel() -> int:
-    maps = Path("/proc/self/maps")
-    mapped = maps.read_text().splitlines() if maps.exists() else []
-    found = {line.split(maxsplit=5)[-1] for line in mapped if "libgomp" in line}
-    paths = sorted(found, key=lambda path: "torch" not in path)  # another library may have brought its own
-    if not paths:
-        raise ConfigError("torch's threads cannot be used: this torch has no libgomp. Keep the kernel's own threads.")
-    address = ctypes.cast(ctypes.CDLL(paths[0]).GOMP_parallel, c_void_p).value
-    assert address is not None
-    return address
-
-
 def moe_ffn_cpu(x_TD: Tensor, plan: RoutingPlan, bank: ExpertBank) -> Tensor:
     """As moe_ffn_grouped, for inference. Reads the weights of experts that the plan names and no others.
 
@@ -158,7 +33,8 @@ def moe_ffn_cpu(x_TD: Tensor, plan: RoutingPlan, bank: ExpertBank) -> Tensor:
     alignment beyond that of an element. Calls from several threads take turns; the interpreter lock is released.
     Raises ConfigError for what the kernel cannot take: gradients, another device or dtype, other layouts.
     """
-    library = _library()
+    library = native.library()
+    library.es_moe_ffn.argtypes = [POINTER(_Layer)]
     _check(x_TD, plan, bank)
     x_TD, ids_TK, weights_TK = x_TD.contiguous(), plan.expert_ids_TK.contiguous(), plan.weights_TK.contiguous()
     y_TD = torch.empty_like(x_TD)
@@ -172,9 +48,9 @@ def moe_ffn_cpu(x_TD: Tensor, plan: RoutingPlan, bank: ExpertBank) -> Tensor:
         bank.gate_up_EHD.stride(0),
         bank.down_EDF.stride(0),
         int(x_TD.dtype == torch.bfloat16),
-        _isas()[instruction_set()],
-        num_threads(),
-        _team if num_threads() == torch.get_num_threads() else None,
+        native.isa_number(),
+        native.num_threads(),
+        native.team(),
     )
     _raise_for(int(library.es_moe_ffn(byref(layer))), num_experts)
     return y_TD
@@ -232,7 +108,7 @@ def _raise_for(status: int, num_experts: int) -> None:
     reasons = {
         1: f"expert ids must be -1 (unused) or 0 to {num_experts - 1}: the plan does not fit this bank",
         2: "not enough memory for the scratch of this call: pass fewer tokens at a time",
-        3: f"{num_threads()} threads could not be started: set fewer with set_num_threads",
+        3: f"{native.num_threads()} threads could not be started: set fewer with set_num_threads",
         4: "the instruction set cannot run here",
     }
     raise ConfigError(f"the expert backend 'cpu' failed: {reasons[status]}.")

@@ -1,0 +1,24 @@
+"""The compiled library of kernels for the CPU (csrc/), how it is found, and in which threads it runs."""
+
+from expertshare.native.loading import (
+    available,
+    instruction_set,
+    isa_number,
+    library,
+    unavailable_reason,
+    usable_instruction_sets,
+)
+from expertshare.native.threads import num_threads, set_num_threads, team, use_torch_threads
+
+__all__ = [
+    "available",
+    "instruction_set",
+    "isa_number",
+    "library",
+    "num_threads",
+    "set_num_threads",
+    "team",
+    "unavailable_reason",
+    "usable_instruction_sets",
+    "use_torch_threads",
+]
