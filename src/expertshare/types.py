@@ -87,9 +87,51 @@ class ExpertBank:
     down_EDF: Tensor
 
 
-class ExpertStore(Protocol):
-    """Where experts live. `borrow` guarantees that the active experts of the bank are usable inside the context."""
+@dataclass(frozen=True, slots=True)
+class QuantisedWeight:
+    """One projection of every expert as small integers: [E, rows, depth] in the notation below.
 
-    def borrow(self, layer: int, active_E: Tensor) -> AbstractContextManager[ExpertBank]:
-        """The bank of MoE layer `layer` (0-based among MoE layers), with at least `active_E` (bool) usable."""
+    Eight bits: codes_ERC int8 [E, rows, depth], w = scale * code; scales float32 [E, rows, 1].
+    Four bits: codes_ERC uint8 [E, rows, depth / 2], two codes 0..15 a byte, packed within each group (kernels/quantise);
+    scales float16 [E, rows, depth / group_size]; w = scale * (code - 8), or scale * code + minimum where `minima`,
+    of the shape and dtype of scales, is given. Rows of one expert are contiguous; experts may lie apart.
+    """
+
+    codes_ERC: Tensor
+    scales_ERG: Tensor
+    minima_ERG: Tensor | None
+    bits: int
+    group_size: int
+
+    @property
+    def depth(self) -> int:
+        """Input features of a row."""
+        return self.codes_ERC.shape[-1] * 8 // self.bits
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedBank:
+    """Quantised weights of one layer's experts; rows as in ExpertBank: gate_up [E, 2F, D], down [E, D, F]."""
+
+    gate_up: QuantisedWeight
+    down: QuantisedWeight
+
+
+Bank = ExpertBank | QuantisedBank
+
+
+@dataclass(frozen=True, slots=True)
+class Loan:
+    """Experts that a store has lent. slot_of_E: int64 [E], the row of the bank that holds expert e, -1 for an expert that
+    is not there; None where expert e is row e."""
+
+    bank: Bank
+    slot_of_E: Tensor | None = None
+
+
+class ExpertStore(Protocol):
+    """Where experts live. Inside the context of `borrow` the active experts of the bank stay where they are."""
+
+    def borrow(self, layer: int, active_E: Tensor) -> AbstractContextManager[Loan]:
+        """The experts of MoE layer `layer` (0-based among MoE layers), with at least `active_E` (bool) usable."""
         ...

@@ -13,7 +13,7 @@ from expertshare.models.runtime import ForwardInput, Runtime
 from expertshare.models.transformer import MoETransformer, initialise
 from expertshare.routing import make_policy
 from expertshare.training.config import reference_architecture
-from expertshare.types import ExpertBank
+from expertshare.types import ExpertBank, Loan
 
 
 class _OnlyActive(ResidentStore):
@@ -24,12 +24,25 @@ class _OnlyActive(ResidentStore):
         self.asked: list[tuple[int, int]] = []
 
     @contextmanager
-    def borrow(self, layer: int, active_E: Tensor) -> Iterator[ExpertBank]:
+    def borrow(self, layer: int, active_E: Tensor) -> Iterator[Loan]:
         self.asked.append((layer, int(active_E.sum())))
         absent_E11 = ~active_E[:, None, None]
-        with super().borrow(layer, active_E) as bank:
-            nan = float("nan")
-            yield ExpertBank(bank.gate_up_EHD.masked_fill(absent_E11, nan), bank.down_EDF.masked_fill(absent_E11, nan))
+        with super().borrow(layer, active_E) as loan:
+            nan, bank = float("nan"), loan.bank
+            assert isinstance(bank, ExpertBank)
+            gate_up_EHD = bank.gate_up_EHD.masked_fill(absent_E11, nan)
+            yield Loan(ExpertBank(gate_up_EHD, bank.down_EDF.masked_fill(absent_E11, nan)))
+
+
+class _Backwards(ResidentStore):
+    """Lends the experts in the opposite order, as a store with slots would."""
+
+    @contextmanager
+    def borrow(self, layer: int, active_E: Tensor) -> Iterator[Loan]:
+        with super().borrow(layer, active_E) as loan:
+            assert isinstance(loan.bank, ExpertBank)
+            bank = ExpertBank(loan.bank.gate_up_EHD.flip(0), loan.bank.down_EDF.flip(0))
+            yield Loan(bank, torch.arange(len(active_E)).flip(0))
 
 
 def test_a_store_that_lends_only_active_experts_changes_nothing() -> None:
@@ -49,6 +62,8 @@ def test_a_store_that_lends_only_active_experts_changes_nothing() -> None:
     with torch.no_grad():
         own = model(inputs, Runtime(policy=policy))
         lent = model(inputs, Runtime(policy=policy, store=store))
+        reordered = model(inputs, Runtime(policy=policy, store=_Backwards(store._layers)))
     assert torch.equal(own.hidden_BSD, lent.hidden_BSD)
+    assert torch.allclose(own.hidden_BSD, reordered.hidden_BSD, rtol=1e-4, atol=1e-5)
     assert store.asked == [(layer, int((load_E > 0).sum())) for layer, load_E in enumerate(own.routing.load_NE)]
     assert all(count <= 32 for _, count in store.asked)

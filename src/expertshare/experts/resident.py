@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from expertshare.types import ExpertBank
+from expertshare.types import ExpertBank, Loan
 
 
 class ResidentExperts(nn.Module):
@@ -31,6 +31,6 @@ class ResidentStore:
         self._layers = layers
 
     @contextmanager
-    def borrow(self, layer: int, active_E: Tensor) -> Iterator[ExpertBank]:
+    def borrow(self, layer: int, active_E: Tensor) -> Iterator[Loan]:
         """The layer's whole bank."""
-        yield self._layers[layer].bank()
+        yield Loan(self._layers[layer].bank())

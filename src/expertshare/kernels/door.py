@@ -11,7 +11,7 @@ from expertshare.errors import ConfigError, nearest
 from expertshare.kernels.cpu import moe_ffn_cpu
 from expertshare.kernels.grouped import moe_ffn_grouped
 from expertshare.kernels.reference import moe_ffn_reference
-from expertshare.types import ExpertBank, RoutingPlan
+from expertshare.types import Bank, ExpertBank, QuantisedBank, RoutingPlan
 
 Backend = Literal["grouped", "cpu", "reference"]
 
@@ -22,7 +22,7 @@ BACKENDS: dict[str, Callable[[Tensor, RoutingPlan, ExpertBank], Tensor]] = {
 }
 
 
-def moe_ffn(x_TD: Tensor, plan: RoutingPlan, bank: ExpertBank, *, backend: str = "grouped") -> Tensor:
+def moe_ffn(x_TD: Tensor, plan: RoutingPlan, bank: Bank, *, backend: str = "grouped") -> Tensor:
     """Run each token through the experts of its plan and mix the outputs with its weights.
 
     x_TD: float32 or bfloat16, same dtype as the bank. Returns [T, D] in that dtype; sums are float32.
@@ -30,4 +30,6 @@ def moe_ffn(x_TD: Tensor, plan: RoutingPlan, bank: ExpertBank, *, backend: str =
     """
     if backend not in BACKENDS:
         raise ConfigError(f"unknown expert backend {backend!r}. {nearest(backend, BACKENDS)}")
+    if isinstance(bank, QuantisedBank):
+        raise ConfigError(f"the expert backend {backend!r} does not take quantised experts yet.")
     return BACKENDS[backend](x_TD, plan, bank)

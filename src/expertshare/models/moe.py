@@ -15,7 +15,7 @@ from expertshare.kernels import moe_ffn
 from expertshare.models.layers import SwiGLU
 from expertshare.models.runtime import Runtime
 from expertshare.routing import route, router_scores
-from expertshare.types import ExpertBank, RoutingPlan
+from expertshare.types import ExpertBank, Loan, RoutingPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,18 @@ class LayerRouting:
 
     load_E: Tensor
     group_experts_G: Tensor
+
+
+def in_slots(plan: RoutingPlan, loan: Loan) -> RoutingPlan:
+    """The plan with rows of the lent bank in the place of expert ids."""
+    if loan.slot_of_E is None:
+        return plan
+    ids_TK, slot_of_E = plan.expert_ids_TK, loan.slot_of_E
+    slots_TK = torch.where(ids_TK < 0, ids_TK, slot_of_E[ids_TK.clamp(min=0)])
+    num_slots = loan.bank.down_EDF.shape[0] if isinstance(loan.bank, ExpertBank) else loan.bank.down.codes_ERC.shape[0]
+    active_S = torch.zeros(num_slots, dtype=torch.bool, device=ids_TK.device)
+    active_S[slot_of_E[plan.active_E]] = True
+    return RoutingPlan(slots_TK, plan.weights_TK, active_S)
 
 
 class Router(nn.Module):
@@ -61,15 +73,15 @@ class MoE(nn.Module):
             routing = self._account(plan, live_GL)
         x_TD = x_GLD.flatten(0, 1)
         with runtime.timed("experts"):
-            with self._borrow(plan, runtime) as bank:
-                y_TD = moe_ffn(x_TD, plan, bank, backend=runtime.backend)
+            with self._borrow(plan, runtime) as loan:
+                y_TD = moe_ffn(x_TD, in_slots(plan, loan), loan.bank, backend=runtime.backend)
             if self.shared is not None:
                 y_TD = y_TD + self.shared(x_TD)
         return y_TD.view(x_GLD.shape), routing
 
-    def _borrow(self, plan: RoutingPlan, runtime: Runtime) -> AbstractContextManager[ExpertBank]:
+    def _borrow(self, plan: RoutingPlan, runtime: Runtime) -> AbstractContextManager[Loan]:
         if runtime.store is None:
-            return nullcontext(self.experts.bank())
+            return nullcontext(Loan(self.experts.bank()))
         return runtime.store.borrow(self.moe_layer, plan.active_E)
 
     def _account(self, plan: RoutingPlan, live_GL: Tensor) -> LayerRouting:
