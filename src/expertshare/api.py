@@ -14,6 +14,9 @@ Example:
     comparison = compare(model, read_prompts("prompts.jsonl"), ["vanilla", "des-vote:budget=16", "des-seq"])
     for run in comparison.runs:
         print(run.label, run.reduction, run.agreement.tokens, run.accuracy.overall)
+
+    evaluation = evaluate(model, ["arith", "math"], ["des-vote:budget=28"], out="runs/vote", limit=50)
+    print(evaluation.results["summary"])
 """
 
 from __future__ import annotations
@@ -30,16 +33,25 @@ from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.evaluation import (
     Answer,
     Comparison,
+    Evaluation,
+    EvaluationSettings,
     PolicyRun,
     Setup,
+    SourceOptions,
     answer_prompts,
+    check_task_names,
     compare_policies,
     encode_prompts,
+    evaluate_sources,
+    find_preset,
+    harness_version,
+    make_sources,
     parse_policies,
     policy_label,
 )
 from expertshare.evaluation.answering import BlockListener
 from expertshare.evaluation.comparison import ProgressListener
+from expertshare.evaluation.evaluating import NoticeListener
 from expertshare.kernels import AUTO
 from expertshare.measure.cost import Cost
 from expertshare.measure.environment import capture_environment, peak_memory_bytes, versions
@@ -202,6 +214,60 @@ def compare(
     prompts = [PromptRecord(prompt=record) if isinstance(record, str) else record for record in records]
     loaded = load(model, dtype=dtype)
     return compare_policies(loaded, prompts, chosen, options, setup=setup, on_progress=on_progress)
+
+
+def evaluate(
+    model: Model,
+    tasks: Sequence[str],
+    policies: Sequence[str | RoutingPolicy],
+    *,
+    out: str | Path,
+    preset: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    shots: int | None = None,
+    data: str | Path | None = None,
+    allow_code: bool = False,
+    processes: int = 1,
+    threads: int = 1,
+    backend: str = AUTO,
+    dtype: str | torch.dtype | None = None,
+    chat: bool | None = None,
+    on_progress: ProgressListener | None = None,
+    on_notice: NoticeListener | None = None,
+    **decoding: DecodingValue,
+) -> Evaluation:
+    """Accuracy and cost of policies on tasks, a line per answer in the directory `out`, which a second call completes.
+
+    tasks: generated kinds (arith, math, ...) and benchmarks (gsm8k, ...; these need expertshare[eval]). preset:
+    settings of a paper; what is given here goes before it. seed: of items, examples and sampling. threads: of each
+    process. See docs/evaluation.md. Raises a subclass of ExpertShareError for anything unusable.
+    """
+    chosen = find_preset(preset) if preset is not None else None
+    check_task_names(tasks)
+    wanted = [p for given in policies for p in (parse_policies([given]) if isinstance(given, str) else [given])]
+    merged = {**(chosen.decoding if chosen else {}), **decoding, "seed": seed}
+    sources = SourceOptions(
+        limit=limit,
+        seed=seed,
+        gen_length=merged.get("gen_length"),  # type: ignore[arg-type]
+        shots=shots if shots is not None or chosen is None else chosen.shots,
+        data=Path(data) if data is not None else None,
+        chat=chat if chat is not None or chosen is None else chosen.chat,
+        allow_code=allow_code,
+    )
+    loaded = load(model, dtype=dtype)
+    settings = EvaluationSettings(
+        options=decoding_options(merged),
+        setup=Setup(backend=backend, chat=sources.chat),
+        dtype=loaded.model.dtype,
+        processes=processes,
+        threads=threads,
+        identity={"allow_code": allow_code, "harness": harness_version()},
+        config={"preset": chosen.to_json() if chosen else None, "limit": limit, "shots": sources.shots},
+    )
+    made = make_sources(tasks, sources, loaded)
+    return evaluate_sources(loaded, made, wanted, settings, Path(out), on_progress=on_progress, on_notice=on_notice)
 
 
 def comparison_report(comparison: Comparison, device: torch.device | None = None) -> Report:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import expertshare
-from expertshare.cli import bench, compare, generate, info, tasks, train
+from expertshare.cli import bench, compare, evaluate, generate, info, tasks, train
 from expertshare.errors import ExpertShareError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command("compare", epilog=compare.EXAMPLE)(compare.compare)
+app.command("eval", epilog=evaluate.EXAMPLE)(evaluate.evaluate)
 app.command("info", epilog=info.EXAMPLE)(info.info)
 app.command("tasks", epilog=tasks.EXAMPLE)(tasks.tasks)
 app.command("train", epilog=train.EXAMPLE)(train.train)
