@@ -8,7 +8,8 @@ from typing import Any
 
 from expertshare.tasks import Verdict, run_programs
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 10.0
+"""Of the reference solutions of MBPP one takes more than three seconds."""
 FENCE = "```"
 Record = Mapping[str, Any]
 
@@ -27,8 +28,9 @@ def program(prefix: str, answer: str) -> str:
     """
     continued = answer.partition(FENCE)[0]
     fresh = _first_block(answer)
-    candidates = [prefix + continued, prefix + fresh, fresh, continued]
-    return next((text for text in candidates if text.strip() and _compiles(text)), candidates[0])
+    bodies = [text for text in (continued, fresh) if text.strip()]
+    candidates = [*(prefix + body for body in bodies), *reversed(bodies), prefix + continued]
+    return next((text for text in candidates if _compiles(text)), candidates[0])
 
 
 def _first_block(answer: str) -> str:
