@@ -263,7 +263,7 @@ def evaluate(
         dtype=loaded.model.dtype,
         processes=processes,
         threads=threads,
-        identity={"allow_code": allow_code, "harness": harness_version()},
+        identity={"allow_code": allow_code, "harness": harness_version(tasks)},
         config={"preset": chosen.to_json() if chosen else None, "limit": limit, "shots": sources.shots},
     )
     made = make_sources(tasks, sources, loaded)

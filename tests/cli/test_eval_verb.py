@@ -49,10 +49,11 @@ def test_a_run_leaves_its_configuration_items_and_report(checkpoint: Path, run: 
     code = [x for x in items if x["task"] == "code"]
     assert all(x["correct"] is None and "--allow-code" in x["reason"] for x in code)
     assert all(set(x["unique_experts"]) == {"prefill", "denoise", "commit"} for x in items)
-    for word in ("vanilla", "arith", "Not judged", "capped %"):
+    for word in ("vanilla", "arith", "Not judged", "capped"):
         assert word in done.err
 
 
+@pytest.mark.slow
 def test_processes_do_not_change_the_items_and_a_second_call_asks_nothing(
     checkpoint: Path, run: Run, tmp_path: Path
 ) -> None:
@@ -68,30 +69,31 @@ def test_processes_do_not_change_the_items_and_a_second_call_asks_nothing(
     assert {key: value for key, value in json.loads(again.out).items() if key != "run_dir"} == report
 
 
+@pytest.mark.slow
 def test_kill_9_and_resume_give_the_file_of_an_uninterrupted_run(run: Run, tmp_path: Path) -> None:
-    arguments = ["eval", str(REFERENCE), "--tasks", "arith,code", "--allow-code", "--limit", "20", "--processes", "2"]
+    arguments = ["eval", str(REFERENCE), "--tasks", "arith,code", "--allow-code", "--limit", "12"]
     arguments += ["--policies", "vanilla,des-vote:budget=28", "--out"]
     path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     with subprocess.Popen(
-        [sys.executable, "-m", "expertshare", *arguments, str(cut)],
+        [sys.executable, "-m", "expertshare", *arguments, str(cut), "--processes", "2"],
         env={**os.environ, "PYTHONPATH": path},
         stdout=subprocess.DEVNULL,
     ) as killed:
-        while not (cut / ITEMS).exists() or (cut / ITEMS).read_bytes().count(b"\n") < 15:
+        while not (cut / ITEMS).exists() or (cut / ITEMS).read_bytes().count(b"\n") < 10:
             assert killed.poll() is None
             time.sleep(0.01)
         killed.send_signal(signal.SIGKILL)
-    assert 15 <= len(lines(cut)) < 80
+    assert 10 <= len(lines(cut)) < 48
     with (cut / ITEMS).open("ab") as file:
         file.write(b'{"task": "arith", "id"')  # as a kill in the middle of a write leaves it
     resumed = run(*arguments, cut)
     assert resumed.code == 0, resumed.err
     assert "(22 bytes): dropped" in resumed.err
     assert "to go" in resumed.err
-    assert run(*arguments[:-1], "--processes", "1", "--out", whole).code == 0
+    assert run(*arguments, whole).code == 0
     assert (cut / ITEMS).read_bytes() == (whole / ITEMS).read_bytes()
-    assert len({(x["task"], x["id"], x["policy"]) for x in lines(cut)}) == len(lines(cut)) == 80
+    assert len({(x["task"], x["id"], x["policy"]) for x in lines(cut)}) == len(lines(cut)) == 48
 
 
 HARMFUL = {

@@ -10,13 +10,14 @@ from rich.table import Table
 from expertshare.cli.console import percent, percent_within
 
 Results = Mapping[str, Any]
-MAX_LABEL_WIDTH = 40
+MAX_LABEL_WIDTH = 18
+"""Longer labels are folded where a terminal of 120 columns has no room for them."""
 
 
 def task_table(results: Results) -> Table:
     """Accuracy of every policy at every task, beside vanilla's."""
-    title = "Accuracy, %, with its 95 % interval; difference to vanilla on the same items; retained of vanilla's"
-    table = _table(title, results, "task", ["right", "accuracy %", "difference %", "p", "retained %", "capped %"])
+    title = "Accuracy, %, with its 95 % interval; difference to vanilla on the same items; % retained of vanilla's"
+    table = _table(title, results, "task", ["right", "accuracy %", "difference %", "p", "retained", "capped"])
     for row in results["rows"]:
         difference = row["difference"]
         table.add_row(

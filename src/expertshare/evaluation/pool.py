@@ -74,6 +74,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,  # an interrupt from the keyboard is for the parent, which ends this one
         )
         self._setup: SolverSetup | None = setup
 

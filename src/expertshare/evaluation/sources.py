@@ -9,6 +9,7 @@ from pathlib import Path
 from expertshare.errors import InputError, nearest
 from expertshare.evaluation.generated import DEFAULT_COUNT, DEFAULT_GEN_LENGTH, GeneratedSource
 from expertshare.evaluation.harness import BENCHMARKS, HarnessSource
+from expertshare.evaluation.harness.loading import installed_version
 from expertshare.evaluation.items import TaskSource
 from expertshare.models import LoadedModel
 from expertshare.tasks import TASKS
@@ -49,6 +50,11 @@ def check_task_names(names: Sequence[str]) -> tuple[str, ...]:
         if name not in TASKS and name not in BENCHMARKS:
             raise InputError(f"expected the name of a task, got {name!r}. {nearest(name, [*TASKS, *BENCHMARKS])}")
     return tuple(dict.fromkeys(names))
+
+
+def harness_version(names: Sequence[str]) -> str | None:
+    """Version of lm-evaluation-harness where one of these tasks is asked through it; else nothing depends on it."""
+    return installed_version() if any(name in BENCHMARKS for name in names) else None
 
 
 def make_sources(names: Sequence[str], options: SourceOptions, loaded: LoadedModel) -> list[TaskSource]:

@@ -36,7 +36,7 @@ def check_installed() -> None:
             )
 
 
-def harness_version() -> str | None:
+def installed_version() -> str | None:
     """Version of lm-evaluation-harness, None where it is not installed."""
     try:
         return importlib.metadata.version("lm_eval")

@@ -8,8 +8,11 @@ Importing this module registers it:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
 
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError
@@ -25,6 +28,8 @@ check_installed()
 
 from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.api.registry import register_model  # noqa: E402
+
+_log = logging.getLogger(__name__)
 
 
 class ExpertShareLM(LM):  # type: ignore[misc]
@@ -46,7 +51,7 @@ class ExpertShareLM(LM):  # type: ignore[misc]
         super().__init__()
         if str(batch_size) not in ("1", "auto"):
             raise InputError(f"this model answers one prompt at a time, got batch_size={batch_size}: leave it at 1")
-        loaded = load_model(pretrained, device=device or "cpu")
+        loaded = load_model(pretrained, device=_device(device))
         wanted = parse_policy(policy.replace(";", ",")) if policy else native_policy(loaded.config)
         self._length = int(decoding.pop("gen_length", DEFAULT_GEN_LENGTH))
         decoding.pop("max_batch_size", None)
@@ -101,6 +106,14 @@ class ExpertShareLM(LM):  # type: ignore[misc]
     def tokenizer_name(self) -> str:
         """What the harness names its cache of prompts by."""
         return str(self.solver.loaded.path).replace("/", "__")
+
+
+def _device(asked: str | None) -> str:
+    """The harness's command asks for cuda unless told otherwise, whatever the machine has."""
+    if asked is not None and asked.startswith("cuda") and not torch.cuda.is_available():
+        _log.warning("no %s on this machine: computing on the CPU", asked)
+        return "cpu"
+    return asked or "cpu"
 
 
 register_model("expertshare")(ExpertShareLM)
