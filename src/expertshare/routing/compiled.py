@@ -1,0 +1,215 @@
+"""The primitives of routing in the native library: the same numbers as the torch code beside each, in microseconds.
+
+A torch operation on a few thousand numbers takes 3 to 30 microseconds; a routing step used to be sixty of them. Who
+calls asks `library_for` first. It is exact arithmetic with exact ties, but for two sums: votes and shares are added up
+in float64, where float32 numbers of similar size round nothing, and the weights of one token in the order that torch
+follows for up to 31 of them (beyond that they may differ from torch's in the last bit).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, byref, c_double, c_float, c_int, c_int64, c_void_p
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from expertshare import native
+from expertshare.errors import ConfigError
+
+_NUMBER = c_int64
+MOST_SLOTS = 64
+"""Experts per token that `drop_lightest` takes."""
+
+
+class _Reach(Structure):
+    """es_reach of csrc/routing.h, field by field."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("choice", "live", "coreset", "affinity", "ids", "best", "cast")),
+        *((name, _NUMBER) for name in ("groups", "length", "experts", "k", "expert_groups", "kept_groups")),
+    )
+
+
+_ARGUMENTS = {
+    "es_top_k": [c_void_p, c_void_p, _NUMBER, _NUMBER, _NUMBER, c_void_p, c_void_p],
+    "es_reachable_best": [POINTER(_Reach)],
+    "es_tally": [c_void_p, c_void_p, _NUMBER, _NUMBER, _NUMBER, c_void_p],
+    "es_union": [c_void_p, _NUMBER, _NUMBER, _NUMBER, c_void_p],
+    "es_group_max": [c_void_p, c_void_p, _NUMBER, _NUMBER, _NUMBER, c_void_p],
+    "es_shortest_prefix": [c_void_p, _NUMBER, _NUMBER, c_double, c_void_p],
+    "es_drop_lightest": [c_void_p, _NUMBER, _NUMBER, c_double, c_void_p],
+    "es_weigh": [c_void_p, c_void_p, c_void_p, _NUMBER, _NUMBER, _NUMBER, c_int, c_float, c_void_p, c_void_p],
+    "es_count_load": [c_void_p, _NUMBER, _NUMBER, _NUMBER, c_void_p, c_void_p],
+}
+
+
+@cache
+def _declared() -> ctypes.CDLL:
+    library = native.library()
+    for name, arguments in _ARGUMENTS.items():
+        getattr(library, name).argtypes = arguments
+    return library
+
+
+def library_for(*scores: Tensor, masks: tuple[Tensor, ...] = (), ids: tuple[Tensor, ...] = ()) -> ctypes.CDLL | None:
+    """The library, where it is there and takes these: on the CPU; scores float32, masks bool, ids int64."""
+    if not native.available() or torch.compiler.is_compiling():
+        return None
+    for dtype, tensors in ((torch.float32, scores), (torch.bool, masks), (torch.int64, ids)):
+        for tensor in tensors:
+            if tensor.dtype != dtype or not tensor.is_cpu:
+                return None
+    return _declared()
+
+
+def _finish(status: int) -> None:
+    if status != 0:
+        raise ConfigError("not enough memory for the scratch of a routing step: pass fewer tokens at a time.")
+
+
+def top_k(library: ctypes.CDLL, score_xE: Tensor, k: int, front_xE: Tensor | None, *, as_mask: bool) -> Tensor:
+    """Ids (int64 [..., k]) or membership (bool [..., E]) of the k best of each row; `front` outranks all others."""
+    score_xE = score_xE.contiguous()
+    experts = score_xE.shape[-1]
+    if as_mask:
+        found = torch.empty(score_xE.shape, dtype=torch.bool)
+    else:
+        found = torch.empty((*score_xE.shape[:-1], k), dtype=torch.int64)
+    front_xE = None if front_xE is None else front_xE.expand_as(score_xE).contiguous()
+    front = None if front_xE is None else front_xE.data_ptr()
+    to_ids, to_mask = (None, found.data_ptr()) if as_mask else (found.data_ptr(), None)
+    rows = score_xE.numel() // experts
+    _finish(library.es_top_k(score_xE.data_ptr(), front, rows, experts, k, to_ids, to_mask))
+    return found
+
+
+def _reach(
+    choice_GLE: Tensor, live_GL: Tensor, coreset_GE: Tensor | None, k: int, limit: tuple[int, int], **to: Tensor
+) -> _Reach:
+    groups, length, experts = choice_GLE.shape
+    return _Reach(
+        choice=choice_GLE.data_ptr(),
+        live=live_GL.data_ptr(),
+        coreset=None if coreset_GE is None else coreset_GE.data_ptr(),
+        groups=groups,
+        length=length,
+        experts=experts,
+        k=k,
+        expert_groups=limit[0],
+        kept_groups=limit[1],
+        **{name: tensor.data_ptr() for name, tensor in to.items()},
+    )
+
+
+def cast(library: ctypes.CDLL, choice_GLE: Tensor, live_GL: Tensor, k: int, limit: tuple[int, int]) -> Tensor:
+    """Each live token's k best experts, bool [G, L, E]. limit: expert groups, and how many of them a token reaches."""
+    choice_GLE, live_GL = choice_GLE.contiguous(), live_GL.expand(choice_GLE.shape[:2]).contiguous()
+    cast_GLE = torch.empty(choice_GLE.shape, dtype=torch.bool)
+    _finish(library.es_reachable_best(byref(_reach(choice_GLE, live_GL, None, k, limit, cast=cast_GLE))))
+    return cast_GLE
+
+
+def choose(
+    library: ctypes.CDLL,
+    choice_GLE: Tensor,
+    affinity_GLE: Tensor,
+    live_GL: Tensor,
+    coreset_GE: Tensor,
+    k: int,
+    limit: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    """Ids of each token's k best inside its coreset (int64 [T, k], -1 where there is none), and their affinity or 0."""
+    groups, length, experts = choice_GLE.shape
+    choice_GLE, affinity_GLE = choice_GLE.contiguous(), affinity_GLE.expand_as(choice_GLE).contiguous()
+    live_GL = live_GL.expand(groups, length).contiguous()
+    coreset_GE = coreset_GE.expand(groups, experts).contiguous()
+    ids_TK = torch.empty((live_GL.numel(), k), dtype=torch.int64)
+    best_TK = torch.empty(ids_TK.shape)
+    reach = _reach(choice_GLE, live_GL, coreset_GE, k, limit, affinity=affinity_GLE, ids=ids_TK, best=best_TK)
+    _finish(library.es_reachable_best(byref(reach)))
+    return ids_TK, best_TK
+
+
+def tally(library: ctypes.CDLL, choice_GLE: Tensor, cast_GLE: Tensor) -> Tensor:
+    """Sum of the scores of the ballots cast, float32 [G, E], -inf where there is none."""
+    choice_GLE, cast_GLE = choice_GLE.contiguous(), cast_GLE.expand_as(choice_GLE).contiguous()
+    groups, length, experts = cast_GLE.shape
+    votes_GE = torch.empty((groups, experts))
+    _finish(library.es_tally(choice_GLE.data_ptr(), cast_GLE.data_ptr(), groups, length, experts, votes_GE.data_ptr()))
+    return votes_GE
+
+
+def union(library: ctypes.CDLL, cast_GLE: Tensor) -> Tensor:
+    """Whether any token cast it: bool [G, E]."""
+    cast_GLE = cast_GLE.contiguous()
+    groups, length, experts = cast_GLE.shape
+    any_GE = torch.empty((groups, experts), dtype=torch.bool)
+    _finish(library.es_union(cast_GLE.data_ptr(), groups, length, experts, any_GE.data_ptr()))
+    return any_GE
+
+
+def group_max(library: ctypes.CDLL, choice_GLE: Tensor, live_GL: Tensor) -> Tensor:
+    """Largest score over the live tokens, float32 [G, E], -inf where none is live."""
+    groups, length, experts = choice_GLE.shape
+    choice_GLE, live_GL = choice_GLE.contiguous(), live_GL.expand(groups, length).contiguous()
+    most_GE = torch.empty((groups, experts))
+    pointers = choice_GLE.data_ptr(), live_GL.data_ptr()
+    _finish(library.es_group_max(*pointers, groups, length, experts, most_GE.data_ptr()))
+    return most_GE
+
+
+def shortest_prefix(library: ctypes.CDLL, score_GE: Tensor, share: float) -> Tensor:
+    """bool [G, E]; see shares.shortest_prefix."""
+    score_GE = score_GE.contiguous()
+    member_GE = torch.empty(score_GE.shape, dtype=torch.bool)
+    _finish(library.es_shortest_prefix(score_GE.data_ptr(), *score_GE.shape, share, member_GE.data_ptr()))
+    return member_GE
+
+
+def drop_lightest(library: ctypes.CDLL, weight_TK: Tensor, share: float) -> Tensor:
+    """bool [T, K], K <= 64; see shares.drop_lightest."""
+    weight_TK = weight_TK.contiguous()
+    kept_TK = torch.empty(weight_TK.shape, dtype=torch.bool)
+    _finish(library.es_drop_lightest(weight_TK.data_ptr(), *weight_TK.shape, share, kept_TK.data_ptr()))
+    return kept_TK
+
+
+def weigh(
+    library: ctypes.CDLL,
+    ids_TK: Tensor,
+    affinity_TK: Tensor,
+    kept_TK: Tensor | None,
+    num_experts: int,
+    *,
+    renormalise: bool,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Weights (float32 [T, K]) and active experts (bool [E]). Writes -1 into ids that are not kept."""
+    kept_TK = None if kept_TK is None else kept_TK.to(torch.bool).expand_as(ids_TK).contiguous()
+    weights_TK = torch.empty(affinity_TK.shape)
+    active_E = torch.empty(num_experts, dtype=torch.bool)
+    status = library.es_weigh(
+        ids_TK.data_ptr(),
+        affinity_TK.data_ptr(),
+        None if kept_TK is None else kept_TK.data_ptr(),
+        *ids_TK.shape,
+        num_experts,
+        int(renormalise),
+        scaling,
+        weights_TK.data_ptr(),
+        active_E.data_ptr(),
+    )
+    _finish(status)
+    return weights_TK, active_E
+
+
+def count_load(library: ctypes.CDLL, ids_TK: Tensor, groups: int, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Pairs per expert (int64 [E]) and unique experts per group (int64 [G])."""
+    ids_TK = ids_TK.contiguous()
+    load_E, unique_G = torch.empty(num_experts, dtype=torch.int64), torch.empty(groups, dtype=torch.int64)
+    slots = ids_TK.numel() // max(groups, 1)
+    pointers = load_E.data_ptr(), unique_G.data_ptr()
+    _finish(library.es_count_load(ids_TK.data_ptr(), groups, slots, num_experts, *pointers))
+    return load_E, unique_G
