@@ -28,6 +28,7 @@ X86_FLAGS = {
     "avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
     "affinity_avx2.cpp": AVX2,
     "affinity_avx512.cpp": AVX512,
+    "affinity_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
 
 

@@ -9,7 +9,7 @@ follows for up to 31 of them (beyond that they may differ from torch's in the la
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, byref, c_double, c_float, c_int, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int, c_int64, c_void_p
 from functools import cache
 
 import torch
@@ -23,18 +23,9 @@ MOST_SLOTS = 64
 """Experts per token that `drop_lightest` takes."""
 
 
-class _Reach(Structure):
-    """es_reach of csrc/routing.h, field by field."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("choice", "live", "coreset", "affinity", "ids", "best", "cast")),
-        *((name, _NUMBER) for name in ("groups", "length", "experts", "k", "expert_groups", "kept_groups")),
-    )
-
-
 _ARGUMENTS = {
     "es_top_k": [c_void_p, c_void_p, _NUMBER, _NUMBER, _NUMBER, c_void_p, c_void_p],
-    "es_reachable_best": [POINTER(_Reach)],
+    "es_reachable_best": [*[c_void_p] * 7, *[_NUMBER] * 6],
     "es_tally": [c_void_p, c_void_p, _NUMBER, _NUMBER, _NUMBER, c_void_p],
     "es_union": [c_void_p, _NUMBER, _NUMBER, _NUMBER, c_void_p],
     "es_group_max": [c_void_p, c_void_p, _NUMBER, _NUMBER, _NUMBER, c_void_p],
@@ -85,29 +76,12 @@ def top_k(library: ctypes.CDLL, score_xE: Tensor, k: int, front_xE: Tensor | Non
     return found
 
 
-def _reach(
-    choice_GLE: Tensor, live_GL: Tensor, coreset_GE: Tensor | None, k: int, limit: tuple[int, int], **to: Tensor
-) -> _Reach:
-    groups, length, experts = choice_GLE.shape
-    return _Reach(
-        choice=choice_GLE.data_ptr(),
-        live=live_GL.data_ptr(),
-        coreset=None if coreset_GE is None else coreset_GE.data_ptr(),
-        groups=groups,
-        length=length,
-        experts=experts,
-        k=k,
-        expert_groups=limit[0],
-        kept_groups=limit[1],
-        **{name: tensor.data_ptr() for name, tensor in to.items()},
-    )
-
-
 def cast(library: ctypes.CDLL, choice_GLE: Tensor, live_GL: Tensor, k: int, limit: tuple[int, int]) -> Tensor:
     """Each live token's k best experts, bool [G, L, E]. limit: expert groups, and how many of them a token reaches."""
     choice_GLE, live_GL = choice_GLE.contiguous(), live_GL.expand(choice_GLE.shape[:2]).contiguous()
     cast_GLE = torch.empty(choice_GLE.shape, dtype=torch.bool)
-    _finish(library.es_reachable_best(byref(_reach(choice_GLE, live_GL, None, k, limit, cast=cast_GLE))))
+    pointers = (choice_GLE.data_ptr(), live_GL.data_ptr(), None, None, None, None, cast_GLE.data_ptr())
+    _finish(library.es_reachable_best(*pointers, *choice_GLE.shape, k, *limit))
     return cast_GLE
 
 
@@ -127,8 +101,9 @@ def choose(
     coreset_GE = coreset_GE.expand(groups, experts).contiguous()
     ids_TK = torch.empty((live_GL.numel(), k), dtype=torch.int64)
     best_TK = torch.empty(ids_TK.shape)
-    reach = _reach(choice_GLE, live_GL, coreset_GE, k, limit, affinity=affinity_GLE, ids=ids_TK, best=best_TK)
-    _finish(library.es_reachable_best(byref(reach)))
+    tensors = (choice_GLE, live_GL, coreset_GE, affinity_GLE, ids_TK, best_TK)
+    pointers = (*(tensor.data_ptr() for tensor in tensors), None)
+    _finish(library.es_reachable_best(*pointers, groups, length, experts, k, *limit))
     return ids_TK, best_TK
 
 

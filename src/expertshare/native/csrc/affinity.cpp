@@ -12,13 +12,14 @@ constexpr Index kMacsPerThread = 1 << 19;  // less than this is not worth waking
 
 Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 
-// What every thread does: items until there are none, each with the one it will do next (-1: none), then waits for all.
+bool takes_from_back(int worker) { return worker % 2 != 0; }
+
+// `now` and then items until there are none, each with the one that comes next (-1: none); then waits for all threads.
 template <class Item>
-void each(Queue &queue, int worker, Item item) {
-    const bool from_back = worker % 2 != 0;
+void each(Queue &queue, int worker, Index now, Item item) {
     Index taken = 0;
-    for (Index now = queue.take(from_back), next; now >= 0; now = next) {
-        next = queue.take(from_back);
+    for (Index next; now >= 0; now = next) {
+        next = queue.take(takes_from_back(worker));
         item(now, next);
         taken++;
     }
@@ -26,11 +27,16 @@ void each(Queue &queue, int worker, Item item) {
     queue.wait();
 }
 
+template <class Item>
+void each(Queue &queue, int worker, Item item) {
+    each(queue, worker, queue.take(takes_from_back(worker)), item);
+}
+
 }  // namespace
 
 const AffinityKernels *affinity_kernels_for(int isa) {
     if (!isa_usable(isa)) return nullptr;
-    const AffinityKernels *const all[] = {avx512_affinity, avx512_affinity, avx2_affinity, portable_affinity};
+    const AffinityKernels *const all[] = {avx512_bf16_affinity, avx512_affinity, avx2_affinity, portable_affinity};
     return all[isa];
 }
 
@@ -57,9 +63,25 @@ int Affinity::useful_threads() const {
 }
 
 void Affinity::run(int worker) {
-    each(to_pack_, worker, [this](Index item, Index) { pack(item); });
-    each(to_multiply_, worker, [this](Index item, Index next) { multiply(item, next); });
+    const Index first = to_multiply_.take(takes_from_back(worker));  // its weights are fetched while tokens are packed
+    Index fetched = 0;
+    each(to_pack_, worker, [&](Index item, Index) {
+        if (first >= 0) fetched = fetch(first, fetched);
+        pack(item);
+    });
+    each(to_multiply_, worker, first, [this](Index item, Index next) { multiply(item, next); });
     each(to_finish_, worker, [this](Index token, Index) { finish(token); });
+}
+
+// A thread's part of the packing long, from `line` on; returns the line to go on with.
+Index Affinity::fetch(Index item, Index line) const {
+    constexpr Index kLine = 64;
+    const Index rows = std::min<Index>(kernels_.rows, gate_.num_experts - item * kernels_.rows);
+    const Index num_lines = rows * gate_.depth * 4 / kLine;
+    const Index end = std::min(num_lines, line + ceil_div(num_lines * gate_.num_threads, token_blocks_ * strips_));
+    const char *from = reinterpret_cast<const char *>(gate_.w + item * kernels_.rows * gate_.depth);
+    for (; line < end; line++) __builtin_prefetch(from + line * kLine, 0, 3);
+    return line;
 }
 
 void Affinity::pack(Index item) {
@@ -77,6 +99,7 @@ void Affinity::multiply(Index item, Index next_item) {
     const float *next = whole_next ? gate_.w + next_item * kernels_.rows * gate_.depth : nullptr;
     for (Index block = 0; block < token_blocks_; block++) {
         kernels_.multiply(gate_.w + first * gate_.depth, num_rows, gate_.depth, packed_ + block * gate_.depth * width_,
+                          gate_.is_bfloat16 != 0, std::min<Index>(width_, gate_.num_tokens - block * width_),
                           logits_ + (block * gate_.num_experts + first) * width_, block == 0 ? next : nullptr);
     }
 }

@@ -42,6 +42,7 @@ class Affinity final : public Work {
     void run(int worker) override;
 
    private:
+    Index fetch(Index item, Index line) const;
     void pack(Index item);
     void multiply(Index item, Index next_item);
     void finish(Index token);

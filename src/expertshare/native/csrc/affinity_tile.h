@@ -17,43 +17,75 @@ using expertshare::Index;
 
 constexpr Index kStrip = 256;
 
-template <class V, int Rows>
-void multiply_rows(const float *w, Index depth, const float *packed, float *logits, const float *next) {
-    constexpr Index kWidth = 2 * V::kLanes, kLineFloats = 16;
-    for (Index begin = 0; begin < depth; begin += kStrip) {
-        const Index end = begin + kStrip < depth ? begin + kStrip : depth;
-        typename V::Vector sums[Rows][2];
-        for (int r = 0; r < Rows; r++) sums[r][0] = sums[r][1] = V::zero();
-        for (Index line = begin; line < end; line += kLineFloats) {
-            if (next != nullptr) {
-                for (int r = 0; r < Rows; r++) __builtin_prefetch(next + r * depth + line, 0, 2);
-            }
-            const Index stop = line + kLineFloats < end ? line + kLineFloats : end;
-            for (Index i = line; i < stop; i++) {
-                const typename V::Vector x0 = V::load(packed + i * kWidth);
-                const typename V::Vector x1 = V::load(packed + i * kWidth + V::kLanes);
-                for (int r = 0; r < Rows; r++) {
-                    const typename V::Vector spread = V::splat(w[r * depth + i]);
-                    sums[r][0] = V::fma(spread, x0, sums[r][0]);
-                    sums[r][1] = V::fma(spread, x1, sums[r][1]);
-                }
-            }
-        }
-        for (int r = 0; r < Rows; r++) {
-            for (int half = 0; half < 2; half++) {
-                float *to = logits + r * kWidth + half * V::kLanes;
-                V::store(to, begin == 0 ? sums[r][half] : V::add(V::load(to), sums[r][half]));
-            }
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+
+constexpr Index kLineFloats = 16;
+
+// As much of the rows that follow as is read now, front to back: rows lie behind each other, and memory likes order.
+inline void fetch_lines(const float *next, Index num_rows, Index feature) {
+    if (next == nullptr) return;
+    const float *from = next + feature * num_rows;
+    for (Index r = 0; r < num_rows; r++) __builtin_prefetch(from + r * kLineFloats, 0, 3);
+}
+
+// What a strip adds to the logits of its rows.
+template <class V, int Rows, int Halves>
+inline void add_strip(const typename V::Vector (&sums)[Rows][Halves], bool is_first, float *logits) {
+    for (int r = 0; r < Rows; r++) {
+        for (int half = 0; half < Halves; half++) {
+            float *to = logits + (2 * r + half) * V::kLanes;
+            V::store(to, is_first ? sums[r][half] : V::add(V::load(to), sums[r][half]));
         }
     }
 }
 
-template <class V>
-void multiply(const float *w, Index num_rows, Index depth, const float *packed, float *logits, const float *next) {
-    if (num_rows == V::kRows) return multiply_rows<V, V::kRows>(w, depth, packed, logits, next);
-    for (Index r = 0; r < num_rows; r++) {
-        multiply_rows<V, 1>(w + r * depth, depth, packed, logits + r * 2 * V::kLanes, nullptr);
+template <class V, int Rows, int Halves>
+void multiply_rows(const float *w, Index depth, const float *packed, float *logits, const float *next) {
+    constexpr Index kWidth = 2 * V::kLanes;
+    for (Index begin = 0; begin < depth; begin += kStrip) {
+        const Index end = begin + kStrip < depth ? begin + kStrip : depth;
+        typename V::Vector sums[Rows][Halves];
+        for (int r = 0; r < Rows; r++) {
+            for (int half = 0; half < Halves; half++) sums[r][half] = V::zero();
+        }
+        for (Index line = begin; line < end; line += kLineFloats) {
+            fetch_lines(next, Rows, line);
+            const Index stop = line + kLineFloats < end ? line + kLineFloats : end;
+            for (Index i = line; i < stop; i++) {
+                typename V::Vector x[Halves];
+                for (int half = 0; half < Halves; half++) x[half] = V::load(packed + i * kWidth + half * V::kLanes);
+                for (int r = 0; r < Rows; r++) {
+                    const typename V::Vector spread = V::splat(w[r * depth + i]);
+                    for (int half = 0; half < Halves; half++) sums[r][half] = V::fma(spread, x[half], sums[r][half]);
+                }
+            }
+        }
+        add_strip<V, Rows, Halves>(sums, begin == 0, logits);
     }
+}
+
+// `tile(rows, halves)` for whole blocks, row by row for the last ones; one vector is enough for few tokens.
+template <class V, class Tile>
+void in_tiles(Index num_rows, Index num_tokens, Tile tile) {
+    const auto of_height = [&](auto rows, Index first) {
+        if (num_tokens <= V::kLanes) return tile(rows, Count<1>{}, first);
+        tile(rows, Count<2>{}, first);
+    };
+    if (num_rows == V::kRows) return of_height(Count<V::kRows>{}, 0);
+    for (Index r = 0; r < num_rows; r++) of_height(Count<1>{}, r);
+}
+
+template <class V>
+void multiply(const float *w, Index num_rows, Index depth, const float *packed, bool /*is_bfloat16*/, Index num_tokens,
+              float *logits, const float *next) {
+    in_tiles<V>(num_rows, num_tokens, [&](auto rows, auto halves, Index first) {
+        constexpr int kRows = decltype(rows)::value, kHalves = decltype(halves)::value;
+        multiply_rows<V, kRows, kHalves>(w + first * depth, depth, packed, logits + first * 2 * V::kLanes,
+                                         kRows == 1 ? nullptr : next);
+    });
 }
 
 template <class V, class Feature>

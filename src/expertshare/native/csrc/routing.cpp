@@ -27,10 +27,21 @@ int guarded(Call call) {
     return kDone;
 }
 
+// The arguments of es_reachable_best.
+struct Question {
+    const float *choice;
+    const uint8_t *live, *coreset;
+    const float *affinity;
+    int64_t *ids;
+    float *best;
+    uint8_t *cast;
+    int64_t groups, length, experts, k, expert_groups, kept_groups;
+};
+
 // The experts that a group of tokens may choose from, and what one of its tokens can reach of them.
 class Reach {
    public:
-    explicit Reach(const es_reach &of)
+    explicit Reach(const Question &of)
         : of_(of), experts_(static_cast<int>(of.experts)), group_size_(experts_ / static_cast<int>(of.expert_groups)) {
         scores_.resize(static_cast<std::size_t>(experts_));
         keys_.resize(static_cast<std::size_t>(experts_));
@@ -122,7 +133,7 @@ class Reach {
         most = most < score ? score : most;
     }
 
-    const es_reach &of_;
+    const Question &of_;
     int experts_, group_size_;
     bool all_ = false;
     std::vector<float> scores_;
@@ -132,7 +143,7 @@ class Reach {
     Podium podium_, groups_;
 };
 
-void write(const es_reach &to, int64_t token, const Podium &podium, int found) {
+void write(const Question &to, int64_t token, const Podium &podium, int found) {
     if (to.cast != nullptr) {
         uint8_t *cast = to.cast + token * to.experts;
         std::memset(cast, 0, static_cast<std::size_t>(to.experts));
@@ -229,14 +240,19 @@ EXPERTSHARE_EXPORT int es_top_k(const float *scores, const uint8_t *front, int64
     });
 }
 
-EXPERTSHARE_EXPORT int es_reachable_best(const es_reach *reach) {
+EXPERTSHARE_EXPORT int es_reachable_best(const float *choice, const uint8_t *live, const uint8_t *coreset,
+                                         const float *affinity, int64_t *ids, float *best, uint8_t *cast,
+                                         int64_t groups, int64_t length, int64_t experts, int64_t k,
+                                         int64_t expert_groups, int64_t kept_groups) {
     return guarded([=] {
-        Reach within(*reach);
-        for (int64_t group = 0; group < reach->groups; group++) {
-            if (group == 0 || reach->coreset != nullptr) within.enter_group(group);
-            for (int64_t token = group * reach->length; token < (group + 1) * reach->length; token++) {
-                if (reach->live[token] != 0) within.rank(token);
-                write(*reach, token, within.podium(), reach->live[token] != 0 ? within.podium().size() : 0);
+        const Question question = {choice, live,   coreset, affinity, ids,           best,       cast,
+                                   groups, length, experts, k,        expert_groups, kept_groups};
+        Reach within(question);
+        for (int64_t group = 0; group < groups; group++) {
+            if (group == 0 || coreset != nullptr) within.enter_group(group);
+            for (int64_t token = group * length; token < (group + 1) * length; token++) {
+                if (live[token] != 0) within.rank(token);
+                write(question, token, within.podium(), live[token] != 0 ? within.podium().size() : 0);
             }
         }
     });

@@ -12,20 +12,17 @@ extern "C" {
 int es_top_k(const float *scores, const uint8_t *front, int64_t num_rows, int64_t n, int64_t k, int64_t *ids,
              uint8_t *member);
 
-// Each live token's k best experts among those within its reach, whose score is above -inf.
-struct es_reach {
-    const float *choice;     // [groups * length, experts]
-    const uint8_t *live;     // [groups * length]
-    const uint8_t *coreset;  // [groups, experts]; null: all experts
-    const float *affinity;   // [groups * length, experts]; null with `best`
-    int64_t *ids;            // [groups * length, k], best first, -1 behind the last; or null
-    float *best;             // affinity of ids, 0 where -1; or null
-    uint8_t *cast;           // [groups * length, experts]: membership; or null
-    int64_t groups, length, experts, k;
-    int64_t expert_groups;   // equal ones, of which a token reaches the `kept_groups` best by the sum of their two best
-    int64_t kept_groups;
-};
-int es_reachable_best(const es_reach *reach);
+// Each live token's k best experts within its reach, of those whose score is above -inf. A token reaches the experts of
+// its group's coreset, in the `kept_groups` of `expert_groups` equal groups whose two best have the largest sum.
+int es_reachable_best(const float *choice,     // [groups * length, experts]
+                      const uint8_t *live,     // [groups * length]
+                      const uint8_t *coreset,  // [groups, experts]; null: all experts
+                      const float *affinity,   // [groups * length, experts]; null without `best`
+                      int64_t *ids,            // [groups * length, k], best first, -1 behind the last; or null
+                      float *best,             // affinity of ids, 0 where -1; or null
+                      uint8_t *cast,           // [groups * length, experts]: membership; or null
+                      int64_t groups, int64_t length, int64_t experts, int64_t k, int64_t expert_groups,
+                      int64_t kept_groups);
 
 // votes[g, e] = sum over tokens of cast * choice, in double, rounded once; -inf where no token of the group cast e.
 int es_tally(const float *choice, const uint8_t *cast, int64_t groups, int64_t length, int64_t experts, float *votes);
