@@ -44,10 +44,18 @@ def tally(scores: RouterScores, cast_GLE: Tensor) -> Tensor:
     return votes.masked_fill(~cast_GLE.any(dim=1), float("-inf"))
 
 
-def union(cast_GLE: Tensor) -> Tensor:
-    """Experts that any token of the group voted for: bool [G, E]."""
-    library = compiled.library_for(masks=(cast_GLE,))
-    return cast_GLE.any(dim=1) if library is None else compiled.union(library, cast_GLE)
+def election(scores: RouterScores, spec: RouterSpec, kind: Ballots, num_firsts: int = 1) -> tuple[Tensor, Tensor]:
+    """The tally of every token's K best, and the experts that any token has among its `num_firsts` best (at most K).
+
+    Returns votes float32 [G, E] as `tally` does, and bool [G, E].
+    """
+    limit: GroupLimit = "inside" if kind == "grouped" else "ignore"
+    library = compiled.library_for(scores.choice_GLE, masks=(scores.live_GL,))
+    if library is not None:
+        reach = reach_limit(spec, limit)
+        return compiled.votes(library, scores.choice_GLE, scores.live_GL, spec.top_k, reach, num_firsts)
+    votes_GE = tally(scores, ballots(scores, spec, spec.top_k, kind))
+    return votes_GE, ballots(scores, spec, num_firsts, kind).any(dim=1)
 
 
 def highest(scores: RouterScores) -> Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from expertshare.config import RouterSpec
 from expertshare.errors import PolicyError
-from expertshare.routing.ballots import Ballots, ballots, grow, tally
+from expertshare.routing.ballots import Ballots, election, grow
 from expertshare.routing.base import CoresetPolicy, check_count
 from expertshare.routing.shares import shortest_prefix
 from expertshare.types import Coreset, RouterScores
@@ -40,6 +40,6 @@ class BlockTopP(CoresetPolicy):
 
     def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
         """The shortest prefix of the ranking that passes p."""
-        votes_GE = tally(scores, ballots(scores, spec, spec.top_k, self.ballots))
+        votes_GE, _ = election(scores, spec, self.ballots)
         guard = spec.min_coreset_size(self.group_limit) if self.guard is None else self.guard
         return grow(shortest_prefix(votes_GE, self.top_p_experts), votes_GE, guard)

@@ -9,6 +9,7 @@ follows for up to 31 of them (beyond that they may differ from torch's in the la
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_double, c_float, c_int, c_int64, c_void_p
 from functools import cache
 
@@ -26,8 +27,8 @@ MOST_SLOTS = 64
 _ARGUMENTS = {
     "es_top_k": [c_void_p, c_void_p, _NUMBER, _NUMBER, _NUMBER, c_void_p, c_void_p],
     "es_reachable_best": [*[c_void_p] * 7, *[_NUMBER] * 6],
+    "es_votes": [c_void_p, c_void_p, *[_NUMBER] * 7, c_void_p, c_void_p],
     "es_tally": [c_void_p, c_void_p, _NUMBER, _NUMBER, _NUMBER, c_void_p],
-    "es_union": [c_void_p, _NUMBER, _NUMBER, _NUMBER, c_void_p],
     "es_group_max": [c_void_p, c_void_p, _NUMBER, _NUMBER, _NUMBER, c_void_p],
     "es_shortest_prefix": [c_void_p, _NUMBER, _NUMBER, c_double, c_void_p],
     "es_drop_lightest": [c_void_p, _NUMBER, _NUMBER, c_double, c_void_p],
@@ -60,15 +61,26 @@ def _finish(status: int) -> None:
         raise ConfigError("not enough memory for the scratch of a routing step: pass fewer tokens at a time.")
 
 
+def _laid_out(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """In rows, and of that shape. Asking first is cheaper than views that change nothing."""
+    if tensor.shape == shape and tensor.is_contiguous():
+        return tensor
+    return tensor.expand(shape).contiguous()
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
 def top_k(library: ctypes.CDLL, score_xE: Tensor, k: int, front_xE: Tensor | None, *, as_mask: bool) -> Tensor:
     """Ids (int64 [..., k]) or membership (bool [..., E]) of the k best of each row; `front` outranks all others."""
-    score_xE = score_xE.contiguous()
+    score_xE = _rows(score_xE)
     experts = score_xE.shape[-1]
     if as_mask:
         found = torch.empty(score_xE.shape, dtype=torch.bool)
     else:
         found = torch.empty((*score_xE.shape[:-1], k), dtype=torch.int64)
-    front_xE = None if front_xE is None else front_xE.expand_as(score_xE).contiguous()
+    front_xE = None if front_xE is None else _laid_out(front_xE, score_xE.shape)
     front = None if front_xE is None else front_xE.data_ptr()
     to_ids, to_mask = (None, found.data_ptr()) if as_mask else (found.data_ptr(), None)
     rows = score_xE.numel() // experts
@@ -78,7 +90,7 @@ def top_k(library: ctypes.CDLL, score_xE: Tensor, k: int, front_xE: Tensor | Non
 
 def cast(library: ctypes.CDLL, choice_GLE: Tensor, live_GL: Tensor, k: int, limit: tuple[int, int]) -> Tensor:
     """Each live token's k best experts, bool [G, L, E]. limit: expert groups, and how many of them a token reaches."""
-    choice_GLE, live_GL = choice_GLE.contiguous(), live_GL.expand(choice_GLE.shape[:2]).contiguous()
+    choice_GLE, live_GL = _rows(choice_GLE), _laid_out(live_GL, choice_GLE.shape[:2])
     cast_GLE = torch.empty(choice_GLE.shape, dtype=torch.bool)
     pointers = (choice_GLE.data_ptr(), live_GL.data_ptr(), None, None, None, None, cast_GLE.data_ptr())
     _finish(library.es_reachable_best(*pointers, *choice_GLE.shape, k, *limit))
@@ -96,9 +108,9 @@ def choose(
 ) -> tuple[Tensor, Tensor]:
     """Ids of each token's k best inside its coreset (int64 [T, k], -1 where there is none), and their affinity or 0."""
     groups, length, experts = choice_GLE.shape
-    choice_GLE, affinity_GLE = choice_GLE.contiguous(), affinity_GLE.expand_as(choice_GLE).contiguous()
-    live_GL = live_GL.expand(groups, length).contiguous()
-    coreset_GE = coreset_GE.expand(groups, experts).contiguous()
+    choice_GLE, affinity_GLE = _rows(choice_GLE), _laid_out(affinity_GLE, choice_GLE.shape)
+    live_GL = _laid_out(live_GL, (groups, length))
+    coreset_GE = _laid_out(coreset_GE, (groups, experts))
     ids_TK = torch.empty((live_GL.numel(), k), dtype=torch.int64)
     best_TK = torch.empty(ids_TK.shape)
     tensors = (choice_GLE, live_GL, coreset_GE, affinity_GLE, ids_TK, best_TK)
@@ -107,28 +119,33 @@ def choose(
     return ids_TK, best_TK
 
 
+def votes(
+    library: ctypes.CDLL, choice_GLE: Tensor, live_GL: Tensor, k: int, limit: tuple[int, int], num_firsts: int
+) -> tuple[Tensor, Tensor]:
+    """`tally` of `cast`, and which experts are among any token's `num_firsts` best: float32 and bool [G, E]."""
+    groups, length, experts = choice_GLE.shape
+    choice_GLE, live_GL = _rows(choice_GLE), _laid_out(live_GL, (groups, length))
+    votes_GE = torch.empty((groups, experts))
+    firsts_GE = torch.empty((groups, experts), dtype=torch.bool)
+    pointers = votes_GE.data_ptr(), firsts_GE.data_ptr()
+    sizes = groups, length, experts, k, *limit, num_firsts
+    _finish(library.es_votes(choice_GLE.data_ptr(), live_GL.data_ptr(), *sizes, *pointers))
+    return votes_GE, firsts_GE
+
+
 def tally(library: ctypes.CDLL, choice_GLE: Tensor, cast_GLE: Tensor) -> Tensor:
     """Sum of the scores of the ballots cast, float32 [G, E], -inf where there is none."""
-    choice_GLE, cast_GLE = choice_GLE.contiguous(), cast_GLE.expand_as(choice_GLE).contiguous()
+    choice_GLE, cast_GLE = _rows(choice_GLE), _laid_out(cast_GLE, choice_GLE.shape)
     groups, length, experts = cast_GLE.shape
     votes_GE = torch.empty((groups, experts))
     _finish(library.es_tally(choice_GLE.data_ptr(), cast_GLE.data_ptr(), groups, length, experts, votes_GE.data_ptr()))
     return votes_GE
 
 
-def union(library: ctypes.CDLL, cast_GLE: Tensor) -> Tensor:
-    """Whether any token cast it: bool [G, E]."""
-    cast_GLE = cast_GLE.contiguous()
-    groups, length, experts = cast_GLE.shape
-    any_GE = torch.empty((groups, experts), dtype=torch.bool)
-    _finish(library.es_union(cast_GLE.data_ptr(), groups, length, experts, any_GE.data_ptr()))
-    return any_GE
-
-
 def group_max(library: ctypes.CDLL, choice_GLE: Tensor, live_GL: Tensor) -> Tensor:
     """Largest score over the live tokens, float32 [G, E], -inf where none is live."""
     groups, length, experts = choice_GLE.shape
-    choice_GLE, live_GL = choice_GLE.contiguous(), live_GL.expand(groups, length).contiguous()
+    choice_GLE, live_GL = _rows(choice_GLE), _laid_out(live_GL, (groups, length))
     most_GE = torch.empty((groups, experts))
     pointers = choice_GLE.data_ptr(), live_GL.data_ptr()
     _finish(library.es_group_max(*pointers, groups, length, experts, most_GE.data_ptr()))
@@ -137,7 +154,7 @@ def group_max(library: ctypes.CDLL, choice_GLE: Tensor, live_GL: Tensor) -> Tens
 
 def shortest_prefix(library: ctypes.CDLL, score_GE: Tensor, share: float) -> Tensor:
     """bool [G, E]; see shares.shortest_prefix."""
-    score_GE = score_GE.contiguous()
+    score_GE = _rows(score_GE)
     member_GE = torch.empty(score_GE.shape, dtype=torch.bool)
     _finish(library.es_shortest_prefix(score_GE.data_ptr(), *score_GE.shape, share, member_GE.data_ptr()))
     return member_GE
@@ -145,7 +162,7 @@ def shortest_prefix(library: ctypes.CDLL, score_GE: Tensor, share: float) -> Ten
 
 def drop_lightest(library: ctypes.CDLL, weight_TK: Tensor, share: float) -> Tensor:
     """bool [T, K], K <= 64; see shares.drop_lightest."""
-    weight_TK = weight_TK.contiguous()
+    weight_TK = _rows(weight_TK)
     kept_TK = torch.empty(weight_TK.shape, dtype=torch.bool)
     _finish(library.es_drop_lightest(weight_TK.data_ptr(), *weight_TK.shape, share, kept_TK.data_ptr()))
     return kept_TK
@@ -162,7 +179,7 @@ def weigh(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """Weights (float32 [T, K]) and active experts (bool [E]). Writes -1 into ids that are not kept."""
-    kept_TK = None if kept_TK is None else kept_TK.to(torch.bool).expand_as(ids_TK).contiguous()
+    kept_TK = None if kept_TK is None else _laid_out(kept_TK.to(torch.bool), ids_TK.shape)
     weights_TK = torch.empty(affinity_TK.shape)
     active_E = torch.empty(num_experts, dtype=torch.bool)
     status = library.es_weigh(
@@ -182,7 +199,7 @@ def weigh(
 
 def count_load(library: ctypes.CDLL, ids_TK: Tensor, groups: int, num_experts: int) -> tuple[Tensor, Tensor]:
     """Pairs per expert (int64 [E]) and unique experts per group (int64 [G])."""
-    ids_TK = ids_TK.contiguous()
+    ids_TK = _rows(ids_TK)
     load_E, unique_G = torch.empty(num_experts, dtype=torch.int64), torch.empty(groups, dtype=torch.int64)
     slots = ids_TK.numel() // max(groups, 1)
     pointers = load_E.data_ptr(), unique_G.data_ptr()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from expertshare.config import RouterSpec
-from expertshare.routing.ballots import Ballots, ballots, tally, union
+from expertshare.routing.ballots import Ballots, election
 from expertshare.routing.base import Budget, CoresetPolicy, resolve_budget
 from expertshare.routing.ranking import top_k_mask
 from expertshare.types import Coreset, RouterScores
@@ -30,6 +30,5 @@ class ProtectedVote(CoresetPolicy):
     def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
         """Rank by votes, the protected in front of all others, cut at the budget."""
         size = resolve_budget(self.budget, spec, self.group_limit, self.name)
-        protected_GE = union(ballots(scores, spec, 1, self.ballots))
-        votes_GE = tally(scores, ballots(scores, spec, spec.top_k, self.ballots))
+        votes_GE, protected_GE = election(scores, spec, self.ballots)
         return Coreset(top_k_mask(votes_GE, size, protected_GE))

@@ -157,6 +157,29 @@ void write(const Question &to, int64_t token, const Podium &podium, int found) {
     }
 }
 
+// Sums of one group, in double.
+class Votes {
+   public:
+    explicit Votes(int64_t experts)
+        : sums_(static_cast<std::size_t>(experts)), any_(static_cast<std::size_t>(experts)) {}
+
+    void clear() {
+        std::fill(sums_.begin(), sums_.end(), 0.0);
+        std::fill(any_.begin(), any_.end(), uint8_t{0});
+    }
+    void add(int64_t expert, float score) {
+        sums_[static_cast<std::size_t>(expert)] += static_cast<double>(score);
+        any_[static_cast<std::size_t>(expert)] = 1;
+    }
+    void write(float *votes) const {
+        for (std::size_t e = 0; e < sums_.size(); e++) votes[e] = any_[e] != 0 ? static_cast<float>(sums_[e]) : kNever;
+    }
+
+   private:
+    std::vector<double> sums_;
+    std::vector<uint8_t> any_;
+};
+
 // `found(expert)` for every expert that the token cast; eight at a time, as nearly all are zero.
 template <class Found>
 void each_cast(const uint8_t *cast, int64_t experts, Found found) {
@@ -258,35 +281,45 @@ EXPERTSHARE_EXPORT int es_reachable_best(const float *choice, const uint8_t *liv
     });
 }
 
-EXPERTSHARE_EXPORT int es_tally(const float *choice, const uint8_t *cast, int64_t groups, int64_t length,
-                                int64_t experts, float *votes) {
+EXPERTSHARE_EXPORT int es_votes(const float *choice, const uint8_t *live, int64_t groups, int64_t length,
+                                int64_t experts, int64_t k, int64_t expert_groups, int64_t kept_groups,
+                                int64_t num_firsts, float *votes, uint8_t *firsts) {
     return guarded([=] {
-        std::vector<double> sums(static_cast<std::size_t>(experts));
-        std::vector<uint8_t> any(static_cast<std::size_t>(experts));
+        const Question question = {choice, live,   nullptr, nullptr, nullptr,       nullptr,    nullptr,
+                                   groups, length, experts, k,       expert_groups, kept_groups};
+        Reach within(question);
+        within.enter_group(0);
+        Votes counted(experts);
+        std::memset(firsts, 0, static_cast<std::size_t>(groups * experts));
         for (int64_t group = 0; group < groups; group++) {
-            std::fill(sums.begin(), sums.end(), 0.0);
-            std::fill(any.begin(), any.end(), uint8_t{0});
+            counted.clear();
             for (int64_t token = group * length; token < (group + 1) * length; token++) {
-                each_cast(cast + token * experts, experts, [&](int64_t e) {
-                    sums[static_cast<std::size_t>(e)] += static_cast<double>(choice[token * experts + e]);
-                    any[static_cast<std::size_t>(e)] = 1;
-                });
+                if (live[token] == 0) continue;
+                within.rank(token);
+                for (int place = 0; place < within.podium().size(); place++) {
+                    const int expert = within.podium().id(place);
+                    counted.add(expert, choice[token * experts + expert]);
+                    if (place < num_firsts) firsts[group * experts + expert] = 1;
+                }
             }
-            for (int64_t e = 0; e < experts; e++) {
-                const auto i = static_cast<std::size_t>(e);
-                votes[group * experts + e] = any[i] != 0 ? static_cast<float>(sums[i]) : kNever;
-            }
+            counted.write(votes + group * experts);
         }
     });
 }
 
-EXPERTSHARE_EXPORT int es_union(const uint8_t *cast, int64_t groups, int64_t length, int64_t experts, uint8_t *any) {
-    std::memset(any, 0, static_cast<std::size_t>(groups * experts));
-    for (int64_t token = 0; token < groups * length; token++) {
-        uint8_t *of_group = any + token / length * experts;
-        for (int64_t e = 0; e < experts; e++) of_group[e] |= cast[token * experts + e];
-    }
-    return kDone;
+EXPERTSHARE_EXPORT int es_tally(const float *choice, const uint8_t *cast, int64_t groups, int64_t length,
+                                int64_t experts, float *votes) {
+    return guarded([=] {
+        Votes counted(experts);
+        for (int64_t group = 0; group < groups; group++) {
+            counted.clear();
+            for (int64_t token = group * length; token < (group + 1) * length; token++) {
+                each_cast(cast + token * experts, experts,
+                          [&](int64_t e) { counted.add(e, choice[token * experts + e]); });
+            }
+            counted.write(votes + group * experts);
+        }
+    });
 }
 
 EXPERTSHARE_EXPORT int es_group_max(const float *choice, const uint8_t *live, int64_t groups, int64_t length,

@@ -24,11 +24,13 @@ int es_reachable_best(const float *choice,     // [groups * length, experts]
                       int64_t groups, int64_t length, int64_t experts, int64_t k, int64_t expert_groups,
                       int64_t kept_groups);
 
+// es_reachable_best and es_tally in one, without a coreset; firsts[g, e]: whether any token of the group has e among its
+// `num_firsts` best.
+int es_votes(const float *choice, const uint8_t *live, int64_t groups, int64_t length, int64_t experts, int64_t k,
+             int64_t expert_groups, int64_t kept_groups, int64_t num_firsts, float *votes, uint8_t *firsts);
+
 // votes[g, e] = sum over tokens of cast * choice, in double, rounded once; -inf where no token of the group cast e.
 int es_tally(const float *choice, const uint8_t *cast, int64_t groups, int64_t length, int64_t experts, float *votes);
-
-// Whether any token of the group cast e.
-int es_union(const uint8_t *cast, int64_t groups, int64_t length, int64_t experts, uint8_t *any);
 
 // max over live tokens of choice, -inf where none is live.
 int es_group_max(const float *choice, const uint8_t *live, int64_t groups, int64_t length, int64_t experts, float *most);
