@@ -4,16 +4,18 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 namespace expertshare {
 
-// An integer whose order is that of the floats.
+// An integer whose order is that of the floats, above the least there is.
 inline std::int32_t ordered(float score) {
     score += 0.0f;  // -0 becomes 0
     std::int32_t bits;
     std::memcpy(&bits, &score, sizeof bits);
-    return bits ^ ((bits >> 31) & 0x7fffffff);
+    const std::int32_t key = bits ^ ((bits >> 31) & 0x7fffffff);
+    return std::max(key, std::numeric_limits<std::int32_t>::min() + 1);  // one NaN would be that
 }
 
 // Keeps the k largest of what is offered in the order of ids. Whoever comes later must be larger to displace.
@@ -28,18 +30,12 @@ class Podium {
 
     // keys[0 .. count), all above `above`; id of keys[i] is ids[i], or first_id + i where ids is null.
     void offer(const std::int32_t *keys, int count, const int *ids, int first_id, std::int32_t above) {
-        int i = 0;
-        for (; i < count && size_ < k_; i++) {
-            if (keys[i] > above) insert(keys[i], ids != nullptr ? ids[i] : first_id + i);
-        }
-        for (; i < count; i += kPiece) {
-            const int piece = std::min(kPiece, count - i);
-            const std::int32_t least = keys_[static_cast<std::size_t>(k_ - 1)];
-            if (piece == kPiece && !any_above(keys + i, least)) continue;
-            for (int j = i; j < i + piece; j++) {
-                if (keys[j] > keys_[static_cast<std::size_t>(k_ - 1)]) {
-                    insert(keys[j], ids != nullptr ? ids[j] : first_id + j);
-                }
+        if (size_ == 0 && count >= k_ * kPiece) above = std::max(above, least_useful(keys, count) - 1);
+        for (int i = 0; i < count; i += kPiece) {
+            const int end = std::min(count, i + kPiece);
+            if (end == i + kPiece && most(keys + i) <= least(above)) continue;
+            for (int j = i; j < end; j++) {
+                if (keys[j] > least(above)) insert(keys[j], ids != nullptr ? ids[j] : first_id + j);
             }
         }
     }
@@ -50,10 +46,24 @@ class Podium {
    private:
     static constexpr int kPiece = 16;
 
-    static bool any_above(const std::int32_t *keys, std::int32_t least) {
-        std::int32_t found = 0;
-        for (int i = 0; i < kPiece; i++) found |= -static_cast<std::int32_t>(keys[i] > least);
-        return found != 0;
+    static std::int32_t most(const std::int32_t *keys) {
+        std::int32_t largest = keys[0];
+        for (int i = 1; i < kPiece; i++) largest = largest < keys[i] ? keys[i] : largest;
+        return largest;
+    }
+
+    std::int32_t least(std::int32_t above) const {
+        return size_ < k_ ? above : keys_[static_cast<std::size_t>(k_ - 1)];
+    }
+
+    // The k-th largest of the pieces' largest: k keys are no smaller, so most others need never be inserted.
+    std::int32_t least_useful(const std::int32_t *keys, int count) {
+        for (int i = 0; i + kPiece <= count; i += kPiece) {
+            const std::int32_t largest = most(keys + i);
+            if (largest > least(std::numeric_limits<std::int32_t>::min())) insert(largest, 0);
+        }
+        size_ = 0;
+        return keys_[static_cast<std::size_t>(k_ - 1)];
     }
 
     void insert(std::int32_t key, int id) {
