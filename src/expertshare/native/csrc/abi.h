@@ -1,9 +1,9 @@
-// The C interface of the expert kernel: what ctypes binds. No C++ type crosses it, no exception leaves it.
+// The C interface of the kernels: what ctypes binds. No C++ type crosses it, no exception leaves it.
 #pragma once
 
 #include <cstdint>
 
-#define EXPERTSHARE_ABI_VERSION 1
+#define EXPERTSHARE_ABI_VERSION 2
 
 extern "C" {
 
@@ -28,6 +28,32 @@ struct es_layer {
     es_team team;  // null: threads of our own
 };
 
+// y_t = W x_t, sums in float32, rounded once.
+struct es_dense {
+    const void *x;  // [num_tokens, depth]
+    const void *w;  // [num_rows, depth]
+    void *y;        // [num_tokens, num_rows]; written in full
+    int64_t num_tokens, num_rows, depth;
+    int32_t is_bfloat16;  // of x, w and y; otherwise float32
+    int32_t isa;
+    int32_t num_threads;
+    es_team team;
+};
+
+// Of logits W x_t, rounded to the weights' type: the largest (of equals the first) and its softmax probability.
+struct es_head {
+    const void *x;            // [num_tokens, depth]
+    const void *w;            // [vocabulary, depth]
+    const int64_t *excluded;  // [num_excluded]: rows of w that cannot be chosen and have no share in the softmax
+    int64_t *ids;             // [num_tokens]
+    float *probabilities;     // [num_tokens]; NaN where a logit, excluded or not, is not finite
+    int64_t num_tokens, vocabulary, depth, num_excluded;
+    int32_t is_bfloat16;
+    int32_t isa;
+    int32_t num_threads;
+    es_team team;
+};
+
 enum es_status {
     ES_OK = 0,
     ES_BAD_EXPERT_ID = 1,
@@ -41,4 +67,6 @@ int es_num_isas();                // instruction sets are numbered from the fast
 const char *es_isa_name(int isa);
 int es_isa_usable(int isa);       // whether this build has it and this processor runs it
 int es_moe_ffn(const es_layer *layer);
+int es_linear(const es_dense *dense);
+int es_choose(const es_head *head);
 }

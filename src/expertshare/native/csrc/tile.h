@@ -10,6 +10,7 @@
 #pragma once
 
 #include "activation.h"
+#include "choice.h"
 #include "kernels.h"
 
 namespace {
@@ -153,7 +154,7 @@ void rows(const void *w, Index num_rows, Index depth, const void *const *x, Inde
 
 template <class V>
 constexpr expertshare::Kernels kernels_of() {
-    return {row_bytes<V>, encode<V>, rows<V>, swiglu<V>, mix<V>};
+    return {row_bytes<V>, encode<V>, rows<V>, swiglu<V>, mix<V>, round_row<V>, choose<V>};
 }
 
 }  // namespace
