@@ -29,6 +29,12 @@ struct Kernels {
     void (*rows)(const void *w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
                  Index out_stride, const void *next);
 
+    // The same for at most `tile_tokens` tokens and rows that are in the cache already, while `next_bytes` from `next`
+    // on are fetched into it, evenly over the call.
+    Index tile_tokens;
+    void (*tile_rows)(const void *w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
+                      Index out_stride, const void *next, Index next_bytes);
+
     // Features first .. first + count of the hidden row of `depth`: silu(gate) * up, rounded to the weight type.
     void (*swiglu)(const float *gate, const float *up, Index first, Index count, Index depth, void *row);
 

@@ -5,8 +5,7 @@
 namespace expertshare {
 namespace {
 
-constexpr Index kTokenBlock = 64;         // tokens that share one pass over a chunk of weights in the L2 cache
-constexpr Index kChunkBytes = 256 << 10;  // with the tokens of a block it fits that cache
+constexpr Index kChunkBytes = 256 << 10;  // two of them and the tokens fit the second cache
 constexpr Index kRowGranule = 32;         // a multiple of every tile: which rows are the odd ones is the same for all
 constexpr Index kMostRows = 256;
 constexpr Index kItemsPerThread = 8;
@@ -37,9 +36,10 @@ RowPass::RowPass(const Matrix &matrix, const Kernels &kernels, Arena &arena, int
       kernels_(kernels),
       chunk_(chunk_rows),
       num_chunks_(num_chunks(matrix, chunk_rows)),
-      num_threads_(num_threads) {
+      num_threads_(num_threads),
+      tile_tokens_(kernels.tile_tokens) {
     token_stride_ = spread(kernels.row_bytes(matrix.depth));
-    const Index num_sums = num_threads * kTokenBlock * chunk_;
+    const Index num_sums = num_threads * tile_tokens_ * chunk_;
     arena.reserve(Arena::padded<char>(matrix.num_tokens * token_stride_) +
                   Arena::padded<const void *>(matrix.num_tokens) + Arena::padded<float>(num_sums) + extra_bytes);
     tokens_ = arena.carve<char>(matrix.num_tokens * token_stride_);
@@ -60,7 +60,11 @@ void RowPass::run(int worker) {
         kernels_.encode(static_cast<const char *>(matrix_.x) + token * matrix_.depth * matrix_.element, matrix_.depth,
                         tokens_ + token * token_stride_);
     });
-    drain(chunks_, worker, [this, worker](Index chunk, Index next) { pass(worker, chunk, next); });
+    bool cached = false;  // every chunk of this thread but the first was fetched during the one before
+    drain(chunks_, worker, [this, worker, &cached](Index chunk, Index next) {
+        pass(worker, chunk, next, cached);
+        cached = true;
+    });
     finish(worker);
 }
 
@@ -68,14 +72,42 @@ const char *RowPass::rows(Index chunk) const {
     return static_cast<const char *>(matrix_.w) + chunk * chunk_ * matrix_.depth * matrix_.element;
 }
 
-void RowPass::pass(int worker, Index chunk, Index next_chunk) {
-    const Index first = chunk * chunk_, count = std::min(chunk_, matrix_.num_rows - first);
+Index RowPass::num_rows(Index chunk) const { return std::min(chunk_, matrix_.num_rows - chunk * chunk_); }
+
+void RowPass::pass(int worker, Index chunk, Index next_chunk, bool cached) {
+    float *out = sums_ + worker * tile_tokens_ * chunk_;
+    if (matrix_.num_tokens <= tile_tokens_) {
+        few(chunk, next_chunk, out);
+    } else {
+        many(chunk, next_chunk, cached, out);
+    }
+}
+
+// One tile of tokens: rows come from memory just before they are used.
+void RowPass::few(Index chunk, Index next_chunk, float *out) {
+    const Index num_tokens = matrix_.num_tokens;
+    if (num_tokens == 0) return;
+    kernels_.rows(rows(chunk), num_rows(chunk), matrix_.depth, x_, num_tokens, out, chunk_,
+                  rows(next_chunk >= 0 ? next_chunk : chunk));
+    take({chunk, chunk * chunk_, num_rows(chunk), 0, num_tokens, out, chunk_});
+}
+
+// Tiles of tokens by turns: each fetches its share of the next chunk, so that arithmetic and memory overlap.
+void RowPass::many(Index chunk, Index next_chunk, bool cached, float *out) {
+    const Index count = num_rows(chunk), tokens = matrix_.num_tokens;
+    const Index num_tiles = (tokens + tile_tokens_ - 1) / tile_tokens_;
     const char *next = rows(next_chunk >= 0 ? next_chunk : chunk);
-    float *out = sums_ + worker * kTokenBlock * chunk_;
-    for (Index m = 0; m < matrix_.num_tokens; m += kTokenBlock) {
-        const Index num_tokens = std::min(kTokenBlock, matrix_.num_tokens - m);
-        kernels_.rows(rows(chunk), count, matrix_.depth, x_ + m, num_tokens, out, chunk_, m == 0 ? next : nullptr);
-        take({chunk, first, count, m, num_tokens, out, chunk_});
+    const Index next_bytes = next_chunk >= 0 ? num_rows(next_chunk) * matrix_.depth * matrix_.element : 0;
+    for (Index tile = 0; tile < num_tiles; tile++) {
+        const Index m = tokens * tile / num_tiles, num_tokens = tokens * (tile + 1) / num_tiles - m;
+        const Index from = next_bytes * tile / num_tiles, to = next_bytes * (tile + 1) / num_tiles;
+        if (tile == 0 && !cached) {
+            kernels_.rows(rows(chunk), count, matrix_.depth, x_, num_tokens, out, chunk_, next);
+        } else {
+            kernels_.tile_rows(rows(chunk), count, matrix_.depth, x_ + m, num_tokens, out, chunk_, next + from,
+                               to - from);
+        }
+        take({chunk, chunk * chunk_, count, m, num_tokens, out, chunk_});
     }
 }
 

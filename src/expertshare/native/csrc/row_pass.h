@@ -10,7 +10,7 @@ namespace expertshare {
 
 struct Matrix {
     const void *x;  // [num_tokens, depth]
-    const void *w;  // [num_rows, depth], each row read once for every 64 tokens
+    const void *w;  // [num_rows, depth], read once
     Index num_tokens, num_rows, depth, element;  // element: bytes of a weight
 };
 
@@ -48,10 +48,14 @@ class RowPass : public Work {
     const Index chunk_, num_chunks_;
 
    private:
-    void pass(int worker, Index chunk, Index next_chunk);
+    void pass(int worker, Index chunk, Index next_chunk, bool cached);
+    void few(Index chunk, Index next_chunk, float *out);
+    void many(Index chunk, Index next_chunk, bool cached, float *out);
+    Index num_rows(Index chunk) const;
     const char *rows(Index chunk) const;
 
     const int num_threads_;
+    const Index tile_tokens_;
     char *tokens_ = nullptr;
     const void **x_ = nullptr;  // scratch rows of tokens_
     float *sums_ = nullptr;     // per thread

@@ -152,9 +152,27 @@ void rows(const void *w, Index num_rows, Index depth, const void *const *x, Inde
                                 out_stride, then);
 }
 
+// At most kMaxTokens tokens, which stay in the first cache while W comes from the second: with more tokens than that
+// it is they who would have to come from there, for every four rows anew.
+template <class V>
+void tile_rows(const void *w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
+               Index out_stride, const void *next, Index next_bytes) {
+    constexpr int kRows = 4;
+    const auto *from = static_cast<const typename V::Weight *>(w);
+    const Index num_blocks = num_rows / kRows;
+    Ahead ahead = {static_cast<const char *>(next), (next_bytes + kLine - 1) / kLine};
+    for (Index b = 0; b < num_blocks; b++) {
+        tile_of<V, kRows, V::kMaxTokens>(num_tokens, from + b * kRows * depth, depth, x, out + b * kRows, out_stride,
+                                         ahead, num_blocks - b);
+    }
+    for (Index r = num_blocks * kRows; r < num_rows; r++) {
+        block<V, 1, 1>(from + r * depth, depth, x, num_tokens, out + r, out_stride, Ahead{nullptr, 0});
+    }
+}
+
 template <class V>
 constexpr expertshare::Kernels kernels_of() {
-    return {row_bytes<V>, encode<V>, rows<V>, swiglu<V>, mix<V>, round_row<V>, choose<V>};
+    return {row_bytes<V>, encode<V>, rows<V>, V::kMaxTokens, tile_rows<V>, swiglu<V>, mix<V>, round_row<V>, choose<V>};
 }
 
 }  // namespace
