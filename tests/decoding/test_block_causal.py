@@ -144,7 +144,10 @@ def test_cache_holds_keys_and_values_of_final_tokens(
     assert all(step >= 1 for step in steps)
 
 
-def test_block_causal_attention_is_a_plain_masked_softmax(config: ModelConfig, make_model: MakeModel) -> None:
+@pytest.mark.parametrize("backend", ["grouped", *(["cpu"] if native.available() else [])])
+def test_block_causal_attention_is_a_plain_masked_softmax(
+    config: ModelConfig, make_model: MakeModel, backend: str
+) -> None:
     """One attention layer under the decoder's mask against a softmax over explicitly listed keys."""
     layers: Any = make_model(config).layers
     attention = layers[0].attention
@@ -153,7 +156,7 @@ def test_block_causal_attention_is_a_plain_masked_softmax(config: ModelConfig, m
     tables = (torch.ones(1, 1, 12, 4), torch.zeros(1, 1, 12, 4))
     live = torch.tensor([[True] * 8 + [False] * 4])
     with torch.no_grad():
-        got, _ = attention(x, tables, block_causal_mask(live, 4).unsqueeze(1), None, backend="grouped")
+        got, _ = attention(x, tables, block_causal_mask(live, 4), None, backend=backend)
         q, k, v = attention.qkv(x)[0].split((32, 16, 16), dim=-1)
         for query in range(8):
             keys = range((query // 4 + 1) * 4)

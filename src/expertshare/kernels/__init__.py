@@ -1,6 +1,7 @@
-"""Computation behind doors: experts by `moe_ffn`, dense layers by `linear` and `swiglu`, the vocabulary by `head`."""
+"""Computation behind doors: experts by `moe_ffn`, the rest of a model by `linear`, `swiglu`, `attend` and `head`."""
 
+from expertshare.kernels.attention import attend
 from expertshare.kernels.dense import head, linear, swiglu
 from expertshare.kernels.door import BACKENDS, Backend, moe_ffn
 
-__all__ = ["BACKENDS", "Backend", "head", "linear", "moe_ffn", "swiglu"]
+__all__ = ["BACKENDS", "Backend", "attend", "head", "linear", "moe_ffn", "swiglu"]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertshare.config import ModelConfig
-from expertshare.kernels import linear, swiglu
+from expertshare.kernels import attend, linear, swiglu
 from expertshare.models.runtime import LayerKeyValues, Past
 
 
@@ -62,7 +61,7 @@ class Attention(nn.Module):
         self,
         x_BSD: Tensor,
         tables: tuple[Tensor, Tensor],
-        mask_B1SP: Tensor | None,
+        mask_BSP: Tensor | None,
         past: Past | None,
         *,
         backend: str,
@@ -75,11 +74,8 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), tables), rotate(self.k_norm(k), tables)
         new = LayerKeyValues(k, v)
         seen = new if past is None else past.extended_by(new)
-        groups = self.num_heads != self.num_kv_heads
-        y = F.scaled_dot_product_attention(
-            q, seen.keys_BHSD, seen.values_BHSD, attn_mask=mask_B1SP, enable_gqa=groups
-        )
-        return linear(y.transpose(1, 2).reshape(batch, length, -1), self.out.weight, backend=backend), new
+        y_BSD = attend(q, seen.keys_BHSD, seen.values_BHSD, mask_BSP, backend=backend)
+        return linear(y_BSD, self.out.weight, backend=backend), new
 
 
 class SwiGLU(nn.Module):

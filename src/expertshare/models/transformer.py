@@ -36,9 +36,8 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, LayerKeyValues, LayerRouting | None]:
         """Returns the new residual stream, this layer's new keys and values, and its routing if it has experts."""
         with runtime.timed("attention"):
-            mask_B1SP = None if inputs.mask_BSP is None else inputs.mask_BSP.unsqueeze(1)
             h_BSD = self.attention_norm(x_BSD)
-            y_BSD, new = self.attention(h_BSD, tables, mask_B1SP, past, backend=runtime.backend)
+            y_BSD, new = self.attention(h_BSD, tables, inputs.mask_BSP, past, backend=runtime.backend)
             x_BSD = x_BSD + y_BSD
         h_BSD = self.mlp_norm(x_BSD)
         if self.mlp is not None:

@@ -11,6 +11,7 @@
 #include <new>
 #include <system_error>
 
+#include "attention.h"
 #include "expert_layer.h"
 #include "head.h"
 #include "isa.h"
@@ -47,6 +48,7 @@ class Engine {
     es_status run(const es_layer &whole);
     es_status run(const es_dense &whole);
     es_status run(const es_head &whole);
+    es_status run(const es_attention &whole);
 
    private:
     Pool *own_threads(int num_threads, es_team team);
@@ -164,6 +166,16 @@ es_status Engine::run(const es_head &whole) {
     return ES_OK;
 }
 
+es_status Engine::run(const es_attention &whole) {
+    const Kernels *kernels = kernels_for(whole.isa, whole.is_bfloat16 != 0);
+    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Pool *pool = own_threads(whole.num_threads, whole.team);
+    Attention attention(whole, *kernels, arena_);
+    compute(attention, pool, whole.num_threads, whole.team);
+    return ES_OK;
+}
+
 template <class Call>
 int status_of(const Call &call) {
     try {
@@ -188,4 +200,5 @@ EXPERTSHARE_EXPORT int es_isa_usable(int isa) { return expertshare::isa_usable(i
 EXPERTSHARE_EXPORT int es_moe_ffn(const es_layer *layer) { return expertshare::status_of(*layer); }
 EXPERTSHARE_EXPORT int es_linear(const es_dense *dense) { return expertshare::status_of(*dense); }
 EXPERTSHARE_EXPORT int es_choose(const es_head *head) { return expertshare::status_of(*head); }
+EXPERTSHARE_EXPORT int es_attend(const es_attention *attention) { return expertshare::status_of(*attention); }
 }

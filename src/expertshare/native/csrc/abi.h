@@ -54,6 +54,23 @@ struct es_head {
     es_team team;
 };
 
+// y_bs = softmax over the keys p that mask allows of (scale * q_bhs . k_bgp), times v_bgp; g is the group of head h.
+struct es_attention {
+    const void *q;        // [batch, num_heads, length, head_dim]; features contiguous
+    const void *k, *v;    // [batch, num_kv_heads, num_keys, head_dim]; positions of a head contiguous
+    const uint8_t *mask;  // [batch, length, num_keys], keys contiguous; null: every query sees every key
+    void *y;              // [batch, length, num_heads, head_dim]; written in full
+    int64_t batch, num_heads, num_kv_heads, length, num_keys, head_dim;
+    int64_t q_batch_stride, q_head_stride, q_stride;  // elements
+    int64_t k_batch_stride, k_head_stride, v_batch_stride, v_head_stride;
+    int64_t mask_batch_stride, mask_stride;
+    float scale;
+    int32_t is_bfloat16;  // of q, k, v and y; otherwise float32
+    int32_t isa;
+    int32_t num_threads;
+    es_team team;
+};
+
 enum es_status {
     ES_OK = 0,
     ES_BAD_EXPERT_ID = 1,
@@ -69,4 +86,5 @@ int es_isa_usable(int isa);       // whether this build has it and this processo
 int es_moe_ffn(const es_layer *layer);
 int es_linear(const es_dense *dense);
 int es_choose(const es_head *head);
+int es_attend(const es_attention *attention);
 }

@@ -1,4 +1,4 @@
-// From float32 sums to what leaves the kernel: rounded features, or the best of some logits.
+// From float32 sums to what leaves the kernel: rounded features, weights of a softmax, or the best of some logits.
 #pragma once
 
 #include "activation.h"
@@ -16,6 +16,40 @@ void round_row(const float *out, Index count, void *y) {
 // Sixteen partial results side by side, whatever the vector length: sums do not depend on the instruction set's.
 constexpr Index kLanes = 16;
 constexpr Index kMostLogits = 256;
+
+inline float softmax_weight(float below) {
+    const float weight = exp_clamped(below < -87.0f ? -87.0f : below);
+    return below < -87.0f ? 0.0f : weight;
+}
+
+inline float exponentials(float *scores, Index count, float scale) {
+    float sums[kLanes], lanes[kLanes];
+    for (Index j = 0; j < kLanes; j++) {
+        sums[j] = 0.0f;
+        lanes[j] = scores[0];
+    }
+    const Index whole = count / kLanes * kLanes;
+    for (Index i = 0; i < whole; i += kLanes) {
+        for (Index j = 0; j < kLanes; j++) lanes[j] = scores[i + j] > lanes[j] ? scores[i + j] : lanes[j];
+    }
+    for (Index i = whole; i < count; i++) lanes[i - whole] = scores[i] > lanes[i - whole] ? scores[i] : lanes[i - whole];
+    float largest = lanes[0];
+    for (Index j = 1; j < kLanes; j++) largest = lanes[j] > largest ? lanes[j] : largest;
+    for (Index i = 0; i < whole; i += kLanes) {
+        for (Index j = 0; j < kLanes; j++) {
+            const float weight = softmax_weight((scores[i + j] - largest) * scale);
+            scores[i + j] = weight;
+            sums[j] += weight;
+        }
+    }
+    for (Index i = whole; i < count; i++) {
+        scores[i] = softmax_weight((scores[i] - largest) * scale);
+        sums[i - whole] += scores[i];
+    }
+    float sum = 0.0f;
+    for (Index j = 0; j < kLanes; j++) sum += sums[j];
+    return sum;
+}
 
 template <class V>
 expertshare::Best choose(const float *logits, Index count) {

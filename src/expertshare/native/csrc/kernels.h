@@ -44,6 +44,10 @@ struct Kernels {
     // y[i] = out[i], rounded to the weight type.
     void (*round)(const float *out, Index count, void *y);
 
+    // scores[i] = exp(scale * (scores[i] - the largest)) for scale > 0; -infinity becomes exactly 0 and changes
+    // nothing for the others. Returns the sum.
+    float (*exponentials)(float *scores, Index count, float scale);
+
     // Of logits rounded to the weight type; count >= 1. kExcluded passes for a logit that never wins and weighs nothing.
     Best (*choose)(const float *logits, Index count);
 };

@@ -172,7 +172,7 @@ void tile_rows(const void *w, Index num_rows, Index depth, const void *const *x,
 
 template <class V>
 constexpr expertshare::Kernels kernels_of() {
-    return {row_bytes<V>, encode<V>, rows<V>, V::kMaxTokens, tile_rows<V>, swiglu<V>, mix<V>, round_row<V>, choose<V>};
+    return {row_bytes<V>, encode<V>, rows<V>, V::kMaxTokens, tile_rows<V>, swiglu<V>, mix<V>, round_row<V>, exponentials, choose<V>};
 }
 
 }  // namespace
