@@ -20,9 +20,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension; returns the input's dtype."""
-        x_float = x.float()
-        normed = x_float * torch.rsqrt(x_float.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return self.weight * normalised(x, self.eps)
+
+
+def normalised(x: Tensor, eps: float) -> Tensor:
+    """Divide the last dimension by its root mean square, taken in float32."""
+    x_float = x.float()
+    return (x_float * torch.rsqrt(x_float.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def rotary_tables(positions_BS: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -70,12 +74,19 @@ class Attention(nn.Module):
         new keys and values."""
         batch, length, _ = x_BSD.shape
         qkv = linear(x_BSD, self.qkv.weight, backend=backend).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        q, k, v = torch.split(qkv, [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        q, k = rotate(self.q_norm(q), tables), rotate(self.k_norm(k), tables)
+        qk, v = torch.split(qkv, [self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        qk = rotate(self._scales_H1D() * normalised(qk, self.q_norm.eps), tables)
+        q, k = torch.split(qk, [self.num_heads, self.num_kv_heads], dim=1)
         new = LayerKeyValues(k, v)
         seen = new if past is None else past.extended_by(new)
         y_BSD = attend(q, seen.keys_BHSD, seen.values_BHSD, mask_BSP, backend=backend)
         return linear(y_BSD, self.out.weight, backend=backend), new
+
+    def _scales_H1D(self) -> Tensor:
+        """The norms' scales for all heads of queries, then of keys: both are normed and rotated in one go."""
+        q_HD = self.q_norm.weight.expand(self.num_heads, -1)
+        k_HD = self.k_norm.weight.expand(self.num_kv_heads, -1)
+        return torch.cat((q_HD, k_HD)).unsqueeze(1)
 
 
 class SwiGLU(nn.Module):
