@@ -15,6 +15,7 @@ from rich.table import Table
 from expertshare import api
 from expertshare.cli.console import megabytes, people, percent, percent_within, print_json
 from expertshare.cli.option_groups import DecodingFlags, with_option_groups
+from expertshare.cli.threads import ThreadsFlag, set_threads
 from expertshare.errors import InputError
 from expertshare.evaluation import Comparison, parse_policies
 from expertshare.evaluation.accuracy import check_scorable
@@ -49,6 +50,7 @@ def compare(
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's.")] = None,
     backend: Annotated[str, typer.Option(help="Expert computation: auto, cpu, grouped or reference.")] = "auto",
+    threads: ThreadsFlag = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="Use the chat template, or not. Default: if there is one.")
     ] = None,
@@ -69,6 +71,7 @@ def compare(
     _check_outputs(plot, report)
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}")
+    set_threads(threads)
     texts = [*([policies] if policies is not None else []), *(policy or [])]
     chosen = parse_policies(texts) if texts else None
     records = read_prompts(prompts)[:limit]

@@ -13,6 +13,7 @@ from expertshare import api
 from expertshare.cli.console import megabytes, people, print_json
 from expertshare.cli.option_groups import DecodingFlags, KnobFlags, with_option_groups
 from expertshare.cli.streaming import AnswerPrinter
+from expertshare.cli.threads import ThreadsFlag, set_threads
 from expertshare.errors import InputError
 from expertshare.evaluation import policy_label
 from expertshare.measure.cost import FORWARD_KINDS
@@ -40,6 +41,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's.")] = None,
     backend: Annotated[str, typer.Option(help="Expert computation: auto, cpu, grouped or reference.")] = "auto",
+    threads: ThreadsFlag = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="Use the chat template, or not. Default: if there is one.")
     ] = None,
@@ -54,6 +56,7 @@ def generate(
     """Answer a prompt, a file of prompts, or stdin with a diffusion model, block by block."""
     if report is not None:
         check_writable(report)
+    set_threads(threads)
     texts = _read_texts(source, prompt, prompts)
     chosen = knobs.policy(policy)
     loaded = api.load(model, dtype=dtype)

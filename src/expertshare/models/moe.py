@@ -82,7 +82,7 @@ class MoE(nn.Module):
             with self._borrow(plan, runtime) as loan:
                 y_TD = moe_ffn(x_TD, in_slots(plan, loan), loan.bank, backend=runtime.backend)
             if self.shared is not None:
-                y_TD = y_TD + self.shared(x_TD)
+                y_TD = y_TD + self.shared(x_TD, backend=runtime.backend)
         return y_TD.view(x_GLD.shape), routing
 
     def _borrow(self, plan: RoutingPlan, runtime: Runtime) -> AbstractContextManager[Loan]:

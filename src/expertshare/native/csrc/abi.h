@@ -1,4 +1,4 @@
-// The C interface of the expert kernel: what ctypes binds. No C++ type crosses it, no exception leaves it.
+// The C interface of the kernels: what ctypes binds. No C++ type crosses it, no exception leaves it.
 #pragma once
 
 #include <cstdint>
@@ -28,6 +28,49 @@ struct es_layer {
     es_team team;  // null: threads of our own
 };
 
+// y_t = W x_t, sums in float32, rounded once.
+struct es_dense {
+    const void *x;  // [num_tokens, depth]
+    const void *w;  // [num_rows, depth]
+    void *y;        // [num_tokens, num_rows]; written in full
+    int64_t num_tokens, num_rows, depth;
+    int32_t is_bfloat16;  // of x, w and y; otherwise float32
+    int32_t isa;
+    int32_t num_threads;
+    es_team team;
+};
+
+// Of logits W x_t, rounded to the weights' type: the largest (of equals the first) and its softmax probability.
+struct es_head {
+    const void *x;            // [num_tokens, depth]
+    const void *w;            // [vocabulary, depth]
+    const int64_t *excluded;  // [num_excluded]: rows of w that cannot be chosen and have no share in the softmax
+    int64_t *ids;             // [num_tokens]
+    float *probabilities;     // [num_tokens]; NaN where a logit, excluded or not, is not finite
+    int64_t num_tokens, vocabulary, depth, num_excluded;
+    int32_t is_bfloat16;
+    int32_t isa;
+    int32_t num_threads;
+    es_team team;
+};
+
+// y_bs = softmax over the keys p that mask allows of (scale * q_bhs . k_bgp), times v_bgp; g is the group of head h.
+struct es_attention {
+    const void *q;        // [batch, num_heads, length, head_dim]; features contiguous
+    const void *k, *v;    // [batch, num_kv_heads, num_keys, head_dim]; positions of a head contiguous
+    const uint8_t *mask;  // [batch, length, num_keys], keys contiguous; null: every query sees every key
+    void *y;              // [batch, length, num_heads, head_dim]; written in full
+    int64_t batch, num_heads, num_kv_heads, length, num_keys, head_dim;
+    int64_t q_batch_stride, q_head_stride, q_stride;  // elements
+    int64_t k_batch_stride, k_head_stride, v_batch_stride, v_head_stride;
+    int64_t mask_batch_stride, mask_stride;
+    float scale;
+    int32_t is_bfloat16;  // of q, k, v and y; otherwise float32
+    int32_t isa;
+    int32_t num_threads;
+    es_team team;
+};
+
 enum es_status {
     ES_OK = 0,
     ES_BAD_EXPERT_ID = 1,
@@ -41,4 +84,7 @@ int es_num_isas();                // instruction sets are numbered from the fast
 const char *es_isa_name(int isa);
 int es_isa_usable(int isa);       // whether this build has it and this processor runs it
 int es_moe_ffn(const es_layer *layer);
+int es_linear(const es_dense *dense);
+int es_choose(const es_head *head);
+int es_attend(const es_attention *attention);
 }

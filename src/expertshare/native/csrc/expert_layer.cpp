@@ -122,20 +122,6 @@ void ExpertLayer::run(int worker) {
     drain(mix_, worker, [this, worker](Index token, Index) { mix_token(worker, token); });
 }
 
-// Each item is claimed one ahead, so that the end of one can already fetch the beginning of the next.
-template <class Item>
-void ExpertLayer::drain(Queue &queue, int worker, Item item) {
-    const bool from_back = worker % 2 != 0;
-    Index taken = 0;
-    for (Index now = queue.take(from_back), next; now >= 0; now = next) {
-        next = queue.take(from_back);
-        item(now, next);
-        taken++;
-    }
-    if (taken > 0) queue.finish(taken);
-    queue.wait();
-}
-
 void ExpertLayer::encode_token(Index token) {
     kernels_.encode(static_cast<const char *>(layer_.x) + token * hidden_depth_ * element_, hidden_depth_,
                     tokens_ + token * token_stride_);

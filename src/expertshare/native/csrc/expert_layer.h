@@ -36,9 +36,6 @@ class ExpertLayer final : public Work {
     void out_chunk(Index item, Index next_item);
     void mix_token(int worker, Index token);
 
-    template <class Item>
-    void drain(Queue &queue, int worker, Item item);
-
     const char *gate_rows(Index item) const;
     const char *down_rows(Index item) const;
     char *hidden_row(Index pair) const { return hidden_ + pair * hidden_stride_; }

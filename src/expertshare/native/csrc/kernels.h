@@ -7,6 +7,16 @@ namespace expertshare {
 
 using Index = std::ptrdiff_t;
 
+// The lowest finite bfloat16: stands for a logit that is left out.
+constexpr float kExcluded = -3.3895313892515355e38f;
+
+// The largest of some logits, the first if several are, and the sum of exp(logit - largest) over all of them.
+struct Best {
+    float logit;
+    int index;
+    float sum;  // NaN where a logit was not finite
+};
+
 struct Kernels {
     // Bytes of one activation row of `depth` features in the scratch: padded with zeros to whole vectors.
     Index (*row_bytes)(Index depth);
@@ -19,11 +29,27 @@ struct Kernels {
     void (*rows)(const void *w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
                  Index out_stride, const void *next);
 
+    // The same for at most `tile_tokens` tokens and rows that are in the cache already, while `next_bytes` from `next`
+    // on are fetched into it, evenly over the call.
+    Index tile_tokens;
+    void (*tile_rows)(const void *w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
+                      Index out_stride, const void *next, Index next_bytes);
+
     // Features first .. first + count of the hidden row of `depth`: silu(gate) * up, rounded to the weight type.
     void (*swiglu)(const float *gate, const float *up, Index first, Index count, Index depth, void *row);
 
     // y[i] = sum over k, in order, of weights[k] * outs[k][i], in float32, rounded once to the weight type.
     void (*mix)(const float *const *outs, const float *weights, Index num_outs, Index count, void *y);
+
+    // y[i] = out[i], rounded to the weight type.
+    void (*round)(const float *out, Index count, void *y);
+
+    // scores[i] = exp(scale * (scores[i] - the largest)) for scale > 0; -infinity becomes exactly 0 and changes
+    // nothing for the others. Returns the sum.
+    float (*exponentials)(float *scores, Index count, float scale);
+
+    // Of logits rounded to the weight type; count >= 1. kExcluded passes for a logit that never wins and weighs nothing.
+    Best (*choose)(const float *logits, Index count);
 };
 
 // One pair per translation unit; null where the compiler could not build for that instruction set.
