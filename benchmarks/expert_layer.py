@@ -130,6 +130,7 @@ def make_bank(hidden: int, inner: int, num_experts: int, dtype: torch.dtype) -> 
     def weights(rows: int, depth: int) -> Tensor:
         seed = (torch.randn(rows * depth) * depth**-0.5).to(dtype)
         made = torch.empty(num_experts, rows, depth, dtype=dtype)
+        native.ask_for_huge_pages(made)
         for expert in range(num_experts):
             made[expert] = seed.roll(1031 * expert).view(rows, depth)
         return made

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from expertshare import native
 from expertshare.errors import ConfigError, nearest
 from expertshare.kernels.cpu import moe_ffn_cpu
 from expertshare.kernels.grouped import moe_ffn_grouped
@@ -20,6 +24,36 @@ BACKENDS: dict[str, Callable[[Tensor, RoutingPlan, ExpertBank], Tensor]] = {
     "cpu": moe_ffn_cpu,
     "reference": moe_ffn_reference,
 }
+
+
+AUTO = "auto"
+_log = logging.getLogger(__name__)
+
+
+def resolve_backend(name: str, device: torch.device) -> str:
+    """The backend that `name` stands for on a device; "auto" is the fastest one for inference there.
+
+    Where our own kernel would be the fastest but was not built, that is said once, in one line of the log. Raises
+    ConfigError for a name that does not exist and for "cpu" where it cannot run.
+    """
+    if name == AUTO:
+        if device.type != "cpu":
+            return "grouped"
+        reason = native.unavailable_reason()
+        if reason is None:
+            return "cpu"
+        _say_once(f"experts are computed by torch, more slowly than by our own kernel: {reason}")
+        return "grouped"
+    if name not in BACKENDS:
+        raise ConfigError(f"unknown expert backend {name!r}. {nearest(name, [AUTO, *BACKENDS])}")
+    if name == "cpu":
+        native.library()
+    return name
+
+
+@cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
 
 
 def moe_ffn(x_TD: Tensor, plan: RoutingPlan, bank: Bank, *, backend: str = "grouped") -> Tensor:
