@@ -41,7 +41,7 @@ from expertshare.evaluation import (
 )
 from expertshare.evaluation.answering import BlockListener
 from expertshare.evaluation.comparison import ProgressListener
-from expertshare.experts import StoreOptions, has_expert_layout, open_store
+from expertshare.experts import ExpertMemory, StoreOptions, has_expert_layout, open_store
 from expertshare.kernels import AUTO
 from expertshare.measure.cost import Cost
 from expertshare.measure.environment import capture_environment, peak_memory_bytes, versions
@@ -163,7 +163,7 @@ def generate(
     backend: str = AUTO,
     dtype: str | torch.dtype | None = None,
     chat: bool | None = None,
-    store: StoreOptions | None = None,
+    store: str | StoreOptions | None = None,
     on_block: BlockListener | None = None,
     memory: MemoryWatch | None = None,
     **decoding: DecodingValue,
@@ -171,9 +171,11 @@ def generate(
     """Answer one prompt or several under an expert-sharing policy.
 
     policy: `name` or `name:knob=value,...`, by default the one that the checkpoint was trained with. chat: None uses
-    the chat template where there is one. store: how the experts of a converted model are kept; all in memory by
-    default. on_block hears of every block as it is committed. memory: a watch that runs already. decoding: the fields
-    of DecodingOptions, e.g. gen_length=64, threshold=0.9. Raises a subclass of ExpertShareError for anything unusable.
+    the chat template where there is one. store: how the experts of a converted model are kept, as StoreOptions or
+    as the memory for them ("3GiB", "mmap"), by default "all". on_block hears of every block as it is committed. memory:
+    a watch that runs already. decoding: the fields of DecodingOptions, e.g. gen_length=64, threshold=0.9.
+
+    Raises a subclass of ExpertShareError for anything unusable.
     """
     options = decoding_options(decoding)
     wanted = parse_policy(policy) if isinstance(policy, str) else policy
@@ -203,7 +205,7 @@ def compare(
     backend: str = AUTO,
     dtype: str | torch.dtype | None = None,
     chat: bool | None = None,
-    store: StoreOptions | None = None,
+    store: str | StoreOptions | None = None,
     on_progress: ProgressListener | None = None,
     memory: MemoryWatch | None = None,
     **decoding: DecodingValue,
@@ -231,16 +233,16 @@ def compare(
 
 
 @contextmanager
-def _opened(loaded: LoadedModel, options: StoreOptions | None, setup: Setup) -> Iterator[Setup]:
+def _opened(loaded: LoadedModel, wanted: str | StoreOptions | None, setup: Setup) -> Iterator[Setup]:
     """The setup with an open store, where the model is a converted one."""
     if loaded.layout is None:
-        if options is not None:
+        if wanted is not None:
             raise _not_converted(loaded.path)
         yield setup
         return
     if loaded.model.device.type != "cpu":
         raise ConfigError(f"expected a model on the CPU, whose memory expert stores lend, got {loaded.model.device}")
-    options = options or StoreOptions()
+    options = wanted if isinstance(wanted, StoreOptions) else StoreOptions(memory=ExpertMemory.parse(wanted or "all"))
     with open_store(loaded.path, loaded.layout, options) as store:
         yield replace(setup, store=store, store_options=options)
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from expertshare.decoding import BlockDecoder, DecodingOptions
+from expertshare.errors import ExpertMemoryError
 from expertshare.evaluation import encode_prompts
 from expertshare.experts import BudgetedStore, ResidentExperts
+from expertshare.experts.eviction import simulate
 from expertshare.experts.forecast import ReuseForecast
 from expertshare.experts.resident import ResidentStore
 from expertshare.models import Runtime, load_model
@@ -98,7 +100,11 @@ def ours(directory: Path, trace: Trace, num_slots: int) -> float:
             active_E[list(experts)] = True
             with store.borrow(layer, active_E):
                 pass
-        rate = store.statistics().total.hit_rate
+        total, layers = store.statistics().total, store.statistics().layers
+    members = [(layer, np.isin(np.arange(64), list(experts))) for layer, experts in trace]
+    simulated = simulate(members, num_slots=num_slots, num_layers=3, num_experts=64)
+    assert [(s.requests, s.hits, s.reads) for s in simulated] == [(s.requests, s.hits, s.reads) for s in layers]
+    rate = total.hit_rate
     assert rate is not None
     return rate
 
@@ -113,6 +119,11 @@ def test_hits_come_close_to_the_best_possible(policy: str, tmp_path: Path) -> No
         found, best = ours(tmp_path, trace, num_slots), best_possible(trace, num_slots)
         assert longest_unused_out(trace, num_slots) - 0.01 <= found <= best + 1e-9
         assert found >= 0.85 * best
+
+
+def test_a_simulation_with_too_few_slots_is_refused() -> None:
+    with pytest.raises(ExpertMemoryError, match="needs 3 experts at once"):
+        simulate([(0, np.ones(3, dtype=np.bool_))], num_slots=2, num_layers=1, num_experts=3)
 
 
 def test_a_forecast_by_hand() -> None:

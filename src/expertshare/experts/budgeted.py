@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from expertshare.errors import ConfigError, ExpertMemoryError
+from expertshare.experts.eviction import needed_last
 from expertshare.experts.forecast import Ints, ReuseForecast
 from expertshare.experts.layout import ExpertLayout, open_layers
 from expertshare.experts.page_memory import allocate_slabs, as_memory
@@ -180,16 +181,14 @@ class BudgetedStore:
 
     def _candidates(self, layer: int, *, spare: Ints = _NONE) -> Ints:
         """Slots that may be filled, best first. spare: slots that may not, beside those lent or being filled."""
-        table, open_S = self._table, np.ones(self._table.num_slots, dtype=np.bool_)
         filling = np.array(list(self._pending), dtype=np.int64)
-        open_S[np.concatenate((spare, filling, *(lease.slots for lease in self._leases)))] = False
-        free = np.flatnonzero(open_S & (table.layer_S < 0))
-        taken = np.flatnonzero(open_S & (table.layer_S >= 0))
-        until = self._forecast.layers_until_use(layer, table.layer_S[taken], table.expert_S[taken])
-        return np.concatenate((free, taken[np.argsort(-until, kind="stable")]))
+        kept = np.concatenate((spare, filling, *(lease.slots for lease in self._leases)))
+        return needed_last(self._table, self._forecast, layer, kept)
 
     def _fetch_ahead(self, layer: int) -> None:
-        """Start reading what the next layer used last, each expert in the place of one that is needed later."""
+        """Start reading what the next layer used last, each expert in the place of one that is needed much later: what
+        is needed within half a round would soon have to be read again, and the storage is what there is too little of.
+        """
         following, table, forecast = (layer + 1) % self._layout.num_layers, self._table, self._forecast
         last = np.flatnonzero(forecast.last_NE[following])
         present = table.slot_of_NE[following, last]
@@ -201,7 +200,8 @@ class BudgetedStore:
         slots = self._candidates(layer, spare=present[present >= 0])
         for slot, index in zip(slots.tolist(), soonest.tolist(), strict=False):
             owner, expert = table.layer_S[slot], table.expert_S[slot : slot + 1]
-            if owner >= 0 and forecast.layers_until_use(layer, owner, expert)[0] <= until[index]:
+            least = until[index] + self._layout.num_layers / 2
+            if owner >= 0 and forecast.layers_until_use(layer, owner, expert)[0] < least:
                 return
             self._fetch(slot, following, int(missing[index]), ahead=True)
 

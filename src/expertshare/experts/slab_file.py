@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -287,6 +288,8 @@ def _parse_header(raw: Any, path: Path) -> LayerHeader:
 
 
 def _open(path: Path, *, direct: bool) -> int:
+    if direct and not hasattr(os, "O_DIRECT"):
+        raise ConfigError(f"{sys.platform} has no direct reads: leave --direct-io out")
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
     except FileNotFoundError as error:
