@@ -16,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from expertshare.errors import CheckpointError, ConfigError, ExpertMemoryError
-from expertshare.experts import BudgetedStore, ExpertLayout
+from expertshare.experts import BudgetedStore, ExpertLayout, SlabFormat
 from expertshare.experts.layout import layer_file_name
+from expertshare.experts.page_memory import allocate_slabs
 from expertshare.experts.slab_file import LayerFile
-from expertshare.types import ExpertBank, Loan
+from expertshare.types import ExpertBank, Loan, QuantisedBank
 
 from .conversion import FORM, random_model, random_slabs
 
@@ -328,6 +329,31 @@ def test_a_thousand_blocks_leave_memory_flat(model: tuple[Path, ExpertLayout]) -
         assert max(seen[200:]) - seen[199] < 1 << 20
         assert not any(len(lease.slots) for lease in store._leases)
         assert len(store._pending) <= 4
+
+
+def test_quantised_experts_are_lent_as_they_lie(tmp_path: Path) -> None:
+    form = SlabFormat(scheme="int4", hidden=64, inner=32, group_size=32, has_minima=True)
+    layout = random_model(tmp_path, 2, EXPERTS, form)
+    with BudgetedStore(tmp_path, layout, 3 * form.slab_bytes) as store:
+        for layer, experts in ((0, (1, 4)), (1, (0, 1, 5)), (0, (4, 5))):
+            expected = form.bank(random_slabs(form, layer, EXPERTS))
+            with store.borrow(layer, members(*experts)) as loan:
+                assert isinstance(loan.bank, QuantisedBank)
+                assert isinstance(expected, QuantisedBank)
+                assert loan.slot_of_E is not None
+                for expert in experts:
+                    slot = int(loan.slot_of_E[expert])
+                    for found, right in ((loan.bank.gate_up, expected.gate_up), (loan.bank.down, expected.down)):
+                        assert torch.equal(found.codes_ERC[slot], right.codes_ERC[expert])
+                        assert found.minima_ERG is not None
+                        assert right.minima_ERG is not None
+                        for a, b in ((found.scales_ERG, right.scales_ERG), (found.minima_ERG, right.minima_ERG)):
+                            assert torch.equal(a[slot].view(torch.int16), b[expert].view(torch.int16))
+
+
+def test_memory_that_the_system_refuses_is_said() -> None:
+    with pytest.raises(ExpertMemoryError, match="lower --expert-memory"):
+        allocate_slabs(1 << 45, 4096)
 
 
 def test_several_loans_at_once_need_slots_of_their_own(model: tuple[Path, ExpertLayout]) -> None:

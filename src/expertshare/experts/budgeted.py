@@ -63,8 +63,8 @@ class BudgetedStore:
                 f"{format_size(budget_bytes)}: raise --expert-memory"
             )
         self._layout, self._prefetch, self._pid = layout, prefetch, os.getpid()
-        self._files = open_layers(directory, layout, direct=direct)
         slabs_SB = allocate_slabs(num_slots, slab_bytes)
+        self._files = open_layers(directory, layout, direct=direct)
         self._memory = as_memory(slabs_SB)
         self._bank = layout.format.bank(slabs_SB)
         self._table = SlotTable(num_slots, layout.num_layers, layout.num_experts)
