@@ -22,7 +22,14 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # Only these files may use more than the processor's baseline; which of them runs is decided at run time.
-X86_FLAGS = {"avx2.cpp": AVX2, "avx512.cpp": AVX512, "avx512_bf16.cpp": [*AVX512, "-mavx512bf16"]}
+X86_FLAGS = {
+    "avx2.cpp": AVX2,
+    "avx512.cpp": AVX512,
+    "avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "affinity_avx2.cpp": AVX2,
+    "affinity_avx512.cpp": AVX512,
+    "affinity_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+}
 
 
 class CannotBuild(Exception):

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#define EXPERTSHARE_ABI_VERSION 1
+#define EXPERTSHARE_ABI_VERSION 2
 
 extern "C" {
 
