@@ -40,6 +40,7 @@ from expertshare.evaluation import (
 )
 from expertshare.evaluation.answering import BlockListener
 from expertshare.evaluation.comparison import ProgressListener
+from expertshare.kernels import AUTO
 from expertshare.measure.cost import Cost
 from expertshare.measure.environment import capture_environment, peak_memory_bytes, versions
 from expertshare.measure.report import Report
@@ -146,7 +147,7 @@ def generate(
     *,
     policy: str | RoutingPolicy | None = None,
     batch_size: int = 1,
-    backend: str = "grouped",
+    backend: str = AUTO,
     dtype: str | torch.dtype | None = None,
     chat: bool | None = None,
     on_block: BlockListener | None = None,
@@ -180,7 +181,7 @@ def compare(
     policies: Sequence[str | RoutingPolicy] | None = None,
     *,
     batch_size: int = 1,
-    backend: str = "grouped",
+    backend: str = AUTO,
     dtype: str | torch.dtype | None = None,
     chat: bool | None = None,
     on_progress: ProgressListener | None = None,

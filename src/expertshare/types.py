@@ -92,9 +92,10 @@ class QuantisedWeight:
     """One projection of every expert as small integers: [E, rows, depth] in the notation below.
 
     Eight bits: codes_ERC int8 [E, rows, depth], w = scale * code; scales float32 [E, rows, 1].
-    Four bits: codes_ERC uint8 [E, rows, depth / 2], two codes 0..15 a byte, packed within each group (kernels/quantise);
-    scales float16 [E, rows, depth / group_size]; w = scale * (code - 8), or scale * code + minimum where `minima`,
-    of the shape and dtype of scales, is given. Rows of one expert are contiguous; experts may lie apart.
+    Four bits: codes_ERC uint8 [E, rows, depth / 2], two codes 0..15 a byte, packed within each group
+    (kernels/quantise); scales float16 [E, rows, depth / group_size], of either sign; w = scale * (code - 8), or
+    scale * code + minimum where `minima`, of the shape and dtype of scales, is given.
+    group_size is the depth with eight bits. Rows of one expert are contiguous; experts may lie apart.
     """
 
     codes_ERC: Tensor
@@ -122,8 +123,10 @@ Bank = ExpertBank | QuantisedBank
 
 @dataclass(frozen=True, slots=True)
 class Loan:
-    """Experts that a store has lent. slot_of_E: int64 [E], the row of the bank that holds expert e, -1 for an expert that
-    is not there; None where expert e is row e."""
+    """Experts that a store has lent.
+
+    slot_of_E: int64 [E], the row of the bank that holds expert e, -1 for an absent one; None where expert e is row e.
+    """
 
     bank: Bank
     slot_of_E: Tensor | None = None

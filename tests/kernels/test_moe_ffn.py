@@ -12,7 +12,7 @@ from torch import Tensor
 
 from expertshare import native
 from expertshare.errors import ConfigError
-from expertshare.kernels import BACKENDS, moe_ffn
+from expertshare.kernels import BACKENDS, moe_ffn, resolve_backend
 from expertshare.types import ExpertBank, RoutingPlan
 
 RUNNABLE = [
@@ -195,3 +195,12 @@ def test_an_unknown_backend_suggests_the_nearest() -> None:
     x_TD, plan, bank = scene(SHAPES[0], torch.float32)
     with pytest.raises(ConfigError, match="Did you mean 'grouped'"):
         moe_ffn(x_TD, plan, bank, backend="groupd")
+
+
+def test_auto_means_the_native_kernel_on_a_cpu_and_torch_elsewhere() -> None:
+    expected = "cpu" if native.available() else "grouped"
+    assert resolve_backend("auto", torch.device("cpu")) == expected
+    assert resolve_backend("auto", torch.device("cuda")) == "grouped"
+    assert resolve_backend("reference", torch.device("cpu")) == "reference"
+    with pytest.raises(ConfigError, match=r"unknown expert backend 'grupped'.*grouped"):
+        resolve_backend("grupped", torch.device("cpu"))

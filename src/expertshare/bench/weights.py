@@ -14,6 +14,7 @@ from expertshare.config import ModelConfig
 from expertshare.errors import InputError
 from expertshare.models import MoETransformer
 from expertshare.models.moe import Router
+from expertshare.native import ask_for_huge_pages
 from expertshare.types import ExpertBank
 
 UNKNOWN_MEMORY_BYTES = 4 * 10**9
@@ -55,6 +56,7 @@ def random_banks(
 
 def fill(tensor: Tensor, std: float, generator: np.random.Generator) -> Tensor:
     """Uniform values of mean 0 and standard deviation `std`, in place; by numpy, which is much faster at it here."""
+    ask_for_huge_pages(tensor)
     edge, flat = std * math.sqrt(3.0), tensor.view(-1)
     chunk = np.empty(min(CHUNK, flat.numel()), dtype=np.float32)
     for start in range(0, flat.numel(), CHUNK):

@@ -39,7 +39,7 @@ def generate(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's.")] = None,
-    backend: Annotated[str, typer.Option(help="Expert computation: grouped or reference.")] = "grouped",
+    backend: Annotated[str, typer.Option(help="Expert computation: auto, cpu, grouped or reference.")] = "auto",
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="Use the chat template, or not. Default: if there is one.")
     ] = None,

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 from expertshare.decoding import BlockDecoder, BlockResult, DecodingOptions, FinishReason, Generation
 from expertshare.decoding.geometry import check_prompts
-from expertshare.errors import ConfigError, nearest
 from expertshare.evaluation.costs import join_costs
 from expertshare.evaluation.setup import Setup
-from expertshare.kernels import BACKENDS
+from expertshare.kernels import resolve_backend
 from expertshare.measure.cost import Cost
 from expertshare.models import LoadedModel, Runtime, decode_answer
 from expertshare.types import RoutingPolicy
@@ -72,9 +71,8 @@ def answer_prompts(
     ConfigError, InputError, PolicyError or NumericsError.
     """
     assert loaded.tokenizer is not None  # encode_prompts refuses a model without one
-    if setup.backend not in BACKENDS:
-        raise ConfigError(f"unknown expert backend {setup.backend!r}. {nearest(setup.backend, BACKENDS)}")
-    decoder = BlockDecoder(loaded.model, Runtime(policy=policy, backend=setup.backend), options)
+    backend = resolve_backend(setup.backend, loaded.model.device)
+    decoder = BlockDecoder(loaded.model, Runtime(policy=policy, backend=backend), options)
     check_prompts(prompts, decoder.options, loaded.config)  # all of them, before the first batch costs time
     starts = range(0, len(prompts), setup.batch_size)
     parts: list[Generation] = []

@@ -8,6 +8,7 @@ from typing import Any
 
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError
+from expertshare.kernels import AUTO, resolve_backend
 from expertshare.models import LoadedModel, describe, encode_prompt
 
 
@@ -15,11 +16,12 @@ from expertshare.models import LoadedModel, describe, encode_prompt
 class Setup:
     """What all runs of one command share. chat: whether prompts went through the chat template (None: if there is one).
 
-    batch_size: prompts decoded together; a coreset is still per block and prompt.
+    batch_size: prompts decoded together; a coreset is still per block and prompt. backend: a name of
+    expertshare.kernels.BACKENDS, or "auto" for the fastest on the model's device.
     """
 
     batch_size: int = 1
-    backend: str = "grouped"
+    backend: str = AUTO
     chat: bool | None = None
 
     def __post_init__(self) -> None:
@@ -34,7 +36,7 @@ class Setup:
             "model_facts": asdict(describe(loaded)),
             "decoding": asdict(options.resolve(loaded.config)),
             "batch_size": self.batch_size,
-            "backend": self.backend,
+            "backend": resolve_backend(self.backend, loaded.model.device),
             "chat": has_template if self.chat is None else self.chat,
         }
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from expertshare import native
 from expertshare.errors import ConfigError, nearest
 from expertshare.kernels.cpu import moe_ffn_cpu
 from expertshare.kernels.grouped import moe_ffn_grouped
+from expertshare.kernels.quantise import dequantised_experts
 from expertshare.kernels.reference import moe_ffn_reference
-from expertshare.types import Bank, ExpertBank, QuantisedBank, RoutingPlan
+from expertshare.types import Bank, ExpertBank, RoutingPlan
 
 Backend = Literal["grouped", "cpu", "reference"]
 
@@ -22,14 +27,48 @@ BACKENDS: dict[str, Callable[[Tensor, RoutingPlan, ExpertBank], Tensor]] = {
 }
 
 
+AUTO = "auto"
+_log = logging.getLogger(__name__)
+
+
+def resolve_backend(name: str, device: torch.device) -> str:
+    """The backend that `name` stands for on a device; "auto" is the fastest one for inference there.
+
+    Where our own kernel would be the fastest but was not built, that is said once, in one line of the log. Raises
+    ConfigError for a name that does not exist and for "cpu" where it cannot run.
+    """
+    if name == AUTO:
+        if device.type != "cpu":
+            return "grouped"
+        reason = native.unavailable_reason()
+        if reason is None:
+            return "cpu"
+        _say_once(f"experts are computed by torch, more slowly than by our own kernel: {reason}")
+        return "grouped"
+    if name not in BACKENDS:
+        raise ConfigError(f"unknown expert backend {name!r}. {nearest(name, [AUTO, *BACKENDS])}")
+    if name == "cpu":
+        native.library()
+    return name
+
+
+@cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
+
+
 def moe_ffn(x_TD: Tensor, plan: RoutingPlan, bank: Bank, *, backend: str = "grouped") -> Tensor:
     """Run each token through the experts of its plan and mix the outputs with its weights.
 
-    x_TD: float32 or bfloat16, same dtype as the bank. Returns [T, D] in that dtype; sums are float32.
+    x_TD: float32 or bfloat16, same dtype as the bank unless that is quantised. Returns [T, D] in that dtype; sums are
+    float32. Of quantised experts "cpu" multiplies the codes (moe_ffn_cpu says how); the other backends widen those in
+    use to the tokens' dtype first, which is slow.
     Raises ConfigError for a backend that does not exist, and for "cpu" where its library was not built.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"unknown expert backend {backend!r}. {nearest(backend, BACKENDS)}")
-    if isinstance(bank, QuantisedBank):
-        raise ConfigError(f"the expert backend {backend!r} does not take quantised experts yet.")
-    return BACKENDS[backend](x_TD, plan, bank)
+    if isinstance(bank, ExpertBank):
+        return BACKENDS[backend](x_TD, plan, bank)
+    if backend == "cpu":
+        return moe_ffn_cpu(x_TD, plan, bank)
+    return BACKENDS[backend](x_TD, *dequantised_experts(plan, bank, x_TD.dtype))

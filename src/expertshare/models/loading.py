@@ -26,6 +26,7 @@ from expertshare.models.source import read_json, read_optional_json, resolve_sou
 from expertshare.models.table import family_of
 from expertshare.models.tokenizer import load_tokenizer, token_ids
 from expertshare.models.transformer import MoETransformer
+from expertshare.native import ask_for_huge_pages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,6 +79,8 @@ def _allocate(model: MoETransformer, dtype: torch.dtype, device: str | torch.dev
         if isinstance(module, Router):
             module.float()
     model = model.to_empty(device=device)
+    for parameter in model.parameters():
+        ask_for_huge_pages(parameter)
     if model.config.tie_embeddings:  # to_empty gave each of the two a tensor of its own
         model.head.weight = model.embed.weight
     return model

@@ -8,9 +8,11 @@ from expertshare.native.loading import (
     unavailable_reason,
     usable_instruction_sets,
 )
+from expertshare.native.pages import ask_for_huge_pages
 from expertshare.native.threads import num_threads, set_num_threads, team, use_torch_threads
 
 __all__ = [
+    "ask_for_huge_pages",
     "available",
     "instruction_set",
     "isa_number",

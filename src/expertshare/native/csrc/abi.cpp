@@ -80,8 +80,8 @@ void run_in_team(void *data) {
     team.work.run(team.entered.fetch_add(1, std::memory_order_relaxed));
 }
 
-es_status run_part(const es_layer &part, const Kernels &kernels, Arena &arena, Pool *pool) {
-    ExpertLayer layer(part, kernels, arena);
+es_status run_part(const es_layer &part, const Kernels &to_hidden, const Kernels &to_out, Arena &arena, Pool *pool) {
+    ExpertLayer layer(part, to_hidden, to_out, arena);
     if (!layer.ids_in_range()) return ES_BAD_EXPERT_ID;
     if (pool != nullptr) {
         pool->run(layer, layer.useful_threads());
@@ -95,8 +95,9 @@ es_status run_part(const es_layer &part, const Kernels &kernels, Arena &arena, P
 }
 
 es_status Engine::run(const es_layer &whole) {
-    const Kernels *kernels = kernels_for(whole.isa, whole.is_bfloat16 != 0);
-    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
+    const Kernels *to_hidden = kernels_for(whole.isa, whole.is_bfloat16 != 0, whole.gate_up);
+    const Kernels *to_out = kernels_for(whole.isa, whole.is_bfloat16 != 0, whole.down);
+    if (to_hidden == nullptr || to_out == nullptr) return ES_UNSUPPORTED_ISA;
     const std::lock_guard<std::mutex> lock(mutex_);
     const bool own_threads = whole.team == nullptr || forked_;
     if (own_threads && (pool_ == nullptr || pool_->num_threads() != whole.num_threads)) {
@@ -111,7 +112,7 @@ es_status Engine::run(const es_layer &whole) {
         part.y = static_cast<char *>(whole.y) + token * row_bytes;
         part.ids = whole.ids + token * whole.top_k;
         part.weights = whole.weights + token * whole.top_k;
-        const es_status status = run_part(part, *kernels, arena_, own_threads ? pool_.get() : nullptr);
+        const es_status status = run_part(part, *to_hidden, *to_out, arena_, own_threads ? pool_.get() : nullptr);
         if (status != ES_OK) return status;
     }
     return ES_OK;
