@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from expertshare.experts import SlabFormat
-from expertshare.experts.layout import ExpertLayout, FileRecord, layer_file_name, write_manifest
+from expertshare.experts import ResidentExperts, SlabFormat
+from expertshare.experts.layout import DENSE, ExpertLayout, FileRecord, layer_file_name, write_manifest
 from expertshare.experts.slab_file import LayerHeader, LayerWriter
+from expertshare.models import load_model
 
 FORM = SlabFormat(scheme="none", hidden=16, inner=8, dtype="float32")
 
@@ -39,3 +42,26 @@ def write_layers(directory: Path, form: SlabFormat, layers: list[Tensor]) -> Exp
 def random_model(directory: Path, num_layers: int, num_experts: int, form: SlabFormat = FORM) -> ExpertLayout:
     """Experts only."""
     return write_layers(directory, form, [random_slabs(form, layer, num_experts) for layer in range(num_layers)])
+
+
+def convert(source: Path, directory: Path, dtype: torch.dtype | None = None) -> Path:
+    """`source`, a model in Hugging Face layout in one file, in the expert layout, its experts in `dtype`."""
+    loaded = load_model(source, dtype)
+    config, width = loaded.config, str(loaded.model.dtype).removeprefix("torch.")
+    form = SlabFormat(scheme="none", hidden=config.hidden_size, inner=config.expert_hidden, dtype=width)
+    layers = []
+    for module in loaded.model.modules():
+        if isinstance(module, ResidentExperts):
+            slabs = torch.empty(config.router.num_experts, form.slab_bytes, dtype=torch.uint8)
+            for expert, slab in enumerate(slabs):
+                bank = module.bank()
+                matrices = {"gate_up": bank.gate_up_EHD[expert], "down": bank.down_EDF[expert]}
+                form.write(slab, {name: matrix.detach() for name, matrix in matrices.items()})
+            layers.append(slabs)
+    directory.mkdir()
+    for path in source.glob("*.json"):
+        shutil.copyfile(path, directory / path.name)
+    dense = {n: t for n, t in load_file(source / "model.safetensors").items() if ".mlp.experts." not in n}
+    save_file(dense, directory / DENSE, metadata={"format": "pt"})
+    write_layers(directory, form, layers)
+    return directory

@@ -14,10 +14,11 @@ from rich.table import Table
 
 from expertshare import api
 from expertshare.cli.console import megabytes, people, percent, percent_within, print_json
-from expertshare.cli.option_groups import DecodingFlags, with_option_groups
+from expertshare.cli.option_groups import DecodingFlags, StoreFlags, with_option_groups
 from expertshare.errors import InputError
 from expertshare.evaluation import Comparison, parse_policies
 from expertshare.evaluation.accuracy import check_scorable
+from expertshare.measure.memory import MemoryWatch
 from expertshare.measure.report import check_writable
 from expertshare.plots import check_plot_path, plot_comparison
 from expertshare.tasks import read_prompts
@@ -61,6 +62,7 @@ def compare(
     report: Annotated[Path | None, typer.Option(help="Write a JSON report with every answer.")] = None,
     *,
     decoding: DecodingFlags,
+    storage: StoreFlags,
 ) -> None:
     """Answer the same prompts under several policies: experts, bytes, speed, agreement with vanilla, accuracy.
 
@@ -73,8 +75,9 @@ def compare(
     chosen = parse_policies(texts) if texts else None
     records = read_prompts(prompts)[:limit]
     check_scorable(records)
-    loaded = api.load(model, dtype=dtype)
-    with _Bars() as bars:
+    store = storage.options()
+    with MemoryWatch() as memory, _Bars() as bars:
+        loaded = api.load(model, dtype=dtype, converted=store is not None)
         comparison = api.compare(
             loaded,
             records,
@@ -82,7 +85,9 @@ def compare(
             batch_size=batch_size,
             backend=backend,
             chat=chat,
+            store=store,
             on_progress=bars.hear,
+            memory=memory,
             **decoding.options(),
         )
     _print_tables(comparison, people(as_json=as_json))

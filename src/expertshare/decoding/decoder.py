@@ -58,7 +58,8 @@ class BlockStream(Iterator[BlockResult]):
         self._seconds_before = dict(self._clock.seconds)
         self._elapsed_s = 0.0
         self._runtime = replace(decoder.runtime, clock=self._clock)
-        self._ledger = CostLedger(config.num_moe_layers, config.num_expert_parameters * model.dtype.itemsize)
+        own_bytes = config.num_expert_parameters * model.dtype.itemsize
+        self._ledger = CostLedger(config.num_moe_layers, self._runtime.bytes_per_expert or own_bytes)
         self._model = model
         self._eos_ids = torch.tensor(config.eos_ids, dtype=torch.int64, device=model.device)
         self._schedule = schedule(_known(self._options.block_length), _known(self._options.steps_per_block))

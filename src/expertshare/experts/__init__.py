@@ -2,7 +2,7 @@
 
 from expertshare.experts.budgeted import BudgetedStore
 from expertshare.experts.layout import ExpertLayout, has_expert_layout, read_manifest
-from expertshare.experts.opening import open_store
+from expertshare.experts.opening import StoreOptions, open_store
 from expertshare.experts.resident import ResidentExperts
 from expertshare.experts.sizes import ExpertMemory, format_size, parse_size
 from expertshare.experts.slab import SlabFormat
@@ -19,6 +19,7 @@ __all__ = [
     "ResidentSlabs",
     "SlabFormat",
     "SlabStore",
+    "StoreOptions",
     "StoreStatistics",
     "format_size",
     "has_expert_layout",

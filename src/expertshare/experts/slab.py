@@ -81,6 +81,11 @@ class SlabFormat:
                 )
 
     @property
+    def float_dtype(self) -> torch.dtype | None:
+        """Of the weights; None where they are codes, which compute with activations of any dtype."""
+        return _DTYPES[self.dtype] if self.scheme == "none" else None
+
+    @property
     def bits(self) -> int:
         """Of a code; 0 where weights are floats."""
         return _BITS[self.scheme]

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertshare.config import ModelConfig
+from expertshare.errors import ConfigError
 from expertshare.experts import ResidentExperts
 from expertshare.kernels import moe_ffn
 from expertshare.models.layers import SwiGLU
@@ -55,14 +56,19 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
-    """Routes each sharing group under the runtime's policy and runs the experts of its plan."""
+    """Routes each sharing group under the runtime's policy and runs the experts of its plan.
+
+    experts: None where they are not the model's own; the runtime must then have a store.
+    """
 
     def __init__(self, config: ModelConfig, moe_layer: int) -> None:
         super().__init__()
         self.spec = config.router
         self.moe_layer = moe_layer
         self.router = Router(config)
-        self.experts = ResidentExperts(config.router.num_experts, config.hidden_size, config.expert_hidden)
+        self.experts: ResidentExperts | None = ResidentExperts(
+            config.router.num_experts, config.hidden_size, config.expert_hidden
+        )
         self.shared = SwiGLU(config.hidden_size, config.shared_hidden) if config.shared_hidden else None
 
     def forward(self, x_GLD: Tensor, live_GL: Tensor, runtime: Runtime) -> tuple[Tensor, LayerRouting]:
@@ -80,9 +86,14 @@ class MoE(nn.Module):
         return y_TD.view(x_GLD.shape), routing
 
     def _borrow(self, plan: RoutingPlan, runtime: Runtime) -> AbstractContextManager[Loan]:
-        if runtime.store is None:
-            return nullcontext(Loan(self.experts.bank()))
-        return runtime.store.borrow(self.moe_layer, plan.active_E)
+        if runtime.store is not None:
+            return runtime.store.borrow(self.moe_layer, plan.active_E)
+        if self.experts is None:
+            raise ConfigError(
+                "expected a runtime with a store, because this model's experts are in files of their own, got none: "
+                "open one with expertshare.experts.open_store and pass it as Runtime(store=...)"
+            )
+        return nullcontext(Loan(self.experts.bank()))
 
     def _account(self, plan: RoutingPlan, live_GL: Tensor) -> LayerRouting:
         slots = plan.expert_ids_TK + 1  # 0 collects the unused ones

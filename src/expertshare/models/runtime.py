@@ -17,12 +17,14 @@ class Runtime:
     """How to run a model: passed to every forward, never found in a global.
 
     policy: bound to the model's router. backend: name of the expert computation. store: where experts live, None for
-    the model's own parameters. clock: adds up time by part if given.
+    the model's own parameters; bytes_per_expert: of one in the store, where it is not in the model's dtype. clock: adds
+    up time by part if given.
     """
 
     policy: RoutingPolicy
     backend: str = "grouped"
     store: ExpertStore | None = None
+    bytes_per_expert: int | None = None
     clock: PartClock | None = None
 
     @contextmanager

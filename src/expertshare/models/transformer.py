@@ -96,6 +96,13 @@ def _trace(routings: list[LayerRouting]) -> RoutingTrace:
     )
 
 
+def leave_out_experts(model: MoETransformer) -> None:
+    """Make a model whose experts come from the runtime's store."""
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.experts = None
+
+
 def initialise(model: MoETransformer, *, seed: int, std: float = 0.02) -> None:
     """Fill every weight from a normal distribution (norms with ones, router biases with zeros), reproducibly."""
     generator = torch.Generator().manual_seed(seed)
