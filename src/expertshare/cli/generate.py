@@ -48,6 +48,9 @@ def generate(
         bool, typer.Option("--json", help="End with one JSON line on stdout; everything else goes to stderr.")
     ] = False,
     report: Annotated[Path | None, typer.Option(help="Write a JSON report with the cost of every forward.")] = None,
+    record_routing: Annotated[
+        Path | None, typer.Option(help="Write the experts of every forward, for `expertshare plan --trace`.")
+    ] = None,
     *,
     decoding: DecodingFlags,
     knobs: KnobFlags,
@@ -56,11 +59,13 @@ def generate(
     """Answer a prompt, a file of prompts, or stdin with a diffusion model, block by block."""
     if report is not None:
         check_writable(report)
+    if record_routing is not None:
+        check_writable(record_routing)
     texts = _read_texts(source, prompt, prompts)
     chosen = knobs.policy(policy)
     store = storage.options()
     with MemoryWatch() as memory:
-        loaded = api.load(model, dtype=dtype, converted=store is not None)
+        loaded = api.load(model, dtype=dtype, store=store)
         result = api.generate(
             loaded,
             texts,
@@ -71,6 +76,7 @@ def generate(
             store=store,
             on_block=_printer(loaded, texts, as_json=as_json).hear,
             memory=memory,
+            record_routing=record_routing,
             **decoding.options(),
         )
     console = people(as_json=as_json)
