@@ -43,7 +43,7 @@ def convert(
             done = restore(source, out, max_shard_bytes=parse_size(shard_size), on_progress=on_progress)
         verified = verify(out, on_progress) if check else None
     size = sum(path.stat().st_size for path in done.path.iterdir())
-    people(as_json=as_json).print(_told(done, size, verified))
+    people(as_json=as_json).print(_told(done, size, verified), soft_wrap=True)
     if as_json:
         print_json(
             {

@@ -13,7 +13,7 @@ from expertshare.conversion import default_unique, likeness
 from expertshare.conversion import make_checkpoint as make
 from expertshare.conversion.make_checkpoint import VANILLA_UNIQUE
 
-EXAMPLE = "Example: expertshare make-checkpoint --like llada2.0-mini --layers 4 --quantise int4 --out checkpoints/mini-4"
+EXAMPLE = "Example: expertshare make-checkpoint --like llada2.0-mini --layers 4 --quantise int4 --out checkpoints/mini"
 
 
 def make_checkpoint(
@@ -47,9 +47,11 @@ def make_checkpoint(
     size = sum(path.stat().st_size for path in made.path.iterdir())
     people(as_json=as_json).print(
         f"{made.path} {'is written' if made.fresh else 'was there already, made in the same way'}: "
-        f"{megabytes(size)} MB.\nUnique experts per block and layer on the calibration blocks: {made.unique:.1f}, asked "
-        f"for {wanted} (lowest layer {min(made.unique_by_layer):.1f}, highest {max(made.unique_by_layer):.1f}).\n"
-        f"Try: expertshare generate {made.path} --prompt 'Hello' --gen-length {config.block_length}"
+        f"{megabytes(size)} MB.\n"
+        f"Unique experts per block and layer on the calibration blocks: {made.unique:.1f}, asked for {wanted} "
+        f"(lowest layer {min(made.unique_by_layer):.1f}, highest {max(made.unique_by_layer):.1f}).\n"
+        f"Try: expertshare generate {made.path} --prompt 'Hello' --gen-length {config.block_length}",
+        soft_wrap=True,
     )
     if as_json:
         print_json(
