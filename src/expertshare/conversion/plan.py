@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from expertshare.bench.machine import gemm_rate, last_level_cache_bytes, read_bandwidth
+from expertshare.bench.machine import CACHE_FACTOR, GEMM_SHAPES, gemm_rate, last_level_cache_bytes, read_bandwidth
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.conversion.estimate import Rates, Step, seconds_per_forward, tokens_per_s
 from expertshare.conversion.replay import mean_at_once, most_at_once, replay
@@ -78,11 +78,11 @@ class Plan:
 
 
 def measure_rates(sizes: ModelSizes) -> Rates:
-    """Memory bandwidth, rate of bfloat16 products, and reads of the checkpoint's own file; two to three seconds."""
+    """Memory bandwidth, rate of bfloat16 products, and reads of the checkpoint's own file; a few seconds."""
     storage = storage_speed(sizes.probe) if sizes.probe is not None else None
     return Rates(
-        memory_bytes_per_s=read_bandwidth(4 * last_level_cache_bytes(), repeats=3),
-        macs_per_s=gemm_rate(torch.bfloat16, ((512, 2048, 2048),), repeats=2),
+        memory_bytes_per_s=read_bandwidth(2 * CACHE_FACTOR * last_level_cache_bytes(), repeats=3),
+        macs_per_s=gemm_rate(torch.bfloat16, GEMM_SHAPES),
         storage_bytes_per_s=storage.bytes_per_s if storage else None,
         storage_direct=storage.direct if storage else False,
     )

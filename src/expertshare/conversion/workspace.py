@@ -112,14 +112,15 @@ class Workspace:
         """Of a finished file."""
         return self._files[name]
 
-    def add(self, name: str, write: Callable[[Path], None]) -> None:
-        """Make one file: `write` fills the path that it gets. Raises CheckpointError where the disk is full."""
+    def add(self, name: str, write: Callable[[Path], FileRecord | None]) -> None:
+        """Make one file: `write` fills the path that it gets, and may say size and checksum, if it knows them, so that
+        the file need not be read again. Raises CheckpointError where the disk is full."""
         path = self.directory / name
         partial = path.with_name(name + ".writing")
         try:
-            write(partial)
+            known = write(partial)
             _flush(partial)
-            record = file_record(partial)
+            record = known or file_record(partial)
             os.replace(partial, path)
             self._files[name] = record
             self._verified.add(name)

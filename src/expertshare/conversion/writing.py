@@ -17,6 +17,7 @@ from expertshare.config import ModelConfig
 from expertshare.conversion.scheme import Scheme
 from expertshare.conversion.source import ExpertSource, is_expert
 from expertshare.conversion.tensor_file import DTYPES, TensorEntry, file_bytes, write_tensors
+from expertshare.conversion.workspace import FileRecord as Written
 from expertshare.conversion.workspace import Workspace
 from expertshare.experts.layout import DENSE, MANIFEST, ExpertLayout, FileRecord, layer_file_name, write_manifest
 from expertshare.experts.slab_file import LayerHeader, LayerWriter
@@ -183,13 +184,14 @@ def moe_layer_of(place: Place, config: ModelConfig) -> int:
     return int(place.entry.split(".")[1]) - config.num_dense_layers
 
 
-def _write_layer(path: Path, header: LayerHeader, source: ExpertSource, scheme: Scheme, meter: _Meter) -> None:
+def _write_layer(path: Path, header: LayerHeader, source: ExpertSource, scheme: Scheme, meter: _Meter) -> Written:
     slab_B = torch.empty(header.format.slab_bytes, dtype=torch.uint8)
     with LayerWriter(path, header) as writer:
         for expert in range(header.num_experts):
             header.format.write(slab_B, scheme.matrices(source.expert(header.moe_layer, expert)))
             writer.append(slab_B)
             meter.advance(layer_file_name(header.moe_layer), header.format.slab_bytes)
+    return Written(writer.num_bytes, writer.sha256)
 
 
 def _add_tensors(
