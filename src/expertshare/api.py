@@ -42,7 +42,7 @@ from expertshare.evaluation import (
 )
 from expertshare.evaluation.answering import BlockListener
 from expertshare.evaluation.comparison import ProgressListener
-from expertshare.experts import StoreOptions, has_expert_layout, open_store
+from expertshare.experts import ExpertMemory, StoreOptions, has_expert_layout, open_store
 from expertshare.experts.recording import RoutingRecorder
 from expertshare.kernels import AUTO
 from expertshare.measure.cost import Cost
@@ -136,12 +136,12 @@ class Generated:
 
 
 def load(
-    model: Model, *, dtype: str | torch.dtype | None = None, store: StoreOptions | None = None
+    model: Model, *, dtype: str | torch.dtype | None = None, store: str | StoreOptions | None = None
 ) -> LoadedModel:
     """A model from a directory or hub id; one that is loaded is passed through. dtype: by default the checkpoint's.
 
     store: how its experts will be kept; a model that `expertshare convert` did not write is then refused. So is, before
-    its weights are read, a model that does not fit into memory.
+    its weights are read, a model that does not fit into memory; experts that are kept elsewhere count if store says how.
     """
     if isinstance(model, LoadedModel):
         return model
@@ -152,7 +152,7 @@ def load(
         if dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {dtype!r}. {nearest(dtype, DTYPES)}")
         dtype = DTYPES[dtype]
-    check_fits(path, store.memory if store is not None else None, dtype=dtype)
+    check_fits(path, _store_options(store).memory if store is not None else None, dtype=dtype)
     return load_model(model, dtype=dtype)
 
 
@@ -170,7 +170,7 @@ def generate(
     backend: str = AUTO,
     dtype: str | torch.dtype | None = None,
     chat: bool | None = None,
-    store: StoreOptions | None = None,
+    store: str | StoreOptions | None = None,
     on_block: BlockListener | None = None,
     memory: MemoryWatch | None = None,
     record_routing: str | Path | None = None,
@@ -179,10 +179,12 @@ def generate(
     """Answer one prompt or several under an expert-sharing policy.
 
     policy: `name` or `name:knob=value,...`, by default the one that the checkpoint was trained with. chat: None uses
-    the chat template where there is one. store: how the experts of a converted model are kept; all in memory by
-    default. on_block hears of every block as it is committed. memory: a watch that runs already. record_routing: a file
-    for the experts of every forward, which `plan` can replay. decoding: the fields of DecodingOptions, e.g.
-    gen_length=64, threshold=0.9. Raises a subclass of ExpertShareError for anything unusable.
+    the chat template where there is one. store: how the experts of a converted model are kept, as StoreOptions or
+    as the memory for them ("3GiB", "mmap"), by default "all". on_block hears of every block as it is committed. memory:
+    a watch that runs already. record_routing: a file for the experts of every forward, which `plan` can replay.
+    decoding: the fields of DecodingOptions, e.g. gen_length=64, threshold=0.9.
+
+    Raises a subclass of ExpertShareError for anything unusable.
     """
     options = decoding_options(decoding)
     wanted = parse_policy(policy) if isinstance(policy, str) else policy
@@ -216,7 +218,7 @@ def compare(
     backend: str = AUTO,
     dtype: str | torch.dtype | None = None,
     chat: bool | None = None,
-    store: StoreOptions | None = None,
+    store: str | StoreOptions | None = None,
     on_progress: ProgressListener | None = None,
     memory: MemoryWatch | None = None,
     **decoding: DecodingValue,
@@ -244,18 +246,23 @@ def compare(
 
 
 @contextmanager
-def _opened(loaded: LoadedModel, options: StoreOptions | None, setup: Setup) -> Iterator[Setup]:
+def _opened(loaded: LoadedModel, wanted: str | StoreOptions | None, setup: Setup) -> Iterator[Setup]:
     """The setup with an open store, where the model is a converted one."""
     if loaded.layout is None:
-        if options is not None:
+        if wanted is not None:
             raise _not_converted(loaded.path)
         yield setup
         return
     if loaded.model.device.type != "cpu":
         raise ConfigError(f"expected a model on the CPU, whose memory expert stores lend, got {loaded.model.device}")
-    options = options or StoreOptions()
+    options = _store_options(wanted)
+    check_fits(loaded.path, options.memory, dense_is_loaded=True)
     with open_store(loaded.path, loaded.layout, options) as store:
         yield replace(setup, store=store, store_options=options)
+
+
+def _store_options(wanted: str | StoreOptions | None) -> StoreOptions:
+    return wanted if isinstance(wanted, StoreOptions) else StoreOptions(memory=ExpertMemory.parse(wanted or "all"))
 
 
 def _not_converted(model: str | Path) -> ConfigError:

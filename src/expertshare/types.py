@@ -94,8 +94,7 @@ class QuantisedWeight:
     Eight bits: codes_ERC int8 [E, rows, depth], w = scale * code; scales float32 [E, rows, 1].
     Four bits: codes_ERC uint8 [E, rows, depth / 2], two codes 0..15 a byte, packed within each group
     (kernels/quantise); scales float16 [E, rows, depth / group_size]; w = scale * (code - 8), or scale * code + minimum
-    where `minima`, of the shape and dtype of scales, is given. Rows of one expert are contiguous; experts may
-    lie apart.
+    where `minima`, of the shape and dtype of scales, is given. Rows of an expert are contiguous; experts may lie apart.
     """
 
     codes_ERC: Tensor

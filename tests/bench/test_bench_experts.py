@@ -74,8 +74,10 @@ def test_figures_follow_from_time_and_work(machine: Machine) -> None:
         num_bytes = point["unique"] * 3 * 64 * 32 * 2 + 2 * 8 * 64 * 2
         assert point["gb_per_s"] == pytest.approx(num_bytes / seconds / 1e9)
         assert point["gmac_per_s"] == pytest.approx(8 * 4 * 3 * 64 * 32 / seconds / 1e9)
-        bound_s = max(num_bytes / 2e9, 8 * 4 * 3 * 64 * 32 / 4e9)
+        macs = 8 * 4 * 3 * 64 * 32
+        bound_s = max(num_bytes / found["bandwidth_gb_per_s"], macs / found["peak_gmac_per_s"]) / 1e9
         assert point["share_of_bound"] == pytest.approx(bound_s / seconds)
+        assert point["best_bound_ms"] == pytest.approx(1e3 * max(num_bytes / 2e9, macs / 4e9))
         assert point["faster_than"].keys() == {"torch"}
         assert point["beyond_cache"]
     assert [(fit["backend"], len(fit["residuals_ms"])) for fit in found["fits"]] == [("torch", 3), ("grouped", 3)]

@@ -33,8 +33,9 @@ def test_experts_end_with_one_json_line(capsys: pytest.CaptureFixture[str], tmp_
     assert code == 0
     results = json.loads(out)
     assert {"machine", "bandwidth_gb_per_s", "peak_gmac_per_s", "cases", "fits", "left_out"} == results.keys()
-    assert results["bandwidth_gb_per_s"] == 2.0
-    assert results["peak_gmac_per_s"] == 4.0
+    assert results["machine"]["bandwidth_gb_per_s"] == 2.0
+    assert results["bandwidth_gb_per_s"] > 0
+    assert results["peak_gmac_per_s"] > 0
     wanted = {"case", "unique", "backend", "ms", "gb_per_s", "gmac_per_s", "share_of_bound"}
     assert all(wanted <= point.keys() for point in results["cases"])
     names = {"grouped", "torch", "torch-grouped-mm", "transformers-eager", "transformers-grouped-mm"}

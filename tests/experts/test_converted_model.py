@@ -138,7 +138,7 @@ def test_a_truncated_file_is_named_and_the_model_still_loads_later(converted: Pa
             load_model(converted)
     finally:
         path.write_bytes(content)
-    assert api.generate(str(converted), PROMPT, gen_length=32).answers
+    assert api.generate(str(converted), PROMPT, store="4MiB", gen_length=32).answers
 
 
 def test_files_of_another_model_are_refused(converted: Path, dtype: torch.dtype) -> None:

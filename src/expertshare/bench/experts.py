@@ -13,7 +13,7 @@ from expertshare.bench.bound import Work, expert_work
 from expertshare.bench.cases import Case
 from expertshare.bench.contenders import Contender, Run
 from expertshare.bench.fit import fit_latency
-from expertshare.bench.machine import CACHE_FACTOR, Machine, dtype_name
+from expertshare.bench.machine import CACHE_FACTOR, Machine, Peaks, Yardstick, dtype_name
 from expertshare.bench.oracle import TOLERANCES, expected_output, relative_error
 from expertshare.bench.plans import SKEW, rotation
 from expertshare.bench.timing import Spread, interleave, spread
@@ -21,6 +21,7 @@ from expertshare.bench.weights import bank_bytes, check_memory, random_banks
 from expertshare.types import ExpertBank, RoutingPlan
 
 MAX_BANKS = 8
+READ, MULTIPLY = "(read)", "(multiply)"
 RATIOS_TO = ("torch", "transformers-eager", "transformers-grouped-mm")
 Listener = Callable[[str], None]
 
@@ -60,7 +61,8 @@ def bench_experts(
     settings: ExpertsSettings,
     on_progress: Listener = lambda _: None,
 ) -> dict[str, Any]:
-    """Measure every case. Returns {"cases": points, "fits": lines through them, "left_out": who was not timed and why}.
+    """Measure every case. Returns {"bandwidth_gb_per_s" and "peak_gmac_per_s": what the machine gave
+    in between, "cases": points, "fits": lines through them, "left_out": who was not timed and why}.
 
     Raises InputError where the weights do not fit, or for a number of unique experts that cannot be routed.
     """
@@ -73,6 +75,7 @@ def bench_experts(
             present[name] = entrant
         else:
             left_out.append({"case": None, "unique": None, "backend": name, "reason": reason})
+    yardstick = Yardstick(settings.dtype, buffer_bytes=2 * CACHE_FACTOR * machine.cache_bytes)
     with torch.no_grad():
         for name, case in cases.items():
             on_progress(f"{name}: filling weights")
@@ -81,11 +84,19 @@ def bench_experts(
             for tokens in settings.tokens or (case.tokens,):
                 for unique in settings.unique or case.unique:
                     on_progress(f"{name}: {unique} unique experts, {tokens} tokens")
-                    found, refused = _point(name, case, banks, runs, machine, settings, tokens, unique)
+                    found, refused = _point(name, case, banks, runs, yardstick, machine, settings, tokens, unique)
                     points += found
                     left_out += refused
             del banks, runs
-    return {"cases": points, "fits": _fits(points, cases, settings.dtype), "left_out": left_out}
+    best = machine.peaks(settings.dtype)
+    limits = yardstick.peaks() if points else best
+    return {
+        "bandwidth_gb_per_s": limits.bytes_per_s / 1e9,
+        "peak_gmac_per_s": limits.macs_per_s / 1e9,
+        "cases": [_with_bounds(point, limits, best) for point in points],
+        "fits": _fits(points, cases, settings.dtype),
+        "left_out": left_out,
+    }
 
 
 def _banks(case: Case, machine: Machine, settings: ExpertsSettings, *, copies: bool) -> list[ExpertBank]:
@@ -110,6 +121,7 @@ def _point(
     case: Case,
     banks: Sequence[ExpertBank],
     runs: Mapping[str, Run],
+    yardstick: Yardstick,
     machine: Machine,
     settings: ExpertsSettings,
     tokens: int,
@@ -136,7 +148,7 @@ def _point(
         checker.judge(backend, run, errors, reasons)
     right = {backend: run for backend, run in runs.items() if backend not in reasons}
     seconds = interleave(
-        {backend: _caller(stage, run) for backend, run in right.items()},
+        {READ: yardstick.read, MULTIPLY: yardstick.multiply, **{b: _caller(stage, run) for b, run in right.items()}},
         repeats=settings.repeats,
         warmup=settings.warmup,
     )
@@ -161,9 +173,15 @@ def _point(
         "weights_bytes": bank_bytes(banks),
         "beyond_cache": bank_bytes(banks) >= CACHE_FACTOR * machine.cache_bytes,
     }
+    yardstick.note(seconds[READ], seconds[MULTIPLY])
     spreads = {backend: spread(seconds[backend]) for backend in right if backend not in reasons}
     points = [
-        {**shared, "backend": backend, "error": errors[backend], **_figures(timed, work, machine, settings, spreads)}
+        {
+            **shared,
+            "backend": backend,
+            "error": errors[backend],
+            **_figures(timed, work, spreads),
+        }
         for backend, timed in spreads.items()
     ]
     return points, [{**shared, "backend": backend, "reason": reason} for backend, reason in reasons.items()]
@@ -197,20 +215,22 @@ class _Checker:
             reasons[backend] = f"wrong: relative error {worst:.2g}, allowed {self._tolerance:g}; not timed"
 
 
-def _figures(
-    timed: Spread, work: Work, machine: Machine, settings: ExpertsSettings, spreads: Mapping[str, Spread]
-) -> dict[str, Any]:
-    bound_s = work.bound_s(machine.peaks(settings.dtype))
+def _figures(timed: Spread, work: Work, spreads: Mapping[str, Spread]) -> dict[str, Any]:
     return {
         **timed.to_json(),
         "gb_per_s": work.num_bytes / timed.median_s / 1e9,
         "gmac_per_s": work.num_macs / timed.median_s / 1e9,
         "bytes": work.num_bytes,
         "macs": work.num_macs,
-        "bound_ms": 1e3 * bound_s,
-        "share_of_bound": bound_s / timed.median_s,
         "faster_than": {other: spreads[other].median_s / timed.median_s for other in RATIOS_TO if other in spreads},
     }
+
+
+def _with_bounds(point: dict[str, Any], run: Peaks, best: Peaks) -> dict[str, Any]:
+    """The point with its bounds: by what the machine gave during the run, and by the best that it gave before it."""
+    work = Work(num_bytes=point["bytes"], num_macs=point["macs"])
+    bounds = {"bound_ms": 1e3 * work.bound_s(run), "best_bound_ms": 1e3 * work.bound_s(best)}
+    return {**point, **bounds, "share_of_bound": bounds["bound_ms"] / point["ms"]}
 
 
 def _fits(points: Sequence[Mapping[str, Any]], cases: Mapping[str, Case], dtype: torch.dtype) -> list[dict[str, Any]]:

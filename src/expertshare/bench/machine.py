@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,45 @@ def measure_machine(
         bytes_per_s=read_bandwidth(buffer_bytes or 2 * CACHE_FACTOR * cache),
         macs_per_s={dtype_name(dtype): gemm_rate(dtype, gemm_shapes) for dtype in (torch.bfloat16, torch.float32)},
     )
+
+
+class Yardstick:
+    """One pass over memory and one matrix product, to be timed by turns with what they are compared with.
+
+    On a shared machine bandwidth changes within seconds: a limit from the beginning of a run says little about its end.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, *, buffer_bytes: int, gemm_shape: tuple[int, int, int] = GEMM_SHAPES[0]
+    ) -> None:
+        self._buffer = torch.ones(buffer_bytes // 4)
+        self._half = max(1, len(self._buffer) // 2)
+        m, k, n = gemm_shape
+        self._left, self._right = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype).T
+        self._out = torch.empty(m, n, dtype=dtype)
+        self._macs = m * k * n
+        self._read_s: list[float] = []
+        self._multiply_s: list[float] = []
+
+    def read(self, turn: int) -> None:
+        """Read half of the buffer, the other half than the turn before."""
+        self._buffer[turn % 2 * self._half :][: self._half].amax()
+
+    def multiply(self, turn: int) -> None:
+        """One large matrix product."""
+        torch.mm(self._left, self._right, out=self._out)
+
+    def note(self, read_s: Sequence[float], multiply_s: Sequence[float]) -> None:
+        """Keep the times of some passes and products."""
+        self._read_s += read_s
+        self._multiply_s += multiply_s
+
+    def peaks(self) -> Peaks:
+        """The limits that the median of all times stands for."""
+        return Peaks(
+            bytes_per_s=self._half * 4 / statistics.median(self._read_s),
+            macs_per_s=self._macs / statistics.median(self._multiply_s),
+        )
 
 
 def read_bandwidth(num_bytes: int, repeats: int = 7) -> float:

@@ -112,6 +112,8 @@ def experts(
     console = people(as_json=as_json)
     machine = _measure(console)
     found = bench_experts(cases, entrants, machine, settings, _progress())
+    limits = f"{found['bandwidth_gb_per_s']:.1f} GB/s, {found['peak_gmac_per_s']:.0f} GMAC/s"
+    console.print(f"bounds by what the machine gave between the calls (medians): {limits}")
     config = {"cases": list(cases), "repeats": repeats, "warmup": settings.warmup, "skew": settings.skew}
     _finish("bench experts", console, machine, found, experts_tables(found), config, seed, dtype, as_json, report, plot)
 

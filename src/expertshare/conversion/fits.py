@@ -11,7 +11,7 @@ from expertshare.conversion.sizes import loaded_bytes
 from expertshare.errors import ExpertMemoryError
 from expertshare.experts.layout import DENSE, has_expert_layout, read_manifest
 from expertshare.experts.sizes import ExpertMemory, format_size
-from expertshare.models.checkpoint import read_headers
+from expertshare.models.checkpoint import WEIGHTS, read_headers
 
 
 def check_fits(
@@ -19,31 +19,34 @@ def check_fits(
     memory: ExpertMemory | None = None,
     *,
     dtype: torch.dtype | None = None,
+    dense_is_loaded: bool = False,
     available_bytes: int | None = None,
 ) -> None:
     """Raise ExpertMemoryError unless the weights of a model directory fit into memory, with what would fit instead.
 
-    memory: where its experts are to live; None means all in memory. dtype: to load in. available_bytes: by default what
-    the system and the control group have left; nothing is refused where neither says. Reads headers only; raises
-    CheckpointError for a directory that is no model.
+    memory: where experts of a converted model are to live; None leaves them out. Other models have theirs in memory.
+    dtype: to load in. dense_is_loaded: only the experts of a converted model are still to come. available_bytes: by
+    default what the system and the control group have left; nothing is refused where neither says. Reads headers only;
+    raises CheckpointError for a directory that is no model.
     """
     available = usable_memory_bytes() if available_bytes is None else available_bytes
     converted = has_expert_layout(path)
-    memory = memory or ExpertMemory(kind="all")
-    dense = loaded_bytes(read_headers(path, DENSE).values(), dtype) if converted else 0
-    if not converted:
-        needed, experts = loaded_bytes(read_headers(path).values(), dtype), 0
-    else:
-        layout = read_manifest(path)
-        whole = layout.num_layers * layout.num_experts * layout.format.slab_bytes
-        experts = {"all": whole, "mmap": 0, "budget": min(memory.num_bytes, whole)}[memory.kind]
-        needed = dense + experts
-    if available is None or needed <= available:
+    weights = loaded_bytes(read_headers(path, DENSE if converted else WEIGHTS).values(), dtype)
+    own = 0 if dense_is_loaded else weights
+    experts = _expert_bytes(path, memory) if converted and memory is not None else 0
+    if available is None or own + experts <= available:
         return
     raise ExpertMemoryError(
-        f"the weights of {path} need {format_size(needed)} of memory, but {_rounded_down(available)} can be had. "
-        + _advice(path, converted=converted, room=available - dense, experts=experts)
+        f"the weights of {path} need {format_size(own + experts)} of memory, but {_rounded_down(available)} can be had. "
+        + _advice(path, converted=converted, room=available - own, experts=experts)
     )
+
+
+def _expert_bytes(path: Path, memory: ExpertMemory) -> int:
+    """Memory of experts in a store. Pages of a mapping are the kernel's to drop."""
+    layout = read_manifest(path)
+    whole = layout.num_layers * layout.num_experts * layout.format.slab_bytes
+    return {"all": whole, "mmap": 0, "budget": min(memory.num_bytes, whole)}[memory.kind]
 
 
 def _advice(path: Path, *, converted: bool, room: int, experts: int) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from expertshare.experts.forecast import ReuseForecast
+from expertshare.experts.eviction import simulate
+from expertshare.experts.forecast import Bools
 from expertshare.experts.recording import RoutingRecord
-from expertshare.experts.slots import SlotTable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,43 +21,28 @@ class Replay:
 
 
 def replay(record: RoutingRecord, num_slots: int) -> Replay:
-    """Serve the record's requests from `num_slots` slots with the eviction of BudgetedStore, without reading ahead.
+    """Serve the record's requests from `num_slots` slots with the store's own eviction, without reading ahead.
 
-    What is read ahead turns part of the misses into shorter waits, so a real store does not do worse. num_slots must
-    hold the experts of any one layer.
+    What is read ahead turns part of the misses into shorter waits, so a real store does not do worse. Raises
+    ExpertMemoryError where a layer's experts exceed the slots.
     """
-    table = SlotTable(num_slots, record.num_layers, record.num_experts)
-    forecast = ReuseForecast(record.num_layers, record.num_experts)
-    requests, hits = np.zeros(record.num_layers), np.zeros(record.num_layers)
-    for layers in record.forwards:
-        for layer, ids in enumerate(layers):
-            active = np.asarray(ids, dtype=np.int64)
-            member_E = np.zeros(record.num_experts, dtype=np.bool_)
-            member_E[active] = True
-            forecast.observe(layer, member_E)
-            present = table.slot_of_NE[layer, active] >= 0
-            requests[layer] += len(active)
-            hits[layer] += present.sum()
-            _bring(table, forecast, layer, active[~present], set(table.slot_of_NE[layer, active[present]].tolist()))
+    layers = simulate(
+        _visits(record), num_slots=num_slots, num_layers=record.num_layers, num_experts=record.num_experts
+    )
+    requests = sum(layer.requests for layer in layers)
     return Replay(
-        hit_rate=float(hits.sum() / max(1.0, requests.sum())),
-        hit_rate_by_layer=tuple((hits / np.maximum(1.0, requests)).tolist()),
+        hit_rate=sum(layer.hits or 0 for layer in layers) / max(1, requests),
+        hit_rate_by_layer=tuple(layer.hit_rate or 0.0 for layer in layers),
     )
 
 
-def _bring(table: SlotTable, forecast: ReuseForecast, layer: int, missing: np.ndarray, lent: set[int]) -> None:
-    """Put the missing experts into free slots, then into those of experts that are needed last."""
-    if not len(missing):
-        return
-    open_S = np.ones(table.num_slots, dtype=np.bool_)
-    open_S[list(lent)] = False
-    free = np.flatnonzero(open_S & (table.layer_S < 0))
-    taken = np.flatnonzero(open_S & (table.layer_S >= 0))
-    until = forecast.layers_until_use(layer, table.layer_S[taken], table.expert_S[taken])
-    slots = np.concatenate((free, taken[np.argsort(-until, kind="stable")]))[: len(missing)]
-    assert len(slots) == len(missing)
-    for slot, expert in zip(slots.tolist(), missing.tolist(), strict=True):
-        table.place(slot, layer, expert, ahead=False)
+def _visits(record: RoutingRecord) -> Iterator[tuple[int, Bools]]:
+    """Layers with their active experts, in the order in which they ran."""
+    for layers in record.forwards:
+        for layer, ids in enumerate(layers):
+            member_E = np.zeros(record.num_experts, dtype=np.bool_)
+            member_E[list(ids)] = True
+            yield layer, member_E
 
 
 def most_at_once(record: RoutingRecord) -> int:

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from expertshare.errors import ConfigError, ExpertMemoryError
+from expertshare.experts.eviction import needed_last
 from expertshare.experts.forecast import Ints, ReuseForecast
 from expertshare.experts.layout import ExpertLayout, open_layers
 from expertshare.experts.page_memory import allocate_slabs, as_memory
@@ -25,6 +27,18 @@ from expertshare.types import Loan
 
 NUM_READERS = 4
 """Enough to keep an SSD busy; they wait for the disk, not for a core."""
+
+
+_NONE: Ints = np.empty(0, dtype=np.int64)
+
+
+class _Lease:
+    """Slots that somebody uses. It ends with its borrower's frame even where an interrupt hits the giving back."""
+
+    __slots__ = ("__weakref__", "slots")
+
+    def __init__(self) -> None:
+        self.slots = _NONE
 
 
 class BudgetedStore:
@@ -49,14 +63,14 @@ class BudgetedStore:
                 f"{format_size(budget_bytes)}: raise --expert-memory"
             )
         self._layout, self._prefetch, self._pid = layout, prefetch, os.getpid()
-        self._files = open_layers(directory, layout, direct=direct)
         slabs_SB = allocate_slabs(num_slots, slab_bytes)
+        self._files = open_layers(directory, layout, direct=direct)
         self._memory = as_memory(slabs_SB)
         self._bank = layout.format.bank(slabs_SB)
         self._table = SlotTable(num_slots, layout.num_layers, layout.num_experts)
         self._forecast = ReuseForecast(layout.num_layers, layout.num_experts)
         self._pending: dict[int, SlabRead] = {}
-        self._lent: dict[object, Ints] = {}
+        self._leases: WeakSet[_Lease] = WeakSet()
         self._counts = fresh_counts(layout.num_layers)
         self._team = ReadTeam(NUM_READERS)
         self._closed = False
@@ -66,17 +80,18 @@ class BudgetedStore:
         """The active experts of a layer, in slots. Raises ExpertMemoryError or CheckpointError."""
         self._check_usable()
         member_E = active_E.numpy()
-        loan = object()
+        lease = _Lease()
         try:
+            self._leases.add(lease)
             self._forecast.observe(layer, member_E)
-            slots = self._bring(layer, np.flatnonzero(member_E), loan)
+            slots = self._bring(layer, np.flatnonzero(member_E), lease)
             slot_of_E = torch.full((len(member_E),), -1, dtype=torch.int64)
             slot_of_E[active_E] = torch.from_numpy(slots)
             if self._prefetch:
                 self._fetch_ahead(layer)
             yield Loan(self._bank, slot_of_E)
         finally:
-            self._lent.pop(loan, None)
+            lease.slots = _NONE
 
     def statistics(self) -> StoreStatistics:
         """Since it was opened or last reset."""
@@ -115,19 +130,19 @@ class BudgetedStore:
         if os.getpid() != self._pid:
             raise ConfigError("this expert store was opened before the process forked: open one in the new process")
 
-    def _bring(self, layer: int, active: Ints, loan: object) -> Ints:
+    def _bring(self, layer: int, active: Ints, lease: _Lease) -> Ints:
         """Have these experts in slots, wait for them, and lend them; returns their slots."""
         for slot in list(self._pending):
             self._settle(slot)
         slot_of_E, count = self._table.slot_of_NE[layer], self._counts[layer]
         present = slot_of_E[active]
-        self._lent[loan] = present[present >= 0]
+        lease.slots = present[present >= 0]
         missing = active[present < 0]
         start = time.perf_counter()
         for slot, expert in zip(self._vacate(len(missing), layer, len(active)).tolist(), missing.tolist(), strict=True):
             self._fetch(slot, layer, expert, ahead=False)
         slots: Ints = slot_of_E[active]
-        self._lent[loan] = slots
+        lease.slots = slots
         ahead = int(self._table.ahead_S[slots].sum())
         waits = not self._table.ready_S[slots].all()
         for slot, expert in zip(slots.tolist(), active.tolist(), strict=True):
@@ -143,7 +158,7 @@ class BudgetedStore:
     def _vacate(self, count: int, layer: int, needed: int) -> Ints:
         """Slots for `count` experts of a layer: free ones first, then those of experts that are needed last."""
         if count == 0:
-            return np.empty(0, dtype=np.int64)
+            return _NONE
         for slot in self._unwanted():  # a layer that waits goes before what was fetched ahead
             self._pending[slot].unwanted = True
         slots = self._candidates(layer)
@@ -164,18 +179,16 @@ class BudgetedStore:
             f"{have}), or decode fewer prompts together"
         )
 
-    def _candidates(self, layer: int, *, spare: Ints | None = None) -> Ints:
+    def _candidates(self, layer: int, *, spare: Ints = _NONE) -> Ints:
         """Slots that may be filled, best first. spare: slots that may not, beside those lent or being filled."""
-        table, open_S = self._table, np.ones(self._table.num_slots, dtype=np.bool_)
-        for slots in (*self._lent.values(), list(self._pending), spare if spare is not None else []):
-            open_S[slots] = False
-        free = np.flatnonzero(open_S & (table.layer_S < 0))
-        taken = np.flatnonzero(open_S & (table.layer_S >= 0))
-        until = self._forecast.layers_until_use(layer, table.layer_S[taken], table.expert_S[taken])
-        return np.concatenate((free, taken[np.argsort(-until, kind="stable")]))
+        filling = np.array(list(self._pending), dtype=np.int64)
+        kept = np.concatenate((spare, filling, *(lease.slots for lease in self._leases)))
+        return needed_last(self._table, self._forecast, layer, kept)
 
     def _fetch_ahead(self, layer: int) -> None:
-        """Start reading what the next layer used last, each expert in the place of one that is needed later."""
+        """Start reading what the next layer used last, each expert in the place of one that is needed much later: what
+        is needed within half a round would soon have to be read again, and the storage is what there is too little of.
+        """
         following, table, forecast = (layer + 1) % self._layout.num_layers, self._table, self._forecast
         last = np.flatnonzero(forecast.last_NE[following])
         present = table.slot_of_NE[following, last]
@@ -187,7 +200,8 @@ class BudgetedStore:
         slots = self._candidates(layer, spare=present[present >= 0])
         for slot, index in zip(slots.tolist(), soonest.tolist(), strict=False):
             owner, expert = table.layer_S[slot], table.expert_S[slot : slot + 1]
-            if owner >= 0 and forecast.layers_until_use(layer, owner, expert)[0] <= until[index]:
+            least = until[index] + self._layout.num_layers / 2
+            if owner >= 0 and forecast.layers_until_use(layer, owner, expert)[0] < least:
                 return
             self._fetch(slot, following, int(missing[index]), ahead=True)
 
@@ -229,4 +243,4 @@ class BudgetedStore:
 
     def _unwanted(self) -> set[int]:
         """Slots that are being filled for nobody who waits."""
-        return set(self._pending).difference(*(slots.tolist() for slots in self._lent.values()))
+        return set(self._pending).difference(*(lease.slots.tolist() for lease in self._leases))

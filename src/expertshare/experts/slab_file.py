@@ -10,11 +10,11 @@ import errno
 import hashlib
 import json
 import os
+import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -95,9 +95,7 @@ class LayerWriter:
         self._checksums.append(zlib.crc32(data))
         self._put(data)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._discard()
             return
@@ -108,10 +106,9 @@ class LayerWriter:
             raise
 
     def _finish(self) -> None:
-        if len(self._checksums) != self._header.num_experts:
-            raise CheckpointError(
-                f"{self.path}: expected {self._header.num_experts} slabs, got {len(self._checksums)}: append them all"
-            )
+        expected, count = self._header.num_experts, len(self._checksums)
+        if count != expected:
+            raise CheckpointError(f"{self.path}: expected {expected} slabs, got {count}: append them all")
         self._put(b"".join(checksum.to_bytes(4, "little") for checksum in self._checksums))
         try:
             self._file.flush()
@@ -155,9 +152,8 @@ class LayerFile:
         try:
             self.header, self.data_start = _read_header(self._fd, path)
             if direct:
-                os.close(self._fd)
-                self._fd = -1
-                self._fd = _open(path, direct=True)
+                buffered, self._fd = self._fd, _open(path, direct=True)
+                os.close(buffered)
         except BaseException:
             self.close()
             raise
@@ -189,7 +185,7 @@ class LayerFile:
 
     def checksums(self) -> list[int]:
         """The crc32 that each slab must have."""
-        raw, count = bytearray(4 * self.header.num_experts), 0
+        raw = bytearray(4 * self.header.num_experts)
         fd = _open(self.path, direct=False)  # a direct descriptor reads whole pages only
         try:
             count = os.preadv(fd, [raw], self.data_start + self.header.slabs_bytes)
@@ -205,9 +201,9 @@ class LayerFile:
 
     def close(self) -> None:
         """Let the file go; twice is fine."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def __enter__(self) -> Self:
         return self
@@ -248,15 +244,14 @@ def sync_directory(directory: Path) -> None:
 def _read_header(fd: int, path: Path) -> tuple[LayerHeader, int]:
     size = os.fstat(fd).st_size
     length = int.from_bytes(os.pread(fd, 8, 0), "little")
-    if size < 8 or not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+    if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
         raise CheckpointError(f"{path} is truncated or not a safetensors file: copy or convert it again")
     try:
         raw = json.loads(os.pread(fd, length, 8))
     except ValueError as error:
         raise CheckpointError(f"{path} has a damaged header ({error}): copy or convert it again") from error
     header = _parse_header(raw, path)
-    start = 8 + length
-    expected = start + header.slabs_bytes + 4 * header.num_experts
+    start, expected = 8 + length, 8 + length + header.slabs_bytes + 4 * header.num_experts
     if start % PAGE_BYTES or size != expected:
         raise CheckpointError(
             f"{path} is damaged: expected {expected} bytes with slabs from a multiple of {PAGE_BYTES} on, got {size} "
@@ -287,6 +282,8 @@ def _parse_header(raw: Any, path: Path) -> LayerHeader:
 
 
 def _open(path: Path, *, direct: bool) -> int:
+    if direct and not hasattr(os, "O_DIRECT"):
+        raise ConfigError(f"{sys.platform} has no direct reads: leave --direct-io out")
     try:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
     except FileNotFoundError as error:

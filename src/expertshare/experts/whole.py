@@ -101,6 +101,7 @@ class MappedStore(_WholeStore):
         finally:
             for file in files:
                 file.close()
+        self._last_NE = torch.zeros(layout.num_layers, layout.num_experts, dtype=torch.bool)
         super().__init__(layout, banks)
 
     def close(self) -> None:
@@ -109,9 +110,12 @@ class MappedStore(_WholeStore):
         self._maps.clear()
 
     def _announce(self, layer: int, active_E: Tensor) -> None:
-        """Have the kernel read whole experts at once, where it would read ahead a few pages of each."""
+        """Have the kernel read whole experts at once, where it would read ahead a few pages of each. Those of the last
+        visit are likely to be there still, and asking for them costs a walk over their pages."""
         size, start = self._layout.format.slab_bytes, self._starts[layer]
-        for expert in active_E.nonzero().flatten().tolist():
+        fresh_E = active_E & ~self._last_NE[layer]
+        self._last_NE[layer] = active_E
+        for expert in fresh_E.nonzero().flatten().tolist():
             self._maps[layer].madvise(mmap.MADV_WILLNEED, start + expert * size, size)
 
 

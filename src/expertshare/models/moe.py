@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expertshare.config import ModelConfig
+from expertshare.config import ModelConfig, RouterSpec
 from expertshare.errors import ConfigError
 from expertshare.experts import ResidentExperts
 from expertshare.kernels import moe_ffn
 from expertshare.models.layers import SwiGLU
 from expertshare.models.runtime import Runtime
-from expertshare.routing import route, router_scores
-from expertshare.types import ExpertBank, Loan, RoutingPlan
+from expertshare.routing import count_load, gate_scores, gate_takes, route, router_scores
+from expertshare.types import ExpertBank, Loan, RouterScores, RoutingPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,12 @@ class Router(nn.Module):
         with torch.autocast(x_GLD.device.type, enabled=False):
             return F.linear(x_GLD.float(), self.weight.float())
 
+    def scores(self, x_GLD: Tensor, live_GL: Tensor, spec: RouterSpec, *, compiled: bool) -> RouterScores:
+        """Scores of every expert; compiled: by the native library where it takes these tensors."""
+        if compiled and gate_takes(x_GLD, self.weight, self.bias):
+            return gate_scores(x_GLD, self.weight, self.bias, live_GL, spec)
+        return router_scores(self(x_GLD), live_GL, spec, self.bias)
+
 
 class MoE(nn.Module):
     """Routes each sharing group under the runtime's policy and runs the experts of its plan.
@@ -74,9 +80,9 @@ class MoE(nn.Module):
     def forward(self, x_GLD: Tensor, live_GL: Tensor, runtime: Runtime) -> tuple[Tensor, LayerRouting]:
         """Returns the layer's output (same shape and dtype as the input) and what it asked of the experts."""
         with runtime.timed("router"):
-            scores = router_scores(self.router(x_GLD), live_GL, self.spec, self.router.bias)
+            scores = self.router.scores(x_GLD, live_GL, self.spec, compiled=runtime.backend == "cpu")
             _, plan = route(scores, runtime.policy, self.spec)
-            routing = self._account(plan, live_GL)
+            routing = LayerRouting(*count_load(plan, len(live_GL)))
         x_TD = x_GLD.flatten(0, 1)
         with runtime.timed("experts"):
             with self._borrow(plan, runtime) as loan:
@@ -94,12 +100,3 @@ class MoE(nn.Module):
                 "open one with expertshare.experts.open_store and pass it as Runtime(store=...)"
             )
         return nullcontext(Loan(self.experts.bank()))
-
-    def _account(self, plan: RoutingPlan, live_GL: Tensor) -> LayerRouting:
-        slots = plan.expert_ids_TK + 1  # 0 collects the unused ones
-        load = torch.zeros(self.spec.num_experts + 1, dtype=torch.int64, device=slots.device)
-        load = load.scatter_add_(0, slots.flatten(), torch.ones_like(slots).flatten())[1:]
-        groups = live_GL.shape[0]
-        used = torch.zeros(groups, self.spec.num_experts + 1, dtype=torch.bool, device=slots.device)
-        used = used.scatter_(1, slots.view(groups, -1), True)[:, 1:]
-        return LayerRouting(load, used.sum(dim=1))

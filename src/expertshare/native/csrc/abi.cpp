@@ -11,6 +11,7 @@
 #include <new>
 #include <system_error>
 
+#include "affinity.h"
 #include "expert_layer.h"
 #include "isa.h"
 
@@ -41,6 +42,7 @@ class Engine {
         pool_.reset();
         mutex_.unlock();
     }
+    es_status run(const es_gate &whole);
 
     es_status run(const es_layer &whole);
 
@@ -78,6 +80,33 @@ struct TeamWork {
 void run_in_team(void *data) {
     TeamWork &team = *static_cast<TeamWork *>(data);
     team.work.run(team.entered.fetch_add(1, std::memory_order_relaxed));
+}
+es_status Engine::run(const es_gate &whole) {
+    const AffinityKernels *kernels = affinity_kernels_for(whole.isa);
+    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const bool own_threads = whole.team == nullptr || forked_;
+    if (own_threads && (pool_ == nullptr || pool_->num_threads() != whole.num_threads)) {
+        pool_.reset();
+        pool_ = std::make_unique<Pool>(whole.num_threads);
+    }
+    for (Index token = 0; token < whole.num_tokens; token += Affinity::kTokensAtATime) {
+        es_gate part = whole;
+        part.num_tokens = std::min<Index>(Affinity::kTokensAtATime, whole.num_tokens - token);
+        part.x = static_cast<const char *>(whole.x) + token * whole.depth * (whole.is_bfloat16 != 0 ? 2 : 4);
+        part.affinity = whole.affinity + token * whole.num_experts;
+        part.choice = whole.choice == nullptr ? nullptr : whole.choice + token * whole.num_experts;
+        Affinity affinity(part, *kernels, arena_);
+        if (own_threads) {
+            pool_->run(affinity, affinity.useful_threads());
+        } else if (affinity.useful_threads() == 1) {
+            affinity.run(0);
+        } else {
+            TeamWork work{affinity};
+            part.team(run_in_team, &work, static_cast<unsigned>(part.num_threads), 0);
+        }
+    }
+    return ES_OK;
 }
 
 es_status run_part(const es_layer &part, const Kernels &to_hidden, const Kernels &to_out, Arena &arena, Pool *pool) {
@@ -122,6 +151,16 @@ es_status Engine::run(const es_layer &whole) {
 }  // namespace expertshare
 
 extern "C" {
+
+EXPERTSHARE_EXPORT int es_affinity(const es_gate *gate) {
+    try {
+        return expertshare::engine().run(*gate);
+    } catch (const std::bad_alloc &) {
+        return ES_OUT_OF_MEMORY;
+    } catch (const std::system_error &) {
+        return ES_NO_THREADS;
+    }
+}
 
 EXPERTSHARE_EXPORT int es_abi_version() { return EXPERTSHARE_ABI_VERSION; }
 EXPERTSHARE_EXPORT int es_num_isas() { return expertshare::num_isas(); }

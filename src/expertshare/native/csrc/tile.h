@@ -104,23 +104,12 @@ void tile_of(Index num_tokens, const typename V::Weight *w, Index depth, const v
     tile<V, R, M>(w, depth, x, out, out_stride, ahead, tiles_left);
 }
 
-// R rows for all tokens; only the first tile meets W in memory, the others in the cache.
+// Tokens that fit one tile: every row passes through the registers once, prefetched kAheadBytes before.
 template <class V, int R, int M>
-void block(const typename V::Weight *w, Index depth, const void *const *x, Index num_tokens, float *out,
-           Index out_stride, Ahead ahead) {
-    const Index num_tiles = (num_tokens + M - 1) / M;
-    for (Index i = 0; i < num_tiles; i++) {
-        const Index from = num_tokens * i / num_tiles, to = num_tokens * (i + 1) / num_tiles;
-        tile_of<V, R, M>(to - from, w, depth, x + from, out + from * out_stride, out_stride, ahead, num_tiles - i);
-    }
-}
-
-template <class V, int R, int M>
-void blocks(const typename V::Weight *w, Index num_rows, Index depth, const void *const *x, Index num_tokens,
-            float *out, Index out_stride, const typename V::Weight *next) {
+void few_tokens(const typename V::Weight *w, Index num_blocks, Index depth, const void *const *x, Index num_tokens,
+                float *out, Index out_stride, const typename V::Weight *next) {
     const Index block_bytes = R * depth * static_cast<Index>(sizeof(typename V::Weight));
     const Index distance = (kAheadBytes + block_bytes - 1) / block_bytes;
-    const Index num_blocks = num_rows / R;
     for (Index b = 0; b < num_blocks; b++) {
         Ahead ahead = {nullptr, 0};
         if (next != nullptr) {
@@ -129,10 +118,42 @@ void blocks(const typename V::Weight *w, Index num_rows, Index depth, const void
                                    : reinterpret_cast<const char *>(next) + later * block_bytes;
             ahead.left = (block_bytes + kLine - 1) / kLine;
         }
-        block<V, R, M>(w + b * R * depth, depth, x, num_tokens, out + b * R, out_stride, ahead);
+        tile_of<V, R, M>(num_tokens, w + b * R * depth, depth, x, out + b * R, out_stride, ahead, 1);
+    }
+}
+
+// More tokens: a tile of them stays in the first cache while all rows of this call, which the second cache holds, pass
+// by; meanwhile as many rows of `next` are prefetched. With rows in the outer loop the tokens would push prefetched
+// lines out of the first cache again: then the time is that of memory plus that of arithmetic (docs/performance.md).
+template <class V, int R, int M>
+void many_tokens(const typename V::Weight *w, Index num_blocks, Index depth, const void *const *x, Index num_tokens,
+                 float *out, Index out_stride, const typename V::Weight *next) {
+    const Index block_bytes = R * depth * static_cast<Index>(sizeof(typename V::Weight));
+    const Index num_tiles = (num_tokens + M - 1) / M;
+    Ahead ahead = {reinterpret_cast<const char *>(next), next == nullptr ? 0 : num_blocks * block_bytes / kLine};
+    for (Index i = 0; i < num_tiles; i++) {
+        const Index from = num_tokens * i / num_tiles, to = num_tokens * (i + 1) / num_tiles;
+        for (Index b = 0; b < num_blocks; b++) {
+            tile_of<V, R, M>(to - from, w + b * R * depth, depth, x + from, out + from * out_stride + b * R, out_stride,
+                             ahead, (num_tiles - i) * num_blocks - b);
+        }
+    }
+}
+
+template <class V, int R, int M>
+void blocks(const typename V::Weight *w, Index num_rows, Index depth, const void *const *x, Index num_tokens,
+            float *out, Index out_stride, const typename V::Weight *next) {
+    const Index num_blocks = num_rows / R;
+    if (num_tokens <= M) {
+        few_tokens<V, R, M>(w, num_blocks, depth, x, num_tokens, out, out_stride, next);
+    } else {
+        many_tokens<V, R, M>(w, num_blocks, depth, x, num_tokens, out, out_stride, next);
     }
     for (Index r = num_blocks * R; r < num_rows; r++) {
-        block<V, 1, 1>(w + r * depth, depth, x, num_tokens, out + r, out_stride, Ahead{nullptr, 0});
+        for (Index m = 0; m < num_tokens; m++) {
+            Ahead nothing = {nullptr, 0};
+            tile<V, 1, 1>(w + r * depth, depth, x + m, out + m * out_stride + r, out_stride, nothing, 1);
+        }
     }
 }
 
