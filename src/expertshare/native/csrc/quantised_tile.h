@@ -21,7 +21,7 @@ using expertshare::Rows;
 
 constexpr Index kLineBytes = 64;
 constexpr Index kBlockRows = 4;
-constexpr Index kFetchAheadBytes = 8192;  // 4 to 32 KiB do as well, see tile.h
+constexpr Index kFetchAheadBytes = 16384;  // 4 to 128 KiB do as well
 
 // What to fetch while computing, block by block, spread over its spans as in tile.h.
 struct Ahead {
