@@ -11,6 +11,7 @@ from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.kernels.native_weights import (
     NativeWeight,
+    check_codes,
     check_layout,
     native_weight,
     projections,
@@ -108,8 +109,11 @@ def _check_dtypes(x_TD: Tensor, plan: RoutingPlan, bank: Bank) -> None:
                 "the expert backend 'cpu' expects tokens, gate_up and down all in float32 or all in bfloat16, got "
                 f"{', '.join(map(str, dtypes))}: convert them, or use the backend 'grouped'."
             )
-    elif x_TD.dtype not in floats:
-        raise ConfigError(f"the expert backend 'cpu' expects tokens in float32 or bfloat16, got {x_TD.dtype}.")
+    else:
+        if x_TD.dtype not in floats:
+            raise ConfigError(f"the expert backend 'cpu' expects tokens in float32 or bfloat16, got {x_TD.dtype}.")
+        check_codes("gate_up", bank.gate_up)
+        check_codes("down", bank.down)
     ids_TK, weights_TK = plan.expert_ids_TK, plan.weights_TK
     if (ids_TK.dtype, weights_TK.dtype) != (torch.int64, torch.float32):
         raise ConfigError(f"expected int64 expert ids and float32 weights, got {ids_TK.dtype} and {weights_TK.dtype}.")

@@ -61,7 +61,7 @@ def shape_of(weight: Tensor | QuantisedWeight) -> tuple[int, ...]:
 def check_layout(name: str, weight: Tensor | QuantisedWeight) -> None:
     """Raises ConfigError unless the kernel can read every expert of the weights where they lie."""
     if isinstance(weight, QuantisedWeight):
-        _check_quantised(name, weight)
+        _check_groups(name, weight)
     for part, tensor in tensors_of(name, weight).items():
         if len(tensor) and not tensor[0].is_contiguous():
             raise ConfigError(
@@ -73,7 +73,8 @@ def check_layout(name: str, weight: Tensor | QuantisedWeight) -> None:
             raise ConfigError(f"{part} is not aligned to its elements of {tensor.element_size()} bytes: clone it.")
 
 
-def _check_quantised(name: str, weight: QuantisedWeight) -> None:
+def check_codes(name: str, weight: QuantisedWeight) -> None:
+    """Raises ConfigError unless the number of bits is known and the dtypes are those of it."""
     of_bits = {8: (torch.int8, torch.float32), 4: (torch.uint8, torch.float16)}
     dtypes = (weight.codes_ERC.dtype, *(t.dtype for t in (weight.scales_ERG, weight.minima_ERG) if t is not None))
     if weight.bits not in of_bits or (weight.bits == 8 and weight.minima_ERG is not None):
@@ -84,6 +85,9 @@ def _check_quantised(name: str, weight: QuantisedWeight) -> None:
             f"expected codes of {name} in {code} with scales and minima in {scale} for {weight.bits} bits, got "
             f"{', '.join(map(str, dtypes))}: quantise with kernels.quantise."
         )
+
+
+def _check_groups(name: str, weight: QuantisedWeight) -> None:
     depth, group = weight.depth, weight.depth if weight.bits == 8 else weight.group_size
     if weight.bits == 4 and (group not in (32, 64) or depth % group):
         raise ConfigError(f"expected {name} in groups of 32 or 64 that divide its depth {depth}, got {group}.")

@@ -13,7 +13,7 @@ struct Vnni512 {
     struct Codes {
         __m512i low, high;
     };
-    static constexpr Index kMaxTokens = 6;
+    static constexpr Index kMaxTokens = 4;
 
     static constexpr std::int32_t zero_of(int bits) { return bits == 8 ? 128 : 8; }
     static Ints zero() { return _mm512_setzero_si512(); }

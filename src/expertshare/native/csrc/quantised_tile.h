@@ -10,6 +10,9 @@
 // spread<group>(float16 scales of a span): each in the lanes of its group; sum4; kMaxTokens.
 #pragma once
 
+#include <algorithm>
+#include <type_traits>
+
 #include "quantised_span.h"
 
 namespace {
@@ -18,18 +21,17 @@ using expertshare::Rows;
 
 constexpr Index kLineBytes = 64;
 constexpr Index kBlockRows = 4;
-constexpr Index kFetchAheadBytes = 16384;  // as in tile.h
+constexpr Index kFetchAheadBytes = 16384;  // 4 to 128 KiB do as well
 
-struct Fetch {
-    const char *line;
-    Index left;  // lines; spread over the tiles of a block as in tile.h
+// What to fetch while computing, block by block, spread over its spans as in tile.h.
+struct Ahead {
+    Rows from;
+    Index lines_per_span, scale_lines;  // of codes; of scales, at the beginning of a block
 };
+constexpr Ahead kNothingAhead = {{nullptr, nullptr, nullptr}, 0, 0};
 
-inline void fetch(Fetch &ahead, Index num_lines) {
-    const Index n = num_lines < ahead.left ? num_lines : ahead.left;
-    for (Index i = 0; i < n; i++) __builtin_prefetch(ahead.line + i * kLineBytes, 0, 3);
-    ahead.line += n * kLineBytes;
-    ahead.left -= n;
+inline void fetch(const char *line, Index num_lines) {
+    for (Index i = 0; i < num_lines; i++) __builtin_prefetch(line + i * kLineBytes, 0, 3);
 }
 
 struct Strides {
@@ -77,64 +79,6 @@ struct Tail {
     static Strides strides() { return {sizeof codes[0], sizeof scales[0]}; }
 };
 
-template <class V, class F, int R, int M>
-void quantised_tile(Rows w, Index depth, const void *const *x, float *out, Index out_stride, Fetch &ahead,
-                    Index tiles_left) {
-    typename V::Floats acc[M][R];
-    const Span *tokens[M];
-    for (int m = 0; m < M; m++) {
-        tokens[m] = static_cast<const Span *>(x[m]);
-        for (int r = 0; r < R; r++) acc[m][r] = V::all(0.0f);
-    }
-    const Strides strides = {F::row_bytes(depth), F::scale_bytes(depth)};
-    const Index whole = depth / kSpan, steps = num_spans(depth) * tiles_left;
-    const Index lines = (ahead.left + steps - 1) / steps;
-    const char *row_scales = w.scales;
-    for (Index span = 0; span < whole; span++) {
-        if (lines > 0) fetch(ahead, lines);
-        add_span<V, F, R, M>(acc, w, strides, tokens, span);
-        w.codes += F::row_bytes(kSpan);
-        if constexpr (F::kGroup != 0) w.scales += F::scale_bytes(kSpan);
-        if constexpr (F::kMinima) w.minima += F::scale_bytes(kSpan);
-    }
-    if (depth % kSpan != 0) {
-        const Tail<F, R> tail(w, strides, depth % kSpan);
-        add_span<V, F, R, M>(acc, tail.rows(), tail.strides(), tokens, whole);
-    }
-    for (int m = 0; m < M; m++) {
-        float sums[4];
-        V::sum4(acc[m][0], acc[m][R > 1 ? 1 : 0], acc[m][R > 2 ? 2 : 0], acc[m][R > 3 ? 3 : 0], sums);
-        for (int r = 0; r < R; r++) {
-            float scale = 1.0f;
-            if constexpr (F::kGroup == 0) std::memcpy(&scale, row_scales + r * strides.scales, sizeof scale);
-            out[m * out_stride + r] = sums[r] * scale;
-        }
-    }
-}
-
-template <class V, class F, int R, int M>
-void quantised_tile_of(Index num_tokens, const Rows &w, Index depth, const void *const *x, float *out,
-                       Index out_stride, Fetch &ahead, Index tiles_left) {
-    if constexpr (M > 1) {
-        if (num_tokens < M) {
-            return quantised_tile_of<V, F, R, M - 1>(num_tokens, w, depth, x, out, out_stride, ahead, tiles_left);
-        }
-    }
-    quantised_tile<V, F, R, M>(w, depth, x, out, out_stride, ahead, tiles_left);
-}
-
-// R rows for all tokens; only the first tile meets them in memory, the others in the cache.
-template <class V, class F, int R, int M>
-void quantised_block(const Rows &w, Index depth, const void *const *x, Index num_tokens, float *out, Index out_stride,
-                     Fetch ahead) {
-    const Index num_tiles = (num_tokens + M - 1) / M;
-    for (Index i = 0; i < num_tiles; i++) {
-        const Index from = num_tokens * i / num_tiles, to = num_tokens * (i + 1) / num_tiles;
-        quantised_tile_of<V, F, R, M>(to - from, w, depth, x + from, out + from * out_stride, out_stride, ahead,
-                                      num_tiles - i);
-    }
-}
-
 inline Rows skip(const Rows &w, Strides strides, Index num_rows) {
     const auto at = [num_rows](const char *from, Index stride) {
         return from == nullptr ? nullptr : from + num_rows * stride;
@@ -142,32 +86,112 @@ inline Rows skip(const Rows &w, Strides strides, Index num_rows) {
     return {at(w.codes, strides.codes), at(w.scales, strides.scales), at(w.minima, strides.scales)};
 }
 
+template <class V, class F, int R, int M>
+inline __attribute__((always_inline)) void store_sums(const typename V::Floats (&acc)[M][R], const char *row_scales,
+                                                      float *out, Index out_stride) {
+    for (int m = 0; m < M; m++) {
+        float sums[4];
+        float *to = R == 4 ? out + m * out_stride : sums;
+        V::sum4(acc[m][0], acc[m][R > 1 ? 1 : 0], acc[m][R > 2 ? 2 : 0], acc[m][R > 3 ? 3 : 0], to);
+        if constexpr (F::kGroup == 0) {
+            for (int r = 0; r < R; r++) {
+                float scale;
+                std::memcpy(&scale, row_scales + r * sizeof scale, sizeof scale);
+                to[r] *= scale;
+            }
+        }
+        if constexpr (R != 4) std::memcpy(out + m * out_stride, sums, R * sizeof(float));
+    }
+}
+
+// Blocks of R rows, one after the other, for M tokens.
+template <class V, class F, int R, int M>
+void quantised_blocks(const Rows &from, Index num_blocks, Index depth, const void *const *x, float *out,
+                      Index out_stride, const Ahead &fetched) {
+    const Span *tokens[M];
+    for (int m = 0; m < M; m++) tokens[m] = static_cast<const Span *>(x[m]);
+    const Strides strides = {F::row_bytes(depth), F::scale_bytes(depth)};
+    const Index whole = depth / kSpan;
+    for (Index b = 0; b < num_blocks; b++, out += R) {
+        Rows w = skip(from, strides, b * R);
+        const Rows then = skip(fetched.from, strides, b * R);
+        fetch(then.scales, fetched.scale_lines);
+        if constexpr (F::kMinima) fetch(then.minima, fetched.scale_lines);
+        typename V::Floats acc[M][R];
+        for (int m = 0; m < M; m++) {
+            for (int r = 0; r < R; r++) acc[m][r] = V::all(0.0f);
+        }
+        const char *row_scales = w.scales;
+        for (Index span = 0; span < whole; span++) {
+            fetch(then.codes + span * fetched.lines_per_span * kLineBytes, fetched.lines_per_span);
+            add_span<V, F, R, M>(acc, w, strides, tokens, span);
+            w.codes += F::row_bytes(kSpan);
+            if constexpr (F::kGroup != 0) w.scales += F::scale_bytes(kSpan);
+            if constexpr (F::kMinima) w.minima += F::scale_bytes(kSpan);
+        }
+        if (depth % kSpan != 0) {
+            const Tail<F, R> tail(w, strides, depth % kSpan);
+            add_span<V, F, R, M>(acc, tail.rows(), tail.strides(), tokens, whole);
+        }
+        store_sums<V, F, R, M>(acc, row_scales, out, out_stride);
+    }
+}
+
+using Blocks = void (*)(const Rows &from, Index num_blocks, Index depth, const void *const *x, float *out,
+                        Index out_stride, const Ahead &fetched);
+
+template <class V, class F, int R, int M = V::kMaxTokens>
+Blocks blocks_for(Index num_tokens) {
+    if constexpr (M > 1) {
+        if (num_tokens < M) return blocks_for<V, F, R, M - 1>(num_tokens);
+    }
+    return quantised_blocks<V, F, R, M>;
+}
+
+// Of many tokens several tiles, as evenly divided as it goes, meet each block: only the first meets it in memory.
+template <class V, class F, int R>
+void blocks_of_tiles(const Rows &w, Index num_blocks, Index depth, const void *const *x, Index num_tokens, float *out,
+                     Index out_stride, const Ahead &ahead) {
+    const Index num_tiles = (num_tokens + V::kMaxTokens - 1) / V::kMaxTokens;
+    if (num_tiles == 1) return blocks_for<V, F, R>(num_tokens)(w, num_blocks, depth, x, out, out_stride, ahead);
+    const Strides strides = {F::row_bytes(depth), F::scale_bytes(depth)};
+    for (Index b = 0; b < num_blocks; b++) {
+        Ahead part = {skip(ahead.from, strides, b * R), (ahead.lines_per_span + num_tiles - 1) / num_tiles,
+                      ahead.scale_lines};
+        for (Index i = 0; i < num_tiles; i++) {
+            const Index first = num_tokens * i / num_tiles, size = num_tokens * (i + 1) / num_tiles - first;
+            blocks_for<V, F, R>(size)(skip(w, strides, b * R), 1, depth, x + first,
+                                      out + first * out_stride + b * R, out_stride, part);
+            if (part.from.codes != nullptr) part.from.codes += depth / kSpan * part.lines_per_span * kLineBytes;
+            part.scale_lines = 0;
+        }
+    }
+}
+
 inline Index lines_of(Index bytes) { return (bytes + kLineBytes - 1) / kLineBytes; }
 
+// All blocks but the last few fetch what follows within these rows; those fetch the beginning of the next.
 template <class V, class F>
 void quantised_rows(const Rows &w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
                     Index out_stride, const Rows &next) {
     const Strides strides = {F::row_bytes(depth), F::scale_bytes(depth)};
-    const Index code_bytes = kBlockRows * strides.codes, scale_bytes = kBlockRows * strides.scales;
-    const Index distance = (kFetchAheadBytes + code_bytes - 1) / code_bytes;
-    const Index num_blocks = num_rows / kBlockRows;
-    for (Index b = 0; b < num_blocks; b++) {
-        Fetch ahead = {nullptr, 0};
-        if (next.codes != nullptr) {
-            const Index later = b + distance - num_blocks;
-            const Rows then = later < 0 ? skip(w, strides, (b + distance) * kBlockRows)
-                                        : skip(next, strides, later * kBlockRows);
-            ahead = {then.codes, lines_of(code_bytes)};
-            Fetch scales = {then.scales, lines_of(scale_bytes)}, minima = {then.minima, lines_of(scale_bytes)};
-            fetch(scales, scales.left);
-            if constexpr (F::kMinima) fetch(minima, minima.left);
-        }
-        quantised_block<V, F, kBlockRows, V::kMaxTokens>(skip(w, strides, b * kBlockRows), depth, x, num_tokens,
-                                                         out + b * kBlockRows, out_stride, ahead);
+    const Index num_blocks = num_rows / kBlockRows, block_bytes = kBlockRows * strides.codes;
+    const Index distance = std::min(num_blocks, (kFetchAheadBytes + block_bytes - 1) / block_bytes);
+    const Index near = num_blocks - distance;
+    Ahead here = kNothingAhead, there = kNothingAhead;
+    if (next.codes != nullptr) {
+        const Index lines = (lines_of(block_bytes) + num_spans(depth) - 1) / num_spans(depth);
+        const Index scale_lines = lines_of(kBlockRows * strides.scales);
+        here = {skip(w, strides, distance * kBlockRows), lines, scale_lines};
+        there = {next, lines, scale_lines};
     }
-    for (Index r = num_blocks * kBlockRows; r < num_rows; r++) {
-        quantised_block<V, F, 1, 1>(skip(w, strides, r), depth, x, num_tokens, out + r, out_stride, Fetch{nullptr, 0});
-    }
+    const auto run = [&](auto rows, Index first, Index count, const Ahead &ahead) {
+        constexpr int R = decltype(rows)::value;
+        blocks_of_tiles<V, F, R>(skip(w, strides, first), count, depth, x, num_tokens, out + first, out_stride, ahead);
+    };
+    run(std::integral_constant<int, kBlockRows>{}, 0, near, here);
+    run(std::integral_constant<int, kBlockRows>{}, near * kBlockRows, distance, there);
+    run(std::integral_constant<int, 1>{}, num_blocks * kBlockRows, num_rows - num_blocks * kBlockRows, kNothingAhead);
 }
 
 template <class V, class F, class Token>
