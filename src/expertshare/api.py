@@ -141,7 +141,7 @@ def load(
     """A model from a directory or hub id; one that is loaded is passed through. dtype: by default the checkpoint's.
 
     store: how its experts will be kept; a model that `expertshare convert` did not write is then refused. So is, before
-    its weights are read, a model that does not fit into memory; experts that are kept elsewhere count if store says how.
+    its weights are read, a model that does not fit into memory; experts in a store count if it is said which.
     """
     if isinstance(model, LoadedModel):
         return model

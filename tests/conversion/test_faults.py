@@ -237,7 +237,7 @@ def test_memory_stays_below_one_layer(scheme: str, tmp_path: Path) -> None:
     from dataclasses import replace
 
     config = replace(
-        SAR, hidden_size=512, expert_hidden=512, num_layers=3, router=replace(SAR.router, num_experts=64)
+        SAR, hidden_size=512, expert_hidden=512, num_layers=2, router=replace(SAR.router, num_experts=64)
     )
     layer = 64 * config.num_expert_parameters * 2
     source = save_random(config, tmp_path / "source")

@@ -224,6 +224,10 @@ def test_what_cannot_fit_is_refused_with_advice(tmp_path: Path) -> None:
         check_fits(tmp_path / "experts", budget, available_bytes=dense + budget.num_bytes - 1)
     with pytest.raises(ExpertMemoryError, match="dense part alone"):
         check_fits(tmp_path / "experts", budget, available_bytes=dense - 1)
+    check_fits(tmp_path / "experts", available_bytes=dense)  # nobody has said yet where experts go
+    check_fits(tmp_path / "experts", budget, dense_is_loaded=True, available_bytes=budget.num_bytes)
+    with pytest.raises(ExpertMemoryError, match="expertshare plan"):
+        check_fits(tmp_path / "experts", budget, dense_is_loaded=True, available_bytes=budget.num_bytes - 1)
 
 
 def test_the_tighter_of_system_and_control_group_holds(tmp_path: Path) -> None:

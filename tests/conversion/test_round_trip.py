@@ -67,8 +67,10 @@ def test_float16_experts_are_float32_in_a_slab_and_float16_again(tmp_path: Path)
     assert same_bits(halves, read_all(tmp_path / "back"))
 
 
-@pytest.mark.parametrize(("scheme", "levels"), [("int8", 127.0), ("int4", 8.0)])
-def test_quantised_experts_are_near_the_original(scheme: str, levels: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scheme", "most"), [("int8", 0.01), ("int4", 0.1)])
+def test_quantised_experts_are_near_the_original(scheme: str, most: float, tmp_path: Path) -> None:
+    """Relative root-mean-square error of Gaussian weights. Rounding errs by step / sqrt(12) on average: the largest of
+    64 weights is about 2.5 deviations, which is 127 steps of 8 bits: 0.6 %; that of 32 is 2.1, 8 steps of 4 bits: 8 %."""
     source = save_random(LLADA2, tmp_path / "source", dtype=torch.float32)
     convert(source, tmp_path / "experts", quantise=scheme)
     layout = read_manifest(tmp_path / "experts")
@@ -82,10 +84,8 @@ def test_quantised_experts_are_near_the_original(scheme: str, levels: float, tmp
         prefix = f"model.layers.2.mlp.experts.{expert}"
         gate_up = torch.cat([original[f"{prefix}.{part}_proj.weight"] for part in ("gate", "up")])
         for wanted, stored in ((gate_up, bank.gate_up), (original[f"{prefix}.down_proj.weight"], bank.down)):
-            # half a step at most where nothing is cut off; the search for a scale may cut off a tenth of the range
-            step = wanted.abs().amax(dim=1, keepdim=True) / levels
-            assert ((dequantise(stored)[0] - wanted).abs() <= 1.05 * step).all()
-            assert (dequantise(stored)[0] - wanted).square().mean().sqrt() < 0.35 * step.mean()
+            error = (dequantise(stored)[0] - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
+            assert error < most
     for layer in layers:
         layer.close()
     with pytest.raises(CheckpointError, match="original weights cannot be had"):

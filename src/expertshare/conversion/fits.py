@@ -37,8 +37,8 @@ def check_fits(
     if available is None or own + experts <= available:
         return
     raise ExpertMemoryError(
-        f"the weights of {path} need {format_size(own + experts)} of memory, but {_rounded_down(available)} can be had. "
-        + _advice(path, converted=converted, room=available - own, experts=experts)
+        f"the weights of {path} need {format_size(own + experts)} of memory, but {_rounded_down(available)} can be "
+        "had. " + _advice(path, converted=converted, room=available - own, experts=experts)
     )
 
 
