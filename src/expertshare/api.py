@@ -19,13 +19,14 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from expertshare.conversion.fits import check_fits
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.evaluation import (
@@ -42,6 +43,7 @@ from expertshare.evaluation import (
 from expertshare.evaluation.answering import BlockListener
 from expertshare.evaluation.comparison import ProgressListener
 from expertshare.experts import ExpertMemory, StoreOptions, has_expert_layout, open_store
+from expertshare.experts.recording import RoutingRecorder
 from expertshare.kernels import AUTO
 from expertshare.measure.cost import Cost
 from expertshare.measure.environment import capture_environment, peak_memory_bytes, versions
@@ -133,19 +135,24 @@ class Generated:
         )
 
 
-def load(model: Model, *, dtype: str | torch.dtype | None = None, converted: bool = False) -> LoadedModel:
+def load(
+    model: Model, *, dtype: str | torch.dtype | None = None, store: str | StoreOptions | None = None
+) -> LoadedModel:
     """A model from a directory or hub id; one that is loaded is passed through. dtype: by default the checkpoint's.
 
-    converted: refuse a model that `expertshare convert` did not write, before its weights are read.
+    store: how its experts will be kept; a model that `expertshare convert` did not write is then refused. So is, before
+    its weights are read, a model that does not fit into memory; experts in a store count if it is said which.
     """
     if isinstance(model, LoadedModel):
         return model
-    if converted and not has_expert_layout(resolve_source(model)):
+    path = resolve_source(model)
+    if store is not None and not has_expert_layout(path):
         raise _not_converted(model)
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {dtype!r}. {nearest(dtype, DTYPES)}")
         dtype = DTYPES[dtype]
+    check_fits(path, _store_options(store).memory if store is not None else None, dtype=dtype)
     return load_model(model, dtype=dtype)
 
 
@@ -166,6 +173,7 @@ def generate(
     store: str | StoreOptions | None = None,
     on_block: BlockListener | None = None,
     memory: MemoryWatch | None = None,
+    record_routing: str | Path | None = None,
     **decoding: DecodingValue,
 ) -> Generated:
     """Answer one prompt or several under an expert-sharing policy.
@@ -173,7 +181,8 @@ def generate(
     policy: `name` or `name:knob=value,...`, by default the one that the checkpoint was trained with. chat: None uses
     the chat template where there is one. store: how the experts of a converted model are kept, as StoreOptions or
     as the memory for them ("3GiB", "mmap"), by default "all". on_block hears of every block as it is committed. memory:
-    a watch that runs already. decoding: the fields of DecodingOptions, e.g. gen_length=64, threshold=0.9.
+    a watch that runs already. record_routing: a file for the experts of every forward, which `plan` can replay.
+    decoding: the fields of DecodingOptions, e.g. gen_length=64, threshold=0.9.
 
     Raises a subclass of ExpertShareError for anything unusable.
     """
@@ -181,10 +190,14 @@ def generate(
     wanted = parse_policy(policy) if isinstance(policy, str) else policy
     texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     with memory or MemoryWatch() as watch:
-        loaded = load(model, dtype=dtype, converted=store is not None)
+        loaded = load(model, dtype=dtype, store=store)
         ids = encode_prompts(loaded, texts, chat)
         bound = wanted if wanted is not None else native_policy(loaded.config)
-        with _opened(loaded, store, Setup(batch_size=batch_size, backend=backend, chat=chat)) as setup:
+        with (
+            RoutingRecorder(Path(record_routing)) if record_routing is not None else nullcontext() as recorder,
+            _opened(loaded, store, Setup(batch_size=batch_size, backend=backend, chat=chat)) as setup,
+        ):
+            setup = replace(setup, recorder=recorder)
             run = answer_prompts(loaded, ids, bound, options, setup=setup, on_block=on_block)
     return Generated(
         prompts=texts,
@@ -225,7 +238,7 @@ def compare(
     ]
     prompts = [PromptRecord(prompt=record) if isinstance(record, str) else record for record in records]
     with memory or MemoryWatch() as watch:
-        loaded = load(model, dtype=dtype, converted=store is not None)
+        loaded = load(model, dtype=dtype, store=store)
         with _opened(loaded, store, Setup(batch_size=batch_size, backend=backend, chat=chat)) as setup:
             return compare_policies(
                 loaded, prompts, chosen, options, setup=setup, on_progress=on_progress, memory=watch
@@ -242,9 +255,14 @@ def _opened(loaded: LoadedModel, wanted: str | StoreOptions | None, setup: Setup
         return
     if loaded.model.device.type != "cpu":
         raise ConfigError(f"expected a model on the CPU, whose memory expert stores lend, got {loaded.model.device}")
-    options = wanted if isinstance(wanted, StoreOptions) else StoreOptions(memory=ExpertMemory.parse(wanted or "all"))
+    options = _store_options(wanted)
+    check_fits(loaded.path, options.memory, dense_is_loaded=True)
     with open_store(loaded.path, loaded.layout, options) as store:
         yield replace(setup, store=store, store_options=options)
+
+
+def _store_options(wanted: str | StoreOptions | None) -> StoreOptions:
+    return wanted if isinstance(wanted, StoreOptions) else StoreOptions(memory=ExpertMemory.parse(wanted or "all"))
 
 
 def _not_converted(model: str | Path) -> ConfigError:

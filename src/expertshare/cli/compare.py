@@ -80,7 +80,7 @@ def compare(
     check_scorable(records)
     store = storage.options()
     with MemoryWatch() as memory, _Bars() as bars:
-        loaded = api.load(model, dtype=dtype, converted=store is not None)
+        loaded = api.load(model, dtype=dtype, store=store)
         comparison = api.compare(
             loaded,
             records,

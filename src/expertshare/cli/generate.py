@@ -50,6 +50,9 @@ def generate(
         bool, typer.Option("--json", help="End with one JSON line on stdout; everything else goes to stderr.")
     ] = False,
     report: Annotated[Path | None, typer.Option(help="Write a JSON report with the cost of every forward.")] = None,
+    record_routing: Annotated[
+        Path | None, typer.Option(help="Write the experts of every forward, for `expertshare plan --trace`.")
+    ] = None,
     *,
     decoding: DecodingFlags,
     knobs: KnobFlags,
@@ -59,11 +62,13 @@ def generate(
     if report is not None:
         check_writable(report)
     set_threads(threads)
+    if record_routing is not None:
+        check_writable(record_routing)
     texts = _read_texts(source, prompt, prompts)
     chosen = knobs.policy(policy)
     store = storage.options()
     with MemoryWatch() as memory:
-        loaded = api.load(model, dtype=dtype, converted=store is not None)
+        loaded = api.load(model, dtype=dtype, store=store)
         result = api.generate(
             loaded,
             texts,
@@ -74,6 +79,7 @@ def generate(
             store=store,
             on_block=_printer(loaded, texts, as_json=as_json).hear,
             memory=memory,
+            record_routing=record_routing,
             **decoding.options(),
         )
     console = people(as_json=as_json)

@@ -116,8 +116,9 @@ const char *row_of(const void *rows, Index row, Index depth, int32_t is_bfloat16
 }
 
 es_status Engine::run(const es_layer &whole) {
-    const Kernels *kernels = kernels_for(whole.isa, whole.is_bfloat16 != 0);
-    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
+    const Kernels *to_hidden = kernels_for(whole.isa, whole.is_bfloat16 != 0, whole.gate_up);
+    const Kernels *to_out = kernels_for(whole.isa, whole.is_bfloat16 != 0, whole.down);
+    if (to_hidden == nullptr || to_out == nullptr) return ES_UNSUPPORTED_ISA;
     const std::lock_guard<std::mutex> lock(mutex_);
     Pool *pool = own_threads(whole.num_threads, whole.team);
     for (Index token = 0; token < whole.num_tokens; token += kTokensAtATime) {
@@ -127,7 +128,7 @@ es_status Engine::run(const es_layer &whole) {
         part.y = const_cast<char *>(row_of(whole.y, token, whole.hidden, whole.is_bfloat16));
         part.ids = whole.ids + token * whole.top_k;
         part.weights = whole.weights + token * whole.top_k;
-        ExpertLayer layer(part, *kernels, arena_);
+        ExpertLayer layer(part, *to_hidden, *to_out, arena_);
         if (!layer.ids_in_range()) return ES_BAD_EXPERT_ID;
         compute(layer, pool, whole.num_threads, whole.team);
     }

@@ -105,8 +105,8 @@ void Attention::attend(int worker, Index item) {
         own.rows[m] = row;
     }
     const Index keys = (batch * call_.k_batch_stride + kv_head * call_.k_head_stride) * element_;
-    kernels_.rows(static_cast<const char *>(call_.k) + keys, call_.num_keys, call_.head_dim, own.rows, count,
-                  own.scores, call_.num_keys, nullptr);
+    kernels_.rows(floats_at(static_cast<const char *>(call_.k) + keys), call_.num_keys, call_.head_dim, own.rows,
+                  count, own.scores, call_.num_keys, kNothing);
     float totals[kTile];
     for (Index m = 0; m < count; m++) {
         float *scores = own.scores + m * call_.num_keys;
@@ -117,8 +117,8 @@ void Attention::attend(int worker, Index item) {
         kernels_.encode(own.rounded, call_.num_keys, row);
         own.rows[m] = row;
     }
-    kernels_.rows(values_ + group * call_.head_dim * call_.num_keys * element_, call_.head_dim, call_.num_keys,
-                  own.rows, count, own.sums, call_.head_dim, nullptr);
+    kernels_.rows(floats_at(values_ + group * call_.head_dim * call_.num_keys * element_), call_.head_dim,
+                  call_.num_keys, own.rows, count, own.sums, call_.head_dim, kNothing);
     for (Index m = 0; m < count; m++) {
         const float *out = own.sums + m * call_.head_dim;
         const float share = 1.0f / totals[m];

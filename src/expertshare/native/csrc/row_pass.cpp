@@ -87,8 +87,8 @@ void RowPass::pass(int worker, Index chunk, Index next_chunk, bool cached) {
 void RowPass::few(Index chunk, Index next_chunk, float *out) {
     const Index num_tokens = matrix_.num_tokens;
     if (num_tokens == 0) return;
-    kernels_.rows(rows(chunk), num_rows(chunk), matrix_.depth, x_, num_tokens, out, chunk_,
-                  rows(next_chunk >= 0 ? next_chunk : chunk));
+    kernels_.rows(floats_at(rows(chunk)), num_rows(chunk), matrix_.depth, x_, num_tokens, out, chunk_,
+                  floats_at(rows(next_chunk >= 0 ? next_chunk : chunk)));
     take({chunk, chunk * chunk_, num_rows(chunk), 0, num_tokens, out, chunk_});
 }
 
@@ -102,7 +102,8 @@ void RowPass::many(Index chunk, Index next_chunk, bool cached, float *out) {
         const Index m = tokens * tile / num_tiles, num_tokens = tokens * (tile + 1) / num_tiles - m;
         const Index from = next_bytes * tile / num_tiles, to = next_bytes * (tile + 1) / num_tiles;
         if (tile == 0 && !cached) {
-            kernels_.rows(rows(chunk), count, matrix_.depth, x_, num_tokens, out, chunk_, next);
+            kernels_.rows(floats_at(rows(chunk)), count, matrix_.depth, x_, num_tokens, out, chunk_,
+                          floats_at(next));
         } else {
             kernels_.tile_rows(rows(chunk), count, matrix_.depth, x_ + m, num_tokens, out, chunk_, next + from,
                                to - from);

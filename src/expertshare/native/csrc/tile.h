@@ -166,10 +166,10 @@ void blocks(const typename V::Weight *w, Index num_rows, Index depth, const void
 }
 
 template <class V>
-void rows(const void *w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
-          Index out_stride, const void *next) {
-    const auto *from = static_cast<const typename V::Weight *>(w);
-    const auto *then = static_cast<const typename V::Weight *>(next);
+void rows(const expertshare::Rows &w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
+          Index out_stride, const expertshare::Rows &next) {
+    const auto *from = reinterpret_cast<const typename V::Weight *>(w.codes);
+    const auto *then = reinterpret_cast<const typename V::Weight *>(next.codes);
     if (num_tokens > V::kWideTokens) {
         return blocks<V, 4, V::kMaxTokens>(from, num_rows, depth, x, num_tokens, out, out_stride, then);
     }
@@ -196,10 +196,12 @@ void tile_rows(const void *w, Index num_rows, Index depth, const void *const *x,
     single_rows<V>(from, num_blocks * kRows, num_rows, depth, x, num_tokens, out, out_stride);
 }
 
+constexpr Index kRowGranule = 32;  // a multiple of every vector length: items never share a vector of a hidden row
+
 template <class V>
 constexpr expertshare::Kernels kernels_of() {
-    return {row_bytes<V>, encode<V>, rows<V>,      V::kMaxTokens, tile_rows<V>,
-            swiglu<V>,    mix<V>,    round_row<V>, exponentials,  choose<V>};
+    return {kRowGranule, row_bytes<V>, encode<V>, rows<V>,      V::kMaxTokens, tile_rows<V>,
+            swiglu<V>,   mix<V>,       round_row<V>, exponentials, choose<V>};
 }
 
 }  // namespace
