@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import expertshare
-from expertshare.cli import bench, compare, evaluate, generate, info, tasks, train
+from expertshare.cli import bench, compare, convert, evaluate, generate, info, make_checkpoint, plan, tasks, train
 from expertshare.errors import ExpertShareError
 
 app = typer.Typer(
@@ -24,6 +24,9 @@ app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command("compare", epilog=compare.EXAMPLE)(compare.compare)
 app.command("eval", epilog=evaluate.EXAMPLE)(evaluate.evaluate)
 app.command("info", epilog=info.EXAMPLE)(info.info)
+app.command("convert", epilog=convert.EXAMPLE)(convert.convert)
+app.command("make-checkpoint", epilog=make_checkpoint.EXAMPLE)(make_checkpoint.make_checkpoint)
+app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
 app.command("tasks", epilog=tasks.EXAMPLE)(tasks.tasks)
 app.command("train", epilog=train.EXAMPLE)(train.train)
 app.add_typer(bench.app, name="bench")

@@ -14,10 +14,12 @@ from rich.table import Table
 
 from expertshare import api
 from expertshare.cli.console import megabytes, people, percent, percent_within, print_json
-from expertshare.cli.option_groups import DecodingFlags, with_option_groups
+from expertshare.cli.option_groups import DecodingFlags, StoreFlags, with_option_groups
+from expertshare.cli.threads import ThreadsFlag, set_threads
 from expertshare.errors import InputError
 from expertshare.evaluation import Comparison, parse_policies
 from expertshare.evaluation.accuracy import check_scorable
+from expertshare.measure.memory import MemoryWatch
 from expertshare.measure.report import check_writable
 from expertshare.plots import check_plot_path, plot_comparison
 from expertshare.tasks import read_prompts
@@ -49,6 +51,7 @@ def compare(
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's.")] = None,
     backend: Annotated[str, typer.Option(help="Expert computation: auto, cpu, grouped or reference.")] = "auto",
+    threads: ThreadsFlag = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="Use the chat template, or not. Default: if there is one.")
     ] = None,
@@ -61,6 +64,7 @@ def compare(
     report: Annotated[Path | None, typer.Option(help="Write a JSON report with every answer.")] = None,
     *,
     decoding: DecodingFlags,
+    storage: StoreFlags,
 ) -> None:
     """Answer the same prompts under several policies: experts, bytes, speed, agreement with vanilla, accuracy.
 
@@ -69,12 +73,14 @@ def compare(
     _check_outputs(plot, report)
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}")
+    set_threads(threads)
     texts = [*([policies] if policies is not None else []), *(policy or [])]
     chosen = parse_policies(texts) if texts else None
     records = read_prompts(prompts)[:limit]
     check_scorable(records)
-    loaded = api.load(model, dtype=dtype)
-    with _Bars() as bars:
+    store = storage.options()
+    with MemoryWatch() as memory, _Bars() as bars:
+        loaded = api.load(model, dtype=dtype, store=store)
         comparison = api.compare(
             loaded,
             records,
@@ -82,7 +88,9 @@ def compare(
             batch_size=batch_size,
             backend=backend,
             chat=chat,
+            store=store,
             on_progress=bars.hear,
+            memory=memory,
             **decoding.options(),
         )
     _print_tables(comparison, people(as_json=as_json))
