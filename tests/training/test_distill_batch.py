@@ -1,4 +1,4 @@
-"""Input, loss and routing of self-distillation, against the published form written out and against decoding's forwards."""
+"""Input, loss and routing of self-distillation, against the published form and against decoding's forwards."""
 
 from __future__ import annotations
 

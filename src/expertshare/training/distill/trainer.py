@@ -20,7 +20,7 @@ from expertshare.training.distill.config import DistillConfig
 from expertshare.training.distill.curriculum import make_curriculum
 from expertshare.training.distill.loss import DistillLoss, choose_trained, optimisers_for
 from expertshare.training.distill.processes import Processes
-from expertshare.training.objective import Sample
+from expertshare.training.objective import Sample, geometry
 
 _MAX_GRADIENT_NORM = 1.0
 
@@ -64,6 +64,12 @@ def check_trainable(model: ModelConfig, config: DistillConfig, processes: Proces
     make_curriculum(config, model.router)
 
 
+def _size(sample: Sample, block_length: int) -> tuple[int, int]:
+    """Noisy blocks and all blocks: samples that are alike in both pad each other the least."""
+    num_blocks, first = geometry(sample, block_length)
+    return num_blocks - first, num_blocks
+
+
 class DistillTrainer:
     """Owns the model, its optimisers and the position in the data."""
 
@@ -99,7 +105,7 @@ class DistillTrainer:
         config, model = self.config, self.model.config
         indices = draw_indices(len(self.samples), config, step)
         drawn = [(self.samples[index], noise_seed(config.seed, step, place)) for place, index in enumerate(indices)]
-        drawn.sort(key=lambda pair: len(pair[0].prompt) + len(pair[0].answer))
+        drawn.sort(key=lambda pair: _size(pair[0], model.block_length))
         mine = drawn[self.processes.rank :: self.processes.count]
         size = config.micro_batch
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
