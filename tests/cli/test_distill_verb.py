@@ -87,6 +87,7 @@ def test_a_finished_run_is_not_run_twice_and_resumes_to_the_same_files(run: Run,
         (("--policy", POLICY, "--tasks", "arith", "--optimiser", "sgd"), "adamw or muon"),
         (("--policy", POLICY, "--tasks", "arith", "--start-policy", "des-seq"), "must be block-top-p"),
         (("--policy", POLICY, "--tasks", "arith", "--resume"), "nothing to resume"),
+        (("--policy", POLICY, "--tasks", "arith", "--device", "tpu"), "cpu or cuda"),
         (("--policy", POLICY, "--prompts", "nowhere.jsonl"), "readable prompt file"),
     ],
 )

@@ -12,10 +12,10 @@ import torch
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from expertshare import api
 from expertshare.cli.console import people, print_json
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError, nearest
+from expertshare.models import load_model
 from expertshare.tasks import TASKS, generate_items, read_prompts
 from expertshare.training.distill.config import DistillConfig
 from expertshare.training.distill.processes import connect, disconnect
@@ -71,6 +71,7 @@ def distill(
     temperature: Annotated[float, _answers("0 takes the most probable token.")] = _OPTIONS.temperature,
     answer_batch: Annotated[int, _answers("Prompts answered together.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of prompts, sampling, order and masks.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: one GPU for each process.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line on stdout.")] = False,
@@ -97,8 +98,8 @@ def distill(
         seed=seed,
     )
     texts = _texts(prompts, tasks, count, seed)
-    base = api.load(model)
-    processes = connect()
+    processes = connect(device)
+    base = load_model(model, device=processes.device)
     with _Bars(steps, shown=processes.rank == 0) as bars:
         result = run_distillation(
             base,
@@ -124,7 +125,8 @@ def _tell(result: Distillation, config: DistillConfig, *, as_json: bool) -> None
     console.print(f"{result.unfinished} of {result.answers} answers were unfinished and left out.")
     console.print(
         f"The model is in {result.model}. Try: expertshare generate {result.model} --policy '{config.policy}' "
-        "--prompt 'Solve x + 5 = 12.'"
+        "--prompt 'Solve x + 5 = 12.'",
+        soft_wrap=True,
     )
     if as_json:
         print_json({**asdict(result), "model": str(result.model), "policy": config.policy, "seed": config.seed})

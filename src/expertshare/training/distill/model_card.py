@@ -28,16 +28,15 @@ expertshare generate . --policy '{policy}' --prompt '...'
 def model_card(record: Mapping[str, Any]) -> str:
     """Markdown from the content of distillation.json."""
     training = record["training"]
-    lr = "default" if training["lr"] is None else training["lr"]
     facts = {
         "policy": f"`{record['policy']}`",
         "knobs": ", ".join(f"{name}={value}" for name, value in record["knobs"].items()),
         "started from": record["base_model"],
         "start policy": training["start_policy"] or "the same",
         "trained weights": "routers only" if training["router_only"] else "all",
-        "answers": f"{record['answers']} of its own, {record['unfinished']} unfinished ones left out",
+        "answers": f"{record['answers']} of its own, of which {record['unfinished']} were unfinished and left out",
         "steps": f"{training['steps']} of {training['samples_per_step']} answers",
-        "optimiser": f"{training['optimiser']}, lr {lr}",
+        "optimiser": f"{training['optimiser']}, peak learning rate {record['peak_lr']:g}",
         "seed": training["seed"],
         "commit": record["commit"] or "not from a checkout",
         "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),

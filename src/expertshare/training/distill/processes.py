@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,13 +23,19 @@ from expertshare.errors import TrainingError
 from expertshare.training.distill.config import DistillConfig
 from expertshare.training.distill.loss import DistillLoss
 
+_LONGEST_WAIT = timedelta(days=2)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Processes:
-    """The processes of a run. rank: number of this one among `count`. One process is neither sharded nor connected."""
+    """The processes of a run. rank: number of this one among `count`; device: where it computes.
+
+    One process is neither sharded nor connected.
+    """
 
     rank: int = 0
     count: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def check(self, config: DistillConfig) -> None:
         """Refuse what cannot be shared out: TrainingError."""
@@ -57,7 +64,7 @@ class Processes:
         """Sums over all processes."""
         if self.count == 1:
             return values
-        sums = torch.tensor(values, dtype=torch.float64)
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
         return tuple(sums.tolist())
 
@@ -82,14 +89,24 @@ class Processes:
             dist.barrier()
 
 
-def connect() -> Processes:
-    """Join the processes that torchrun started, by gloo on CPUs and nccl on GPUs; without torchrun, one process."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
-        return Processes()
+def connect(kind: str = "cpu") -> Processes:
+    """Join the processes that torchrun started, by gloo on CPUs ("cpu") and nccl on GPUs ("cuda", one for each);
+    without torchrun, one process. Raises TrainingError for another kind, or GPUs that are not there."""
+    if kind not in ("cpu", "cuda"):
+        raise TrainingError(f"the device must be cpu or cuda, got {kind!r}")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu")
+    if kind == "cuda":
+        if local >= torch.cuda.device_count():
+            raise TrainingError(f"expected a GPU for each process, found {torch.cuda.device_count()}: use --device cpu")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes(device=device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return Processes(rank=dist.get_rank(), count=dist.get_world_size())
+        # The others wait while the first process answers the prompts, which may take longer than the default allows.
+        dist.init_process_group("gloo" if kind == "cpu" else "nccl", timeout=_LONGEST_WAIT)
+    return Processes(rank=dist.get_rank(), count=dist.get_world_size(), device=device)
 
 
 def disconnect(processes: Processes) -> None:

@@ -147,6 +147,7 @@ def _record(trainer: DistillTrainer, base: LoadedModel, answers: Sequence[Stored
         "knobs": {"name": target.name, **knobs(target)},
         "base_model": base.path.name,
         "training": asdict(trainer.config),
+        "peak_lr": trainer.config.peak_lr,
         "answers": len(answers),
         "unfinished": sum(not answer.finished for answer in answers),
         "processes": trainer.processes.count,
