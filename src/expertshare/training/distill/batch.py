@@ -31,6 +31,12 @@ class DistillBatch:
     weights_BS: Tensor
     num_noisy: int
 
+    @property
+    def live_noisy_BN(self) -> Tensor:
+        """Which noisy blocks of each row are text and not padding: bool."""
+        rows, size = self.inputs.live_BS.shape
+        return self.inputs.live_BS.view(rows, size // self.inputs.block_length, -1)[:, : self.num_noisy, 0]
+
     def to(self, device: torch.device) -> DistillBatch:
         """The same batch there."""
         moved = {f.name: getattr(self.inputs, f.name) for f in fields(self.inputs)}

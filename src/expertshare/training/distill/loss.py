@@ -33,11 +33,9 @@ class DistillLoss(nn.Module):
 
 
 def _unique_experts(batch: DistillBatch, experts_NG: Tensor) -> Tensor:
-    rows, size = batch.inputs.live_BS.shape
-    blocks = size // batch.inputs.block_length
-    live_GB = batch.inputs.live_BS.view(rows, blocks, -1)[:, : batch.num_noisy, 0]
-    experts_NBG = experts_NG.view(-1, rows, blocks)[:, :, : batch.num_noisy]
-    return experts_NBG[:, live_GB].float().mean()
+    rows = len(batch.targets_BS)
+    experts_NBG = experts_NG.view(len(experts_NG), rows, -1)[:, :, : batch.num_noisy]
+    return experts_NBG[:, batch.live_noisy_BN].float().mean()
 
 
 def choose_trained(model: MoETransformer, *, router_only: bool) -> None:

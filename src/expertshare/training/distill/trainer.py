@@ -117,8 +117,9 @@ class DistillTrainer:
         batches = self.batches(self.step_index)
         runtime = Runtime(policy=self.curriculum.policy(self.step_index))
         device = self.model.device
-        weight, positions = self.processes.total(
+        weight, blocks, positions = self.processes.total(
             sum(float(batch.weights_BS.sum()) for batch in batches),
+            sum(int(batch.live_noisy_BN.sum()) for batch in batches),
             sum(batch.inputs.tokens_BS.numel() for batch in batches),
         )
         loss_sum = experts_sum = 0.0
@@ -128,7 +129,10 @@ class DistillTrainer:
                 loss, unique = self.module(batch, runtime)
             # Sharding averages gradients over the processes; the sum is wanted.
             (loss * (self.processes.count / weight)).backward()
-            loss_sum, experts_sum = loss_sum + float(loss.detach()), experts_sum + float(unique) / len(batches)
+            loss_sum, experts_sum = (
+                loss_sum + float(loss.detach()),
+                experts_sum + float(unique) * int(batch.live_noisy_BN.sum()),
+            )
         loss_sum, experts_sum = self.processes.total(loss_sum, experts_sum)
         if not torch.isfinite(torch.tensor(loss_sum)):
             raise TrainingError(f"the loss is not finite at step {self.step_index}; lower lr and start again")
@@ -137,7 +141,7 @@ class DistillTrainer:
         return DistillStep(
             step=self.step_index - 1,
             loss=loss_sum / weight,
-            unique_experts=experts_sum / self.processes.count,
+            unique_experts=experts_sum / blocks,
             positions=round(positions),
             elapsed_s=time.perf_counter() - start,
         )
