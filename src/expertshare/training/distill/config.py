@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from expertshare.errors import ConfigError
 
 OptimiserName = Literal["adamw", "muon"]
-DEFAULT_LR = {"adamw": 1e-3, "muon": 0.01}
+DEFAULT_LR = {"adamw": 2e-3, "muon": 0.02}
 """Chosen on the reference model (3 M parameters). The published 2e-6 is for AdamW on a model of 16 G parameters."""
 _SCALAR_SHARE = 0.1
 
