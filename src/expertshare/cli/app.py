@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import expertshare
-from expertshare.cli import bench, compare, convert, generate, info, make_checkpoint, plan, tasks, train
+from expertshare.cli import bench, compare, convert, distill, generate, info, make_checkpoint, plan, tasks, train
 from expertshare.errors import ExpertShareError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("make-checkpoint", epilog=make_checkpoint.EXAMPLE)(make_checkpoint.m
 app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
 app.command("tasks", epilog=tasks.EXAMPLE)(tasks.tasks)
 app.command("train", epilog=train.EXAMPLE)(train.train)
+app.command("distill", epilog=distill.EXAMPLE)(distill.distill)
 app.add_typer(bench.app, name="bench")
 
 
