@@ -60,7 +60,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, moe_layer: int) -> None:
         super().__init__()
         self.spec = config.router
-        self.moe_layer = moe_layer
+        self.moe_layer, self.num_layers = moe_layer, config.num_moe_layers
         self.router = Router(config)
         self.experts = ResidentExperts(config.router.num_experts, config.hidden_size, config.expert_hidden)
         self.shared = SwiGLU(config.hidden_size, config.shared_hidden) if config.shared_hidden else None
@@ -69,7 +69,7 @@ class MoE(nn.Module):
         """Returns the layer's output (same shape and dtype as the input) and what it asked of the experts."""
         with runtime.timed("router"):
             scores = router_scores(self.router(x_GLD), live_GL, self.spec, self.router.bias)
-            _, plan = route(scores, runtime.policy, self.spec)
+            _, plan = route(scores, runtime.policy_for(self.moe_layer, self.num_layers), self.spec)
             routing = self._account(plan, live_GL)
         x_TD = x_GLD.flatten(0, 1)
         with runtime.timed("experts"):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from expertshare.measure.clock import PartClock
+from expertshare.routing import policy_at
 from expertshare.types import ExpertStore, RoutingPolicy
 
 
@@ -24,6 +25,10 @@ class Runtime:
     backend: str = "grouped"
     store: ExpertStore | None = None
     clock: PartClock | None = None
+
+    def policy_for(self, layer: int, num_layers: int) -> RoutingPolicy:
+        """What decides in MoE layer `layer` of `num_layers`."""
+        return policy_at(self.policy, layer, num_layers)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:

@@ -1,11 +1,13 @@
 """Expert sharing: policies choose a coreset (`select`), the model's rule routes inside it (`assign`)."""
 
 from expertshare.routing.assign import assign, everything, route, router_scores
+from expertshare.routing.layerwise import Layerwise, policy_at
 from expertshare.routing.table import POLICIES, Knob, knobs, make_policy, native_policy, parse_knob, parse_policy
 
 __all__ = [
     "POLICIES",
     "Knob",
+    "Layerwise",
     "assign",
     "everything",
     "knobs",
@@ -13,6 +15,7 @@ __all__ = [
     "native_policy",
     "parse_knob",
     "parse_policy",
+    "policy_at",
     "route",
     "router_scores",
 ]
