@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import expertshare
-from expertshare.cli import bench, compare, generate, info, tasks, train
+from expertshare.cli import bench, compare, generate, info, tasks, train, tune
 from expertshare.errors import ExpertShareError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("compare", epilog=compare.EXAMPLE)(compare.compare)
 app.command("info", epilog=info.EXAMPLE)(info.info)
 app.command("tasks", epilog=tasks.EXAMPLE)(tasks.tasks)
 app.command("train", epilog=train.EXAMPLE)(train.train)
+app.command("tune", epilog=tune.EXAMPLE)(tune.tune)
 app.add_typer(bench.app, name="bench")
 
 
