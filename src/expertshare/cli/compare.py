@@ -84,7 +84,7 @@ def compare(
         comparison = api.compare(
             loaded,
             records,
-            chosen or None,
+            chosen if texts or files else None,
             batch_size=batch_size,
             backend=backend,
             chat=chat,
