@@ -22,7 +22,19 @@ FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # Only these files may use more than the processor's baseline; which of them runs is decided at run time.
-X86_FLAGS = {"avx2.cpp": AVX2, "avx512.cpp": AVX512, "avx512_bf16.cpp": [*AVX512, "-mavx512bf16"]}
+# Quantised kernels give the same bits with every instruction set: they fuse where they say so and nowhere else.
+AS_WRITTEN = ["-mf16c", "-ffp-contract=off"]
+X86_FLAGS = {
+    "avx2.cpp": AVX2,
+    "avx512.cpp": AVX512,
+    "avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "quantised_avx2.cpp": [*AVX2, *AS_WRITTEN],
+    "quantised_avx_vnni.cpp": [*AVX2, *AS_WRITTEN, "-mavxvnni"],
+    "quantised_avx512_vnni.cpp": [*AVX512, *AS_WRITTEN, "-mavx512vnni"],
+    "affinity_avx2.cpp": AVX2,
+    "affinity_avx512.cpp": AVX512,
+    "affinity_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+}
 
 
 class CannotBuild(Exception):

@@ -3,7 +3,8 @@
     python benchmarks/expert_layer.py --case mini --unique 8,12,16,32,68,108 --json out.json
 
 Run it on a quiet machine. Bandwidth (a sum over a gigabyte) and peak (a large torch matrix product) are measured in
-the same run, with the same number of threads; the bound of a case is max(bytes / bandwidth, MACs / peak). Each call
+the same run, with the same number of threads; the bound of a case is max(bytes / bandwidth, MACs / peak), for quantised
+weights with their own bytes (scales among them) and the peak of an int8 product. Each call
 uses the next of several disjoint sets of experts, so that no cache serves the weights. Backends take turns.
 """
 
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,9 @@ from torch import Tensor
 
 from expertshare import native
 from expertshare.kernels import moe_ffn
-from expertshare.types import ExpertBank, RoutingPlan
+from expertshare.kernels.native_weights import projections, tensors_of
+from expertshare.kernels.quantise import QUANTISATIONS, quantise_bank
+from expertshare.types import Bank, ExpertBank, RoutingPlan
 
 TOKENS, TOP_K = 32, 8
 CYCLE_BYTES = 256 << 20  # weights read before any is read again
@@ -36,7 +40,7 @@ CASES = {
     "sdar": (2048, 768, 128),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-Backend = Callable[[Tensor, RoutingPlan, ExpertBank], Tensor]
+Backend = Callable[[Tensor, RoutingPlan, Any], Tensor]  # of the bank that `bank_for` makes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +92,13 @@ def with_own_threads(x_TD: Tensor, plan: RoutingPlan, bank: ExpertBank) -> Tenso
 BACKENDS: dict[str, Backend] = {
     "cpu": lambda x, plan, bank: moe_ffn(x, plan, bank, backend="cpu"),
     "cpu-own": with_own_threads,
+    "cpu-int8": lambda x, plan, bank: moe_ffn(x, plan, bank, backend="cpu"),
+    "cpu-int4": lambda x, plan, bank: moe_ffn(x, plan, bank, backend="cpu"),
     "grouped": lambda x, plan, bank: moe_ffn(x, plan, bank, backend="grouped"),
     "loop": loop,
 }
+# Backends whose weights are not those of the dtype under test.
+SCHEMES = {f"cpu-{name}": scheme for name, scheme in QUANTISATIONS.items()}
 
 
 def best_s(run: Callable[[], object], repeats: int) -> float:
@@ -110,6 +118,8 @@ def measure_machine(dtypes: list[str]) -> Machine:
     for dtype in dtypes:
         a, b = torch.randn(2048, 2048, dtype=DTYPES[dtype]), torch.randn(2048, 2048, dtype=DTYPES[dtype])
         peak[dtype] = 2048**3 / best_s(lambda a=a, b=b: a @ b.T, 10) / 1e9  # type: ignore[misc]
+    codes = torch.randint(-127, 128, (2048, 2048), dtype=torch.int8)
+    peak["int8"] = 2048**3 / best_s(lambda: torch._int_mm(codes, codes), 10) / 1e9
     return Machine(
         processor=_processor(),
         threads=torch.get_num_threads(),
@@ -167,7 +177,7 @@ def rotating_plans(unique: int, num_experts: int, expert_bytes: int) -> list[Rou
 
 
 def time_backends(
-    backends: list[str], x_TD: Tensor, plans: list[RoutingPlan], bank: ExpertBank, repeats: int, between: bool
+    backends: list[str], x_TD: Tensor, plans: list[RoutingPlan], banks: dict[str, Bank], repeats: int, between: bool
 ) -> dict[str, list[float]]:
     """Seconds of each call, the backends by turns; each goes through the plans in the same order."""
     times: dict[str, list[float]] = {backend: [] for backend in backends}
@@ -177,7 +187,7 @@ def time_backends(
             if between:  # what surrounds an expert layer in a model: products by torch's own threads
                 square @ square
             start = time.perf_counter()
-            BACKENDS[backend](x_TD, plans[call % len(plans)], bank)
+            BACKENDS[backend](x_TD, plans[call % len(plans)], banks[backend])
             if call >= 0:
                 times[backend].append(time.perf_counter() - start)
     return times
@@ -186,20 +196,25 @@ def time_backends(
 def run_case(case: str, dtype: str, uniques: list[int], options: argparse.Namespace, machine: Machine) -> Iterator[Row]:
     hidden, inner, num_experts = CASES[case]
     bank = make_bank(hidden, inner, num_experts, DTYPES[dtype])
+    banks: dict[str, Bank] = {
+        backend: quantise_bank(bank, SCHEMES[backend]) if backend in SCHEMES else bank for backend in options.backends
+    }
     x_TD = torch.randn(TOKENS, hidden).to(DTYPES[dtype])
     expert_weights = 3 * hidden * inner
     macs = TOKENS * TOP_K * expert_weights
     for unique in uniques:
         if not TOP_K <= unique <= num_experts:
             continue
-        num_bytes = unique * expert_weights * bank.down_EDF.element_size()
-        plans = rotating_plans(unique, num_experts, num_bytes // unique)
+        expert_bytes = {backend: bytes_per_expert(bank) for backend, bank in banks.items()}
+        plans = rotating_plans(unique, num_experts, min(expert_bytes.values()))
         exact = moe_ffn(x_TD[:1].float(), _first_token(plans[0]), _widened(bank, plans[0]), backend="reference")
-        first = {backend: BACKENDS[backend](x_TD, plans[0], bank)[:1].float() for backend in options.backends}
+        first = {backend: BACKENDS[backend](x_TD, plans[0], banks[backend])[:1].float() for backend in options.backends}
         errors = {backend: float((y - exact).abs().max() / exact.abs().max()) for backend, y in first.items()}
-        bound_s = max(num_bytes / machine.bandwidth_gb_per_s / 1e9, macs / machine.peak_gmac_per_s[dtype] / 1e9)
-        times = time_backends(options.backends, x_TD, plans, bank, options.repeats, options.between)
+        times = time_backends(options.backends, x_TD, plans, banks, options.repeats, options.between)
         for backend, seconds in times.items():
+            num_bytes = unique * expert_bytes[backend]
+            peak = machine.peak_gmac_per_s["int8" if backend in SCHEMES else dtype]
+            bound_s = max(num_bytes / machine.bandwidth_gb_per_s / 1e9, macs / peak / 1e9)
             low, median, high = statistics.quantiles(seconds, n=4)
             yield Row(
                 case=case,
@@ -214,6 +229,15 @@ def run_case(case: str, dtype: str, uniques: list[int], options: argparse.Namesp
                 share_of_bound=bound_s / median,
                 error=errors[backend],
             )
+
+
+def bytes_per_expert(bank: Bank) -> int:
+    """Codes, scales and minima of one expert."""
+    return sum(
+        tensor.nbytes // len(tensor)
+        for name, weight in projections(bank).items()
+        for tensor in tensors_of(name, weight).values()
+    )
 
 
 def _first_token(plan: RoutingPlan) -> RoutingPlan:

@@ -22,13 +22,15 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from expertshare.conversion.fits import check_fits
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.evaluation import (
@@ -44,11 +46,15 @@ from expertshare.evaluation import (
 )
 from expertshare.evaluation.answering import BlockListener
 from expertshare.evaluation.comparison import ProgressListener
+from expertshare.experts import ExpertMemory, StoreOptions, has_expert_layout, open_store
+from expertshare.experts.recording import RoutingRecorder
 from expertshare.kernels import AUTO
 from expertshare.measure.cost import Cost
 from expertshare.measure.environment import capture_environment, peak_memory_bytes, versions
+from expertshare.measure.memory import MemoryWatch
 from expertshare.measure.report import Report
 from expertshare.models import LoadedModel, ModelFacts, describe, load_model
+from expertshare.models.source import resolve_source
 from expertshare.routing import POLICIES, knobs, native_policy, parse_policy
 from expertshare.tasks import PromptRecord
 from expertshare.tuning import PolicyFile, Tuned, TuningOptions, check_model, read_policy_file
@@ -62,13 +68,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generated:
-    """The answers to `prompts`, what they cost, and how they were made. peak_memory_bytes: of the process so far."""
+    """The answers to `prompts`, what they cost, and how they were made. peak_memory_bytes: of the process so far;
+    peak_anonymous_bytes: without pages of files, None where the system does not say."""
 
     prompts: tuple[str, ...]
     run: PolicyRun
     config: Mapping[str, Any]
     device: torch.device
     peak_memory_bytes: int
+    peak_anonymous_bytes: int | None
 
     @property
     def answers(self) -> tuple[Answer, ...]:
@@ -103,6 +111,8 @@ class Generated:
             "elapsed_s": self.run.elapsed_s,
             "seconds_by_part": dict(self.run.seconds_by_part),
             "peak_memory_bytes": self.peak_memory_bytes,
+            "peak_anonymous_bytes": self.peak_anonymous_bytes,
+            **self.run.memory_json(),
             "seed": self.run.options.seed,
             "model": self.config["model"],
             "versions": versions(),
@@ -131,14 +141,24 @@ class Generated:
         )
 
 
-def load(model: Model, *, dtype: str | torch.dtype | None = None) -> LoadedModel:
-    """A model from a directory or hub id; one that is loaded is passed through. dtype: by default the checkpoint's."""
+def load(
+    model: Model, *, dtype: str | torch.dtype | None = None, store: str | StoreOptions | None = None
+) -> LoadedModel:
+    """A model from a directory or hub id; one that is loaded is passed through. dtype: by default the checkpoint's.
+
+    store: how its experts will be kept; a model that `expertshare convert` did not write is then refused. So is, before
+    its weights are read, a model that does not fit into memory; experts in a store count if it is said which.
+    """
     if isinstance(model, LoadedModel):
         return model
+    path = resolve_source(model)
+    if store is not None and not has_expert_layout(path):
+        raise _not_converted(model)
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {dtype!r}. {nearest(dtype, DTYPES)}")
         dtype = DTYPES[dtype]
+    check_fits(path, _store_options(store).memory if store is not None else None, dtype=dtype)
     return load_model(model, dtype=dtype)
 
 
@@ -156,29 +176,42 @@ def generate(
     backend: str = AUTO,
     dtype: str | torch.dtype | None = None,
     chat: bool | None = None,
+    store: str | StoreOptions | None = None,
     on_block: BlockListener | None = None,
+    memory: MemoryWatch | None = None,
+    record_routing: str | Path | None = None,
     **decoding: DecodingValue,
 ) -> Generated:
     """Answer one prompt or several under an expert-sharing policy.
 
     policy: `name` or `name:knob=value,...`, by default the one that the checkpoint was trained with; or a policy file
-    (load_policy). chat: None uses
-    the chat template where there is one. on_block hears of every block as it is committed. decoding: the fields of
-    DecodingOptions, e.g. gen_length=64, threshold=0.9. Raises a subclass of ExpertShareError for anything unusable.
+    (load_policy). chat: None uses the chat template where there is one. store: how the experts of a converted model
+    are kept, as StoreOptions or as the memory for them ("3GiB", "mmap"), by default "all". on_block hears of every
+    block as it is committed. memory: a watch that runs already. record_routing: a file for the experts of every
+    forward, which `plan` can replay. decoding: the fields of DecodingOptions, e.g. gen_length=64, threshold=0.9.
+
+    Raises a subclass of ExpertShareError for anything unusable.
     """
-    setup, options = Setup(batch_size=batch_size, backend=backend, chat=chat), decoding_options(decoding)
+    options = decoding_options(decoding)
     wanted = parse_policy(policy) if isinstance(policy, str) else policy
     texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-    loaded = load(model, dtype=dtype)
-    ids = encode_prompts(loaded, texts, chat)
-    bound = _for_model(wanted, loaded) if wanted is not None else native_policy(loaded.config)
-    run = answer_prompts(loaded, ids, bound, options, setup=setup, on_block=on_block)
+    with memory or MemoryWatch() as watch:
+        loaded = load(model, dtype=dtype, store=store)
+        ids = encode_prompts(loaded, texts, chat)
+        bound = _for_model(wanted, loaded) if wanted is not None else native_policy(loaded.config)
+        with (
+            RoutingRecorder(Path(record_routing)) if record_routing is not None else nullcontext() as recorder,
+            _opened(loaded, store, Setup(batch_size=batch_size, backend=backend, chat=chat)) as setup,
+        ):
+            setup = replace(setup, recorder=recorder)
+            run = answer_prompts(loaded, ids, bound, options, setup=setup, on_block=on_block)
     return Generated(
         prompts=texts,
         run=run,
         config=setup.to_json(loaded, options),
         device=loaded.model.device,
         peak_memory_bytes=peak_memory_bytes(loaded.model.device),
+        peak_anonymous_bytes=watch.peak_anonymous_bytes,
     )
 
 
@@ -191,25 +224,32 @@ def compare(
     backend: str = AUTO,
     dtype: str | torch.dtype | None = None,
     chat: bool | None = None,
+    store: str | StoreOptions | None = None,
     on_progress: ProgressListener | None = None,
+    memory: MemoryWatch | None = None,
     **decoding: DecodingValue,
 ) -> Comparison:
     """Answer the same prompts under several policies and compare each with vanilla, which is always run.
 
     policies: by default all of them, with their default knobs. Prompts with a reference or tests are judged; code that
     the model wrote for the code tasks is then run, in the sandbox of expertshare.tasks. on_progress(label, done, total)
-    hears of every finished prompt. Raises a subclass of ExpertShareError for anything unusable.
+    hears of every finished prompt. store, memory: as for generate. Raises a subclass of ExpertShareError for anything
+    unusable.
     """
-    setup, options = Setup(batch_size=batch_size, backend=backend, chat=chat), decoding_options(decoding)
+    options = decoding_options(decoding)
     chosen = [
         policy
         for given in (policies if policies is not None else list(POLICIES))
         for policy in (parse_policies([given]) if isinstance(given, str) else [given])
     ]
     prompts = [PromptRecord(prompt=record) if isinstance(record, str) else record for record in records]
-    loaded = load(model, dtype=dtype)
-    bound = [_for_model(policy, loaded) for policy in chosen]
-    return compare_policies(loaded, prompts, bound, options, setup=setup, on_progress=on_progress)
+    with memory or MemoryWatch() as watch:
+        loaded = load(model, dtype=dtype, store=store)
+        bound = [_for_model(policy, loaded) for policy in chosen]
+        with _opened(loaded, store, Setup(batch_size=batch_size, backend=backend, chat=chat)) as setup:
+            return compare_policies(
+                loaded, prompts, bound, options, setup=setup, on_progress=on_progress, memory=watch
+            )
 
 
 def tune(
@@ -221,6 +261,7 @@ def tune(
     backend: str = AUTO,
     dtype: str | torch.dtype | None = None,
     chat: bool | None = None,
+    store: str | StoreOptions | None = None,
     on_progress: ProgressListener | None = None,
     **decoding: DecodingValue,
 ) -> Tuned:
@@ -229,10 +270,12 @@ def tune(
     tuning: the promise and the work to spend on it. `.policy_file().write(path)` keeps the outcome. on_progress(stage,
     done, total). Raises a subclass of ExpertShareError for anything unusable.
     """
-    setup, options = Setup(batch_size=batch_size, backend=backend, chat=chat), decoding_options(decoding)
+    options = decoding_options(decoding)
     prompts = [PromptRecord(prompt=record) if isinstance(record, str) else record for record in records]
     wanted = tuning if tuning is not None else TuningOptions()
-    return run_tuning(load(model, dtype=dtype), prompts, options, wanted, setup=setup, on_progress=on_progress)
+    loaded = load(model, dtype=dtype, store=store)
+    with _opened(loaded, store, Setup(batch_size=batch_size, backend=backend, chat=chat)) as setup:
+        return run_tuning(loaded, prompts, options, wanted, setup=setup, on_progress=on_progress)
 
 
 def load_policy(path: str | Path) -> PolicyFile:
@@ -245,6 +288,33 @@ def _for_model(policy: RoutingPolicy | PolicyFile, loaded: LoadedModel) -> Routi
         return policy
     check_model(policy, loaded)
     return policy.policy
+
+
+@contextmanager
+def _opened(loaded: LoadedModel, wanted: str | StoreOptions | None, setup: Setup) -> Iterator[Setup]:
+    """The setup with an open store, where the model is a converted one."""
+    if loaded.layout is None:
+        if wanted is not None:
+            raise _not_converted(loaded.path)
+        yield setup
+        return
+    if loaded.model.device.type != "cpu":
+        raise ConfigError(f"expected a model on the CPU, whose memory expert stores lend, got {loaded.model.device}")
+    options = _store_options(wanted)
+    check_fits(loaded.path, options.memory, dense_is_loaded=True)
+    with open_store(loaded.path, loaded.layout, options) as store:
+        yield replace(setup, store=store, store_options=options)
+
+
+def _store_options(wanted: str | StoreOptions | None) -> StoreOptions:
+    return wanted if isinstance(wanted, StoreOptions) else StoreOptions(memory=ExpertMemory.parse(wanted or "all"))
+
+
+def _not_converted(model: str | Path) -> ConfigError:
+    return ConfigError(
+        f"expected a model in the expert layout, because an expert store was asked for, got {model}: run `expertshare "
+        "convert` first, or leave out --expert-memory, --direct-io and --no-prefetch"
+    )
 
 
 def comparison_report(comparison: Comparison, device: torch.device | None = None) -> Report:

@@ -26,6 +26,10 @@ class CheckpointError(ExpertShareError):
     """A checkpoint directory or one of its tensors is unusable."""
 
 
+class ExpertMemoryError(ExpertShareError):
+    """The memory for experts does not hold what a step needs at once."""
+
+
 class NumericsError(ExpertShareError):
     """The model produced values that are not finite."""
 

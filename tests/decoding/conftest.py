@@ -12,6 +12,7 @@ from torch import Tensor
 
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.decoding import DecodingOptions
+from expertshare.kernels.vocabulary import best_token
 from expertshare.models.runtime import (
     ForwardInput,
     ForwardOutput,
@@ -139,7 +140,11 @@ class ScriptedModel(MoETransformer):
         )
         return ForwardOutput(hidden, (LayerKeyValues(keys, keys),) * self.config.num_layers, trace)
 
-    def logits(self, hidden_RD: Tensor) -> Tensor:
+    def best_tokens(self, hidden_RD: Tensor, excluded: Sequence[int], *, backend: str) -> tuple[Tensor, Tensor]:
+        """From the script, whatever the backend."""
+        return best_token(self.logits(hidden_RD), excluded)
+
+    def logits(self, hidden_RD: Tensor, *, backend: str = "grouped") -> Tensor:
         """The script, as log probabilities."""
         rows = []
         self.asked.append(hidden_RD[:, 0].long().tolist())

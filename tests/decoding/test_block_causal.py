@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from expertshare import native
 from expertshare.config import ModelConfig
 from expertshare.decoding import BlockDecoder, DecodingOptions, generate
 from expertshare.decoding.block_causal import CachedPrefix, block_causal_mask
@@ -139,11 +140,14 @@ def test_cache_holds_keys_and_values_of_final_tokens(
     for cached, expected in zip(stream.forwards.cache.layers, fresh, strict=True):
         assert torch.allclose(cached.keys_BHSD[:, :, :finished], expected.keys_BHSD, atol=1e-4)
         assert torch.allclose(cached.values_BHSD[:, :, :finished], expected.values_BHSD, atol=1e-4)
-        assert cached.keys_BHSD.shape[2] == finished  # allocated once, and nothing for the last block
+        assert cached.keys_BHSD.shape[2] == finished + 8  # allocated once, the last block included
     assert all(step >= 1 for step in steps)
 
 
-def test_block_causal_attention_is_a_plain_masked_softmax(config: ModelConfig, make_model: MakeModel) -> None:
+@pytest.mark.parametrize("backend", ["grouped", *(["cpu"] if native.available() else [])])
+def test_block_causal_attention_is_a_plain_masked_softmax(
+    config: ModelConfig, make_model: MakeModel, backend: str
+) -> None:
     """One attention layer under the decoder's mask against a softmax over explicitly listed keys."""
     layers: Any = make_model(config).layers
     attention = layers[0].attention
@@ -152,7 +156,7 @@ def test_block_causal_attention_is_a_plain_masked_softmax(config: ModelConfig, m
     tables = (torch.ones(1, 1, 12, 4), torch.zeros(1, 1, 12, 4))
     live = torch.tensor([[True] * 8 + [False] * 4])
     with torch.no_grad():
-        got, _ = attention(x, tables, block_causal_mask(live, 4).unsqueeze(1), None)
+        got, _ = attention(x, tables, block_causal_mask(live, 4), None, backend=backend)
         q, k, v = attention.qkv(x)[0].split((32, 16, 16), dim=-1)
         for query in range(8):
             keys = range((query // 4 + 1) * 4)
@@ -248,3 +252,53 @@ def test_blocks_arrive_one_by_one(config: ModelConfig, make_model: MakeModel, ru
     assert whole.rows[0].token_ids == sum((block.token_ids for block in (first, *rest)), ())
     assert set(whole.seconds_by_part) == {"router", "experts", "attention", "head", "other"}
     assert sum(whole.seconds_by_part.values()) == pytest.approx(whole.elapsed_s)
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no native kernel: {native.unavailable_reason()}")
+@pytest.mark.parametrize("rule", RULES)
+def test_the_native_engine_decodes_the_same(
+    config: ModelConfig, make_model: MakeModel, runtime: MakeRuntime, uncached: Callable[..., Any], rule: str
+) -> None:
+    """Dense layers, experts and head by our kernels: token for token the plain decoder in torch; and in a batch."""
+    model, prompts = make_model(config, seed=2), [prompt_of(length) for length in (13, 3, 24)]
+    by_kernel = replace(runtime("des-vote:budget=8"), backend="cpu")
+    together = generate(model, by_kernel, RULES[rule], prompts)
+    for row, prompt in zip(together.rows, prompts, strict=True):
+        plain = uncached(model, runtime("des-vote:budget=8"), RULES[rule], prompt)
+        assert plain.margin > NOISE
+        assert list(row.token_ids) == plain.answer
+        assert row == generate(model, by_kernel, RULES[rule], [prompt]).rows[0]
+
+
+@pytest.mark.parametrize("backend", ["grouped", *(["cpu"] if native.available() else [])])
+@pytest.mark.parametrize("editing", [None, 0.4])
+def test_the_head_runs_on_positions_that_may_change_and_no_others(
+    config: ModelConfig, make_model: MakeModel, runtime: MakeRuntime, backend: str, editing: float | None
+) -> None:
+    """As many rows of hidden states as there are masks (with editing: as there are positions behind the prompt), in
+    denoising steps only."""
+    model = make_model(replace(config, eos_ids=()))
+    options = DecodingOptions(gen_length=12, editing_threshold=editing)
+    stream = BlockDecoder(model, replace(runtime(), backend=backend), options).blocks([prompt_of(13), prompt_of(3)])
+    asked: list[int] = []
+    wanted: list[int] = []
+    best_tokens, choose = model.best_tokens, stream._choose
+
+    def spy(hidden_RD: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        asked.append(len(hidden_RD))
+        return best_tokens(hidden_RD, *arguments, **options)
+
+    def watch(rows: Any, window: Any, tokens_RL: Tensor, confidence_RL: Tensor) -> Tensor:
+        wanted.append(int((window.masked_RL if editing is None else ~window.frozen_RL).sum()))
+        return choose(rows, window, tokens_RL, confidence_RL)
+
+    model.best_tokens = spy  # type: ignore[method-assign]
+    stream._choose = watch  # type: ignore[method-assign]
+    for _ in stream:
+        pass
+    forwards = stream.cost().forwards
+    assert forwards["prefill"] == 1
+    assert forwards["commit"] > 0
+    assert len(asked) == forwards["denoise"]
+    assert asked == wanted
+    assert min(asked) < max(asked)

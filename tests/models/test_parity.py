@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from expertshare import native
 from expertshare.models import ForwardInput, LayerKeyValues, MoETransformer, Runtime, load_model
 from expertshare.routing import make_policy
 
@@ -140,3 +142,18 @@ def test_padding_changes_nothing(case: tuple[Pair, MoETransformer, BlockCausal, 
     with torch.no_grad():
         load_NE = model(inputs, runtime(model)).routing.load_NE
     assert load_NE.sum(dim=1).tolist() == [BATCH * real * model.config.router.top_k] * model.config.num_moe_layers
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no native kernel: {native.unavailable_reason()}")
+def test_native_layers_equal_the_oracle(case: tuple[Pair, MoETransformer, BlockCausal, int]) -> None:
+    pair, model, block_causal, block_length = case
+    ids_BS, mask_SS = tokens(), visible(block_causal, block_length)
+    by_kernel = replace(runtime(model), backend="cpu")
+    with torch.no_grad():
+        output = model(whole_input(ids_BS, mask_SS, block_length), by_kernel)
+        logits = model.logits(output.hidden_BSD, backend="cpu")
+        best_BS, _ = model.best_tokens(output.hidden_BSD.flatten(0, 1), [MASK], backend="cpu")
+    expected = oracle_logits(pair, ids_BS, mask_SS)
+    assert (logits - expected).abs().max() < TOLERANCE
+    expected[..., MASK] = -torch.inf
+    assert torch.equal(best_BS.view(ids_BS.shape), expected.argmax(dim=-1))

@@ -15,10 +15,11 @@ from expertshare.tuning.trajectories import record_trajectories, thin_out
 OPTIONS = DecodingOptions(gen_length=24, threshold=0.5, stop_at_eos=False)
 PROMPTS = [list(range(5, 24)), [30, 31, 32], list(range(40, 51))]
 VANILLA = make_policy("vanilla")
+RUNTIME = Runtime(policy=VANILLA)
 
 
 def test_every_step_is_recorded(any_model: LoadedModel) -> None:
-    found = record_trajectories(any_model, PROMPTS, OPTIONS, backend="grouped", batch_size=2)
+    found = record_trajectories(any_model, PROMPTS, OPTIONS, runtime=RUNTIME, batch_size=2)
     decoder = BlockDecoder(any_model.model, Runtime(policy=VANILLA), OPTIONS)
     for prompt, trajectory in zip(PROMPTS, found, strict=True):
         stream = decoder.blocks([prompt])
@@ -36,7 +37,7 @@ def test_replayed_hidden_states_are_those_of_decoding(any_model: LoadedModel, na
     decoding would run it, from vanilla's tokens: checked by decoding with the tokens forced."""
     policy = make_policy(name).bind(any_model.config.router)
     prompt = PROMPTS[0]
-    (trajectory,) = record_trajectories(any_model, [prompt], OPTIONS, backend="grouped", batch_size=1)
+    (trajectory,) = record_trajectories(any_model, [prompt], OPTIONS, runtime=RUNTIME, batch_size=1)
     expected = _forced(any_model, prompt, trajectory, policy)
     replayed = []
     for item in pack([trajectory], any_model.config):
@@ -63,8 +64,8 @@ def _forced(model: LoadedModel, prompt: list[int], trajectory, policy) -> list[t
 
 
 def test_vanilla_does_not_diverge_from_itself(any_model: LoadedModel) -> None:
-    trajectories = record_trajectories(any_model, PROMPTS, OPTIONS, backend="grouped", batch_size=3)
-    replay = Replay.of(any_model, trajectories, backend="grouped")
+    trajectories = record_trajectories(any_model, PROMPTS, OPTIONS, runtime=RUNTIME, batch_size=3)
+    replay = Replay.of(any_model, trajectories, runtime=RUNTIME)
     vanilla = replay.measure(VANILLA)
     assert (vanilla.divergence, vanilla.flips) == (0.0, 0.0)
     narrow = replay.measure(Layerwise(layers=(VANILLA, make_policy("des-vote", {"budget": 6}))))
@@ -73,7 +74,7 @@ def test_vanilla_does_not_diverge_from_itself(any_model: LoadedModel) -> None:
 
 
 def test_thinning_keeps_the_first_and_the_last_step(any_model: LoadedModel) -> None:
-    (trajectory,) = record_trajectories(any_model, PROMPTS[:1], OPTIONS, backend="grouped", batch_size=1)
+    (trajectory,) = record_trajectories(any_model, PROMPTS[:1], OPTIONS, runtime=RUNTIME, batch_size=1)
     thin = thin_out(trajectory, 3)
     assert [thin.snapshots[0], thin.snapshots[-1]] == [trajectory.snapshots[0], trajectory.snapshots[-1]]
     assert len(thin.snapshots) == 3

@@ -43,7 +43,7 @@ def concentrate(
         assert isinstance(router, Router)
         x_GLD = arguments[0].float()
         preference_E = torch.randn(spec.num_experts, generator=generator)
-        router.weight.copy_(_mixed(router.weight.float(), preference_E, x_GLD, router.bias, spec, unique))
+        router.weight.copy_(concentrated(router.weight.float(), preference_E, x_GLD, router.bias, spec, unique))
 
     routers = [module for module in model.modules() if isinstance(module, Router)]
     hooks = [router.register_forward_pre_hook(tune) for router in routers]
@@ -55,10 +55,13 @@ def concentrate(
             hook.remove()
 
 
-def _mixed(
+def concentrated(
     weight_ED: Tensor, preference_E: Tensor, x_GLD: Tensor, bias_E: Tensor | None, spec: RouterSpec, unique: int
 ) -> Tensor:
-    """The mixture whose number of unique experts is nearest to `unique`."""
+    """Router weights [E, D]: the mixture under which a block uses nearest to `unique` experts, as a mean over blocks.
+
+    preference_E: what all tokens have in common. x_GLD: float32, the router's input for G blocks.
+    """
     mean_D = x_GLD.flatten(0, 1).mean(dim=0)
     own_GLE = x_GLD @ weight_ED.T
     reach_GL = x_GLD @ mean_D
@@ -68,15 +71,22 @@ def _mixed(
     def mixture(angle: float) -> Tensor:
         return math.cos(angle) * weight_ED + math.sin(angle) * shared_ED
 
-    def count(angle: float) -> int:
+    def count(angle: float) -> float:
         scores = router_scores(x_GLD @ mixture(angle).T, live_GL, spec, bias_E)
         _, plan = route(scores, make_policy("vanilla"), spec)
-        return int(plan.active_E.sum())
+        return mean_unique(plan.expert_ids_TK, len(x_GLD), spec)
 
     return mixture(_bisect(count, unique))
 
 
-def _bisect(count: Callable[[float], int], wanted: int) -> float:
+def mean_unique(expert_ids_TK: Tensor, num_groups: int, spec: RouterSpec) -> float:
+    """Unique experts of a block, mean over blocks. expert_ids_TK: none of them unused."""
+    used_GE = torch.zeros(num_groups, spec.num_experts, dtype=torch.bool)
+    used_GE.scatter_(1, expert_ids_TK.view(num_groups, -1), True)
+    return float(used_GE.sum()) / num_groups
+
+
+def _bisect(count: Callable[[float], float], wanted: int) -> float:
     """The angle, of those tried, at which `count` (falling, in steps) comes nearest to `wanted`."""
     low, high = 0.0, math.pi / 2
     tried = {low: count(low), high: count(high)}

@@ -69,17 +69,24 @@ class Ours:
     unique: list[float] = field(default_factory=list)
 
     def __call__(self, turn: int = 0) -> Tensor:
-        """Logits of the masked rows [masked, V]."""
+        """Best tokens of the masked rows [masked] with their probabilities, as a step of decoding needs them."""
         del turn  # every call is the same block
         clock, scene = PartClock(), self.scene
         runtime = Runtime(policy=self.policy, backend=self.backend, clock=clock)
         start = time.perf_counter()
         output = scene.model(scene.inputs, runtime, scene.past)
         with runtime.timed("head"):
-            logits: Tensor = scene.model.logits(output.hidden_BSD[0, : scene.masked])
+            hidden_RD = output.hidden_BSD[0, : scene.masked]
+            tokens_R, _ = scene.model.best_tokens(hidden_RD, [scene.model.config.mask_id], backend=self.backend)
         self.parts_s.append(clock.shares(time.perf_counter() - start))
         self.unique = output.routing.group_experts_NG.float().mean(dim=1).tolist()
-        return logits
+        return tokens_R
+
+    def logits(self) -> Tensor:
+        """Logits of the masked rows [masked, V]."""
+        scene = self.scene
+        output = scene.model(scene.inputs, Runtime(policy=self.policy, backend=self.backend), scene.past)
+        return scene.model.logits(output.hidden_BSD[0, : scene.masked], backend=self.backend)
 
     def to_json(self, repeats: int) -> dict[str, Any]:
         """Medians over the last `repeats` calls."""
@@ -177,7 +184,7 @@ def _scene(config: ModelConfig, case: Case, settings: ForwardSettings) -> Scene:
         tokens_BS=torch.randperm(config.vocab_size, generator=generator)[:length].unsqueeze(0),
         positions_BS=torch.arange(settings.context, settings.context + length).unsqueeze(0),
         live_BS=torch.ones(1, length, dtype=torch.bool),
-        mask_BSP=torch.ones(1, length, settings.context + length, dtype=torch.bool),
+        mask_BSP=None,
         block_length=length,
     )
     scene = Scene(model, inputs, past if settings.context else None, masked)
@@ -190,11 +197,13 @@ def _peer_call(scene: Scene, peer: Any) -> Callable[[int], Tensor]:
     """A forward with transformers' cache, and the step back that a denoising loop needs after it. Its class has no
     way to run the head on some rows only."""
     cache, inputs = peer_cache(peer, scene.past or ()), scene.inputs
+    length = inputs.tokens_BS.shape[1]
+    mask_BSP = torch.ones(1, length, int(inputs.positions_BS[0, -1]) + 1, dtype=torch.bool)
 
     def call(turn: int) -> Tensor:
         del turn
-        logits = peer_logits(peer, inputs.tokens_BS, inputs.positions_BS, inputs.mask_BSP, cache)
-        cache.crop(-inputs.tokens_BS.shape[1])
+        logits = peer_logits(peer, inputs.tokens_BS, inputs.positions_BS, mask_BSP, cache)
+        cache.crop(-length)
         return logits[0, : scene.masked]
 
     return call
@@ -209,11 +218,11 @@ def _agreement(
         policy = policies.get(label)
         if policy is None:  # peers run vanilla even where nobody asked us to
             policy = make_policy("vanilla").bind(scene.model.config.router)
-        expected = Ours(scene, policy, "grouped")().float()
+        expected = Ours(scene, policy, "grouped").logits().float()
         for key, call in calls.items():
             if key[1] != label:
                 continue
-            logits = call(0).float()
+            logits = (call.logits() if isinstance(call, Ours) else call(0)).float()
             found[key] = {
                 "difference": float((logits - expected).norm() / expected.norm()),
                 "same_argmax": float((logits.argmax(-1) == expected.argmax(-1)).float().mean()),

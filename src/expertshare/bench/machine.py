@@ -92,7 +92,8 @@ class Yardstick:
         self._buffer[turn % 2 * self._half :][: self._half].amax()
 
     def multiply(self, turn: int) -> None:
-        """One large matrix product."""
+        """One large matrix product, the same every turn."""
+        del turn
         torch.mm(self._left, self._right, out=self._out)
 
     def note(self, read_s: Sequence[float], multiply_s: Sequence[float]) -> None:

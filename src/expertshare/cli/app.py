@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import expertshare
-from expertshare.cli import bench, compare, generate, info, tasks, train, tune
+from expertshare.cli import bench, compare, convert, generate, info, make_checkpoint, plan, tasks, train, tune
 from expertshare.errors import ExpertShareError
 
 app = typer.Typer(
@@ -23,6 +23,9 @@ app = typer.Typer(
 app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command("compare", epilog=compare.EXAMPLE)(compare.compare)
 app.command("info", epilog=info.EXAMPLE)(info.info)
+app.command("convert", epilog=convert.EXAMPLE)(convert.convert)
+app.command("make-checkpoint", epilog=make_checkpoint.EXAMPLE)(make_checkpoint.make_checkpoint)
+app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
 app.command("tasks", epilog=tasks.EXAMPLE)(tasks.tasks)
 app.command("train", epilog=train.EXAMPLE)(train.train)
 app.command("tune", epilog=tune.EXAMPLE)(tune.tune)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +38,6 @@ from expertshare.cli.bench_options import (
     RepeatsFlag,
     ReportFlag,
     SeedFlag,
-    ThreadsFlag,
     counts,
     dtype_named,
     names,
@@ -47,6 +45,7 @@ from expertshare.cli.bench_options import (
 )
 from expertshare.cli.bench_tables import experts_tables, forward_tables, generate_tables, machine_line
 from expertshare.cli.console import people, print_json
+from expertshare.cli.threads import ThreadsFlag, set_threads
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError
 from expertshare.evaluation import encode_prompts
@@ -246,10 +245,7 @@ def _prepare(report: Path | None, plot: Path | None, threads: int | None, repeat
             check_writable(path)
     if repeats < 1:
         raise InputError(f"repeats must be at least 1, got {repeats}")
-    if threads is not None:
-        if threads < 1:
-            raise InputError(f"threads must be at least 1, got {threads}")
-        torch.set_num_threads(threads)
+    set_threads(threads)
 
 
 def _measure(console: Console) -> Machine:

@@ -31,7 +31,6 @@ CasesFlag = Annotated[str, typer.Option("--case", help="Cases, parted by commas;
 DtypeFlag = Annotated[str, typer.Option(help="Of weights and activations: bfloat16 or float32.")]
 BackendsFlag = Annotated[str | None, typer.Option(help="Contenders, parted by commas. Default: all that are there.")]
 RepeatsFlag = Annotated[int, typer.Option(help="Timed calls of each contender, in turn with all others.")]
-ThreadsFlag = Annotated[int | None, typer.Option(help="Threads of one operation. Default: torch's choice.")]
 MemoryFlag = Annotated[float | None, typer.Option(help="Gigabytes for weights. Default: 3/4 of what is free.")]
 SeedFlag = Annotated[int, typer.Option(help="Of weights, tokens and routing.")]
 JsonFlag = Annotated[

@@ -13,10 +13,12 @@ from rich.table import Table
 from expertshare import api
 from expertshare.cli.bars import Bars
 from expertshare.cli.console import megabytes, people, percent, percent_within, print_json
-from expertshare.cli.option_groups import DecodingFlags, with_option_groups
+from expertshare.cli.option_groups import DecodingFlags, StoreFlags, with_option_groups
+from expertshare.cli.threads import ThreadsFlag, set_threads
 from expertshare.errors import InputError
 from expertshare.evaluation import Comparison, parse_policies
 from expertshare.evaluation.accuracy import check_scorable
+from expertshare.measure.memory import MemoryWatch
 from expertshare.measure.report import check_writable
 from expertshare.plots import check_plot_path, plot_comparison
 from expertshare.tasks import read_prompts
@@ -54,6 +56,7 @@ def compare(
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's.")] = None,
     backend: Annotated[str, typer.Option(help="Expert computation: auto, cpu, grouped or reference.")] = "auto",
+    threads: ThreadsFlag = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="Use the chat template, or not. Default: if there is one.")
     ] = None,
@@ -66,6 +69,7 @@ def compare(
     report: Annotated[Path | None, typer.Option(help="Write a JSON report with every answer.")] = None,
     *,
     decoding: DecodingFlags,
+    storage: StoreFlags,
 ) -> None:
     """Answer the same prompts under several policies: experts, bytes, speed, agreement with vanilla, accuracy.
 
@@ -74,13 +78,15 @@ def compare(
     _check_outputs(plot, report)
     if limit is not None and limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}")
+    set_threads(threads)
     texts = [*([policies] if policies is not None else []), *(policy or [])]
     files = [read_policy_file(file) for file in policy_file or []]
     chosen: list[str | RoutingPolicy | PolicyFile] = [*parse_policies(texts), *files]
     records = read_prompts(prompts)[:limit]
     check_scorable(records)
-    loaded = api.load(model, dtype=dtype)
-    with Bars() as bars:
+    store = storage.options()
+    with MemoryWatch() as memory, Bars() as bars:
+        loaded = api.load(model, dtype=dtype, store=store)
         comparison = api.compare(
             loaded,
             records,
@@ -88,7 +94,9 @@ def compare(
             batch_size=batch_size,
             backend=backend,
             chat=chat,
+            store=store,
             on_progress=bars.hear,
+            memory=memory,
             **decoding.options(),
         )
     _print_tables(comparison, people(as_json=as_json))

@@ -9,6 +9,8 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from expertshare.experts import StoreStatistics
+
 PLAIN_WIDTH = 120
 
 
@@ -26,6 +28,16 @@ def print_json(value: Any) -> None:
 def megabytes(count: int) -> str:
     """Bytes in units of a million."""
     return f"{count / 1e6:,.1f}"
+
+
+def store_summary(statistics: StoreStatistics) -> str:
+    """What was asked of an expert store, in a line."""
+    total = statistics.total
+    if statistics.kind == "mmap":
+        return f"experts: mapped, {total.requests:,} borrowed"
+    room = f"{statistics.slots:,} slots of {megabytes(statistics.slot_bytes)} MB"
+    read = f"{megabytes(total.reads * statistics.slot_bytes)} MB read, {total.stall_s:.2f} s waited"
+    return f"experts: {room}; {percent(total.hit_rate)} % of {total.requests:,} there; {read}"
 
 
 def percent(share: float | None) -> str:

@@ -10,12 +10,14 @@ import typer
 from rich.table import Table
 
 from expertshare import api
-from expertshare.cli.console import megabytes, people, print_json
-from expertshare.cli.option_groups import DecodingFlags, KnobFlags, with_option_groups
+from expertshare.cli.console import megabytes, people, print_json, store_summary
+from expertshare.cli.option_groups import DecodingFlags, KnobFlags, StoreFlags, with_option_groups
 from expertshare.cli.streaming import AnswerPrinter
+from expertshare.cli.threads import ThreadsFlag, set_threads
 from expertshare.errors import InputError
 from expertshare.evaluation import policy_label
 from expertshare.measure.cost import FORWARD_KINDS
+from expertshare.measure.memory import MemoryWatch
 from expertshare.measure.report import check_writable
 from expertshare.models import LoadedModel, decode_answer
 from expertshare.tasks import read_prompts
@@ -43,6 +45,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's.")] = None,
     backend: Annotated[str, typer.Option(help="Expert computation: auto, cpu, grouped or reference.")] = "auto",
+    threads: ThreadsFlag = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="Use the chat template, or not. Default: if there is one.")
     ] = None,
@@ -50,26 +53,38 @@ def generate(
         bool, typer.Option("--json", help="End with one JSON line on stdout; everything else goes to stderr.")
     ] = False,
     report: Annotated[Path | None, typer.Option(help="Write a JSON report with the cost of every forward.")] = None,
+    record_routing: Annotated[
+        Path | None, typer.Option(help="Write the experts of every forward, for `expertshare plan --trace`.")
+    ] = None,
     *,
     decoding: DecodingFlags,
     knobs: KnobFlags,
+    storage: StoreFlags,
 ) -> None:
     """Answer a prompt, a file of prompts, or stdin with a diffusion model, block by block."""
     if report is not None:
         check_writable(report)
+    set_threads(threads)
+    if record_routing is not None:
+        check_writable(record_routing)
     texts = _read_texts(source, prompt, prompts)
     chosen = knobs.policy(policy, policy_file)
-    loaded = api.load(model, dtype=dtype)
-    result = api.generate(
-        loaded,
-        texts,
-        policy=chosen,
-        batch_size=batch_size,
-        backend=backend,
-        chat=chat,
-        on_block=_printer(loaded, texts, as_json=as_json).hear,
-        **decoding.options(),
-    )
+    store = storage.options()
+    with MemoryWatch() as memory:
+        loaded = api.load(model, dtype=dtype, store=store)
+        result = api.generate(
+            loaded,
+            texts,
+            policy=chosen,
+            batch_size=batch_size,
+            backend=backend,
+            chat=chat,
+            store=store,
+            on_block=_printer(loaded, texts, as_json=as_json).hear,
+            memory=memory,
+            record_routing=record_routing,
+            **decoding.options(),
+        )
     console = people(as_json=as_json)
     console.print(_table(result))
     console.print(_summary(result))
@@ -127,4 +142,9 @@ def _summary(result: api.Generated) -> str:
     tokens = sum(len(answer.token_ids) for answer in run.answers)
     speed = f"{tokens} tokens in {run.elapsed_s:.2f} s: {run.tokens_per_s:.1f} per second"
     memory = f"peak memory {megabytes(result.peak_memory_bytes)} MB"
-    return f"{speed}; {run.steps} steps, {run.forwards} forwards; {memory}\ntime: {shares}"
+    if result.peak_anonymous_bytes is not None:
+        memory += f" ({megabytes(result.peak_anonymous_bytes)} without file pages)"
+    lines = [f"{speed}; {run.steps} steps, {run.forwards} forwards; {memory}", f"time: {shares}"]
+    if run.expert_store is not None:
+        lines.append(store_summary(run.expert_store))
+    return "\n".join(lines)

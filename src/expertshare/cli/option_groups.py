@@ -17,11 +17,12 @@ import typer
 
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError, PolicyError
+from expertshare.experts import ExpertMemory, StoreOptions
 from expertshare.routing import POLICIES, make_policy, parse_knob, parse_policy
 from expertshare.tuning import PolicyFile, read_policy_file
 from expertshare.types import RoutingPolicy
 
-DECODING_PANEL, KNOB_PANEL = "Decoding", "Policy knobs"
+DECODING_PANEL, KNOB_PANEL, STORE_PANEL = "Decoding", "Policy knobs", "Experts of a converted model"
 _DEFAULTS = DecodingOptions()
 
 
@@ -167,6 +168,49 @@ class KnobFlags:
         if ":" in text:
             raise InputError(f"expected knobs either in --policy {text!r} or as flags, got both: choose one way")
         return make_policy(text, {knob: parse_knob(value) for knob, value in self.given.items()})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoreFlags:
+    """How the experts of a converted model are kept, as flags."""
+
+    expert_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory for experts: 3GiB, 800MB, ...; all: every expert (default); mmap: as the kernel decides.",
+            rich_help_panel=STORE_PANEL,
+        ),
+    ] = None
+    direct_io: Annotated[
+        bool, typer.Option("--direct-io", help="Read experts past the page cache.", rich_help_panel=STORE_PANEL)
+    ] = False
+    prefetch: Annotated[
+        bool,
+        typer.Option(
+            "--prefetch/--no-prefetch",
+            help="While a layer computes, read the next layer's likely experts, within the same memory.",
+            rich_help_panel=STORE_PANEL,
+        ),
+    ] = True
+
+    @classmethod
+    def parameters(cls) -> list[inspect.Parameter]:
+        """One for each field."""
+        hints = get_type_hints(cls, include_extras=True)
+        return [_parameter(field.name, hints[field.name], field.default) for field in fields(cls)]
+
+    @classmethod
+    def collect(cls, values: Mapping[str, Any]) -> Self:
+        """The flags as given."""
+        return cls(**values)
+
+    def options(self) -> StoreOptions | None:
+        """The store that was asked for; None where nothing was. Raises InputError for an unreadable size."""
+        if self.expert_memory is None and not self.direct_io and self.prefetch:
+            return None
+        memory = ExpertMemory.parse(self.expert_memory or "all")
+        return StoreOptions(memory=memory, direct=self.direct_io, prefetch=self.prefetch)
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

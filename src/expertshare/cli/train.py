@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from expertshare.cli.threads import ThreadsFlag, set_threads
 from expertshare.training.config import TrainingConfig
 from expertshare.training.loop import StepResult
 from expertshare.training.run import RunPaths, prepare, run
@@ -29,13 +29,12 @@ def train(
     matrix_lr: Annotated[float, typer.Option(help="Peak learning rate of matrices (Muon).")] = 0.02,
     scalar_lr: Annotated[float, typer.Option(help="Peak learning rate of the rest (AdamW).")] = 0.003,
     dtype: Annotated[str, typer.Option(help="Arithmetic: bfloat16 (autocast) or float32.")] = "bfloat16",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice.")] = None,
+    threads: ThreadsFlag = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in this folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line on stdout.")] = False,
 ) -> None:
     """Train a small LLaDA2-layout model (64 experts, 8 per token) on the generated tasks, from recorded seeds."""
-    if threads is not None:
-        torch.set_num_threads(threads)
+    set_threads(threads)
     config = TrainingConfig(
         steps=steps,
         samples_per_step=samples_per_step,

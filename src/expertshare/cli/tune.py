@@ -11,7 +11,7 @@ from rich.table import Table
 from expertshare import api
 from expertshare.cli.bars import Bars
 from expertshare.cli.console import megabytes, people, percent, print_json
-from expertshare.cli.option_groups import DecodingFlags, with_option_groups
+from expertshare.cli.option_groups import DecodingFlags, StoreFlags, with_option_groups
 from expertshare.errors import InputError
 from expertshare.measure.report import check_writable
 from expertshare.plots import check_plot_path, plot_tuning
@@ -71,6 +71,7 @@ def tune(
     ] = False,
     *,
     decoding: DecodingFlags,
+    storage: StoreFlags,
 ) -> None:
     """Find the cheapest policy that keeps a share of vanilla's quality on your prompts, and certify it on others.
 
@@ -91,7 +92,8 @@ def tune(
         seed=decoding.seed,
     )
     records = _of_tasks(read_prompts(prompts), task)
-    loaded = api.load(model, dtype=dtype)
+    store = storage.options()
+    loaded = api.load(model, dtype=dtype, store=store)
     with Bars() as bars:
         tuned = api.tune(
             loaded,
@@ -100,6 +102,7 @@ def tune(
             batch_size=batch_size,
             backend=backend,
             chat=chat,
+            store=store,
             on_progress=bars.hear,
             **decoding.options(),
         )

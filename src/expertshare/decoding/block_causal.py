@@ -23,11 +23,12 @@ class CachedPrefix:
     def __init__(self, run: AccountedModel, canvas: Canvas, rows: Sequence[Row]) -> None:
         self._run, self._canvas = run, canvas
         model = run.model
-        # a row's last block is never cached: nothing comes after it
-        capacity = max((row.geometry.num_blocks - 1) * row.geometry.block_length for row in rows)
+        capacity = max(row.geometry.num_blocks * row.geometry.block_length for row in rows)
         self.cache = KeyValueCache(
             model.config, num_rows=len(rows), capacity=capacity, dtype=model.dtype, device=model.device
         )
+        self._mask_RLP: Tensor | None = None
+        self._mask_is_for: list[int] = []
 
     def prefill(self, rows: Sequence[Row]) -> None:
         """Cache the full prompt blocks of all rows in one forward; rows without one stay out of it."""
@@ -44,37 +45,46 @@ class CachedPrefix:
             mask_BSP=block_causal_mask(live_RS, rows[0].geometry.block_length),
             block_length=rows[0].geometry.block_length,
         )
-        output = self._run("prefill", rows, inputs)
-        self.cache.write(index, [(0, end) for end in lengths], output.key_values)
+        rooms = self.cache.rooms(index, [0] * len(rows))
+        self._run("prefill", rows, inputs, rooms)
+        self.cache.put_back(index, rooms)
 
     def denoise(self, rows: Sequence[Row]) -> Tensor:
-        """Run the current blocks as they stand."""
+        """Run the current blocks as they stand. Every step overwrites what the one before left in the cache."""
+        self.cache.keep([row.index for row in rows])
         return self._forward("denoise", rows).hidden_BSD
 
     def commit(self, rows: Sequence[Row]) -> None:
-        """Run the finished blocks once more, from their final tokens, and keep the keys and values."""
-        if not rows:
-            return
-        output = self._forward("commit", rows)
-        spans = [(row.start, row.start + row.geometry.block_length) for row in rows]
-        self.cache.write([row.index for row in rows], spans, output.key_values)
+        """Run the finished blocks once more, from their final tokens: those keys and values stay."""
+        if rows:
+            self._forward("commit", rows)
 
     def _forward(self, kind: ForwardKind, rows: Sequence[Row]) -> ForwardOutput:
-        window = self._canvas.window(rows)
+        window, index = self._canvas.window(rows), [row.index for row in rows]
         at = (window.rows_R1, window.index_RL)
-        cached = [row.start for row in rows]
-        past_RP = visible(cached, window.tokens_RL.device)
-        # a block attends to all of itself, undecided positions included
-        own_RL = torch.ones_like(window.masked_RL)
-        mask_RLP = torch.cat((past_RP, own_RL), dim=1).unsqueeze(1).expand(-1, own_RL.shape[1], -1)
         inputs = ForwardInput(
             tokens_BS=window.tokens_RL,
             positions_BS=self._canvas.positions_BC[at],
             live_BS=self._canvas.live_BC[at],
-            mask_BSP=mask_RLP,
-            block_length=own_RL.shape[1],
+            mask_BSP=self._mask(rows),
+            block_length=window.tokens_RL.shape[1],
         )
-        return self._run(kind, rows, inputs, self.cache.past([row.index for row in rows], max(cached)))
+        rooms = self.cache.rooms(index, [row.start for row in rows])
+        output = self._run(kind, rows, inputs, rooms)
+        self.cache.put_back(index, rooms)
+        return output
+
+    def _mask(self, rows: Sequence[Row]) -> Tensor | None:
+        """A block attends to everything before it and to all of itself, undecided positions included. None where the
+        blocks of all rows are equally far; made once for as long as the rows stay where they are."""
+        length = rows[0].geometry.block_length
+        ends = [row.start + length for row in rows]
+        if len(set(ends)) == 1:
+            return None
+        if ends != self._mask_is_for:
+            self._mask_RLP = visible(ends, self._canvas.tokens_BC.device).unsqueeze(1).expand(-1, length, -1)
+            self._mask_is_for = ends
+        return self._mask_RLP
 
 
 def block_causal_mask(live_RS: Tensor, block_length: int) -> Tensor:

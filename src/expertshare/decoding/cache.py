@@ -1,8 +1,9 @@
-"""Keys and values of finished blocks, in memory that is allocated once."""
+"""Keys and values of finished blocks and of the current one, in memory that is allocated once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,17 +12,41 @@ from expertshare.config import ModelConfig
 from expertshare.models.runtime import LayerKeyValues
 
 
-class KeyValueCache:
-    """One [B, key/value heads, capacity, head dim] pair per layer, filled from the left row by row.
+@dataclass(frozen=True, slots=True)
+class Room:
+    """One layer's cache for the R rows of a forward: [R, key/value heads, capacity, head dim] each.
 
-    What lies beyond a row's finished blocks is zero; queries must not see it (`visible`).
+    starts: where each row's new keys and values are put, right behind its finished ones. What lies beyond is stale;
+    queries must not see it (`visible`).
     """
+
+    keys_BHCD: Tensor
+    values_BHCD: Tensor
+    starts: tuple[int, ...]
+
+    def extended_by(self, new: LayerKeyValues) -> LayerKeyValues:
+        """The cache as far as the longest row reaches with its new positions, which are written in place: a view, with
+        keys at their canvas positions."""
+        length = new.keys_BHSD.shape[2]
+        end = max(self.starts) + length
+        if len(set(self.starts)) == 1:
+            self.keys_BHCD[:, :, self.starts[0] : end] = new.keys_BHSD
+            self.values_BHCD[:, :, self.starts[0] : end] = new.values_BHSD
+        else:
+            for row, start in enumerate(self.starts):
+                self.keys_BHCD[row, :, start : start + length] = new.keys_BHSD[row]
+                self.values_BHCD[row, :, start : start + length] = new.values_BHSD[row]
+        return LayerKeyValues(self.keys_BHCD[:, :, :end], self.values_BHCD[:, :, :end])
+
+
+class KeyValueCache:
+    """One [B, key/value heads, capacity, head dim] pair per layer, filled from the left row by row."""
 
     def __init__(
         self, config: ModelConfig, *, num_rows: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (num_rows, config.num_kv_heads, capacity, config.head_dim)
-        self._num_rows = num_rows
+        self._held = list(range(num_rows))
         self.layers = tuple(
             LayerKeyValues(
                 torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
@@ -29,27 +54,40 @@ class KeyValueCache:
             for _ in range(config.num_layers)
         )
 
-    def past(self, rows: Sequence[int], length: int) -> tuple[LayerKeyValues, ...] | None:
-        """The first `length` positions of the given rows, or None if that is nothing. Copies unless all rows
-        are asked for."""
-        if length == 0:
-            return None
-        pick: slice | list[int] = slice(None) if list(rows) == list(range(self._num_rows)) else list(rows)
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all other rows. Copies, where there are any, the rest: once for each row that leaves."""
+        if list(rows) == self._held:
+            return
+        pick = [self._held.index(row) for row in rows]
+        self.layers = tuple(LayerKeyValues(layer.keys_BHSD[pick], layer.values_BHSD[pick]) for layer in self.layers)
+        self._held = list(rows)
+
+    def rooms(self, rows: Sequence[int], starts: Sequence[int]) -> tuple[Room, ...]:
+        """For each layer the place of the given rows' new keys and values, from `starts` on.
+
+        A view of the cache where those rows lie side by side in it; else a copy, for `put_back` to return.
+        """
+        pick = self._places(rows)
         return tuple(
-            LayerKeyValues(layer.keys_BHSD[pick, :, :length], layer.values_BHSD[pick, :, :length])
-            for layer in self.layers
+            Room(layer.keys_BHSD[pick], layer.values_BHSD[pick], tuple(starts)) for layer in self.layers
         )
 
-    def write(self, rows: Sequence[int], spans: Sequence[tuple[int, int]], new: Sequence[LayerKeyValues]) -> None:
-        """Store new keys and values (one entry per layer, batch = `rows`): row i fills its span [start, end)
-        with the first end - start positions of entry i."""
-        for layer, fresh in zip(self.layers, new, strict=True):
-            for entry, (row, (start, end)) in enumerate(zip(rows, spans, strict=True)):
-                layer.keys_BHSD[row, :, start:end] = fresh.keys_BHSD[entry, :, : end - start]
-                layer.values_BHSD[row, :, start:end] = fresh.values_BHSD[entry, :, : end - start]
+    def put_back(self, rows: Sequence[int], rooms: Sequence[Room]) -> None:
+        """Keep what a forward wrote into `rooms`; nothing is to be done for views."""
+        pick = self._places(rows)
+        if isinstance(pick, slice):
+            return
+        for layer, room in zip(self.layers, rooms, strict=True):
+            layer.keys_BHSD[pick], layer.values_BHSD[pick] = room.keys_BHCD, room.values_BHCD
+
+    def _places(self, rows: Sequence[int]) -> slice | list[int]:
+        places = [self._held.index(row) for row in rows]
+        first = places[0]
+        side_by_side = places == list(range(first, first + len(places)))
+        return slice(first, first + len(places)) if side_by_side else places
 
 
 def visible(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Which cached positions each row has filled: bool [R, P], P the largest of `lengths`."""
+    """Which positions each row has filled: bool [R, P], P the largest of `lengths`."""
     filled_R1 = torch.tensor(lengths, device=device).unsqueeze(1)
     return torch.arange(max(lengths), device=device) < filled_R1

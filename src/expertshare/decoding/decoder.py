@@ -58,7 +58,8 @@ class BlockStream(Iterator[BlockResult]):
         self._seconds_before = dict(self._clock.seconds)
         self._elapsed_s = 0.0
         self._runtime = replace(decoder.runtime, clock=self._clock)
-        self._ledger = CostLedger(config.num_moe_layers, config.num_expert_parameters * model.dtype.itemsize)
+        own_bytes = config.num_expert_parameters * model.dtype.itemsize
+        self._ledger = CostLedger(config.num_moe_layers, self._runtime.bytes_per_expert or own_bytes)
         self._model = model
         self._eos_ids = torch.tensor(config.eos_ids, dtype=torch.int64, device=model.device)
         self._schedule = schedule(_known(self._options.block_length), _known(self._options.steps_per_block))
@@ -113,13 +114,20 @@ class BlockStream(Iterator[BlockResult]):
         """A token and its confidence for each position that may change; elsewhere the old token and -inf."""
         options, config = self._options, self._model.config
         wanted_RL = window.masked_RL if options.editing_threshold is None else ~window.frozen_RL
-        with self._runtime.timed("head"):
-            logits_CV = self._model.logits(hidden_RLD[wanted_RL])
-        self._check_finite(rows, wanted_RL, logits_CV)
         generators = [row.generator for row in rows]
         counts = wanted_RL.sum(dim=1).tolist() if options.temperature or options.remasking == "random" else []
-        uniform_CV = draw(generators, counts, logits_CV.shape[1]) if options.temperature else None
-        tokens_C, confidence_C = propose(logits_CV, options, mask_id=config.mask_id, uniform_CV=uniform_CV)
+        with self._runtime.timed("head"):
+            hidden_CD = hidden_RLD[wanted_RL]
+            if options.takes_the_best:
+                tokens_C, confidence_C = self._model.best_tokens(
+                    hidden_CD, [config.mask_id], backend=self._runtime.backend
+                )
+                self._check_finite(rows, wanted_RL, confidence_C.isfinite())
+            else:
+                logits_CV = self._model.logits(hidden_CD, backend=self._runtime.backend)
+                self._check_finite(rows, wanted_RL, logits_CV.isfinite().all(dim=1))
+                uniform_CV = draw(generators, counts, logits_CV.shape[1]) if options.temperature else None
+                tokens_C, confidence_C = propose(logits_CV, options, mask_id=config.mask_id, uniform_CV=uniform_CV)
         if options.remasking == "random":
             confidence_C = draw(generators, counts).float()
         confidence_RL = torch.full(wanted_RL.shape, float("-inf"), device=confidence_C.device)
@@ -187,8 +195,7 @@ class BlockStream(Iterator[BlockResult]):
             self._active = [other for other in self._active if other is not row]
         return result
 
-    def _check_finite(self, rows: Sequence[Row], wanted_RL: Tensor, logits_CV: Tensor) -> None:
-        finite_C = logits_CV.isfinite().all(dim=1)
+    def _check_finite(self, rows: Sequence[Row], wanted_RL: Tensor, finite_C: Tensor) -> None:
         if finite_C.all():
             return
         candidate = int(finite_C.logical_not().nonzero()[0])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expertshare.decoding.row import Row
 from expertshare.measure.cost import CostLedger, ForwardKind
-from expertshare.models.runtime import ForwardInput, ForwardOutput, LayerKeyValues, Runtime
+from expertshare.models.runtime import ForwardInput, ForwardOutput, Past, Runtime
 from expertshare.models.transformer import MoETransformer
 
 
@@ -43,7 +43,7 @@ class AccountedModel:
         kind: ForwardKind,
         rows: Sequence[Row],
         inputs: ForwardInput,
-        past: Sequence[LayerKeyValues] | None = None,
+        past: Sequence[Past] | None = None,
     ) -> ForwardOutput:
         """One forward in which `rows` take part."""
         output: ForwardOutput = self.model(inputs, self.runtime, past)

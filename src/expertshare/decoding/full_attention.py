@@ -27,12 +27,13 @@ class WholeCanvas:
         """Run the canvases of the rows that are still decoding, as far as the longest of them."""
         canvas, index = self._canvas, [row.index for row in rows]
         length = max(row.geometry.canvas_length for row in rows)
+        all_live = all(row.geometry.padding == 0 and row.geometry.canvas_length == length for row in rows)
         live_RS = canvas.live_BC[index, :length]
         inputs = ForwardInput(
             tokens_BS=canvas.tokens_BC[index, :length],
             positions_BS=canvas.positions_BC[index, :length],
             live_BS=live_RS,
-            mask_BSP=live_RS.unsqueeze(1).expand(-1, length, -1),
+            mask_BSP=None if all_live else live_RS.unsqueeze(1).expand(-1, length, -1),
             block_length=rows[0].geometry.block_length,
         )
         hidden_RSD = self._run("denoise", rows, inputs).hidden_BSD

@@ -44,6 +44,12 @@ class DecodingOptions:
     remasking: Remasking = "confidence"
     stop_at_eos: bool = True
 
+    @property
+    def takes_the_best(self) -> bool:
+        """Whether all that is wanted of a position is its most probable token and the model's own probability."""
+        restricted = self.top_k is not None or self.top_p is not None
+        return self.temperature == 0.0 and not (self.filtered_confidence and restricted)
+
     def resolve(self, config: ModelConfig) -> DecodingOptions:
         """The same options with block_length and steps_per_block concrete for this model.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from expertshare.decoding.options import DecodingOptions
+from expertshare.kernels.vocabulary import ROWS_AT_A_TIME
 
 
 def propose(
@@ -20,6 +21,16 @@ def propose(
     distribution without the mask (float32 softmax, no noise, temperature or restriction), because
     restricting inflates it, unless the options ask for `filtered_confidence`.
     """
+    slices = torch.split(logits_CV, ROWS_AT_A_TIME)
+    noises = [None] * len(slices) if uniform_CV is None else torch.split(uniform_CV, ROWS_AT_A_TIME)
+    proposed = [_propose(*pair, options, mask_id) for pair in zip(slices, noises, strict=True)]
+    tokens, confidences = zip(*proposed, strict=True)
+    return torch.cat(tokens), torch.cat(confidences)
+
+
+def _propose(
+    logits_CV: Tensor, uniform_CV: Tensor | None, options: DecodingOptions, mask_id: int
+) -> tuple[Tensor, Tensor]:
     clean_CV = logits_CV.float()
     clean_CV = clean_CV.index_fill(1, torch.tensor([mask_id], device=clean_CV.device), float("-inf"))
     tempered_CV = clean_CV.double() / options.temperature if options.temperature else clean_CV

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from expertshare.decoding import BlockDecoder, BlockResult, DecodingOptions, FinishReason, Generation
 from expertshare.decoding.geometry import check_prompts
 from expertshare.evaluation.costs import join_costs
 from expertshare.evaluation.setup import Setup
-from expertshare.kernels import resolve_backend
+from expertshare.experts import StoreStatistics
 from expertshare.measure.cost import Cost
-from expertshare.models import LoadedModel, Runtime, decode_answer
+from expertshare.measure.memory import storage_bytes_read
+from expertshare.models import LoadedModel, decode_answer
 from expertshare.types import RoutingPolicy
 
 BlockListener = Callable[[BlockResult], None]
@@ -30,7 +32,11 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyRun:
-    """All answers under `policy` (bound to the model's router: every knob concrete), in the order of the prompts."""
+    """All answers under `policy` (bound to the model's router: every knob concrete), in the order of the prompts.
+
+    expert_store: what was asked of the store, None without one. storage_bytes_read: by the process meanwhile, whatever
+    for; None where the system does not say.
+    """
 
     policy: RoutingPolicy
     options: DecodingOptions
@@ -38,6 +44,13 @@ class PolicyRun:
     cost: Cost
     elapsed_s: float
     seconds_by_part: Mapping[str, float]
+    expert_store: StoreStatistics | None = None
+    storage_bytes_read: int | None = None
+
+    def memory_json(self) -> dict[str, Any]:
+        """What the run asked of the expert store and of the storage, by the names of docs/contracts.md."""
+        store = self.expert_store
+        return {"expert_store": store.to_json() if store else None, "storage_bytes_read": self.storage_bytes_read}
 
     @property
     def steps(self) -> int:
@@ -71,9 +84,11 @@ def answer_prompts(
     ConfigError, InputError, PolicyError or NumericsError.
     """
     assert loaded.tokenizer is not None  # encode_prompts refuses a model without one
-    backend = resolve_backend(setup.backend, loaded.model.device)
-    decoder = BlockDecoder(loaded.model, Runtime(policy=policy, backend=backend), options)
+    decoder = BlockDecoder(loaded.model, setup.runtime(loaded, policy), options)
     check_prompts(prompts, decoder.options, loaded.config)  # all of them, before the first batch costs time
+    if setup.store is not None:
+        setup.store.reset()
+    read_before = storage_bytes_read()
     starts = range(0, len(prompts), setup.batch_size)
     parts: list[Generation] = []
     for start in starts:
@@ -99,7 +114,14 @@ def answer_prompts(
         cost=join_costs([part.cost for part in parts], list(starts)),
         elapsed_s=sum(part.elapsed_s for part in parts),
         seconds_by_part=_join_seconds([part.seconds_by_part for part in parts]),
+        expert_store=setup.store.statistics() if setup.store is not None else None,
+        storage_bytes_read=_more_than(read_before),
     )
+
+
+def _more_than(before: int | None) -> int | None:
+    now = storage_bytes_read()
+    return None if before is None or now is None else now - before
 
 
 def _join_seconds(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -15,6 +15,7 @@ from expertshare.evaluation.labels import policy_label
 from expertshare.evaluation.setup import Setup, encode_prompts
 from expertshare.evaluation.statistics import PairedDifference, Proportion, Retained, paired_difference, retained
 from expertshare.measure.environment import peak_memory_bytes
+from expertshare.measure.memory import MemoryWatch
 from expertshare.models import LoadedModel
 from expertshare.routing import POLICIES, knobs
 from expertshare.tasks import PromptRecord
@@ -58,6 +59,7 @@ class ComparedRun:
             "tokens_per_s": self.run.tokens_per_s,
             "elapsed_s": self.run.elapsed_s,
             "seconds_by_part": dict(self.run.seconds_by_part),
+            **self.run.memory_json(),
             "agreement": self.agreement.tokens,
             "exact_agreement": self.agreement.exact,
             "accuracy": overall.value if overall else None,
@@ -89,7 +91,8 @@ class ComparedRun:
 class Comparison:
     """The runs that were asked for, in that order. reference: vanilla's run, whether or not it was asked for.
 
-    config: the resolved configuration. peak_memory_bytes: of the process, over all runs together.
+    config: the resolved configuration. peak_memory_bytes: of the process, over all runs together;
+    peak_anonymous_bytes: without pages of files, None where the system does not say.
     """
 
     records: tuple[PromptRecord, ...]
@@ -97,6 +100,7 @@ class Comparison:
     runs: tuple[ComparedRun, ...]
     reference: ComparedRun
     peak_memory_bytes: int
+    peak_anonymous_bytes: int | None
 
     def to_json(self, *, answers: bool = False) -> dict[str, Any]:
         """Plain values under "runs"; `answers` adds every answer to its run."""
@@ -108,6 +112,7 @@ class Comparison:
             "reference": self.reference.to_json(),
             "num_prompts": len(self.records),
             "peak_memory_bytes": self.peak_memory_bytes,
+            "peak_anonymous_bytes": self.peak_anonymous_bytes,
         }
 
 
@@ -119,12 +124,34 @@ def compare_policies(
     *,
     setup: Setup,
     on_progress: ProgressListener | None = None,
+    memory: MemoryWatch | None = None,
 ) -> Comparison:
     """Answer the prompts of `records` under vanilla and every policy, and compare with vanilla.
 
     Everything that can be refused is refused before the first forward. on_progress(label, done, total) hears of
-    every finished prompt. Raises InputError, PolicyError or NumericsError.
+    every finished prompt. memory: a watch that runs already. Raises InputError, PolicyError or NumericsError.
     """
+    with memory or MemoryWatch() as watch:
+        runs, reference = _runs(loaded, records, policies, options, setup, on_progress)
+    return Comparison(
+        records=tuple(records),
+        config=setup.to_json(loaded, options),
+        runs=runs,
+        reference=reference,
+        peak_memory_bytes=peak_memory_bytes(loaded.model.device),
+        peak_anonymous_bytes=watch.peak_anonymous_bytes,
+    )
+
+
+def _runs(
+    loaded: LoadedModel,
+    records: Sequence[PromptRecord],
+    policies: Sequence[RoutingPolicy],
+    options: DecodingOptions,
+    setup: Setup,
+    on_progress: ProgressListener | None,
+) -> tuple[tuple[ComparedRun, ...], ComparedRun]:
+    """The runs that were asked for, and vanilla's."""
     labels = _labels(policies)
     bound = [policy.bind(loaded.config.router) for policy in policies]
     check_scorable(records)
@@ -146,13 +173,7 @@ def compare_policies(
         this = run(policy, label)
         outcomes = judge(records, [answer.text for answer in this.answers])
         runs.append(_compare(label, this, outcomes, base_run, base_outcomes, records))
-    return Comparison(
-        records=tuple(records),
-        config=setup.to_json(loaded, options),
-        runs=tuple(runs),
-        reference=reference,
-        peak_memory_bytes=peak_memory_bytes(loaded.model.device),
-    )
+    return tuple(runs), reference
 
 
 def _labels(policies: Sequence[RoutingPolicy]) -> list[str]:

@@ -8,8 +8,13 @@ from typing import Any
 
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError
+from expertshare.experts import SlabStore, StoreOptions
+from expertshare.experts.recording import RoutingRecorder
+from expertshare.experts.resident import ResidentStore
 from expertshare.kernels import AUTO, resolve_backend
-from expertshare.models import LoadedModel, describe, encode_prompt
+from expertshare.models import LoadedModel, Runtime, describe, encode_prompt
+from expertshare.models.moe import MoE
+from expertshare.types import ExpertStore, RoutingPolicy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,16 +22,39 @@ class Setup:
     """What all runs of one command share. chat: whether prompts went through the chat template (None: if there is one).
 
     batch_size: prompts decoded together; a coreset is still per block and prompt. backend: a name of
-    expertshare.kernels.BACKENDS, or "auto" for the fastest on the model's device.
+    expertshare.kernels.BACKENDS, or "auto" for the fastest on the model's device. store: for a converted model, and how
+    it was opened. recorder: is told which experts every forward borrows.
     """
 
     batch_size: int = 1
     backend: str = AUTO
     chat: bool | None = None
+    store: SlabStore | None = None
+    store_options: StoreOptions | None = None
+    recorder: RoutingRecorder | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise InputError(f"batch_size must be a whole number of at least 1, got {self.batch_size!r}")
+
+    def runtime(self, loaded: LoadedModel, policy: RoutingPolicy) -> Runtime:
+        """How to run the model under a policy. Raises ConfigError for a backend that does not exist or cannot run."""
+        return Runtime(
+            policy=policy,
+            backend=resolve_backend(self.backend, loaded.model.device),
+            store=self._lender(loaded),
+            bytes_per_expert=loaded.layout.format.expert_bytes if loaded.layout else None,
+        )
+
+    def _lender(self, loaded: LoadedModel) -> ExpertStore | None:
+        """The store, or the model's own experts where somebody wants to be told what is borrowed."""
+        if self.recorder is None:
+            return self.store
+        own = [m.experts for m in loaded.model.modules() if isinstance(m, MoE) and m.experts is not None]
+        config = loaded.config
+        return self.recorder.around(
+            self.store or ResidentStore(own), num_layers=config.num_moe_layers, num_experts=config.router.num_experts
+        )
 
     def to_json(self, loaded: LoadedModel, options: DecodingOptions) -> dict[str, Any]:
         """The resolved configuration: model, decoding and these."""
@@ -38,6 +66,7 @@ class Setup:
             "batch_size": self.batch_size,
             "backend": resolve_backend(self.backend, loaded.model.device),
             "chat": has_template if self.chat is None else self.chat,
+            "expert_store": self.store_options.to_json() if self.store_options else None,
         }
 
 

@@ -14,8 +14,9 @@ from expertshare import native
 from expertshare.errors import ConfigError, nearest
 from expertshare.kernels.cpu import moe_ffn_cpu
 from expertshare.kernels.grouped import moe_ffn_grouped
+from expertshare.kernels.quantise import dequantised_experts
 from expertshare.kernels.reference import moe_ffn_reference
-from expertshare.types import Bank, ExpertBank, QuantisedBank, RoutingPlan
+from expertshare.types import Bank, ExpertBank, RoutingPlan
 
 Backend = Literal["grouped", "cpu", "reference"]
 
@@ -59,11 +60,15 @@ def _say_once(message: str) -> None:
 def moe_ffn(x_TD: Tensor, plan: RoutingPlan, bank: Bank, *, backend: str = "grouped") -> Tensor:
     """Run each token through the experts of its plan and mix the outputs with its weights.
 
-    x_TD: float32 or bfloat16, same dtype as the bank. Returns [T, D] in that dtype; sums are float32.
+    x_TD: float32 or bfloat16, same dtype as the bank unless that is quantised. Returns [T, D] in that dtype; sums are
+    float32. Of quantised experts "cpu" multiplies the codes (moe_ffn_cpu says how); the other backends widen those in
+    use to the tokens' dtype first, which is slow.
     Raises ConfigError for a backend that does not exist, and for "cpu" where its library was not built.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"unknown expert backend {backend!r}. {nearest(backend, BACKENDS)}")
-    if isinstance(bank, QuantisedBank):
-        raise ConfigError(f"the expert backend {backend!r} does not take quantised experts yet.")
-    return BACKENDS[backend](x_TD, plan, bank)
+    if isinstance(bank, ExpertBank):
+        return BACKENDS[backend](x_TD, plan, bank)
+    if backend == "cpu":
+        return moe_ffn_cpu(x_TD, plan, bank)
+    return BACKENDS[backend](x_TD, *dequantised_experts(plan, bank, x_TD.dtype))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 
 import expertshare
+from expertshare.measure.memory import peak_resident_bytes
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 
@@ -97,8 +96,8 @@ def _cpu_model() -> str:
 
 
 def peak_memory_bytes(device: torch.device | None = None) -> int:
-    """Most memory ever in use: of the device's allocator on a GPU, else resident memory of this process."""
+    """Most memory ever in use: of the device's allocator on a GPU, else resident memory of this process, pages of files
+    included."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident_bytes()

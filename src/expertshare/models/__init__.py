@@ -3,7 +3,7 @@
 from expertshare.models.description import ModelFacts, describe
 from expertshare.models.family import Family, Place
 from expertshare.models.loading import LoadedModel, load_model
-from expertshare.models.runtime import ForwardInput, ForwardOutput, LayerKeyValues, RoutingTrace, Runtime
+from expertshare.models.runtime import ForwardInput, ForwardOutput, LayerKeyValues, Past, RoutingTrace, Runtime
 from expertshare.models.saving import save_model
 from expertshare.models.table import FAMILIES, family_of
 from expertshare.models.tokenizer import decode_answer, encode_prompt, load_tokenizer
@@ -18,6 +18,7 @@ __all__ = [
     "LoadedModel",
     "MoETransformer",
     "ModelFacts",
+    "Past",
     "Place",
     "RoutingTrace",
     "Runtime",

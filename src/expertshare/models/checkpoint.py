@@ -29,15 +29,18 @@ class StoredTensor:
     dtype: str
 
 
-def read_headers(directory: Path) -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint, by name; reads headers only. Raises CheckpointError if files and index disagree."""
-    single, index = directory / WEIGHTS, directory / INDEX
+def read_headers(directory: Path, weights: str = WEIGHTS) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint, by name; reads headers only. weights: name of the file where there are no shards.
+
+    Raises CheckpointError if files and index disagree.
+    """
+    single, index = directory / weights, directory / f"{weights}.index.json"
     if single.exists() and index.exists():
-        raise CheckpointError(f"{directory} holds both {WEIGHTS} and {INDEX}: remove the one that is out of date")
+        raise CheckpointError(f"{directory} holds both {weights} and {index.name}: remove the one that is out of date")
     if single.exists():
         return _read_file(single)
     if not index.exists():
-        raise CheckpointError(f"{directory} holds neither {WEIGHTS} nor {INDEX}: is the download complete?")
+        raise CheckpointError(f"{directory} holds neither {weights} nor {index.name}: is the download complete?")
     return _read_shards(directory, index)
 
 
@@ -52,7 +55,7 @@ def _read_shards(directory: Path, index: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{index} names the file {shard!r}, which is not in {directory}: download it again")
         for name, stored in _read_file(path).items():
             if listed.get(name) != shard:
-                raise CheckpointError(f"{path} holds {name}, which {INDEX} does not place there: download both again")
+                raise CheckpointError(f"{path} holds {name}, which {index.name} places elsewhere: download both again")
             found[name] = stored
     _complain("are listed in the index but absent from their files", set(listed) - set(found), index)
     return found

@@ -34,17 +34,20 @@ def describe(loaded: LoadedModel) -> ModelFacts:
     """Count parameters and bytes, put the router's rule in words, derive the smallest coresets."""
     config, spec = loaded.config, loaded.config.router
     tensors = {*loaded.model.parameters(), *loaded.model.buffers()}
-    total = sum(t.numel() * t.element_size() for t in tensors)
-    width = loaded.model.dtype.itemsize
-    experts = config.num_moe_layers * spec.num_experts * config.num_expert_parameters * width
+    own_bytes = sum(t.numel() * t.element_size() for t in tensors)
+    num_experts, layout = config.num_moe_layers * spec.num_experts, loaded.layout
+    per_expert = layout.format.expert_bytes if layout else config.num_expert_parameters * loaded.model.dtype.itemsize
+    experts = num_experts * per_expert
+    elsewhere = num_experts if layout else 0
+    total = own_bytes + elsewhere * per_expert
     return ModelFacts(
         family=config.family,
         architecture=_architecture(config),
         router_rule=router_rule(spec),
         dtype=str(loaded.model.dtype).removeprefix("torch."),
-        num_parameters=sum(p.numel() for p in loaded.model.parameters()),
+        num_parameters=sum(p.numel() for p in loaded.model.parameters()) + elsewhere * config.num_expert_parameters,
         total_bytes=total,
-        bytes_per_expert=config.num_expert_parameters * width,
+        bytes_per_expert=per_expert,
         experts_bytes=experts,
         experts_share=experts / total,
         min_coreset_inside=spec.min_coreset_size("inside"),

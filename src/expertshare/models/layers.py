@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertshare.config import ModelConfig
-from expertshare.models.runtime import LayerKeyValues
+from expertshare.kernels import attend, linear, swiglu
+from expertshare.models.runtime import LayerKeyValues, Past
 
 
 class RMSNorm(nn.Module):
@@ -20,9 +20,13 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension; returns the input's dtype."""
-        x_float = x.float()
-        normed = x_float * torch.rsqrt(x_float.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return self.weight * normalised(x, self.eps)
+
+
+def normalised(x: Tensor, eps: float) -> Tensor:
+    """Divide the last dimension by its root mean square, taken in float32."""
+    x_float = x.float()
+    return (x_float * torch.rsqrt(x_float.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def rotary_tables(positions_BS: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -58,20 +62,31 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
-        self, x_BSD: Tensor, tables: tuple[Tensor, Tensor], mask_B1SP: Tensor, past: LayerKeyValues | None
+        self,
+        x_BSD: Tensor,
+        tables: tuple[Tensor, Tensor],
+        mask_BSP: Tensor | None,
+        past: Past | None,
+        *,
+        backend: str,
     ) -> tuple[Tensor, LayerKeyValues]:
-        """Attend from the S new positions to P cached and S new ones. Returns the output and the new keys, values."""
+        """Attend from the S new positions to cached and new ones; no mask: to all of them. Returns the output and the
+        new keys and values."""
         batch, length, _ = x_BSD.shape
-        qkv = self.qkv(x_BSD).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        q, k, v = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
-        q, k = rotate(self.q_norm(q), tables), rotate(self.k_norm(k), tables)
+        qkv = linear(x_BSD, self.qkv.weight, backend=backend).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        qk, v = torch.split(qkv, [self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        qk = rotate(self._scales_H1D() * normalised(qk, self.q_norm.eps), tables)
+        q, k = torch.split(qk, [self.num_heads, self.num_kv_heads], dim=1)
         new = LayerKeyValues(k, v)
-        if past is not None:
-            k = torch.cat((past.keys_BHSD, k), dim=2)
-            v = torch.cat((past.values_BHSD, v), dim=2)
-        groups = self.num_heads != self.num_kv_heads
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1SP, enable_gqa=groups)
-        return self.out(y.transpose(1, 2).reshape(batch, length, -1)), new
+        seen = new if past is None else past.extended_by(new)
+        y_BSD = attend(q, seen.keys_BHSD, seen.values_BHSD, mask_BSP, backend=backend)
+        return linear(y_BSD, self.out.weight, backend=backend), new
+
+    def _scales_H1D(self) -> Tensor:
+        """The norms' scales for all heads of queries, then of keys: both are normed and rotated in one go."""
+        q_HD = self.q_norm.weight.expand(self.num_heads, -1)
+        k_HD = self.k_norm.weight.expand(self.num_kv_heads, -1)
+        return torch.cat((q_HD, k_HD)).unsqueeze(1)
 
 
 class SwiGLU(nn.Module):
@@ -82,7 +97,6 @@ class SwiGLU(nn.Module):
         self.gate_up = nn.Linear(hidden_size, 2 * inner, bias=False)
         self.down = nn.Linear(inner, hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, backend: str) -> Tensor:
         """Same shape and dtype as the input."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+        return swiglu(x, self.gate_up.weight, self.down.weight, backend=backend)

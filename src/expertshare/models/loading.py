@@ -12,6 +12,8 @@ import torch
 
 from expertshare.config import ModelConfig
 from expertshare.errors import CheckpointError, ConfigError
+from expertshare.experts import ExpertLayout, has_expert_layout, read_manifest
+from expertshare.experts.layout import DENSE
 from expertshare.models.checkpoint import (
     StoredTensor,
     check_names,
@@ -25,7 +27,7 @@ from expertshare.models.moe import Router
 from expertshare.models.source import read_json, read_optional_json, resolve_source
 from expertshare.models.table import family_of
 from expertshare.models.tokenizer import load_tokenizer, token_ids
-from expertshare.models.transformer import MoETransformer
+from expertshare.models.transformer import MoETransformer, leave_out_experts
 from expertshare.native import ask_for_huge_pages
 
 if TYPE_CHECKING:
@@ -36,12 +38,16 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedModel:
-    """A model that is ready to run, what it was loaded from, and its tokenizer (None where it comes with none)."""
+    """A model that is ready to run, what it was loaded from, and its tokenizer (None where it comes with none).
+
+    layout: of a converted model, whose experts are not in `model`: open a store for them (experts.open_store).
+    """
 
     model: MoETransformer
     config: ModelConfig
     tokenizer: PreTrainedTokenizerBase | None
     path: Path
+    layout: ExpertLayout | None = None
 
 
 def load_model(
@@ -49,7 +55,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a directory or a hub id. dtype: float32 or bfloat16, by default the checkpoint's own.
 
-    Routers stay in float32 whatever the dtype. A float16 checkpoint is computed in float32 unless told otherwise.
+    Of a directory that `expertshare convert` wrote, everything but the experts is loaded. Routers stay in float32
+    whatever the dtype. A float16 checkpoint is computed in float32 unless told otherwise.
     Raises InputError, ConfigError or CheckpointError, each naming the file, key or tensor.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -61,15 +68,38 @@ def load_model(
     generation = read_optional_json(path / "generation_config.json")
     config = family.parse_config(raw, generation, token_ids(tokenizer))
     _check_vocabulary(tokenizer, config)
-    stored = read_headers(path)
+    layout = read_manifest(path) if has_expert_layout(path) else None
+    stored = read_headers(path) if layout is None else read_headers(path, DENSE)
     places = choose_places(family, config, stored)
-    check_names(stored, places, path)
     with torch.device("meta"):
         model = MoETransformer(config)
+    if layout is not None:
+        check_layout(layout, config, dtype)
+        leave_out_experts(model)
+        places = [place for place in places if ".experts." not in place.entry]
+        dtype = dtype or layout.format.float_dtype
+    check_names(stored, places, path)
     check_tensors(stored, places, model.state_dict())
     model = _allocate(model, dtype or _own_dtype(stored, places), device)
     _fill(model, stored, places)
-    return LoadedModel(model=model.eval(), config=config, tokenizer=tokenizer, path=path)
+    return LoadedModel(model=model.eval(), config=config, tokenizer=tokenizer, path=path, layout=layout)
+
+
+def check_layout(layout: ExpertLayout, config: ModelConfig, dtype: torch.dtype | None) -> None:
+    """Raise CheckpointError unless the experts are those of `config`, ConfigError unless they compute in `dtype`."""
+    form = layout.format
+    found = (layout.num_layers, layout.num_experts, form.hidden, form.inner)
+    expected = (config.num_moe_layers, config.router.num_experts, config.hidden_size, config.expert_hidden)
+    if found != expected:
+        raise CheckpointError(
+            f"the expert files hold (MoE layers, experts, features, hidden features) = {found}, expected {expected} by "
+            "config.json: convert the model again"
+        )
+    if dtype is not None and form.float_dtype not in (None, dtype):
+        raise ConfigError(
+            f"the experts are stored in {form.dtype}, and computed as they are stored; expected that dtype, got "
+            f"{str(dtype).removeprefix('torch.')}: leave it out, or convert the model to it"
+        )
 
 
 def _allocate(model: MoETransformer, dtype: torch.dtype, device: str | torch.device) -> MoETransformer:

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expertshare.config import ModelConfig
+from expertshare.config import ModelConfig, RouterSpec
+from expertshare.errors import ConfigError
 from expertshare.experts import ResidentExperts
 from expertshare.kernels import moe_ffn
 from expertshare.models.layers import SwiGLU
 from expertshare.models.runtime import Runtime
-from expertshare.routing import route, router_scores
-from expertshare.types import ExpertBank, Loan, RoutingPlan
+from expertshare.routing import count_load, gate_scores, gate_takes, route, router_scores
+from expertshare.types import ExpertBank, Loan, RouterScores, RoutingPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,42 +54,49 @@ class Router(nn.Module):
         with torch.autocast(x_GLD.device.type, enabled=False):
             return F.linear(x_GLD.float(), self.weight.float())
 
+    def scores(self, x_GLD: Tensor, live_GL: Tensor, spec: RouterSpec, *, compiled: bool) -> RouterScores:
+        """Scores of every expert; compiled: by the native library where it takes these tensors."""
+        if compiled and gate_takes(x_GLD, self.weight, self.bias):
+            return gate_scores(x_GLD, self.weight, self.bias, live_GL, spec)
+        return router_scores(self(x_GLD), live_GL, spec, self.bias)
+
 
 class MoE(nn.Module):
-    """Routes each sharing group under the runtime's policy and runs the experts of its plan."""
+    """Routes each sharing group under the runtime's policy and runs the experts of its plan.
+
+    experts: None where they are not the model's own; the runtime must then have a store.
+    """
 
     def __init__(self, config: ModelConfig, moe_layer: int) -> None:
         super().__init__()
         self.spec = config.router
         self.moe_layer, self.num_layers = moe_layer, config.num_moe_layers
         self.router = Router(config)
-        self.experts = ResidentExperts(config.router.num_experts, config.hidden_size, config.expert_hidden)
+        self.experts: ResidentExperts | None = ResidentExperts(
+            config.router.num_experts, config.hidden_size, config.expert_hidden
+        )
         self.shared = SwiGLU(config.hidden_size, config.shared_hidden) if config.shared_hidden else None
 
     def forward(self, x_GLD: Tensor, live_GL: Tensor, runtime: Runtime) -> tuple[Tensor, LayerRouting]:
         """Returns the layer's output (same shape and dtype as the input) and what it asked of the experts."""
         with runtime.timed("router"):
-            scores = router_scores(self.router(x_GLD), live_GL, self.spec, self.router.bias)
+            scores = self.router.scores(x_GLD, live_GL, self.spec, compiled=runtime.backend == "cpu")
             _, plan = route(scores, runtime.policy_for(self.moe_layer, self.num_layers), self.spec)
-            routing = self._account(plan, live_GL)
+            routing = LayerRouting(*count_load(plan, len(live_GL)))
         x_TD = x_GLD.flatten(0, 1)
         with runtime.timed("experts"):
             with self._borrow(plan, runtime) as loan:
                 y_TD = moe_ffn(x_TD, in_slots(plan, loan), loan.bank, backend=runtime.backend)
             if self.shared is not None:
-                y_TD = y_TD + self.shared(x_TD)
+                y_TD = y_TD + self.shared(x_TD, backend=runtime.backend)
         return y_TD.view(x_GLD.shape), routing
 
     def _borrow(self, plan: RoutingPlan, runtime: Runtime) -> AbstractContextManager[Loan]:
-        if runtime.store is None:
-            return nullcontext(Loan(self.experts.bank()))
-        return runtime.store.borrow(self.moe_layer, plan.active_E)
-
-    def _account(self, plan: RoutingPlan, live_GL: Tensor) -> LayerRouting:
-        slots = plan.expert_ids_TK + 1  # 0 collects the unused ones
-        load = torch.zeros(self.spec.num_experts + 1, dtype=torch.int64, device=slots.device)
-        load = load.scatter_add_(0, slots.flatten(), torch.ones_like(slots).flatten())[1:]
-        groups = live_GL.shape[0]
-        used = torch.zeros(groups, self.spec.num_experts + 1, dtype=torch.bool, device=slots.device)
-        used = used.scatter_(1, slots.view(groups, -1), True)[:, 1:]
-        return LayerRouting(load, used.sum(dim=1))
+        if runtime.store is not None:
+            return runtime.store.borrow(self.moe_layer, plan.active_E)
+        if self.experts is None:
+            raise ConfigError(
+                "expected a runtime with a store, because this model's experts are in files of their own, got none: "
+                "open one with expertshare.experts.open_store and pass it as Runtime(store=...)"
+            )
+        return nullcontext(Loan(self.experts.bank()))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from expertshare.measure.clock import PartClock
@@ -17,13 +19,15 @@ from expertshare.types import ExpertStore, RoutingPolicy
 class Runtime:
     """How to run a model: passed to every forward, never found in a global.
 
-    policy: bound to the model's router. backend: name of the expert computation. store: where experts live, None for
-    the model's own parameters. clock: adds up time by part if given.
+    policy: bound to the model's router. backend: name of the expert computation; "cpu" computes dense layers and the
+    head by our own kernel too. store: where experts live, None for the model's own parameters; bytes_per_expert: of one
+    in the store, where it is not in the model's dtype. clock: adds up time by part if given.
     """
 
     policy: RoutingPolicy
     backend: str = "grouped"
     store: ExpertStore | None = None
+    bytes_per_expert: int | None = None
     clock: PartClock | None = None
 
     def policy_for(self, layer: int, num_layers: int) -> RoutingPolicy:
@@ -41,14 +45,15 @@ class Runtime:
 class ForwardInput:
     """A batch of sequences, or of parts of sequences, cut into sharing groups of `block_length` positions.
 
-    tokens_BS int64; positions_BS int64, absolute; live_BS bool, False for padding; mask_BSP bool [B, S, P + S], True
-    where a query may attend to a key, the P cached keys first. S is a multiple of block_length.
+    tokens_BS int64; positions_BS int64, absolute; live_BS bool, False for padding. mask_BSP bool [B, S, keys], True
+    where a query may attend to a key, keys in the order of `Past.extended_by`; None where every query may attend to
+    every key. S is a multiple of block_length.
     """
 
     tokens_BS: Tensor
     positions_BS: Tensor
     live_BS: Tensor
-    mask_BSP: Tensor
+    mask_BSP: Tensor | None
     block_length: int
 
 
@@ -58,6 +63,20 @@ class LayerKeyValues:
 
     keys_BHSD: Tensor
     values_BHSD: Tensor
+
+    def extended_by(self, new: LayerKeyValues) -> LayerKeyValues:
+        """All of these, then the new ones, in memory of their own."""
+        return LayerKeyValues(
+            torch.cat((self.keys_BHSD, new.keys_BHSD), dim=2), torch.cat((self.values_BHSD, new.values_BHSD), dim=2)
+        )
+
+
+class Past(Protocol):
+    """What a layer of a forward may attend to beside its own positions."""
+
+    def extended_by(self, new: LayerKeyValues) -> LayerKeyValues:
+        """Cached and new keys and values, in the order of the forward's mask."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

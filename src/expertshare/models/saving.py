@@ -49,7 +49,7 @@ def save_model(
             shutil.copyfile(path, target / path.name)
     family = FAMILIES[model.config.family]
     _write_json(target / "config.json", {**family.to_config(model.config), "dtype": _DTYPE_NAMES[dtype]})
-    _write_json(target / "generation_config.json", _generation_config(model.config))
+    _write_json(target / "generation_config.json", generation_config(model.config))
     _write_tensors(target / WEIGHTS, _tensors(model, dtype), like=target / "config.json")
     return target
 
@@ -65,7 +65,8 @@ def _tensors(model: MoETransformer, dtype: torch.dtype) -> dict[str, Tensor]:
     return tensors
 
 
-def _generation_config(config: ModelConfig) -> dict[str, Any]:
+def generation_config(config: ModelConfig) -> dict[str, Any]:
+    """The generation_config.json of this model."""
     eos = list(config.eos_ids)
     return {
         "eos_token_id": eos[0] if len(eos) == 1 else eos,

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from expertshare.config import ModelConfig
+from expertshare.kernels import head, linear
 from expertshare.models.layers import Attention, RMSNorm, SwiGLU, rotary_tables
 from expertshare.models.moe import LayerRouting, MoE
-from expertshare.models.runtime import ForwardInput, ForwardOutput, LayerKeyValues, RoutingTrace, Runtime
+from expertshare.models.runtime import ForwardInput, ForwardOutput, LayerKeyValues, Past, RoutingTrace, Runtime
 
 
 class Layer(nn.Module):
@@ -30,16 +31,17 @@ class Layer(nn.Module):
         x_BSD: Tensor,
         inputs: ForwardInput,
         tables: tuple[Tensor, Tensor],
-        past: LayerKeyValues | None,
+        past: Past | None,
         runtime: Runtime,
     ) -> tuple[Tensor, LayerKeyValues, LayerRouting | None]:
         """Returns the new residual stream, this layer's new keys and values, and its routing if it has experts."""
         with runtime.timed("attention"):
-            y_BSD, new = self.attention(self.attention_norm(x_BSD), tables, inputs.mask_BSP.unsqueeze(1), past)
+            h_BSD = self.attention_norm(x_BSD)
+            y_BSD, new = self.attention(h_BSD, tables, inputs.mask_BSP, past, backend=runtime.backend)
             x_BSD = x_BSD + y_BSD
         h_BSD = self.mlp_norm(x_BSD)
         if self.mlp is not None:
-            return x_BSD + self.mlp(h_BSD), new, None
+            return x_BSD + self.mlp(h_BSD, backend=runtime.backend), new, None
         assert self.moe is not None
         length = inputs.block_length
         h_GLD = h_BSD.reshape(-1, length, h_BSD.shape[-1])
@@ -71,11 +73,12 @@ class MoETransformer(nn.Module):
         return self.embed.weight.dtype
 
     def forward(
-        self, inputs: ForwardInput, runtime: Runtime, past: Sequence[LayerKeyValues] | None = None
+        self, inputs: ForwardInput, runtime: Runtime, past: Sequence[Past] | None = None
     ) -> ForwardOutput:
         """Run all layers; `past` holds the keys and values of finished blocks, one entry per layer."""
         x_BSD = self.embed(inputs.tokens_BS)
-        tables = rotary_tables(inputs.positions_BS, self.config)
+        cos, sin = rotary_tables(inputs.positions_BS, self.config)
+        tables = (cos.to(x_BSD.dtype), sin.to(x_BSD.dtype))
         key_values: list[LayerKeyValues] = []
         routings: list[LayerRouting] = []
         for index, layer in enumerate(self.layers):
@@ -85,15 +88,26 @@ class MoETransformer(nn.Module):
                 routings.append(routing)
         return ForwardOutput(self.norm(x_BSD), tuple(key_values), _trace(routings))
 
-    def logits(self, hidden_RD: Tensor) -> Tensor:
+    def logits(self, hidden_RD: Tensor, *, backend: str = "grouped") -> Tensor:
         """Vocabulary scores of chosen rows: [R, V] in the model's dtype."""
-        return self.head(hidden_RD)  # type: ignore[no-any-return]
+        return linear(hidden_RD, self.head.weight, backend=backend)
+
+    def best_tokens(self, hidden_RD: Tensor, excluded: Sequence[int], *, backend: str) -> tuple[Tensor, Tensor]:
+        """The most probable token of chosen rows and its probability, `excluded` ids left out: see kernels.dense."""
+        return head(hidden_RD, self.head.weight, excluded, backend=backend)
 
 
 def _trace(routings: list[LayerRouting]) -> RoutingTrace:
     return RoutingTrace(
         torch.stack([r.load_E for r in routings]), torch.stack([r.group_experts_G for r in routings])
     )
+
+
+def leave_out_experts(model: MoETransformer) -> None:
+    """Make a model whose experts come from the runtime's store."""
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.experts = None
 
 
 def initialise(model: MoETransformer, *, seed: int, std: float = 0.02) -> None:

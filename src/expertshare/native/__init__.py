@@ -1,5 +1,6 @@
 """The compiled library of kernels for the CPU (csrc/), how it is found, and in which threads it runs."""
 
+from expertshare.native.cores import usable_cores
 from expertshare.native.loading import (
     available,
     instruction_set,
@@ -21,6 +22,7 @@ __all__ = [
     "set_num_threads",
     "team",
     "unavailable_reason",
+    "usable_cores",
     "usable_instruction_sets",
     "use_torch_threads",
 ]

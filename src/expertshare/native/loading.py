@@ -1,8 +1,8 @@
 """Finding and loading `libexpertshare_cpu.so`.
 
 It is built when the package is installed (setup.py) and looked for beside this file, nowhere else. EXPERTSHARE_ISA
-names the instruction set to use (avx512_bf16, avx512, avx2, portable) instead of the best that the processor has; it is
-read at every call. Who calls a function of the library declares its argument types.
+names the instruction set to use (avx512_bf16, avx512_vnni, avx512, avx_vnni, avx2, portable) instead of the best that
+the processor has; it is read at every call. Who calls a function of the library declares its argument types.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from expertshare.errors import ConfigError, nearest
 
 LIBRARY = Path(__file__).with_name("libexpertshare_cpu.so")
-_ABI_VERSION = 1
+_ABI_VERSION = 3
 
 
 @cache

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from ctypes import CDLL
+
 import torch
 from torch import Tensor
 
 from expertshare.config import GroupLimit, RouterSpec
+from expertshare.routing import compiled
 from expertshare.routing.ranking import top_k_ids, top_k_mask
 from expertshare.types import Coreset, RouterScores, RoutingPlan, RoutingPolicy
 
@@ -48,6 +51,12 @@ def token_choice(scores: RouterScores, spec: RouterSpec, coreset: Coreset | None
     return limit_to_groups(choice, spec) if group_limit == "inside" else choice
 
 
+def reach_limit(spec: RouterSpec, group_limit: GroupLimit) -> tuple[int, int]:
+    """Groups of experts, and how many of them a token may reach: one of one where there is no limit."""
+    limited = group_limit == "inside" and spec.kept_groups < spec.num_groups
+    return (spec.num_groups, spec.kept_groups) if limited else (1, 1)
+
+
 def assign(
     scores: RouterScores,
     coreset: Coreset,
@@ -61,6 +70,39 @@ def assign(
     Gradients flow to the router through the weights only. A token that cannot reach K experts leaves slots unused;
     it never leaves the coreset.
     """
+    masks = (scores.live_GL, coreset.member_GE)
+    library = compiled.library_for(scores.affinity_GLE, scores.choice_GLE, masks=masks)
+    with_gradients = torch.is_grad_enabled() and scores.affinity_GLE.requires_grad
+    if library is None or with_gradients:
+        plan = _assign_by_torch(scores, coreset, spec, policy)
+    else:
+        plan = _assign_compiled(library, scores, coreset, spec, policy)
+    if expert_scale_E is None:
+        return plan
+    scale_TK = expert_scale_E.float()[plan.expert_ids_TK.clamp_min(0)]  # an unused slot weighs 0 in any case
+    return RoutingPlan(plan.expert_ids_TK, plan.weights_TK * scale_TK, plan.active_E)
+
+
+def _assign_compiled(
+    library: CDLL, scores: RouterScores, coreset: Coreset, spec: RouterSpec, policy: RoutingPolicy
+) -> RoutingPlan:
+    limit = reach_limit(spec, policy.group_limit)
+    ids_TK, affinity_TK = compiled.choose(
+        library, scores.choice_GLE, scores.affinity_GLE, scores.live_GL, coreset.member_GE, spec.top_k, limit
+    )
+    weights_TK, active_E = compiled.weigh(
+        library,
+        ids_TK,
+        affinity_TK,
+        policy.keep(affinity_TK),
+        spec.num_experts,
+        renormalise=spec.renormalise,
+        scaling=spec.scaling,
+    )
+    return RoutingPlan(ids_TK, weights_TK, active_E)
+
+
+def _assign_by_torch(scores: RouterScores, coreset: Coreset, spec: RouterSpec, policy: RoutingPolicy) -> RoutingPlan:
     reachable = token_choice(scores, spec, coreset, policy.group_limit).flatten(0, 1)
     ids_TK = top_k_ids(reachable, spec.top_k)
     used_TK = reachable.gather(-1, ids_TK) > _NEVER
@@ -70,8 +112,6 @@ def assign(
     if kept_TK is not None:
         used_TK = used_TK & kept_TK
     weights_TK = _weights(affinity_TK.masked_fill(~used_TK, 0.0), spec)
-    if expert_scale_E is not None:
-        weights_TK = weights_TK * expert_scale_E.float()[ids_TK]
     ids_TK = ids_TK.masked_fill(~used_TK, -1)
     active = torch.zeros(spec.num_experts + 1, dtype=torch.bool, device=ids_TK.device)
     active = active.index_fill(0, (ids_TK + 1).flatten(), True)[1:]
@@ -82,6 +122,20 @@ def _weights(affinity_TK: Tensor, spec: RouterSpec) -> Tensor:
     if spec.renormalise:
         affinity_TK = affinity_TK / (affinity_TK.sum(dim=-1, keepdim=True) + 1e-20)
     return affinity_TK if spec.scaling == 1.0 else affinity_TK * spec.scaling
+
+
+def count_load(plan: RoutingPlan, num_groups: int) -> tuple[Tensor, Tensor]:
+    """What a plan asks for: (token, expert) pairs per expert, int64 [E]; unique experts per group, int64 [G]."""
+    num_experts = len(plan.active_E)
+    library = compiled.library_for(ids=(plan.expert_ids_TK,))
+    if library is not None:
+        return compiled.count_load(library, plan.expert_ids_TK, num_groups, num_experts)
+    slots = plan.expert_ids_TK + 1  # 0 collects the unused ones
+    load = torch.zeros(num_experts + 1, dtype=torch.int64, device=slots.device)
+    load = load.scatter_add_(0, slots.flatten(), torch.ones_like(slots).flatten())
+    used = torch.zeros(num_groups, num_experts + 1, dtype=torch.bool, device=slots.device)
+    used = used.scatter_(1, slots.view(num_groups, -1), True)
+    return load[1:], used[:, 1:].sum(dim=1)
 
 
 def route(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from expertshare.config import GroupLimit, RouterSpec
+from expertshare.routing.ballots import highest
 from expertshare.routing.base import Budget, CoresetPolicy, resolve_budget
 from expertshare.routing.ranking import top_k_mask
 from expertshare.types import Coreset, RouterScores
@@ -26,5 +27,4 @@ class BlockMax(CoresetPolicy):
     def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
         """The experts with the highest maximum."""
         size = resolve_budget(self.budget, spec, self.group_limit, self.name)
-        masked = scores.choice_GLE.detach().masked_fill(~scores.live_GL.unsqueeze(-1), float("-inf"))
-        return Coreset(top_k_mask(masked.amax(dim=1), size))
+        return Coreset(top_k_mask(highest(scores), size))

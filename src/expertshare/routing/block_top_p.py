@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from expertshare.config import RouterSpec
 from expertshare.errors import PolicyError
-from expertshare.routing.ballots import Ballots, ballots, grow, tally
+from expertshare.routing.ballots import Ballots, election, grow
 from expertshare.routing.base import CoresetPolicy, check_count
-from expertshare.routing.ranking import top_k_ids
+from expertshare.routing.shares import shortest_prefix
 from expertshare.types import Coreset, RouterScores
 
 
@@ -40,15 +40,6 @@ class BlockTopP(CoresetPolicy):
 
     def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
         """The shortest prefix of the ranking that passes p."""
-        votes_GE = tally(scores, ballots(scores, spec, spec.top_k, self.ballots))
-        order_GE = top_k_ids(votes_GE, spec.num_experts)
-        mass_GE = votes_GE.clamp_min(0.0).double().gather(-1, order_GE)
-        total_G1 = mass_GE.sum(dim=-1, keepdim=True)
-        before_GE = mass_GE.cumsum(dim=-1) - mass_GE
-        wanted_GE = before_GE <= self.top_p_experts * total_G1
-        if self.top_p_experts == 1.0:  # all that were voted for, whatever the rounding of the sum
-            wanted_GE = wanted_GE | True
-        voted_GE = votes_GE.gather(-1, order_GE) > float("-inf")
-        member_GE = (wanted_GE & voted_GE).scatter(-1, order_GE, wanted_GE & voted_GE)
+        votes_GE, _ = election(scores, spec, self.ballots)
         guard = spec.min_coreset_size(self.group_limit) if self.guard is None else self.guard
-        return grow(member_GE, votes_GE, guard)
+        return grow(shortest_prefix(votes_GE, self.top_p_experts), votes_GE, guard)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from expertshare.config import RouterSpec
-from expertshare.routing.ballots import Ballots, ballots, grow, tally
+from expertshare.routing.ballots import Ballots, election, grow
 from expertshare.routing.base import CoresetPolicy, check_count
 from expertshare.types import Coreset, RouterScores
 
@@ -26,6 +26,5 @@ class DesSeq(CoresetPolicy):
 
     def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
         """Union of the ballots of the group's live tokens."""
-        union_GE = ballots(scores, spec, self.experts_per_vote, self.ballots).any(dim=1)
-        votes_GE = tally(scores, ballots(scores, spec, spec.top_k, self.ballots))
+        votes_GE, union_GE = election(scores, spec, self.ballots, self.experts_per_vote)
         return grow(union_GE, votes_GE, spec.min_coreset_size(self.group_limit))

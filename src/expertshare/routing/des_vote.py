@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from expertshare.config import RouterSpec
-from expertshare.routing.ballots import Ballots, ballots, tally
+from expertshare.routing.ballots import Ballots, election
 from expertshare.routing.base import Budget, CoresetPolicy, resolve_budget
 from expertshare.routing.ranking import top_k_mask
 from expertshare.types import Coreset, RouterScores
@@ -27,5 +27,5 @@ class DesVote(CoresetPolicy):
     def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
         """The experts with the most votes."""
         size = resolve_budget(self.budget, spec, self.group_limit, self.name)
-        votes_GE = tally(scores, ballots(scores, spec, spec.top_k, self.ballots))
+        votes_GE, _ = election(scores, spec, self.ballots)
         return Coreset(top_k_mask(votes_GE, size))

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-import torch
-
 from expertshare.config import RouterSpec
-from expertshare.routing.ballots import Ballots, ballots, tally
+from expertshare.routing.ballots import Ballots, election
 from expertshare.routing.base import Budget, CoresetPolicy, resolve_budget
-from expertshare.routing.ranking import top_k_ids
+from expertshare.routing.ranking import top_k_mask
 from expertshare.types import Coreset, RouterScores
 
 
@@ -30,11 +28,7 @@ class ProtectedVote(CoresetPolicy):
         return replace(self, budget=resolve_budget(self.budget, spec, self.group_limit, self.name))
 
     def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
-        """Rank by votes, move the protected to the front without changing their order, cut at the budget."""
+        """Rank by votes, the protected in front of all others, cut at the budget."""
         size = resolve_budget(self.budget, spec, self.group_limit, self.name)
-        protected_GE = ballots(scores, spec, 1, self.ballots).any(dim=1)
-        by_votes_GE = top_k_ids(tally(scores, ballots(scores, spec, spec.top_k, self.ballots)), spec.num_experts)
-        front = protected_GE.gather(-1, by_votes_GE).to(torch.int8)
-        order_GE = by_votes_GE.gather(-1, front.argsort(dim=-1, descending=True, stable=True))
-        member_GE = torch.zeros_like(protected_GE)
-        return Coreset(member_GE.scatter(-1, order_GE[:, :size], True))
+        votes_GE, protected_GE = election(scores, spec, self.ballots)
+        return Coreset(top_k_mask(votes_GE, size, protected_GE))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from expertshare.config import RouterSpec
 from expertshare.errors import PolicyError
 from expertshare.routing.base import TokenPolicy
+from expertshare.routing.shares import drop_lightest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +34,4 @@ class Skip(TokenPolicy):
 
         Of equally light experts the one that ranks last goes first, so that ties stay with the lower id.
         """
-        shares = affinity_TK.double() / affinity_TK.double().sum(dim=-1, keepdim=True).clamp_min(1e-20)
-        order = shares.shape[-1] - 1 - shares.flip(-1).argsort(dim=-1, stable=True)
-        kept_sorted = shares.gather(-1, order).cumsum(dim=-1) >= self.skip_share
-        kept_sorted[..., -1] = True
-        return torch.zeros_like(kept_sorted).scatter(-1, order, kept_sorted)
+        return drop_lightest(affinity_TK, self.skip_share)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -39,15 +39,15 @@ class Replay:
     """Vanilla's steps, ready to be run under any policy. Policies that were run are remembered."""
 
     loaded: LoadedModel
-    backend: str
+    runtime: Runtime
     packs: Sequence[Pack]
     _reference: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _known: dict[RoutingPolicy, Replayed] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, loaded: LoadedModel, trajectories: Sequence[Trajectory], *, backend: str) -> Replay:
+    def of(cls, loaded: LoadedModel, trajectories: Sequence[Trajectory], *, runtime: Runtime) -> Replay:
         """Pack the steps and run vanilla on them."""
-        replay = cls(loaded, backend, pack(trajectories, loaded.config))
+        replay = cls(loaded, runtime, pack(trajectories, loaded.config))
         for item in replay.packs:
             log_share_CV, _ = replay._run(item, make_policy("vanilla"))
             top = log_share_CV.topk(min(_TOP_TOKENS, log_share_CV.shape[1]), dim=1)
@@ -84,7 +84,7 @@ class Replay:
     def _run(self, item: Pack, policy: RoutingPolicy) -> tuple[Tensor, Tensor]:
         """Log probabilities at scored positions [C, V], without the mask token; unique experts of counted groups."""
         model: MoETransformer = self.loaded.model
-        output = model(item.inputs, Runtime(policy=policy, backend=self.backend))
+        output = model(item.inputs, replace(self.runtime, policy=policy))
         logits_CV = model.logits(output.hidden_BSD[item.scored_BS]).float()
         logits_CV[:, self.loaded.config.mask_id] = float("-inf")  # never proposed in decoding either
         return logits_CV.log_softmax(dim=1), output.routing.group_experts_NG[:, item.groups_G]

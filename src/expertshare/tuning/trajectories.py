@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,11 +66,11 @@ def record_trajectories(
     prompts: Sequence[Sequence[int]],
     options: DecodingOptions,
     *,
-    backend: str,
+    runtime: Runtime,
     batch_size: int,
 ) -> list[Trajectory]:
-    """Decode `prompts` under vanilla and keep every step. Raises InputError or NumericsError."""
-    decoder = BlockDecoder(loaded.model, Runtime(policy=make_policy("vanilla"), backend=backend), options)
+    """Decode `prompts` under vanilla, not the runtime's policy, and keep every step. Raises NumericsError."""
+    decoder = BlockDecoder(loaded.model, replace(runtime, policy=make_policy("vanilla")), options)
     found: list[Trajectory] = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]

@@ -11,7 +11,8 @@ from expertshare.errors import InputError
 from expertshare.evaluation import Setup, encode_prompts
 from expertshare.kernels import resolve_backend
 from expertshare.measure.environment import capture_environment
-from expertshare.models import LoadedModel
+from expertshare.models import LoadedModel, Runtime
+from expertshare.routing import make_policy
 from expertshare.tasks import PromptRecord
 from expertshare.tuning.certificate import PairedCounts, p_value
 from expertshare.tuning.chain import find_edge, make_chain, thin_front
@@ -102,9 +103,10 @@ def _record(
     loaded: LoadedModel, bench: Bench, decoding: DecodingOptions, options: TuningOptions, setup: Setup
 ) -> Replay:
     backend = resolve_backend(setup.backend, loaded.model.device)
+    runtime = Runtime(policy=make_policy("vanilla"), backend=backend, store=setup.store)
     prompts = bench.prompts()[: options.recorded_prompts]
-    found = record_trajectories(loaded, prompts, decoding, backend=backend, batch_size=setup.batch_size)
-    return Replay.of(loaded, [thin_out(trajectory, _STEPS_PER_PROMPT) for trajectory in found], backend=backend)
+    found = record_trajectories(loaded, prompts, decoding, runtime=runtime, batch_size=setup.batch_size)
+    return Replay.of(loaded, [thin_out(trajectory, _STEPS_PER_PROMPT) for trajectory in found], runtime=runtime)
 
 
 def _worth_it(front: Sequence[Point], replay: Replay) -> list[Point]:

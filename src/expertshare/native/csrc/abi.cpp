@@ -11,8 +11,12 @@
 #include <new>
 #include <system_error>
 
+#include "affinity.h"
+#include "attention.h"
 #include "expert_layer.h"
+#include "head.h"
 #include "isa.h"
+#include "linear.h"
 
 #define EXPERTSHARE_EXPORT __attribute__((visibility("default")))
 
@@ -41,10 +45,14 @@ class Engine {
         pool_.reset();
         mutex_.unlock();
     }
-
     es_status run(const es_layer &whole);
+    es_status run(const es_gate &whole);
+    es_status run(const es_dense &whole);
+    es_status run(const es_head &whole);
+    es_status run(const es_attention &whole);
 
    private:
+    Pool *own_threads(int num_threads, es_team team);
     static void before_fork();
     static void after_fork_in_parent();
     static void after_fork_in_child();
@@ -80,41 +88,122 @@ void run_in_team(void *data) {
     team.work.run(team.entered.fetch_add(1, std::memory_order_relaxed));
 }
 
-es_status run_part(const es_layer &part, const Kernels &kernels, Arena &arena, Pool *pool) {
-    ExpertLayer layer(part, kernels, arena);
-    if (!layer.ids_in_range()) return ES_BAD_EXPERT_ID;
+// A piece of work in the threads of `pool`, or where there is none in a team.
+template <class Piece>
+void compute(Piece &piece, Pool *pool, int num_threads, es_team team) {
     if (pool != nullptr) {
-        pool->run(layer, layer.useful_threads());
-    } else if (layer.useful_threads() == 1) {
-        layer.run(0);
+        pool->run(piece, piece.useful_threads());
+    } else if (piece.useful_threads() == 1) {
+        piece.run(0);
     } else {  // always the whole team: libgomp would end the threads that a smaller one leaves out
-        TeamWork work{layer};
-        part.team(run_in_team, &work, static_cast<unsigned>(part.num_threads), 0);
+        TeamWork work{piece};
+        team(run_in_team, &work, static_cast<unsigned>(num_threads), 0);
+    }
+}
+
+// Null: the team's are to be used.
+Pool *Engine::own_threads(int num_threads, es_team team) {
+    if (team != nullptr && !forked_) return nullptr;
+    if (pool_ == nullptr || pool_->num_threads() != num_threads) {
+        pool_.reset();
+        pool_ = std::make_unique<Pool>(num_threads);
+    }
+    return pool_.get();
+}
+
+const char *row_of(const void *rows, Index row, Index depth, int32_t is_bfloat16) {
+    return static_cast<const char *>(rows) + row * depth * (is_bfloat16 ? 2 : 4);
+}
+
+es_status Engine::run(const es_layer &whole) {
+    const Kernels *to_hidden = kernels_for(whole.isa, whole.is_bfloat16 != 0, whole.gate_up);
+    const Kernels *to_out = kernels_for(whole.isa, whole.is_bfloat16 != 0, whole.down);
+    if (to_hidden == nullptr || to_out == nullptr) return ES_UNSUPPORTED_ISA;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Pool *pool = own_threads(whole.num_threads, whole.team);
+    for (Index token = 0; token < whole.num_tokens; token += kTokensAtATime) {
+        es_layer part = whole;
+        part.num_tokens = std::min<Index>(kTokensAtATime, whole.num_tokens - token);
+        part.x = row_of(whole.x, token, whole.hidden, whole.is_bfloat16);
+        part.y = const_cast<char *>(row_of(whole.y, token, whole.hidden, whole.is_bfloat16));
+        part.ids = whole.ids + token * whole.top_k;
+        part.weights = whole.weights + token * whole.top_k;
+        ExpertLayer layer(part, *to_hidden, *to_out, arena_);
+        if (!layer.ids_in_range()) return ES_BAD_EXPERT_ID;
+        compute(layer, pool, whole.num_threads, whole.team);
     }
     return ES_OK;
 }
 
-es_status Engine::run(const es_layer &whole) {
+es_status Engine::run(const es_gate &whole) {
+    const AffinityKernels *kernels = affinity_kernels_for(whole.isa);
+    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Pool *pool = own_threads(whole.num_threads, whole.team);
+    for (Index token = 0; token < whole.num_tokens; token += Affinity::kTokensAtATime) {
+        es_gate part = whole;
+        part.num_tokens = std::min<Index>(Affinity::kTokensAtATime, whole.num_tokens - token);
+        part.x = row_of(whole.x, token, whole.depth, whole.is_bfloat16);
+        part.affinity = whole.affinity + token * whole.num_experts;
+        part.choice = whole.choice == nullptr ? nullptr : whole.choice + token * whole.num_experts;
+        Affinity affinity(part, *kernels, arena_);
+        compute(affinity, pool, whole.num_threads, whole.team);
+    }
+    return ES_OK;
+}
+
+es_status Engine::run(const es_dense &whole) {
     const Kernels *kernels = kernels_for(whole.isa, whole.is_bfloat16 != 0);
     if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
     const std::lock_guard<std::mutex> lock(mutex_);
-    const bool own_threads = whole.team == nullptr || forked_;
-    if (own_threads && (pool_ == nullptr || pool_->num_threads() != whole.num_threads)) {
-        pool_.reset();
-        pool_ = std::make_unique<Pool>(whole.num_threads);
-    }
-    const Index row_bytes = whole.hidden * (whole.is_bfloat16 ? 2 : 4);
+    Pool *pool = own_threads(whole.num_threads, whole.team);
     for (Index token = 0; token < whole.num_tokens; token += kTokensAtATime) {
-        es_layer part = whole;
+        es_dense part = whole;
         part.num_tokens = std::min<Index>(kTokensAtATime, whole.num_tokens - token);
-        part.x = static_cast<const char *>(whole.x) + token * row_bytes;
-        part.y = static_cast<char *>(whole.y) + token * row_bytes;
-        part.ids = whole.ids + token * whole.top_k;
-        part.weights = whole.weights + token * whole.top_k;
-        const es_status status = run_part(part, *kernels, arena_, own_threads ? pool_.get() : nullptr);
-        if (status != ES_OK) return status;
+        part.x = row_of(whole.x, token, whole.depth, whole.is_bfloat16);
+        part.y = const_cast<char *>(row_of(whole.y, token, whole.num_rows, whole.is_bfloat16));
+        Linear linear(part, *kernels, arena_);
+        compute(linear, pool, whole.num_threads, whole.team);
     }
     return ES_OK;
+}
+
+es_status Engine::run(const es_head &whole) {
+    const Kernels *kernels = kernels_for(whole.isa, whole.is_bfloat16 != 0);
+    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Pool *pool = own_threads(whole.num_threads, whole.team);
+    for (Index token = 0; token < whole.num_tokens; token += kTokensAtATime) {
+        es_head part = whole;
+        part.num_tokens = std::min<Index>(kTokensAtATime, whole.num_tokens - token);
+        part.x = row_of(whole.x, token, whole.depth, whole.is_bfloat16);
+        part.ids = whole.ids + token;
+        part.probabilities = whole.probabilities + token;
+        Head head(part, *kernels, arena_);
+        compute(head, pool, whole.num_threads, whole.team);
+    }
+    return ES_OK;
+}
+
+es_status Engine::run(const es_attention &whole) {
+    const Kernels *kernels = kernels_for(whole.isa, whole.is_bfloat16 != 0);
+    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Pool *pool = own_threads(whole.num_threads, whole.team);
+    Attention attention(whole, *kernels, arena_);
+    compute(attention, pool, whole.num_threads, whole.team);
+    return ES_OK;
+}
+
+template <class Call>
+int status_of(const Call &call) {
+    try {
+        return engine().run(call);
+    } catch (const std::bad_alloc &) {
+        return ES_OUT_OF_MEMORY;
+    } catch (const std::system_error &) {
+        return ES_NO_THREADS;
+    }
 }
 
 }  // namespace
@@ -127,13 +216,9 @@ EXPERTSHARE_EXPORT int es_num_isas() { return expertshare::num_isas(); }
 EXPERTSHARE_EXPORT const char *es_isa_name(int isa) { return expertshare::isa_name(isa); }
 EXPERTSHARE_EXPORT int es_isa_usable(int isa) { return expertshare::isa_usable(isa) ? 1 : 0; }
 
-EXPERTSHARE_EXPORT int es_moe_ffn(const es_layer *layer) {
-    try {
-        return expertshare::engine().run(*layer);
-    } catch (const std::bad_alloc &) {
-        return ES_OUT_OF_MEMORY;
-    } catch (const std::system_error &) {
-        return ES_NO_THREADS;
-    }
-}
+EXPERTSHARE_EXPORT int es_moe_ffn(const es_layer *layer) { return expertshare::status_of(*layer); }
+EXPERTSHARE_EXPORT int es_affinity(const es_gate *gate) { return expertshare::status_of(*gate); }
+EXPERTSHARE_EXPORT int es_linear(const es_dense *dense) { return expertshare::status_of(*dense); }
+EXPERTSHARE_EXPORT int es_choose(const es_head *head) { return expertshare::status_of(*head); }
+EXPERTSHARE_EXPORT int es_attend(const es_attention *attention) { return expertshare::status_of(*attention); }
 }

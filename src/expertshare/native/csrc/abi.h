@@ -1,14 +1,27 @@
-// The C interface of the expert kernel: what ctypes binds. No C++ type crosses it, no exception leaves it.
+// The C interface of the kernels: what ctypes binds. No C++ type crosses it, no exception leaves it.
 #pragma once
 
 #include <cstdint>
 
-#define EXPERTSHARE_ABI_VERSION 1
+#define EXPERTSHARE_ABI_VERSION 3
 
 extern "C" {
 
 // How another library runs `run(data)` once in each of num_threads threads, the caller among them: GOMP_parallel.
 typedef void (*es_team)(void (*run)(void *), void *data, unsigned num_threads, unsigned flags);
+
+// One projection of every expert: rows of `depth` weights, those of one expert contiguous. What the codes of 8 and 4 bits
+// stand for, and how they are packed, is said in types.py (QuantisedWeight) and kernels/quantise.py.
+struct es_weight {
+    const void *codes;      // float32, bfloat16, int8, or two codes of 4 bits a byte
+    const void *scales;     // 8 bits: float32, one per row. 4 bits: float16, one per group of a row. Otherwise null
+    const void *minima;     // 4 bits: float16 as the scales, or null: then code 8 is zero
+    int64_t codes_stride;   // bytes from one expert to the next
+    int64_t scales_stride;
+    int64_t minima_stride;
+    int32_t bits;           // 32, 16, 8 or 4
+    int32_t group_size;     // 4 bits: 32 or 64
+};
 
 // One expert layer: y_t = sum_k weights[t, k] * down_e(silu(gate_e x_t) * up_e x_t), e = ids[t, k].
 // All pointers are to memory of the caller; weights are read in place and only for experts that ids names.
@@ -16,16 +29,57 @@ struct es_layer {
     const void *x;          // [num_tokens, hidden]
     const int64_t *ids;     // [num_tokens, top_k]; -1 is an unused slot
     const float *weights;   // [num_tokens, top_k]
-    const void *gate_up;    // [num_experts, 2 * inner, hidden]: gate rows first; rows contiguous
-    const void *down;       // [num_experts, hidden, inner]; rows contiguous
+    es_weight gate_up;      // [num_experts, 2 * inner, hidden]: gate rows first
+    es_weight down;         // [num_experts, hidden, inner]
     void *y;                // [num_tokens, hidden]; written in full
     int64_t num_tokens, top_k, num_experts, hidden, inner;
-    int64_t gate_up_stride;  // elements from one expert to the next
-    int64_t down_stride;
-    int32_t is_bfloat16;  // of x, gate_up, down and y; otherwise float32
+    int32_t is_bfloat16;  // of x and y; otherwise float32. Weights of 16 and 32 bits are of the same type
     int32_t isa;
     int32_t num_threads;
     es_team team;  // null: threads of our own
+};
+
+// y_t = W x_t, sums in float32, rounded once.
+struct es_dense {
+    const void *x;  // [num_tokens, depth]
+    const void *w;  // [num_rows, depth]
+    void *y;        // [num_tokens, num_rows]; written in full
+    int64_t num_tokens, num_rows, depth;
+    int32_t is_bfloat16;  // of x, w and y; otherwise float32
+    int32_t isa;
+    int32_t num_threads;
+    es_team team;
+};
+
+// Of logits W x_t, rounded to the weights' type: the largest (of equals the first) and its softmax probability.
+struct es_head {
+    const void *x;            // [num_tokens, depth]
+    const void *w;            // [vocabulary, depth]
+    const int64_t *excluded;  // [num_excluded]: rows of w that cannot be chosen and have no share in the softmax
+    int64_t *ids;             // [num_tokens]
+    float *probabilities;     // [num_tokens]; NaN where a logit, excluded or not, is not finite
+    int64_t num_tokens, vocabulary, depth, num_excluded;
+    int32_t is_bfloat16;
+    int32_t isa;
+    int32_t num_threads;
+    es_team team;
+};
+
+// y_bs = softmax over the keys p that mask allows of (scale * q_bhs . k_bgp), times v_bgp; g is the group of head h.
+struct es_attention {
+    const void *q;        // [batch, num_heads, length, head_dim]; features contiguous
+    const void *k, *v;    // [batch, num_kv_heads, num_keys, head_dim]; positions of a head contiguous
+    const uint8_t *mask;  // [batch, length, num_keys], keys contiguous; null: every query sees every key
+    void *y;              // [batch, length, num_heads, head_dim]; written in full
+    int64_t batch, num_heads, num_kv_heads, length, num_keys, head_dim;
+    int64_t q_batch_stride, q_head_stride, q_stride;  // elements
+    int64_t k_batch_stride, k_head_stride, v_batch_stride, v_head_stride;
+    int64_t mask_batch_stride, mask_stride;
+    float scale;
+    int32_t is_bfloat16;  // of q, k, v and y; otherwise float32
+    int32_t isa;
+    int32_t num_threads;
+    es_team team;
 };
 
 enum es_status {
@@ -33,7 +87,7 @@ enum es_status {
     ES_BAD_EXPERT_ID = 1,
     ES_OUT_OF_MEMORY = 2,
     ES_NO_THREADS = 3,
-    ES_UNSUPPORTED_ISA = 4,
+    ES_UNSUPPORTED_ISA = 4,  // or a kind of weights that no kernel takes
 };
 
 int es_abi_version();
@@ -41,4 +95,7 @@ int es_num_isas();                // instruction sets are numbered from the fast
 const char *es_isa_name(int isa);
 int es_isa_usable(int isa);       // whether this build has it and this processor runs it
 int es_moe_ffn(const es_layer *layer);
+int es_linear(const es_dense *dense);
+int es_choose(const es_head *head);
+int es_attend(const es_attention *attention);
 }

@@ -22,7 +22,7 @@ struct Floats512 {
         return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), w);
     }
     static Acc dot(Acc acc, Loaded w, const Act *x) { return _mm512_fmadd_ps(w, _mm512_loadu_ps(x), acc); }
-    static float sum(Acc a) { return _mm512_reduce_add_ps(a); }
+    static float sum(Acc a) { return sum_as_of_four(a); }
     static void sum4(Acc a, Acc b, Acc c, Acc d, float *out) { store_sum4(a, b, c, d, out); }
 };
 
@@ -50,7 +50,7 @@ struct Widened512 {
         acc = _mm512_fmadd_ps(w.even, _mm512_loadu_ps(x), acc);
         return _mm512_fmadd_ps(w.odd, _mm512_loadu_ps(x + kStep / 2), acc);
     }
-    static float sum(Acc a) { return _mm512_reduce_add_ps(a); }
+    static float sum(Acc a) { return sum_as_of_four(a); }
     static void sum4(Acc a, Acc b, Acc c, Acc d, float *out) { store_sum4(a, b, c, d, out); }
 };
 

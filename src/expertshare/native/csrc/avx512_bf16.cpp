@@ -23,7 +23,7 @@ struct Pairs512 {
         return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(w),
                                 reinterpret_cast<__m512bh>(_mm512_loadu_si512(x)));
     }
-    static float sum(Acc a) { return _mm512_reduce_add_ps(a); }
+    static float sum(Acc a) { return sum_as_of_four(a); }
     static void sum4(Acc a, Acc b, Acc c, Acc d, float *out) { store_sum4(a, b, c, d, out); }
 };
 

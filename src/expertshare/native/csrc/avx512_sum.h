@@ -14,4 +14,11 @@ inline void store_sum4(__m512 a, __m512 b, __m512 c, __m512 d, float *out) {
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
 
+// In the same order: which rows are the odd ones must not show in their sums.
+inline float sum_as_of_four(__m512 a) {
+    float sums[4];
+    store_sum4(a, a, a, a, sums);
+    return sums[0];
+}
+
 }  // namespace

@@ -7,48 +7,64 @@ namespace {
 
 constexpr Index kTokenBlock = 64;         // tokens that share one pass over a chunk of weights in the L2 cache
 constexpr Index kChunkBytes = 256 << 10;  // of weights an item reads: with the tokens of a block it fits that cache
-constexpr Index kRowGranule = 32;         // a multiple of every vector length: items never share a vector of h
 constexpr Index kItemsPerThread = 8;
 constexpr Index kBytesPerThread = 128 << 10;  // less than this is not worth waking one more thread
 
 // Rows are spread over the cache's sets: at a stride that is a power of two all would fall into the same few.
 Index spread(Index bytes) { return (bytes + 63) / 64 * 64 + 64; }
 
-Index chunk_rows(Index num_rows, Index row_bytes, Index num_groups, Index num_threads) {
+Index chunk_rows(Index num_rows, Index row_bytes, Index granule, Index num_groups, Index num_threads) {
     const Index by_cache = kChunkBytes / row_bytes;
     const Index by_balance = num_rows * num_groups / (kItemsPerThread * num_threads);
-    const Index rows = std::min(by_cache, by_balance) / kRowGranule * kRowGranule;
-    return std::max(rows, kRowGranule);
+    const Index rows = std::min(by_cache, by_balance) / granule * granule;
+    return std::max(rows, granule);
 }
 
 Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-ExpertLayer::ExpertLayer(const es_layer &layer, const Kernels &kernels, Arena &arena)
+Matrices::Matrices(const es_weight &of, Index depth)
+    : weight(of),
+      row_bytes(depth * of.bits / 8),
+      scale_bytes(of.bits == 4 ? depth / of.group_size * 2 : of.bits == 8 ? 4 : 0) {}
+
+Rows Matrices::rows(Index expert, Index row) const {
+    const auto at = [expert, row](const void *from, Index stride, Index bytes) {
+        return from == nullptr ? nullptr : static_cast<const char *>(from) + expert * stride + row * bytes;
+    };
+    return {at(weight.codes, weight.codes_stride, row_bytes), at(weight.scales, weight.scales_stride, scale_bytes),
+            at(weight.minima, weight.minima_stride, scale_bytes)};
+}
+
+ExpertLayer::ExpertLayer(const es_layer &layer, const Kernels &to_hidden, const Kernels &to_out, Arena &arena)
     : layer_(layer),
-      kernels_(kernels),
-      element_(layer.is_bfloat16 ? 2 : 4),
+      gate_up_kernels_(to_hidden),
+      down_kernels_(to_out),
+      token_bytes_(layer.is_bfloat16 ? 2 : 4),
       hidden_depth_(layer.hidden),
-      inner_depth_(layer.inner) {
+      inner_depth_(layer.inner),
+      gate_up_weights_(layer_.gate_up, hidden_depth_),
+      down_weights_(layer_.down, inner_depth_) {
     lay_out(arena);
     group_tokens();
     if (!ids_in_range_) return;
     choose_chunks();
-    encode_.fill(layer_.num_tokens);
+    encoding_.fill(layer_.num_tokens);
     to_hidden_.fill(num_groups_ * hidden_chunks_);
     to_out_.fill(num_groups_ * out_chunks_);
-    mix_.fill(layer_.num_tokens);
+    mixing_.fill(layer_.num_tokens);
 }
 
 void ExpertLayer::lay_out(Arena &arena) {
     const Index slots = layer_.num_tokens * layer_.top_k, threads = layer_.num_threads;
     const Index most_groups = std::min<Index>(slots, layer_.num_experts);
-    token_stride_ = spread(kernels_.row_bytes(hidden_depth_));
-    hidden_stride_ = spread(kernels_.row_bytes(inner_depth_));
+    token_stride_ = spread(gate_up_kernels_.row_bytes(hidden_depth_));
+    hidden_stride_ = spread(down_kernels_.row_bytes(inner_depth_));
     out_stride_ = spread(hidden_depth_ * 4) / 4;
-    const Index most_rows = std::max(kRowGranule, kChunkBytes / (2 * hidden_depth_ * element_));
-    gate_up_per_thread_ = 2 * kTokenBlock * std::min(most_rows, ceil_div(inner_depth_, kRowGranule) * kRowGranule);
+    const Index granule = down_kernels_.granule;
+    const Index most_rows = std::max(granule, kChunkBytes / (2 * gate_up_weights_.row_bytes));
+    gate_up_per_thread_ = 2 * kTokenBlock * std::min(most_rows, ceil_div(inner_depth_, granule) * granule);
 
     arena.reserve(Arena::padded<Group>(most_groups) + Arena::padded<Index>(slots) +
                   Arena::padded<Index>(layer_.num_experts + 1) + 2 * Arena::padded<const void *>(slots) +
@@ -102,79 +118,59 @@ void ExpertLayer::group_tokens() {
 }
 
 void ExpertLayer::choose_chunks() {
-    const Index threads = useful_threads();
-    hidden_chunk_ = chunk_rows(inner_depth_, 2 * hidden_depth_ * element_, num_groups_, threads);
-    hidden_chunk_ = std::min(hidden_chunk_, ceil_div(inner_depth_, kRowGranule) * kRowGranule);
+    const Index threads = useful_threads(), granule = down_kernels_.granule;
+    hidden_chunk_ = chunk_rows(inner_depth_, 2 * gate_up_weights_.row_bytes, granule, num_groups_, threads);
+    hidden_chunk_ = std::min(hidden_chunk_, ceil_div(inner_depth_, granule) * granule);
     hidden_chunks_ = ceil_div(inner_depth_, hidden_chunk_);
-    out_chunk_ = chunk_rows(hidden_depth_, inner_depth_ * element_, num_groups_, threads);
+    out_chunk_ = chunk_rows(hidden_depth_, down_weights_.row_bytes, down_kernels_.granule, num_groups_, threads);
     out_chunks_ = ceil_div(hidden_depth_, out_chunk_);
 }
 
 int ExpertLayer::useful_threads() const {
-    const Index bytes = num_groups_ * 3 * hidden_depth_ * inner_depth_ * element_;
+    const Index bytes =
+        num_groups_ * (2 * inner_depth_ * gate_up_weights_.row_bytes + hidden_depth_ * down_weights_.row_bytes);
     return static_cast<int>(std::min<Index>(layer_.num_threads, 1 + bytes / kBytesPerThread));
 }
 
 void ExpertLayer::run(int worker) {
-    drain(encode_, worker, [this](Index token, Index) { encode_token(token); });
+    drain(encoding_, worker, [this](Index token, Index) { encode_token(token); });
     drain(to_hidden_, worker, [this, worker](Index item, Index next) { hidden_chunk(worker, item, next); });
     drain(to_out_, worker, [this](Index item, Index next) { out_chunk(item, next); });
-    drain(mix_, worker, [this, worker](Index token, Index) { mix_token(worker, token); });
-}
-
-// Each item is claimed one ahead, so that the end of one can already fetch the beginning of the next.
-template <class Item>
-void ExpertLayer::drain(Queue &queue, int worker, Item item) {
-    const bool from_back = worker % 2 != 0;
-    Index taken = 0;
-    for (Index now = queue.take(from_back), next; now >= 0; now = next) {
-        next = queue.take(from_back);
-        item(now, next);
-        taken++;
-    }
-    if (taken > 0) queue.finish(taken);
-    queue.wait();
+    drain(mixing_, worker, [this, worker](Index token, Index) { mix_token(worker, token); });
 }
 
 void ExpertLayer::encode_token(Index token) {
-    kernels_.encode(static_cast<const char *>(layer_.x) + token * hidden_depth_ * element_, hidden_depth_,
-                    tokens_ + token * token_stride_);
+    gate_up_kernels_.encode(static_cast<const char *>(layer_.x) + token * hidden_depth_ * token_bytes_, hidden_depth_,
+                            tokens_ + token * token_stride_);
 }
 
-const char *ExpertLayer::gate_rows(Index item) const {
-    const Group &group = groups_[item / hidden_chunks_];
-    const Index first = item % hidden_chunks_ * hidden_chunk_;
-    return static_cast<const char *>(layer_.gate_up) +
-           (group.expert * layer_.gate_up_stride + first * hidden_depth_) * element_;
+Rows ExpertLayer::gate_rows(Index item) const {
+    return gate_up_weights_.rows(groups_[item / hidden_chunks_].expert, item % hidden_chunks_ * hidden_chunk_);
 }
 
-const char *ExpertLayer::down_rows(Index item) const {
-    const Group &group = groups_[item / out_chunks_];
-    const Index first = item % out_chunks_ * out_chunk_;
-    return static_cast<const char *>(layer_.down) +
-           (group.expert * layer_.down_stride + first * inner_depth_) * element_;
+Rows ExpertLayer::down_rows(Index item) const {
+    return down_weights_.rows(groups_[item / out_chunks_].expert, item % out_chunks_ * out_chunk_);
 }
 
 void ExpertLayer::hidden_chunk(int worker, Index item, Index next_item) {
     const Group &group = groups_[item / hidden_chunks_];
     const Index first = item % hidden_chunks_ * hidden_chunk_;
     const Index count = std::min(hidden_chunk_, inner_depth_ - first);
-    const char *gate = gate_rows(item);
-    const char *up = gate + inner_depth_ * hidden_depth_ * element_;
+    const Rows gate = gate_rows(item), up = gate_up_weights_.rows(group.expert, inner_depth_ + first);
     // After the last chunk: where this thread will begin with the down projection.
-    const char *next = next_item >= 0    ? gate_rows(next_item)
-                       : worker % 2 == 0 ? down_rows(0)
-                                         : down_rows(num_groups_ * out_chunks_ - 1);
+    const Rows next = next_item >= 0    ? gate_rows(next_item)
+                      : worker % 2 == 0 ? down_rows(0)
+                                        : down_rows(num_groups_ * out_chunks_ - 1);
     float *gates = gate_up_ + worker * gate_up_per_thread_;
     float *ups = gates + kTokenBlock * hidden_chunk_;
     for (Index m = 0; m < group.num_tokens; m += kTokenBlock) {
         const Index num_tokens = std::min(kTokenBlock, group.num_tokens - m);
         const void *const *x = x_of_pair_ + group.first_pair + m;
-        kernels_.rows(gate, count, hidden_depth_, x, num_tokens, gates, hidden_chunk_, m == 0 ? up : nullptr);
-        kernels_.rows(up, count, hidden_depth_, x, num_tokens, ups, hidden_chunk_, m == 0 ? next : nullptr);
+        gate_up_kernels_.rows(gate, count, hidden_depth_, x, num_tokens, gates, hidden_chunk_, m == 0 ? up : kNothing);
+        gate_up_kernels_.rows(up, count, hidden_depth_, x, num_tokens, ups, hidden_chunk_, m == 0 ? next : kNothing);
         for (Index t = 0; t < num_tokens; t++) {
-            kernels_.swiglu(gates + t * hidden_chunk_, ups + t * hidden_chunk_, first, count, inner_depth_,
-                            hidden_row(group.first_pair + m + t));
+            down_kernels_.swiglu(gates + t * hidden_chunk_, ups + t * hidden_chunk_, first, count, inner_depth_,
+                                 hidden_row(group.first_pair + m + t));
         }
     }
 }
@@ -183,12 +179,12 @@ void ExpertLayer::out_chunk(Index item, Index next_item) {
     const Group &group = groups_[item / out_chunks_];
     const Index first = item % out_chunks_ * out_chunk_;
     const Index count = std::min(out_chunk_, hidden_depth_ - first);
-    const char *down = down_rows(item);
-    const char *next = next_item >= 0 ? down_rows(next_item) : down;
+    const Rows down = down_rows(item);
+    const Rows next = next_item >= 0 ? down_rows(next_item) : down;
     for (Index m = 0; m < group.num_tokens; m += kTokenBlock) {
         const Index num_tokens = std::min(kTokenBlock, group.num_tokens - m);
-        kernels_.rows(down, count, inner_depth_, h_of_pair_ + group.first_pair + m, num_tokens,
-                      out_row(group.first_pair + m) + first, out_stride_, m == 0 ? next : nullptr);
+        down_kernels_.rows(down, count, inner_depth_, h_of_pair_ + group.first_pair + m, num_tokens,
+                           out_row(group.first_pair + m) + first, out_stride_, m == 0 ? next : kNothing);
     }
 }
 
@@ -201,8 +197,8 @@ void ExpertLayer::mix_token(int worker, Index token) {
         outs[used] = out_row(pair_of_slot_[slot]);
         weights[used++] = layer_.weights[slot];
     }
-    kernels_.mix(outs, weights, used, hidden_depth_,
-                 static_cast<char *>(layer_.y) + token * hidden_depth_ * element_);
+    down_kernels_.mix(outs, weights, used, hidden_depth_,
+                      static_cast<char *>(layer_.y) + token * hidden_depth_ * token_bytes_);
 }
 
 }  // namespace expertshare

@@ -14,13 +14,22 @@ struct Group {
     Index expert, first_pair, num_tokens;
 };
 
+// Where the rows of one projection lie, those of its scales and minima beside them.
+struct Matrices {
+    Matrices(const es_weight &of, Index depth);
+    Rows rows(Index expert, Index row) const;
+
+    const es_weight &weight;
+    const Index row_bytes, scale_bytes;  // codes of a row; its scales
+};
+
 // Every number is computed by one thread, in one order, whichever thread that is: results do not depend on how many
 // there are. Threads with even numbers take the largest groups first and the others the smallest, so that at any time
 // some cores are busy with arithmetic while others have the memory for themselves.
 class ExpertLayer final : public Work {
    public:
-    // Throws std::bad_alloc. `kernels` are those of the layer's weight type.
-    ExpertLayer(const es_layer &layer, const Kernels &kernels, Arena &arena);
+    // Throws std::bad_alloc. The kernels are those of gate_up and of down.
+    ExpertLayer(const es_layer &layer, const Kernels &to_hidden, const Kernels &to_out, Arena &arena);
 
     bool ids_in_range() const { return ids_in_range_; }
     int useful_threads() const;
@@ -36,17 +45,15 @@ class ExpertLayer final : public Work {
     void out_chunk(Index item, Index next_item);
     void mix_token(int worker, Index token);
 
-    template <class Item>
-    void drain(Queue &queue, int worker, Item item);
-
-    const char *gate_rows(Index item) const;
-    const char *down_rows(Index item) const;
+    Rows gate_rows(Index item) const;
+    Rows down_rows(Index item) const;
     char *hidden_row(Index pair) const { return hidden_ + pair * hidden_stride_; }
     float *out_row(Index pair) const { return outs_ + pair * out_stride_; }
 
     const es_layer &layer_;
-    const Kernels &kernels_;
-    const Index element_, hidden_depth_, inner_depth_;  // bytes of a weight; D; F
+    const Kernels &gate_up_kernels_, &down_kernels_;
+    const Index token_bytes_, hidden_depth_, inner_depth_;  // bytes of a token's feature; D; F
+    const Matrices gate_up_weights_, down_weights_;
     bool ids_in_range_ = true;
 
     Group *groups_ = nullptr;
@@ -64,7 +71,7 @@ class ExpertLayer final : public Work {
     float *weights_of_token_ = nullptr;
 
     Index hidden_chunk_ = 0, hidden_chunks_ = 0, out_chunk_ = 0, out_chunks_ = 0;
-    Queue encode_, to_hidden_, to_out_, mix_;
+    Queue encoding_, to_hidden_, to_out_, mixing_;
 };
 
 }  // namespace expertshare

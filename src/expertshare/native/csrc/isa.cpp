@@ -1,17 +1,30 @@
 #include "isa.h"
 
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+#endif
+
 namespace expertshare {
 namespace {
 
 // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
 #if defined(__x86_64__) || defined(__i386__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
 bool has_avx512() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx_vnni() {  // leaf 7, subleaf 1: not every compiler has a name for it
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1u) != 0;
+}
 #else
+bool has_avx_vnni() { return false; }
+bool has_avx512_vnni() { return false; }
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
 bool has_avx512_bf16() { return false; }
@@ -23,14 +36,24 @@ struct Isa {
     bool (*on_this_processor)();
     const Kernels *const *bfloat16;
     const Kernels *const *float32;
+    const Kernels *const *quantised;
 };
 
 const Isa isas[] = {
-    {"avx512_bf16", has_avx512_bf16, &avx512_bf16_bfloat16, &avx512_float32},
-    {"avx512", has_avx512, &avx512_bfloat16, &avx512_float32},
-    {"avx2", has_avx2, &avx2_bfloat16, &avx2_float32},
-    {"portable", always, &portable_bfloat16, &portable_float32},
+    {"avx512_bf16", has_avx512_bf16, &avx512_bf16_bfloat16, &avx512_float32, &quantised_avx512_vnni},
+    {"avx512_vnni", has_avx512_vnni, &avx512_bfloat16, &avx512_float32, &quantised_avx512_vnni},
+    {"avx512", has_avx512, &avx512_bfloat16, &avx512_float32, &quantised_avx2},
+    {"avx_vnni", has_avx_vnni, &avx2_bfloat16, &avx2_float32, &quantised_avx_vnni},
+    {"avx2", has_avx2, &avx2_bfloat16, &avx2_float32, &quantised_avx2},
+    {"portable", always, &portable_bfloat16, &portable_float32, &quantised_portable},
 };
+
+Format format_of(const es_weight &weight) {
+    if (weight.bits == 8) return kInt8;
+    if (weight.bits == 4 && weight.group_size == 32) return weight.minima == nullptr ? kInt4By32 : kInt4By32Minima;
+    if (weight.bits == 4 && weight.group_size == 64) return weight.minima == nullptr ? kInt4By64 : kInt4By64Minima;
+    return kNumFormats;
+}
 
 }  // namespace
 
@@ -41,12 +64,20 @@ const char *isa_name(int isa) { return isas[isa].name; }
 bool isa_usable(int isa) {
     if (isa < 0 || isa >= num_isas()) return false;
     const Isa &known = isas[isa];
-    return *known.bfloat16 != nullptr && *known.float32 != nullptr && known.on_this_processor();
+    return *known.bfloat16 != nullptr && *known.float32 != nullptr && *known.quantised != nullptr &&
+           known.on_this_processor();
 }
 
 const Kernels *kernels_for(int isa, bool is_bfloat16) {
     if (!isa_usable(isa)) return nullptr;
     return is_bfloat16 ? *isas[isa].bfloat16 : *isas[isa].float32;
+}
+
+const Kernels *kernels_for(int isa, bool is_bfloat16, const es_weight &weight) {
+    if (weight.bits == (is_bfloat16 ? 16 : 32)) return kernels_for(isa, is_bfloat16);
+    if (!isa_usable(isa)) return nullptr;
+    const int format = format_of(weight);
+    return format == kNumFormats ? nullptr : *isas[isa].quantised + 2 * format + (is_bfloat16 ? 1 : 0);
 }
 
 }  // namespace expertshare

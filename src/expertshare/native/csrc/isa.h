@@ -1,6 +1,7 @@
 // The instruction sets this build knows, fastest first.
 #pragma once
 
+#include "abi.h"
 #include "kernels.h"
 
 namespace expertshare {
@@ -9,7 +10,10 @@ int num_isas();
 const char *isa_name(int isa);
 bool isa_usable(int isa);
 
-// Null unless the instruction set is usable.
+// For tokens and weights of that type; null unless the instruction set is usable.
 const Kernels *kernels_for(int isa, bool is_bfloat16);
+
+// For tokens of that type and such weights; null unless the instruction set is usable and the weights are known.
+const Kernels *kernels_for(int isa, bool is_bfloat16, const es_weight &weight);
 
 }  // namespace expertshare

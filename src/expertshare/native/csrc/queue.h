@@ -43,4 +43,19 @@ class Queue {
     std::atomic<Index> done_{0};
 };
 
+// Does items until there are none, and returns when those of all threads are done. Each item is claimed one ahead, so
+// that the end of one can already fetch the beginning of the next (-1 if there is none).
+template <class Item>
+void drain(Queue &queue, int worker, Item item) {
+    const bool from_back = worker % 2 != 0;
+    Index taken = 0;
+    for (Index now = queue.take(from_back), next; now >= 0; now = next) {
+        next = queue.take(from_back);
+        item(now, next);
+        taken++;
+    }
+    if (taken > 0) queue.finish(taken);
+    queue.wait();
+}
+
 }  // namespace expertshare

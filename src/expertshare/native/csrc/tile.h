@@ -10,6 +10,7 @@
 #pragma once
 
 #include "activation.h"
+#include "choice.h"
 #include "kernels.h"
 
 namespace {
@@ -140,6 +141,18 @@ void many_tokens(const typename V::Weight *w, Index num_blocks, Index depth, con
     }
 }
 
+// What does not fill R rows.
+template <class V>
+void single_rows(const typename V::Weight *w, Index first, Index end, Index depth, const void *const *x,
+                 Index num_tokens, float *out, Index out_stride) {
+    for (Index r = first; r < end; r++) {
+        for (Index m = 0; m < num_tokens; m++) {
+            Ahead nothing = {nullptr, 0};
+            tile<V, 1, 1>(w + r * depth, depth, x + m, out + m * out_stride + r, out_stride, nothing, 1);
+        }
+    }
+}
+
 template <class V, int R, int M>
 void blocks(const typename V::Weight *w, Index num_rows, Index depth, const void *const *x, Index num_tokens,
             float *out, Index out_stride, const typename V::Weight *next) {
@@ -149,19 +162,14 @@ void blocks(const typename V::Weight *w, Index num_rows, Index depth, const void
     } else {
         many_tokens<V, R, M>(w, num_blocks, depth, x, num_tokens, out, out_stride, next);
     }
-    for (Index r = num_blocks * R; r < num_rows; r++) {
-        for (Index m = 0; m < num_tokens; m++) {
-            Ahead nothing = {nullptr, 0};
-            tile<V, 1, 1>(w + r * depth, depth, x + m, out + m * out_stride + r, out_stride, nothing, 1);
-        }
-    }
+    single_rows<V>(w, num_blocks * R, num_rows, depth, x, num_tokens, out, out_stride);
 }
 
 template <class V>
-void rows(const void *w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
-          Index out_stride, const void *next) {
-    const auto *from = static_cast<const typename V::Weight *>(w);
-    const auto *then = static_cast<const typename V::Weight *>(next);
+void rows(const expertshare::Rows &w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
+          Index out_stride, const expertshare::Rows &next) {
+    const auto *from = reinterpret_cast<const typename V::Weight *>(w.codes);
+    const auto *then = reinterpret_cast<const typename V::Weight *>(next.codes);
     if (num_tokens > V::kWideTokens) {
         return blocks<V, 4, V::kMaxTokens>(from, num_rows, depth, x, num_tokens, out, out_stride, then);
     }
@@ -172,9 +180,28 @@ void rows(const void *w, Index num_rows, Index depth, const void *const *x, Inde
                                 out_stride, then);
 }
 
+// At most kMaxTokens tokens, which stay in the first cache while W comes from the second: with more tokens than that
+// it is they who would have to come from there, for every four rows anew.
+template <class V>
+void tile_rows(const void *w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
+               Index out_stride, const void *next, Index next_bytes) {
+    constexpr int kRows = 4;
+    const auto *from = static_cast<const typename V::Weight *>(w);
+    const Index num_blocks = num_rows / kRows;
+    Ahead ahead = {static_cast<const char *>(next), (next_bytes + kLine - 1) / kLine};
+    for (Index b = 0; b < num_blocks; b++) {
+        tile_of<V, kRows, V::kMaxTokens>(num_tokens, from + b * kRows * depth, depth, x, out + b * kRows, out_stride,
+                                         ahead, num_blocks - b);
+    }
+    single_rows<V>(from, num_blocks * kRows, num_rows, depth, x, num_tokens, out, out_stride);
+}
+
+constexpr Index kRowGranule = 32;  // a multiple of every vector length: items never share a vector of a hidden row
+
 template <class V>
 constexpr expertshare::Kernels kernels_of() {
-    return {row_bytes<V>, encode<V>, rows<V>, swiglu<V>, mix<V>};
+    return {kRowGranule, row_bytes<V>, encode<V>, rows<V>,      V::kMaxTokens, tile_rows<V>,
+            swiglu<V>,   mix<V>,       round_row<V>, exponentials, choose<V>};
 }
 
 }  // namespace

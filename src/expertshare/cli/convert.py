@@ -1,0 +1,63 @@
+"""`expertshare convert`: a checkpoint into the layout whose experts can be read one at a time, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expertshare.cli.console import megabytes, people, print_json
+from expertshare.cli.progress import bytes_progress
+from expertshare.conversion import Converted, restore, verify
+from expertshare.conversion import convert as convert_model
+from expertshare.errors import ConfigError, InputError, nearest
+from expertshare.experts import parse_size
+
+EXAMPLE = (
+    "Example: expertshare convert path/to/model path/to/converted --quantise int4 --verify   "
+    "(and back: expertshare convert path/to/converted path/to/model --to huggingface)"
+)
+LAYOUTS = ("experts", "huggingface")
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Directory of a model in Hugging Face layout, or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="Directory to make. Until it is complete it is called OUT.partial.")],
+    quantise: Annotated[str, typer.Option(help="How experts are stored: none, int8 or int4.")] = "none",
+    group_size: Annotated[int | None, typer.Option(help="Weights per scale with int4: 32 or 64.")] = None,
+    to: Annotated[str, typer.Option(help="Layout to write: experts or huggingface.")] = "experts",
+    shard_size: Annotated[str, typer.Option(help="Largest file with --to huggingface.")] = "5GB",
+    check: Annotated[bool, typer.Option("--verify", help="Read everything back and compare checksums.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line on stdout.")] = False,
+) -> None:
+    """Rewrite a checkpoint expert by expert, for --expert-memory. Run again, an interrupted conversion goes on."""
+    if to not in LAYOUTS:
+        raise ConfigError(f"unknown layout {to!r}. {nearest(to, LAYOUTS)}")
+    if to == "huggingface" and (quantise != "none" or group_size is not None):
+        raise InputError("the Hugging Face layout is written as the source was: leave out --quantise and --group-size")
+    with bytes_progress() as on_progress:
+        if to == "experts":
+            done = convert_model(source, out, quantise=quantise, group_size=group_size, on_progress=on_progress)
+        else:
+            done = restore(source, out, max_shard_bytes=parse_size(shard_size), on_progress=on_progress)
+        verified = verify(out, on_progress) if check else None
+    size = sum(path.stat().st_size for path in done.path.iterdir())
+    people(as_json=as_json).print(_told(done, size, verified), soft_wrap=True)
+    if as_json:
+        print_json(
+            {
+                "path": str(done.path),
+                "layout": to,
+                "quantise": quantise,
+                "bytes": size,
+                "fresh": done.fresh,
+                "verified_bytes": verified,
+            }
+        )
+
+
+def _told(done: Converted, size: int, verified: int | None) -> str:
+    state = "is written" if done.fresh else "was there already, made from the same source in the same way"
+    checked = "" if verified is None else f" All {megabytes(verified)} MB were read back and are right."
+    return f"{done.path} {state}: {megabytes(size)} MB.{checked}"

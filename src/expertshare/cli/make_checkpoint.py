@@ -1,0 +1,70 @@
+"""`expertshare make-checkpoint`: a random model of a released one's shapes, for measuring memory and speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expertshare.cli.console import megabytes, people, print_json
+from expertshare.cli.progress import bytes_progress
+from expertshare.conversion import default_unique, likeness
+from expertshare.conversion import make_checkpoint as make
+from expertshare.conversion.make_checkpoint import VANILLA_UNIQUE
+
+EXAMPLE = "Example: expertshare make-checkpoint --like llada2.0-mini --layers 4 --quantise int4 --out checkpoints/mini"
+
+
+def make_checkpoint(
+    like: Annotated[str, typer.Option(help=f"Whose shapes: {', '.join(VANILLA_UNIQUE)}.")],
+    out: Annotated[Path, typer.Option(help="Directory to make. Until it is complete it is called OUT.partial.")],
+    layers: Annotated[int | None, typer.Option(help="Layers, leading dense ones included. Default: all.")] = None,
+    experts: Annotated[int | None, typer.Option(help="Experts per layer instead of the model's number.")] = None,
+    quantise: Annotated[str, typer.Option(help="How experts are stored: none, int8 or int4.")] = "none",
+    group_size: Annotated[int | None, typer.Option(help="Weights per scale with int4: 32 or 64.")] = None,
+    unique: Annotated[
+        int | None, typer.Option(help="Experts that a block uses in a layer without sharing. Default: as published.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of all weights.")] = 0,
+    layout: Annotated[str, typer.Option(help="Layout to write: experts or huggingface.")] = "experts",
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line on stdout.")] = False,
+) -> None:
+    """Write a random checkpoint for benchmarks: real shapes, routers that agree as trained ones do, no knowledge."""
+    config = likeness(like, layers=layers, experts=experts)
+    wanted = default_unique(like, config) if unique is None else unique
+    with bytes_progress() as on_progress:
+        made = make(
+            config,
+            out,
+            unique=wanted,
+            quantise=quantise,
+            group_size=group_size,
+            layout=layout,
+            seed=seed,
+            on_progress=on_progress,
+        )
+    size = sum(path.stat().st_size for path in made.path.iterdir())
+    people(as_json=as_json).print(
+        f"{made.path} {'is written' if made.fresh else 'was there already, made in the same way'}: "
+        f"{megabytes(size)} MB.\n"
+        f"Unique experts per block and layer on the calibration blocks: {made.unique:.1f}, asked for {wanted} "
+        f"(lowest layer {min(made.unique_by_layer):.1f}, highest {max(made.unique_by_layer):.1f}).\n"
+        f"Try: expertshare generate {made.path} --prompt 'Hello' --gen-length {config.block_length}",
+        soft_wrap=True,
+    )
+    if as_json:
+        print_json(
+            {
+                "path": str(made.path),
+                "like": like,
+                "layout": layout,
+                "quantise": quantise,
+                "bytes": size,
+                "fresh": made.fresh,
+                "unique_requested": wanted,
+                "unique_experts": made.unique,
+                "unique_experts_by_layer": list(made.unique_by_layer),
+                "seed": seed,
+            }
+        )

@@ -1,0 +1,91 @@
+"""`expertshare plan`: what fits into memory, before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from expertshare.cli.console import people, print_json
+from expertshare.conversion import likeness
+from expertshare.conversion.machine_memory import usable_memory_bytes
+from expertshare.conversion.make_checkpoint import VANILLA_UNIQUE
+from expertshare.conversion.plan import Figure, Plan, Workload, make_plan, measure_rates
+from expertshare.conversion.sizes import sizes_like, sizes_of
+from expertshare.errors import InputError
+from expertshare.experts import format_size, parse_size
+from expertshare.experts.recording import read_record
+from expertshare.routing import native_policy, parse_policy
+
+EXAMPLE = (
+    "Example: expertshare plan path/to/converted --memory 8GiB --policy des-vote:budget=16 --trace routing.jsonl   "
+    "(the trace: expertshare generate path/to/converted --prompt Hello --record-routing routing.jsonl)"
+)
+
+
+def plan(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory of a model in Hugging Face or expert layout, or a hub id.")
+    ] = None,
+    like: Annotated[
+        str | None, typer.Option(help=f"Instead of a model: the shapes of {', '.join(VANILLA_UNIQUE)}.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="With --like: layers. Default: all.")] = None,
+    memory: Annotated[str | None, typer.Option(help="For the whole process, e.g. 8GiB. Default: what is free.")] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Policy, or policy:knob=value,... Default: what the model was trained with.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Routing record of this model under this policy (generate --record-routing).")
+    ] = None,
+    prompt_length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 256,
+    gen_length: Annotated[int, typer.Option(help="Tokens to generate.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
+    tokens_per_step: Annotated[float, typer.Option(help="Tokens that a denoising step commits.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line on stdout.")] = False,
+) -> None:
+    """Say what fits: dense bytes, bytes per expert, smallest budget, recommended store, expected speed."""
+    if (model is None) == (like is None):
+        raise InputError("expected either a model or --like NAME: give one of them")
+    if layers is not None and like is None:
+        raise InputError("--layers belongs to --like: leave it out")
+    workload = Workload(
+        prompt_length=prompt_length, gen_length=gen_length, batch_size=batch_size, tokens_per_step=tokens_per_step
+    )
+    limit = parse_size(memory) if memory is not None else usable_memory_bytes()
+    if limit is None:
+        raise InputError("the system does not say how much memory is free: give --memory")
+    sizes = sizes_of(model) if model is not None else sizes_like(likeness(like or "", layers=layers))
+    chosen = parse_policy(policy) if policy is not None else native_policy(sizes.config)
+    bound = chosen.bind(sizes.config.router)
+    record = read_record(trace) if trace is not None else None
+    made = make_plan(sizes, limit, bound, measure_rates(sizes), workload=workload, record=record)
+    console = people(as_json=as_json)
+    console.print(_table(made))
+    for sentence in made.advice:
+        console.print(sentence, soft_wrap=True)
+    if as_json:
+        print_json({"model": model or like, "policy": policy or bound.name, **made.to_json()})
+
+
+def _table(made: Plan) -> Table:
+    table = Table(title=f"store: {made.store}, experts in {made.scheme}", title_justify="left")
+    for column in ("", "", "origin", "how"):
+        table.add_column(column, overflow="fold")
+    for name, figure in made.figures.items():
+        table.add_row(name, _shown(figure), figure.origin, figure.how)
+    return table
+
+
+def _shown(figure: Figure) -> str:
+    if figure.unit == "bytes":
+        return format_size(int(figure.value))
+    if figure.unit == "bytes/s":
+        return f"{figure.value / 1e9:.2f} GB/s"
+    if figure.unit == "MAC/s":
+        return f"{figure.value / 1e9:.0f} GMAC/s"
+    if figure.unit == "share":
+        return f"{100 * figure.value:.1f} %"
+    return f"{figure.value:.4g} {figure.unit}"

@@ -1,0 +1,68 @@
+"""Refuse before loading what cannot fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from expertshare.conversion.machine_memory import usable_memory_bytes
+from expertshare.conversion.sizes import loaded_bytes
+from expertshare.errors import ExpertMemoryError
+from expertshare.experts.layout import DENSE, has_expert_layout, read_manifest
+from expertshare.experts.sizes import ExpertMemory, format_size
+from expertshare.models.checkpoint import WEIGHTS, read_headers
+
+
+def check_fits(
+    path: Path,
+    memory: ExpertMemory | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    dense_is_loaded: bool = False,
+    available_bytes: int | None = None,
+) -> None:
+    """Raise ExpertMemoryError unless the weights of a model directory fit into memory, with what would fit instead.
+
+    memory: where experts of a converted model are to live; None leaves them out. Other models have theirs in memory.
+    dtype: to load in. dense_is_loaded: only the experts of a converted model are still to come. available_bytes: by
+    default what the system and the control group have left; nothing is refused where neither says. Reads headers only;
+    raises CheckpointError for a directory that is no model.
+    """
+    available = usable_memory_bytes() if available_bytes is None else available_bytes
+    converted = has_expert_layout(path)
+    weights = loaded_bytes(read_headers(path, DENSE if converted else WEIGHTS).values(), dtype)
+    own = 0 if dense_is_loaded else weights
+    experts = _expert_bytes(path, memory) if converted and memory is not None else 0
+    if available is None or own + experts <= available:
+        return
+    raise ExpertMemoryError(
+        f"the weights of {path} need {format_size(own + experts)} of memory, but {_rounded_down(available)} can be "
+        "had. " + _advice(path, converted=converted, room=available - own, experts=experts)
+    )
+
+
+def _expert_bytes(path: Path, memory: ExpertMemory) -> int:
+    """Memory of experts in a store. Pages of a mapping are the kernel's to drop."""
+    layout = read_manifest(path)
+    whole = layout.num_layers * layout.num_experts * layout.format.slab_bytes
+    return {"all": whole, "mmap": 0, "budget": min(memory.num_bytes, whole)}[memory.kind]
+
+
+def _advice(path: Path, *, converted: bool, room: int, experts: int) -> str:
+    if not converted:
+        return (
+            f"Convert it (`expertshare convert {path} OUT --quantise int4`) and use --expert-memory, after "
+            f"`expertshare plan {path}` has said how much"
+        )
+    if room <= 0 or not experts:
+        return "Its dense part alone does not fit: close other programs, or use a smaller model"
+    return (
+        f"At most {_rounded_down(room)} are left for experts; `expertshare plan {path}` says what of that to give to "
+        "--expert-memory"
+    )
+
+
+def _rounded_down(num_bytes: int) -> str:
+    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB")) if num_bytes >= u), (1, "B"))
+    return f"{num_bytes * 10 // unit / 10:g}{name}"

@@ -1,0 +1,82 @@
+"""How experts are stored in a slab: as floats, or quantised by one of the kernels' schemes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import cast
+
+from torch import Tensor
+
+from expertshare.config import ModelConfig
+from expertshare.errors import CheckpointError, ConfigError, NumericsError, nearest
+from expertshare.experts.slab import Scheme as SchemeName
+from expertshare.experts.slab import SlabFormat
+from expertshare.kernels.quantise import QUANTISATIONS, quantise_bank
+from expertshare.kernels.quantise import Scheme as Quantisation
+from expertshare.types import ExpertBank, QuantisedBank, QuantisedWeight
+
+UNQUANTISED = "none"
+SCHEMES = (UNQUANTISED, *QUANTISATIONS)
+FLOAT_NAMES = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}
+"""What experts of a checkpoint's dtype are in a slab. float32 holds every float16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """A way of storing experts. dtype: of floats, "float32" or "bfloat16"; quantised slabs keep the default there."""
+
+    name: SchemeName
+    quantisation: Quantisation | None = None
+    dtype: str = "bfloat16"
+
+    def slab(self, config: ModelConfig) -> SlabFormat:
+        """The slabs of a model. Raises ConfigError where its widths do not divide into the scheme's groups."""
+        sizes = {"hidden": config.hidden_size, "inner": config.expert_hidden}
+        if self.quantisation is None:
+            return SlabFormat(scheme=self.name, dtype=self.dtype, **sizes)  # type: ignore[arg-type]
+        return SlabFormat(
+            scheme=self.name,
+            group_size=self.quantisation.group_size or 0,
+            has_minima=not self.quantisation.symmetric,
+            **sizes,  # type: ignore[arg-type]
+        )
+
+    def quantise(self, bank: ExpertBank) -> ExpertBank | QuantisedBank:
+        """The bank as it is stored."""
+        if self.quantisation is None:
+            return bank
+        try:
+            return quantise_bank(bank, self.quantisation)
+        except NumericsError as error:
+            raise CheckpointError(f"an expert cannot be quantised: {error}") from error
+
+    def matrices(self, bank: ExpertBank | QuantisedBank) -> dict[str, Tensor]:
+        """The parts of a slab, by name, of a bank of one expert, which is quantised first where it has to be."""
+        stored = self.quantise(bank) if isinstance(bank, ExpertBank) else bank
+        if isinstance(stored, ExpertBank):
+            return {"gate_up": stored.gate_up_EHD[0], "down": stored.down_EDF[0]}
+        return {**_weight_parts("gate_up", stored.gate_up), **_weight_parts("down", stored.down)}
+
+
+def make_scheme(name: str, *, group_size: int | None = None, expert_dtype: str = "BF16") -> Scheme:
+    """A scheme by name. group_size: for int4 only. expert_dtype: of the experts to be stored, as safetensors names it.
+
+    Raises ConfigError for an unknown name or a group size that the scheme does not have.
+    """
+    if name not in SCHEMES:
+        raise ConfigError(f"unknown quantisation {name!r}. {nearest(name, SCHEMES)}")
+    kind = cast(SchemeName, name)
+    quantisation = QUANTISATIONS.get(name)
+    if group_size is not None:
+        if quantisation is None or quantisation.group_size is None:
+            raise ConfigError(f"a group size belongs to int4, got {group_size} for {name}: leave --group-size out")
+        quantisation = replace(quantisation, group_size=group_size)
+    if quantisation is not None:
+        return Scheme(kind, quantisation)
+    return Scheme(kind, dtype=FLOAT_NAMES[expert_dtype])
+
+
+def _weight_parts(projection: str, weight: QuantisedWeight) -> dict[str, Tensor]:
+    """The tensors of a bank of one, under the names of slab parts."""
+    tensors = {field.name: getattr(weight, field.name) for field in fields(weight)}
+    return {f"{projection}.{name}": value[0] for name, value in tensors.items() if isinstance(value, Tensor)}

@@ -1,0 +1,246 @@
+"""Experts in a fixed number of slots, filled by explicit reads: the budget is what the process really uses."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertshare.errors import ConfigError, ExpertMemoryError
+from expertshare.experts.eviction import needed_last
+from expertshare.experts.forecast import Ints, ReuseForecast
+from expertshare.experts.layout import ExpertLayout, open_layers
+from expertshare.experts.page_memory import allocate_slabs, as_memory
+from expertshare.experts.reading import ReadTeam, SlabRead
+from expertshare.experts.sizes import format_size
+from expertshare.experts.slots import SlotTable
+from expertshare.experts.statistics import StoreStatistics, fresh_counts
+from expertshare.types import Loan
+
+NUM_READERS = 4
+"""Enough to keep an SSD busy; they wait for the disk, not for a core."""
+
+
+_NONE: Ints = np.empty(0, dtype=np.int64)
+
+
+class _Lease:
+    """Slots that somebody uses. It ends with its borrower's frame even where an interrupt hits the giving back."""
+
+    __slots__ = ("__weakref__", "slots")
+
+    def __init__(self) -> None:
+        self.slots = _NONE
+
+
+class BudgetedStore:
+    """A SlabStore whose slots, shared by all layers, take at most `budget_bytes`.
+
+    Borrowed experts stay where they are. On a miss the expert goes that ReuseForecast expects to be needed last.
+    prefetch: while a layer computes, read those of the next layer's last experts that are missing, each in the place
+    of one that is needed later. direct: read past the page cache (O_DIRECT).
+
+    An interrupt or a failed read leaves it consistent: a slot counts as filled only when all its bytes are there.
+    Raises ExpertMemoryError where the budget does not hold one expert, and `borrow` where it does not hold a layer's.
+    """
+
+    def __init__(
+        self, directory: Path, layout: ExpertLayout, budget_bytes: int, *, prefetch: bool = True, direct: bool = False
+    ) -> None:
+        slab_bytes = layout.format.slab_bytes
+        num_slots = min(budget_bytes // slab_bytes, layout.num_layers * layout.num_experts)
+        if num_slots < 1:
+            raise ExpertMemoryError(
+                f"expected an expert memory of at least {format_size(slab_bytes)}, which is one expert, got "
+                f"{format_size(budget_bytes)}: raise --expert-memory"
+            )
+        self._layout, self._prefetch, self._pid = layout, prefetch, os.getpid()
+        slabs_SB = allocate_slabs(num_slots, slab_bytes)
+        self._files = open_layers(directory, layout, direct=direct)
+        self._memory = as_memory(slabs_SB)
+        self._bank = layout.format.bank(slabs_SB)
+        self._table = SlotTable(num_slots, layout.num_layers, layout.num_experts)
+        self._forecast = ReuseForecast(layout.num_layers, layout.num_experts)
+        self._pending: dict[int, SlabRead] = {}
+        self._leases: WeakSet[_Lease] = WeakSet()
+        self._counts = fresh_counts(layout.num_layers)
+        self._team = ReadTeam(NUM_READERS)
+        self._closed = False
+
+    @contextmanager
+    def borrow(self, layer: int, active_E: Tensor) -> Iterator[Loan]:
+        """The active experts of a layer, in slots. Raises ExpertMemoryError or CheckpointError."""
+        self._check_usable()
+        member_E = active_E.numpy()
+        lease = _Lease()
+        try:
+            self._leases.add(lease)
+            self._forecast.observe(layer, member_E)
+            slots = self._bring(layer, np.flatnonzero(member_E), lease)
+            slot_of_E = torch.full((len(member_E),), -1, dtype=torch.int64)
+            slot_of_E[active_E] = torch.from_numpy(slots)
+            if self._prefetch:
+                self._fetch_ahead(layer)
+            yield Loan(self._bank, slot_of_E)
+        finally:
+            lease.slots = _NONE
+
+    def statistics(self) -> StoreStatistics:
+        """Since it was opened or last reset."""
+        layers = tuple(count.freeze() for count in self._counts)
+        return StoreStatistics(
+            kind="budget", slots=self._table.num_slots, slot_bytes=self._layout.format.slab_bytes, layers=layers
+        )
+
+    def reset(self) -> None:
+        """Count from zero; what is in memory stays."""
+        self._counts = fresh_counts(self._layout.num_layers)
+
+    def close(self) -> None:
+        """Let files, threads and memory go; twice is fine. Banks that are still lent keep their memory."""
+        if self._closed:
+            return
+        self._closed = True
+        for read in self._pending.values():
+            read.unwanted = True
+        if os.getpid() == self._pid:
+            self._team.close()
+        for file in self._files:
+            file.close()
+        self._pending.clear()
+        del self._bank, self._memory
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise ConfigError("expected an open expert store, got one that was closed: open it again")
+        if os.getpid() != self._pid:
+            raise ConfigError("this expert store was opened before the process forked: open one in the new process")
+
+    def _bring(self, layer: int, active: Ints, lease: _Lease) -> Ints:
+        """Have these experts in slots, wait for them, and lend them; returns their slots."""
+        for slot in list(self._pending):
+            self._settle(slot)
+        slot_of_E, count = self._table.slot_of_NE[layer], self._counts[layer]
+        present = slot_of_E[active]
+        lease.slots = present[present >= 0]
+        missing = active[present < 0]
+        start = time.perf_counter()
+        for slot, expert in zip(self._vacate(len(missing), layer, len(active)).tolist(), missing.tolist(), strict=True):
+            self._fetch(slot, layer, expert, ahead=False)
+        slots: Ints = slot_of_E[active]
+        lease.slots = slots
+        ahead = int(self._table.ahead_S[slots].sum())
+        waits = not self._table.ready_S[slots].all()
+        for slot, expert in zip(slots.tolist(), active.tolist(), strict=True):
+            while not self._table.ready_S[slot]:
+                self._await(slot, layer, expert)
+        self._table.ahead_S[slots] = False
+        count.requests += len(active)
+        count.prefetch_hits += ahead
+        count.hits += len(active) - len(missing) - ahead
+        count.stall_s += time.perf_counter() - start if waits else 0.0
+        return slots
+
+    def _vacate(self, count: int, layer: int, needed: int) -> Ints:
+        """Slots for `count` experts of a layer: free ones first, then those of experts that are needed last."""
+        if count == 0:
+            return _NONE
+        for slot in self._unwanted():  # a layer that waits goes before what was fetched ahead
+            self._pending[slot].unwanted = True
+        slots = self._candidates(layer)
+        if len(slots) < count:  # in the end also what is being read for somebody else
+            for slot in self._unwanted():
+                self._finish(slot)
+            slots = self._candidates(layer)
+        if len(slots) < count:
+            self._refuse(layer, needed)
+        return slots[:count]
+
+    def _refuse(self, layer: int, needed: int) -> None:
+        slab_bytes, have = self._layout.format.slab_bytes, self._table.num_slots
+        raise ExpertMemoryError(
+            f"MoE layer {layer} needs {needed} experts at once: expected an expert memory of at least "
+            f"{format_size(needed * slab_bytes)}, got {format_size(have * slab_bytes)}, which holds {have}. Raise "
+            "--expert-memory, or let blocks share fewer experts (e.g. --policy des-vote --budget "
+            f"{have}), or decode fewer prompts together"
+        )
+
+    def _candidates(self, layer: int, *, spare: Ints = _NONE) -> Ints:
+        """Slots that may be filled, best first. spare: slots that may not, beside those lent or being filled."""
+        filling = np.array(list(self._pending), dtype=np.int64)
+        kept = np.concatenate((spare, filling, *(lease.slots for lease in self._leases)))
+        return needed_last(self._table, self._forecast, layer, kept)
+
+    def _fetch_ahead(self, layer: int) -> None:
+        """Start reading what the next layer used last, each expert in the place of one that is needed much later: what
+        is needed within half a round would soon have to be read again, and the storage is what there is too little of.
+        """
+        following, table, forecast = (layer + 1) % self._layout.num_layers, self._table, self._forecast
+        last = np.flatnonzero(forecast.last_NE[following])
+        present = table.slot_of_NE[following, last]
+        missing = last[present < 0]
+        if following == layer or not len(missing):
+            return
+        until = forecast.layers_until_use(layer, following, missing)
+        soonest = np.argsort(until, kind="stable")
+        slots = self._candidates(layer, spare=present[present >= 0])
+        for slot, index in zip(slots.tolist(), soonest.tolist(), strict=False):
+            owner, expert = table.layer_S[slot], table.expert_S[slot : slot + 1]
+            least = until[index] + self._layout.num_layers / 2
+            if owner >= 0 and forecast.layers_until_use(layer, owner, expert)[0] < least:
+                return
+            self._fetch(slot, following, int(missing[index]), ahead=True)
+
+    def _fetch(self, slot: int, layer: int, expert: int, *, ahead: bool) -> None:
+        """Start reading an expert into a slot that nobody uses."""
+        size = self._layout.format.slab_bytes
+        self._table.place(slot, layer, expert, ahead=ahead)
+        read = SlabRead(self._files[layer], expert, self._memory[slot * size : (slot + 1) * size])
+        self._pending[slot] = read  # before it is queued: an interrupt must not leave a read that nobody knows
+        self._team.submit(read)
+
+    def _await(self, slot: int, layer: int, expert: int) -> None:
+        """Wait for the bytes of a lent slot. Raises the error of its read."""
+        if slot not in self._pending:  # its read was skipped, or an interrupt came between placing and reading
+            self._fetch(slot, layer, expert, ahead=False)
+        read = self._finish(slot)
+        if read.error is not None:
+            raise read.error
+
+    def _finish(self, slot: int) -> SlabRead:
+        read = self._pending[slot]
+        if not read.queued:  # an interrupt came between noting and queueing it
+            self._team.submit(read)
+        read.wait()
+        self._settle(slot)
+        return read
+
+    def _settle(self, slot: int) -> None:
+        """Take note of a read that is done: the slot is filled, or nobody's."""
+        read = self._pending[slot]
+        if not read.done:
+            return
+        if read.error is None and not read.skipped:
+            self._table.ready_S[slot] = True
+            self._counts[self._table.layer_S[slot]].reads += 1
+        else:  # whoever needs the expert reads it again, and hears of the error if it lasts
+            self._table.clear(slot)
+        del self._pending[slot]
+
+    def _unwanted(self) -> set[int]:
+        """Slots that are being filled for nobody who waits."""
+        return set(self._pending).difference(*(lease.slots.tolist() for lease in self._leases))

@@ -1,0 +1,187 @@
+"""One expert as bytes: its weights side by side in a slab, so that a single read brings all of them.
+
+The specification is docs/expert-layout.md. Everything here follows from the table of parts: the offsets, the writing,
+and the views through which the kernels compute on the bytes as they lie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from expertshare.errors import CheckpointError, ConfigError
+from expertshare.types import Bank, ExpertBank, QuantisedBank, QuantisedWeight
+
+Scheme = Literal["none", "int8", "int4"]
+PAGE_BYTES = 4096
+"""Slabs are whole pages: a mapping can advise the kernel about one expert, and O_DIRECT can read one."""
+PART_BYTES = 64
+"""Parts begin at a cache line, and at an address that every vector load may use."""
+
+_BITS = {"none": 0, "int8": 8, "int4": 4}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_KEYS = ("scheme", "dtype", "hidden", "inner", "group_size", "has_minima")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A matrix within a slab. name: `projection` or `projection.field`; offset and size in bytes."""
+
+    name: str
+    dtype: torch.dtype
+    rows: int
+    columns: int
+    offset: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Without what follows it up to the next part."""
+        return self.rows * self.columns * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlabFormat:
+    """How the bytes of one expert are arranged.
+
+    scheme: "none" keeps floats of `dtype` ("bfloat16" or "float32"); "int8" has one scale a row; "int4" has a scale
+    for every `group_size` inputs of a row, and a minimum where `has_minima`. hidden: D, inner: F. The fields that a
+    scheme does not use keep their defaults. Raises ConfigError for a combination that cannot be.
+    """
+
+    scheme: Scheme
+    hidden: int
+    inner: int
+    dtype: str = "bfloat16"
+    group_size: int = 0
+    has_minima: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scheme not in _BITS:
+            raise ConfigError(f"expected a scheme of none, int8 or int4, got {self.scheme!r}")
+        if self.dtype not in _DTYPES:
+            raise ConfigError(f"expected a dtype of bfloat16 or float32, got {self.dtype!r}")
+        if min(self.hidden, self.inner) < 1:
+            raise ConfigError(f"expected sizes of at least 1, got hidden {self.hidden} and inner {self.inner}")
+        if self.scheme == "int4":
+            self._check_groups()
+        elif self.group_size or self.has_minima:
+            raise ConfigError(f"groups and minima belong to int4, got them for {self.scheme!r}: leave them out")
+
+    def _check_groups(self) -> None:
+        for name, depth in (("hidden", self.hidden), ("inner", self.inner)):
+            if self.group_size < 2 or self.group_size % 2 or depth % self.group_size:
+                raise ConfigError(
+                    f"expected an even group size that divides {name} {depth}, got {self.group_size}: try 32 or 64"
+                )
+
+    @property
+    def float_dtype(self) -> torch.dtype | None:
+        """Of the weights; None where they are codes, which compute with activations of any dtype."""
+        return _DTYPES[self.dtype] if self.scheme == "none" else None
+
+    @property
+    def bits(self) -> int:
+        """Of a code; 0 where weights are floats."""
+        return _BITS[self.scheme]
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The table: every matrix of a slab, in order."""
+        found: list[Part] = []
+        for name, dtype, rows, columns in self._matrices():
+            start = found[-1].offset + found[-1].num_bytes if found else 0
+            found.append(Part(name, dtype, rows, columns, _round_up(start, PART_BYTES)))
+        return tuple(found)
+
+    @cached_property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's weights, without padding."""
+        return sum(part.num_bytes for part in self.parts)
+
+    @cached_property
+    def slab_bytes(self) -> int:
+        """Bytes that one expert takes in a file or a slot."""
+        return _round_up(self.parts[-1].offset + self.parts[-1].num_bytes, PAGE_BYTES)
+
+    def views(self, slab_B: Tensor) -> dict[str, Tensor]:
+        """The matrices [rows, columns] of one slab (uint8 [slab_bytes]) by name, as views of its bytes."""
+        return {part.name: self._view(slab_B.unsqueeze(0), part)[0] for part in self.parts}
+
+    def write(self, slab_B: Tensor, matrices: Mapping[str, Tensor]) -> None:
+        """Fill a slab, what lies between the parts with zeros, so that equal experts give equal bytes.
+
+        Raises CheckpointError unless `matrices` has exactly the parts of the table, each with its shape and dtype.
+        """
+        names = {part.name for part in self.parts}
+        if set(matrices) != names:
+            raise CheckpointError(f"expected the parts {sorted(names)} of an expert, got {sorted(matrices)}")
+        slab_B.zero_()
+        for part in self.parts:
+            given = matrices[part.name]
+            if given.shape != (part.rows, part.columns) or given.dtype != part.dtype:
+                raise CheckpointError(
+                    f"expected {part.name} as {part.dtype} [{part.rows}, {part.columns}], "
+                    f"got {given.dtype} {list(given.shape)}"
+                )
+            self._view(slab_B.unsqueeze(0), part)[0].copy_(given)
+
+    def bank(self, slabs_SB: Tensor) -> Bank:
+        """Slabs (uint8 [slots, slab_bytes]) as weights to compute with: views, nothing is copied."""
+        views = {part.name: self._view(slabs_SB, part) for part in self.parts}
+        if self.scheme == "none":
+            return ExpertBank(views["gate_up"], views["down"])
+        return QuantisedBank(self._weight("gate_up", views), self._weight("down", views))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values by name."""
+        return {key: getattr(self, key) for key in _KEYS}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any], where: str) -> SlabFormat:
+        """The format of which `to_json` gave `value`; CheckpointError, which names `where`, for anything else."""
+        if set(value) != set(_KEYS):
+            raise CheckpointError(f"{where}: expected the scheme's keys {', '.join(_KEYS)}, got {', '.join(value)}")
+        try:
+            return SlabFormat(**value)
+        except (ConfigError, TypeError) as error:
+            raise CheckpointError(f"{where}: {error}") from error
+
+    def _matrices(self) -> Iterator[tuple[str, torch.dtype, int, int]]:
+        """Name, dtype, rows and columns of the parts, in the order in which a kernel needs them."""
+        for projection, rows, depth in (
+            ("gate_up", 2 * self.inner, self.hidden),
+            ("down", self.hidden, self.inner),
+        ):
+            if self.scheme == "none":
+                yield projection, _DTYPES[self.dtype], rows, depth
+            elif self.scheme == "int8":
+                yield f"{projection}.codes_ERC", torch.int8, rows, depth
+                yield f"{projection}.scales_ERG", torch.float32, rows, 1
+            else:
+                yield f"{projection}.codes_ERC", torch.uint8, rows, depth // 2
+                yield f"{projection}.scales_ERG", torch.float16, rows, depth // self.group_size
+                if self.has_minima:
+                    yield f"{projection}.minima_ERG", torch.float16, rows, depth // self.group_size
+
+    def _view(self, slabs_SB: Tensor, part: Part) -> Tensor:
+        bytes_SB = slabs_SB[:, part.offset : part.offset + part.num_bytes]
+        return bytes_SB.view(part.dtype).view(-1, part.rows, part.columns)
+
+    def _weight(self, projection: str, views: Mapping[str, Tensor]) -> QuantisedWeight:
+        """The fields of QuantisedWeight that are tensors have the names of the parts."""
+        prefix = f"{projection}."
+        tensors = {name.removeprefix(prefix): view for name, view in views.items() if name.startswith(prefix)}
+        depth = self.hidden if projection == "gate_up" else self.inner
+        return QuantisedWeight(
+            **{"minima_ERG": None, **tensors}, bits=self.bits, group_size=self.group_size or depth  # type: ignore[arg-type]
+        )
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return math.ceil(count / multiple) * multiple

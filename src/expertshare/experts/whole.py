@@ -1,0 +1,133 @@
+"""All experts of a converted model at hand: read into memory once, or mapped from their files."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from expertshare.errors import ConfigError
+from expertshare.experts.layout import ExpertLayout, open_layers
+from expertshare.experts.page_memory import allocate_slabs, as_memory
+from expertshare.experts.slab_file import LayerFile
+from expertshare.experts.statistics import StoreStatistics, fresh_counts
+from expertshare.types import Bank, Loan
+
+
+class _WholeStore:
+    """A SlabStore in which expert e is row e of its layer's bank."""
+
+    kind = ""
+
+    def __init__(self, layout: ExpertLayout, banks: list[Bank]) -> None:
+        self._layout, self._banks = layout, banks
+        self._counts = fresh_counts(layout.num_layers)
+
+    @contextmanager
+    def borrow(self, layer: int, active_E: Tensor) -> Iterator[Loan]:
+        """The layer's whole bank."""
+        if not self._banks:
+            raise ConfigError("expected an open expert store, got one that was closed: open it again")
+        count, active = self._counts[layer], int(active_E.sum())
+        count.requests += active
+        count.hits += active
+        self._announce(layer, active_E)
+        yield Loan(self._banks[layer])
+
+    def statistics(self) -> StoreStatistics:
+        """Since it was opened or last reset."""
+        layout = self._layout
+        return StoreStatistics(
+            kind=self.kind,
+            slots=layout.num_layers * layout.num_experts,
+            slot_bytes=layout.format.slab_bytes,
+            layers=tuple(count.freeze(hits_known=self.kind != "mmap") for count in self._counts),
+        )
+
+    def reset(self) -> None:
+        """Count from zero."""
+        self._counts = fresh_counts(self._layout.num_layers)
+
+    def close(self) -> None:
+        """Let the memory go; twice is fine. Banks that are still lent keep theirs."""
+        self._banks.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _announce(self, layer: int, active_E: Tensor) -> None:
+        """These experts will be read."""
+
+
+class ResidentSlabs(_WholeStore):
+    """Every expert in memory, read once when the store is opened. direct: past the page cache."""
+
+    kind = "all"
+
+    def __init__(self, directory: Path, layout: ExpertLayout, *, direct: bool = False) -> None:
+        files = open_layers(directory, layout, direct=direct)
+        try:
+            super().__init__(layout, [layout.format.bank(_read_all(file)) for file in files])
+        finally:
+            for file in files:
+                file.close()
+        for count in self._counts:
+            count.reads = layout.num_experts
+
+
+class MappedStore(_WholeStore):
+    """Experts as pages of their files, which the kernel brings and drops as it sees fit.
+
+    The mapping is private: nothing can be written to the files. It costs no anonymous memory, but a file that is
+    truncated while it is mapped ends the process (SIGBUS), as with every mapping.
+    """
+
+    kind = "mmap"
+
+    def __init__(self, directory: Path, layout: ExpertLayout) -> None:
+        files = open_layers(directory, layout)
+        try:
+            self._maps = [mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) for file in files]
+            self._starts = [file.data_start for file in files]
+            banks = [layout.format.bank(_mapped(file, pages)) for file, pages in zip(files, self._maps, strict=True)]
+        finally:
+            for file in files:
+                file.close()
+        self._last_NE = torch.zeros(layout.num_layers, layout.num_experts, dtype=torch.bool)
+        super().__init__(layout, banks)
+
+    def close(self) -> None:
+        """Let the mappings go. They end with the last bank that is still lent, not under it."""
+        super().close()
+        self._maps.clear()
+
+    def _announce(self, layer: int, active_E: Tensor) -> None:
+        """Have the kernel read whole experts at once, where it would read ahead a few pages of each. Those of the last
+        visit are likely to be there still, and asking for them costs a walk over their pages."""
+        size, start = self._layout.format.slab_bytes, self._starts[layer]
+        fresh_E = active_E & ~self._last_NE[layer]
+        self._last_NE[layer] = active_E
+        for expert in fresh_E.nonzero().flatten().tolist():
+            self._maps[layer].madvise(mmap.MADV_WILLNEED, start + expert * size, size)
+
+
+def _read_all(file: LayerFile) -> Tensor:
+    size = file.header.format.slab_bytes
+    slabs_EB = allocate_slabs(file.header.num_experts, size)
+    memory = as_memory(slabs_EB)
+    for expert in range(file.header.num_experts):
+        file.read_into(expert, memory[expert * size : (expert + 1) * size])
+    return slabs_EB
+
+
+def _mapped(file: LayerFile, pages: mmap.mmap) -> Tensor:
+    bytes_X = torch.frombuffer(pages, dtype=torch.uint8, count=file.header.slabs_bytes, offset=file.data_start)
+    return bytes_X.view(file.header.num_experts, -1)

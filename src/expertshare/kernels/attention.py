@@ -1,0 +1,122 @@
+"""Attention of the queries of a block to all cached and own keys: torch, or our own kernel under the backend "cpu"."""
+
+from __future__ import annotations
+
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expertshare import native
+from expertshare.errors import ConfigError
+from expertshare.kernels.projection import raise_for
+
+
+class _Attention(Structure):
+    """es_attention of native/csrc/abi.h, field by field."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "v", "mask", "y")),
+        *((name, c_int64) for name in ("batch", "num_heads", "num_kv_heads", "length", "num_keys", "head_dim")),
+        *((name, c_int64) for name in ("q_batch_stride", "q_head_stride", "q_stride")),
+        *((name, c_int64) for name in ("k_batch_stride", "k_head_stride", "v_batch_stride", "v_head_stride")),
+        *((name, c_int64) for name in ("mask_batch_stride", "mask_stride")),
+        ("scale", c_float),
+        *((name, c_int32) for name in ("is_bfloat16", "isa", "num_threads")),
+        ("team", c_void_p),
+    )
+
+
+def attend(q_BHSD: Tensor, k_BHPD: Tensor, v_BHPD: Tensor, mask_BSP: Tensor | None, *, backend: str) -> Tensor:
+    """Softmax attention, grouped heads, scaled by 1 / sqrt(D): [B, S, H * D] in the queries' dtype.
+
+    mask: bool, True where a query sees a key, at least one each; None: all. Raises ConfigError for what the backend
+    "cpu" cannot take; the others are torch's own operation.
+    """
+    if backend == "cpu":
+        return attend_cpu(q_BHSD, k_BHPD, v_BHPD, mask_BSP)
+    batch, num_heads, length, _ = q_BHSD.shape
+    mask = None if mask_BSP is None else mask_BSP.unsqueeze(1)
+    groups = num_heads != k_BHPD.shape[1]
+    y_BHSD = F.scaled_dot_product_attention(q_BHSD, k_BHPD, v_BHPD, attn_mask=mask, enable_gqa=groups)
+    return y_BHSD.transpose(1, 2).reshape(batch, length, -1)
+
+
+def attend_cpu(q_BHSD: Tensor, k_BHPD: Tensor, v_BHPD: Tensor, mask_BSP: Tensor | None) -> Tensor:
+    """`attend` by our own kernel. Scores and sums are float32; the softmax's weights are rounded to the dtype once.
+
+    A query's result does not depend on other queries, on keys that it does not see (unless those are not finite), or
+    on the number of threads. Raises ConfigError for gradients, another device or dtype, shapes that do not fit.
+    """
+    library = native.library()
+    library.es_attend.argtypes = [POINTER(_Attention)]
+    _check(q_BHSD, k_BHPD, v_BHPD, mask_BSP)
+    batch, num_heads, length, head_dim = q_BHSD.shape
+    num_keys = k_BHPD.shape[2]
+    q_BHSD = q_BHSD if q_BHSD.stride(3) == 1 else q_BHSD.contiguous()
+    k_BHPD, v_BHPD = _with_positions_together(k_BHPD), _with_positions_together(v_BHPD)
+    if mask_BSP is not None:
+        mask_BSP = mask_BSP.expand(batch, length, num_keys)
+        mask_BSP = mask_BSP if mask_BSP.stride(2) == 1 else mask_BSP.contiguous()
+    y_BSHD = torch.empty(batch, length, num_heads, head_dim, dtype=q_BHSD.dtype)
+    call = _Attention(
+        *(tensor.data_ptr() for tensor in (q_BHSD, k_BHPD, v_BHPD)),
+        None if mask_BSP is None else mask_BSP.data_ptr(),
+        y_BSHD.data_ptr(),
+        batch,
+        num_heads,
+        k_BHPD.shape[1],
+        length,
+        num_keys,
+        head_dim,
+        *q_BHSD.stride()[:3],
+        *k_BHPD.stride()[:2],
+        *v_BHPD.stride()[:2],
+        *((0, 0) if mask_BSP is None else mask_BSP.stride()[:2]),
+        head_dim**-0.5,
+        int(q_BHSD.dtype == torch.bfloat16),
+        native.isa_number(),
+        native.num_threads(),
+        native.team(),
+    )
+    raise_for(int(library.es_attend(byref(call))))
+    return y_BSHD.view(batch, length, num_heads * head_dim)
+
+
+def _with_positions_together(keys_BHPD: Tensor) -> Tensor:
+    together = keys_BHPD.stride(3) == 1 and keys_BHPD.stride(2) == keys_BHPD.shape[3]
+    return keys_BHPD if together else keys_BHPD.contiguous()
+
+
+def _check(q_BHSD: Tensor, k_BHPD: Tensor, v_BHPD: Tensor, mask_BSP: Tensor | None) -> None:
+    features = (q_BHSD, k_BHPD, v_BHPD)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in features):
+        raise ConfigError("the backend 'cpu' has no gradients: call it under torch.no_grad(), or use 'grouped'.")
+    devices = {tensor.device.type for tensor in (*features, *(() if mask_BSP is None else (mask_BSP,)))}
+    if devices != {"cpu"}:
+        raise ConfigError(f"the backend 'cpu' expects tensors on the CPU, got {', '.join(sorted(devices))}.")
+    dtypes = {tensor.dtype for tensor in features}
+    if len(dtypes) != 1 or not dtypes <= {torch.float32, torch.bfloat16}:
+        raise ConfigError(
+            "the backend 'cpu' expects queries, keys and values all in float32 or all in bfloat16, got "
+            f"{', '.join(sorted(map(str, dtypes)))}: convert them, or use the backend 'grouped'."
+        )
+    if any(tensor.dim() != 4 for tensor in features):
+        raise ConfigError(f"expected queries, keys and values of 4 dimensions, got {[x.dim() for x in features]}.")
+    batch, num_heads, length, head_dim = q_BHSD.shape
+    fits = k_BHPD.shape == v_BHPD.shape and (k_BHPD.shape[0], k_BHPD.shape[3]) == (batch, head_dim)
+    if not fits or 0 in k_BHPD.shape or num_heads % k_BHPD.shape[1]:
+        raise ConfigError(
+            "expected queries [B, H, S, D] and as many keys as values [B, a divisor of H, P, D], got shapes "
+            f"{[tuple(tensor.shape) for tensor in features]}."
+        )
+    if mask_BSP is None:
+        return
+    wide = mask_BSP.dim() == 3 and all(
+        size in (1, wanted) for size, wanted in zip(mask_BSP.shape, (batch, length, k_BHPD.shape[2]), strict=True)
+    )
+    if mask_BSP.dtype != torch.bool or not wide:
+        raise ConfigError(
+            f"expected a bool mask {[batch, length, k_BHPD.shape[2]]}, got {mask_BSP.dtype} {tuple(mask_BSP.shape)}."
+        )

@@ -1,0 +1,51 @@
+"""The doors to dense computation: torch, or our own kernel under the backend "cpu". Same results within rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from expertshare.kernels.cpu import moe_ffn_cpu
+from expertshare.kernels.projection import check_dense, linear_cpu
+from expertshare.kernels.vocabulary import best_token, best_token_cpu
+from expertshare.types import ExpertBank, RoutingPlan
+
+
+def linear(x: Tensor, weight_ND: Tensor, *, backend: str) -> Tensor:
+    """x [..., D] times the transpose of weight_ND: [..., N] in the same dtype.
+
+    Raises ConfigError for what the backend "cpu" cannot take; the others are torch's own operation.
+    """
+    return linear_cpu(x, weight_ND) if backend == "cpu" else F.linear(x, weight_ND)
+
+
+def swiglu(x: Tensor, gate_up_HD: Tensor, down_DF: Tensor, *, backend: str) -> Tensor:
+    """down(silu(gate x) * up x) with the gate rows first in gate_up: same shape and dtype as x [..., D].
+
+    To the backend "cpu" this is a layer of one expert, which every token uses. Raises ConfigError as `linear` does.
+    """
+    if backend != "cpu":
+        gate, up = F.linear(x, gate_up_HD).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, down_DF)
+    check_dense(x, gate_up_HD)
+    x_TD = x.reshape(-1, x.shape[-1])
+    plan = RoutingPlan(
+        torch.zeros(len(x_TD), 1, dtype=torch.int64), torch.ones(len(x_TD), 1), torch.ones(1, dtype=torch.bool)
+    )
+    return moe_ffn_cpu(x_TD, plan, ExpertBank(gate_up_HD.unsqueeze(0), down_DF.unsqueeze(0))).view(x.shape)
+
+
+def head(
+    hidden_RD: Tensor, weight_VD: Tensor, excluded: Sequence[int], *, backend: str
+) -> tuple[Tensor, Tensor]:
+    """The most probable token of each row, int64 [R], and its probability, float32 [R]; `excluded` ids left out.
+
+    The probability is NaN where a logit is not finite. Ties go to the lower id. The backend "cpu" keeps no logits.
+    Raises ConfigError for what it cannot take.
+    """
+    if backend == "cpu":
+        return best_token_cpu(hidden_RD, weight_VD, excluded)
+    return best_token(F.linear(hidden_RD, weight_VD), excluded)

@@ -1,0 +1,97 @@
+"""Weights as the native library takes them: checked, so that it reads nothing outside a tensor, and where they lie."""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from expertshare.errors import ConfigError
+from expertshare.types import Bank, ExpertBank, QuantisedWeight
+
+
+class NativeWeight(Structure):
+    """es_weight of native/csrc/abi.h, field by field."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("codes", "scales", "minima")),
+        *((name, c_int64) for name in ("codes_stride", "scales_stride", "minima_stride")),
+        *((name, c_int32) for name in ("bits", "group_size")),
+    )
+
+
+def native_weight(weight: Tensor | QuantisedWeight) -> NativeWeight:
+    """Addresses and strides of weights that were checked; they must outlive it."""
+    if isinstance(weight, Tensor):
+        return NativeWeight(weight.data_ptr(), None, None, _stride_bytes(weight), 0, 0, weight.element_size() * 8, 0)
+    parts = (weight.codes_ERC, weight.scales_ERG, weight.minima_ERG)
+    return NativeWeight(
+        *(None if part is None else part.data_ptr() for part in parts),
+        *(0 if part is None else _stride_bytes(part) for part in parts),
+        weight.bits,
+        weight.group_size,
+    )
+
+
+def _stride_bytes(tensor: Tensor) -> int:
+    return tensor.stride(0) * tensor.element_size()
+
+
+def projections(bank: Bank) -> dict[str, Tensor | QuantisedWeight]:
+    """gate_up and down."""
+    if isinstance(bank, ExpertBank):
+        return {"gate_up": bank.gate_up_EHD, "down": bank.down_EDF}
+    return {"gate_up": bank.gate_up, "down": bank.down}
+
+
+def tensors_of(name: str, weight: Tensor | QuantisedWeight) -> dict[str, Tensor]:
+    """Every tensor of one projection, by the name that an error gives it."""
+    if isinstance(weight, Tensor):
+        return {name: weight}
+    parts = {"codes": weight.codes_ERC, "scales": weight.scales_ERG, "minima": weight.minima_ERG}
+    return {f"{part} of {name}": tensor for part, tensor in parts.items() if tensor is not None}
+
+
+def shape_of(weight: Tensor | QuantisedWeight) -> tuple[int, ...]:
+    """[experts, rows, depth]."""
+    return tuple(weight.shape) if isinstance(weight, Tensor) else (*weight.codes_ERC.shape[:-1], weight.depth)
+
+
+def check_layout(name: str, weight: Tensor | QuantisedWeight) -> None:
+    """Raises ConfigError unless the kernel can read every expert of the weights where they lie."""
+    if isinstance(weight, QuantisedWeight):
+        _check_groups(name, weight)
+    for part, tensor in tensors_of(name, weight).items():
+        if len(tensor) and not tensor[0].is_contiguous():
+            raise ConfigError(
+                f"the expert backend 'cpu' reads weights where they lie and expects each expert of {part} contiguous, "
+                f"got strides {tensor.stride()} for shape {tuple(tensor.shape)}: make it contiguous once, when it is "
+                "loaded."
+            )
+        if tensor.data_ptr() % tensor.element_size() != 0:
+            raise ConfigError(f"{part} is not aligned to its elements of {tensor.element_size()} bytes: clone it.")
+
+
+def check_codes(name: str, weight: QuantisedWeight) -> None:
+    """Raises ConfigError unless the number of bits is known and the dtypes are those of it."""
+    of_bits = {8: (torch.int8, torch.float32), 4: (torch.uint8, torch.float16)}
+    dtypes = (weight.codes_ERC.dtype, *(t.dtype for t in (weight.scales_ERG, weight.minima_ERG) if t is not None))
+    if weight.bits not in of_bits or (weight.bits == 8 and weight.minima_ERG is not None):
+        raise ConfigError(f"expected {name} in 4 bits, or in 8 without minima, got {weight.bits} bits.")
+    code, scale = of_bits[weight.bits]
+    if dtypes[0] != code or any(dtype != scale for dtype in dtypes[1:]):
+        raise ConfigError(
+            f"expected codes of {name} in {code} with scales and minima in {scale} for {weight.bits} bits, got "
+            f"{', '.join(map(str, dtypes))}: quantise with kernels.quantise."
+        )
+
+
+def _check_groups(name: str, weight: QuantisedWeight) -> None:
+    depth, group = weight.depth, weight.depth if weight.bits == 8 else weight.group_size
+    if weight.bits == 4 and (group not in (32, 64) or depth % group):
+        raise ConfigError(f"expected {name} in groups of 32 or 64 that divide its depth {depth}, got {group}.")
+    expected = (*weight.codes_ERC.shape[:-1], depth // max(1, group))
+    for part, tensor in tensors_of(name, weight).items():
+        if not part.startswith("codes") and tuple(tensor.shape) != expected:
+            raise ConfigError(f"expected shape {expected} for {part}, got {tuple(tensor.shape)}.")

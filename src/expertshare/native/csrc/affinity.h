@@ -1,0 +1,58 @@
+// The router's gate: what every expert is to every token. logits = W x in float32, then softmax or sigmoid, and the
+// selection bias on top.
+#pragma once
+
+#include "abi.h"
+#include "affinity_kernels.h"
+#include "arena.h"
+#include "pool.h"
+#include "queue.h"
+
+extern "C" {
+
+struct es_gate {
+    const void *x;        // [num_tokens, depth]; bfloat16 is widened exactly
+    const float *w;       // [num_experts, depth]
+    const float *bias;    // [num_experts], or null
+    float *affinity;      // [num_tokens, num_experts]
+    float *choice;        // the same, affinity + bias; null without bias
+    int64_t num_tokens, depth, num_experts;
+    int32_t is_bfloat16;  // of x; otherwise float32
+    int32_t is_softmax;   // otherwise sigmoid
+    int32_t isa;
+    int32_t num_threads;
+    es_team team;  // null: threads of our own
+};
+
+int es_affinity(const es_gate *gate);
+}
+
+namespace expertshare {
+
+// Tokens are packed side by side, a block of them to a pair of vectors, so that each keeps a lane of its own: its bits
+// depend neither on the other tokens nor on the threads.
+class Affinity final : public Work {
+   public:
+    static constexpr Index kTokensAtATime = 256;  // bounds the packed copy (2 MiB at 2048 features)
+
+    // Throws std::bad_alloc.
+    Affinity(const es_gate &gate, const AffinityKernels &kernels, Arena &arena);
+
+    int useful_threads() const;
+    void run(int worker) override;
+
+   private:
+    Index fetch(Index item, Index line) const;
+    void pack(Index item);
+    void multiply(Index item, Index next_item);
+    void finish(Index token);
+
+    const es_gate &gate_;
+    const AffinityKernels &kernels_;
+    const Index width_, token_blocks_, row_blocks_, strips_;
+    float *packed_ = nullptr;  // [token_blocks, depth, width]
+    float *logits_ = nullptr;  // [token_blocks, num_experts, width]
+    Queue to_pack_, to_multiply_, to_finish_;
+};
+
+}  // namespace expertshare

@@ -1,0 +1,35 @@
+// What the gate needs of an instruction set.
+#pragma once
+
+#include "kernels.h"
+
+namespace expertshare {
+
+struct AffinityKernels {
+    Index width;  // tokens of a block
+    Index rows;   // experts of a block
+
+    // Features begin .. end (begin a multiple of 128) of up to `width` tokens, side by side: packed[i * width + t], zero
+    // for t >= num_tokens. In what form is the kernel's own affair, but for bfloat16 and for float32 always the same.
+    void (*pack)(const void *x, bool is_bfloat16, Index num_tokens, Index depth, Index begin, Index end, float *packed);
+
+    // logits[r * width + t] = dot(w[r * depth + ...], token t) for r < num_rows <= rows and t < num_tokens. `next`: where
+    // the rows begin that will be read after these, fetched meanwhile; or null.
+    void (*multiply)(const float *w, Index num_rows, Index depth, const float *packed, bool is_bfloat16,
+                     Index num_tokens, float *logits, const float *next);
+
+    // affinity[e] of logits[e * width]; choice = affinity + bias unless null.
+    void (*finish)(const float *logits, Index num_experts, bool is_softmax, const float *bias, float *affinity,
+                   float *choice);
+};
+
+// Null where the compiler could not build for that instruction set.
+extern const AffinityKernels *const avx512_bf16_affinity;
+extern const AffinityKernels *const avx512_affinity;
+extern const AffinityKernels *const avx2_affinity;
+extern const AffinityKernels *const portable_affinity;
+
+// By number, as isa.h counts them; null unless usable.
+const AffinityKernels *affinity_kernels_for(int isa);
+
+}  // namespace expertshare

@@ -1,0 +1,130 @@
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace expertshare {
+namespace {
+
+constexpr Index kTile = 48;    // queries at a time: with 128 features and a few hundred keys their scores fit the cache
+constexpr Index kPiece = 64;   // positions of values that one item lays out as rows, within the first cache
+constexpr Index kMacsPerThread = 1 << 18;  // less than this is not worth waking one more thread
+
+Index padded_row(Index bytes) { return (bytes + 63) / 64 * 64 + 64; }
+
+template <class Word>
+void turn(const Word *from, Index num_rows, Index num_columns, Index row_stride, Word *to, Index to_stride) {
+    for (Index column = 0; column < num_columns; column++) {
+        for (Index row = 0; row < num_rows; row++) to[column * to_stride + row] = from[row * row_stride + column];
+    }
+}
+
+}  // namespace
+
+Attention::Attention(const es_attention &call, const Kernels &kernels, Arena &arena)
+    : call_(call),
+      kernels_(kernels),
+      element_(call.is_bfloat16 ? 2 : 4),
+      heads_per_group_(call.num_heads / call.num_kv_heads),
+      queries_(heads_per_group_ * call.length),
+      tiles_((queries_ + kTile - 1) / kTile),
+      pieces_((call.num_keys + kPiece - 1) / kPiece) {
+    query_stride_ = padded_row(kernels.row_bytes(call.head_dim));
+    weight_stride_ = padded_row(kernels.row_bytes(call.num_keys));
+    rounded_stride_ = padded_row(call.num_keys * element_);
+    const Index threads = call.num_threads, groups = call.batch * call.num_kv_heads;
+    const Index value_bytes = groups * call.head_dim * call.num_keys * element_;
+    arena.reserve(Arena::padded<char>(value_bytes) + Arena::padded<char>(threads * kTile * query_stride_) +
+                  Arena::padded<char>(threads * kTile * weight_stride_) +
+                  Arena::padded<char>(threads * rounded_stride_) +
+                  Arena::padded<float>(threads * kTile * call.num_keys) +
+                  Arena::padded<float>(threads * kTile * call.head_dim) +
+                  Arena::padded<const void *>(threads * kTile));
+    values_ = arena.carve<char>(value_bytes);
+    encoded_queries_ = arena.carve<char>(threads * kTile * query_stride_);
+    encoded_weights_ = arena.carve<char>(threads * kTile * weight_stride_);
+    rounded_ = arena.carve<char>(threads * rounded_stride_);
+    scores_ = arena.carve<float>(threads * kTile * call.num_keys);
+    sums_ = arena.carve<float>(threads * kTile * call.head_dim);
+    rows_ = arena.carve<const void *>(threads * kTile);
+    turn_.fill(groups * pieces_);
+    attend_.fill(groups * tiles_);
+}
+
+int Attention::useful_threads() const {
+    const Index macs = call_.batch * call_.num_heads * call_.length * call_.num_keys * call_.head_dim * 2;
+    return static_cast<int>(std::min<Index>(call_.num_threads, 1 + macs / kMacsPerThread));
+}
+
+void Attention::run(int worker) {
+    drain(turn_, worker, [this](Index item, Index) { turn_values(item); });
+    drain(attend_, worker, [this, worker](Index item, Index) { attend(worker, item); });
+}
+
+Attention::Scratch Attention::scratch(int worker) const {
+    return {encoded_queries_ + worker * kTile * query_stride_,
+            encoded_weights_ + worker * kTile * weight_stride_,
+            rounded_ + worker * rounded_stride_,
+            scores_ + worker * kTile * call_.num_keys,
+            sums_ + worker * kTile * call_.head_dim,
+            rows_ + worker * kTile};
+}
+
+void Attention::turn_values(Index item) {
+    const Index group = item / pieces_, first = item % pieces_ * kPiece;
+    const Index batch = group / call_.num_kv_heads, head = group % call_.num_kv_heads;
+    const Index count = std::min(kPiece, call_.num_keys - first);
+    const Index from = batch * call_.v_batch_stride + head * call_.v_head_stride + first * call_.head_dim;
+    const Index to = group * call_.head_dim * call_.num_keys + first;
+    if (call_.is_bfloat16) {
+        turn(static_cast<const std::uint16_t *>(call_.v) + from, count, call_.head_dim, call_.head_dim,
+             reinterpret_cast<std::uint16_t *>(values_) + to, call_.num_keys);
+    } else {
+        turn(static_cast<const float *>(call_.v) + from, count, call_.head_dim, call_.head_dim,
+             reinterpret_cast<float *>(values_) + to, call_.num_keys);
+    }
+}
+
+void Attention::hide(float *scores, Index batch, Index position) const {
+    const std::uint8_t *seen = call_.mask + batch * call_.mask_batch_stride + position * call_.mask_stride;
+    for (Index key = 0; key < call_.num_keys; key++) scores[key] = seen[key] ? scores[key] : -INFINITY;
+}
+
+void Attention::attend(int worker, Index item) {
+    const Scratch own = scratch(worker);
+    const Index group = item / tiles_, first = item % tiles_ * kTile, count = std::min(kTile, queries_ - first);
+    const Index batch = group / call_.num_kv_heads, kv_head = group % call_.num_kv_heads;
+    const auto head = [&](Index m) { return kv_head * heads_per_group_ + (first + m) / call_.length; };
+    const auto position = [&](Index m) { return (first + m) % call_.length; };
+    for (Index m = 0; m < count; m++) {
+        const Index at =
+            batch * call_.q_batch_stride + head(m) * call_.q_head_stride + position(m) * call_.q_stride;
+        char *row = own.queries + m * query_stride_;
+        kernels_.encode(static_cast<const char *>(call_.q) + at * element_, call_.head_dim, row);
+        own.rows[m] = row;
+    }
+    const Index keys = (batch * call_.k_batch_stride + kv_head * call_.k_head_stride) * element_;
+    kernels_.rows(floats_at(static_cast<const char *>(call_.k) + keys), call_.num_keys, call_.head_dim, own.rows,
+                  count, own.scores, call_.num_keys, kNothing);
+    float totals[kTile];
+    for (Index m = 0; m < count; m++) {
+        float *scores = own.scores + m * call_.num_keys;
+        if (call_.mask != nullptr) hide(scores, batch, position(m));
+        totals[m] = kernels_.exponentials(scores, call_.num_keys, call_.scale);
+        kernels_.round(scores, call_.num_keys, own.rounded);
+        char *row = own.weights + m * weight_stride_;
+        kernels_.encode(own.rounded, call_.num_keys, row);
+        own.rows[m] = row;
+    }
+    kernels_.rows(floats_at(values_ + group * call_.head_dim * call_.num_keys * element_), call_.head_dim,
+                  call_.num_keys, own.rows, count, own.sums, call_.head_dim, kNothing);
+    for (Index m = 0; m < count; m++) {
+        const float *out = own.sums + m * call_.head_dim;
+        const float share = 1.0f / totals[m];
+        const Index at = ((batch * call_.length + position(m)) * call_.num_heads + head(m)) * call_.head_dim;
+        kernels_.mix(&out, &share, 1, call_.head_dim, static_cast<char *>(call_.y) + at * element_);
+    }
+}
+
+}  // namespace expertshare

@@ -1,0 +1,130 @@
+// Activations as small integers: 128 features at a time share a float32 scale, so that one large feature costs only its
+// neighbours their precision. Everything has internal linkage: no file may end up with another instruction set's copy.
+#pragma once
+
+#include "activation.h"
+#include "kernels.h"
+
+namespace {
+
+constexpr Index kSpan = 128, kLanes = 16, kCodesOfLane = 4;
+
+template <int Bits, int Group, bool Minima>
+struct Format {
+    static constexpr int kBits = Bits, kGroup = Group;  // weights that share a scale; 0: all of a row
+    static constexpr bool kMinima = Minima;
+    static Index row_bytes(Index depth) { return depth * Bits / 8; }
+    static Index scale_bytes(Index depth) { return Group == 0 ? 4 : depth / (Group == 0 ? 1 : Group) * 2; }
+    // Where feature i of a span lies among its codes: of each group of 4-bit weights, which are two a byte, the first
+    // half meets the low halves of the bytes, and the second half the high ones.
+    static Index place(Index i) {
+        if constexpr (Group == 0) {
+            return i;
+        } else {
+            constexpr Index half = Group / 2;
+            return i % Group / half * (kSpan / 2) + i / Group * half + i % half;
+        }
+    }
+};
+
+// Lane l of a vector of 16 sums adds up codes 4 l .. 4 l + 3 of either half of the span.
+struct alignas(64) Span {
+    std::int8_t codes[kSpan];
+    union {
+        std::int32_t start[kLanes];  // sums begin here: minus the code that stands for zero, times the codes of a lane
+        float sums[kLanes];          // with minima: scale times the codes of a lane
+    };
+    float scale;
+};
+
+inline void copy_features(const float *from, Index count, float *to) {
+    std::memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float));
+}
+inline void copy_features(const std::uint16_t *from, Index count, float *to) {
+    for (Index i = 0; i < count; i++) to[i] = widen(from[i]);
+}
+
+// The largest magnitude, as bits: for these the order of integers is that of floats, infinity and NaN above all.
+inline std::int32_t largest_bits(const float *features) {
+    std::int32_t largest = 0;
+    for (Index i = 0; i < kSpan; i++) {
+        std::int32_t bits;
+        std::memcpy(&bits, features + i, sizeof bits);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    return largest;
+}
+
+// To nearest, ties to even. A span with a NaN or an infinity gets NaN for a scale, and so does all that it enters.
+// `zero`: the unsigned code of weight zero, as V multiplies it.
+template <class F>
+void quantise_span(const float *features, std::int32_t zero, Span &to) {
+    constexpr std::int32_t kInfinity = 0x7f800000, kTooSmall = 0x0d800000;  // 2^-100: its reciprocal could overflow
+    constexpr float kShift = 12582912.0f;                                   // 1.5 * 2^23
+    constexpr std::int32_t kShiftBits = 0x4b400000;
+    const std::int32_t bits = largest_bits(features);
+    float largest;
+    std::memcpy(&largest, &bits, sizeof largest);
+    const bool usable = bits >= kTooSmall && bits < kInfinity;
+    const float inverse = usable ? 127.0f / largest : 0.0f;
+    to.scale = bits >= kInfinity ? __builtin_nanf("") : usable ? largest / 127.0f : 0.0f;
+    std::int8_t codes[kSpan];
+    for (Index i = 0; i < kSpan; i++) {
+        const float shifted = features[i] * inverse + kShift;
+        std::int32_t shifted_bits;
+        std::memcpy(&shifted_bits, &shifted, sizeof shifted_bits);
+        codes[i] = static_cast<std::int8_t>(shifted_bits - kShiftBits);
+    }
+    constexpr Index run = F::kGroup == 0 ? kSpan : F::kGroup / 2;
+    for (Index i = 0; i < kSpan; i += run) std::memcpy(to.codes + F::place(i), codes + i, run);
+    std::int32_t sums[kLanes];
+    for (Index lane = 0; lane < kLanes; lane++) {
+        const std::int8_t *low = to.codes + kCodesOfLane * lane, *high = low + kSpan / 2;
+        sums[lane] = (low[0] + low[1]) + (low[2] + low[3]) + (high[0] + high[1]) + (high[2] + high[3]);
+    }
+    for (Index lane = 0; lane < kLanes; lane++) {
+        if constexpr (F::kMinima) {
+            to.sums[lane] = to.scale * static_cast<float>(sums[lane]);
+        } else {
+            to.start[lane] = -zero * sums[lane];
+        }
+    }
+}
+
+inline Index num_spans(Index depth) { return (depth + kSpan - 1) / kSpan; }
+
+inline Index span_row_bytes(Index depth) { return num_spans(depth) * static_cast<Index>(sizeof(Span)); }
+
+template <class V, class F, class Token>
+void encode_spans(const void *features, Index depth, void *row) {
+    const Token *from = static_cast<const Token *>(features);
+    Span *to = static_cast<Span *>(row);
+    for (Index first = 0; first < depth; first += kSpan, to++) {
+        const Index count = depth - first < kSpan ? depth - first : kSpan;
+        float span[kSpan];
+        copy_features(from + first, count, span);
+        for (Index i = count; i < kSpan; i++) span[i] = 0.0f;
+        quantise_span<F>(span, V::zero_of(F::kBits), *to);
+    }
+}
+
+// `first` is the beginning of a span, and `count` ends one or the row.
+template <class V, class F>
+void swiglu_spans(const float *gate, const float *up, Index first, Index count, Index, void *row) {
+    Span *to = static_cast<Span *>(row) + first / kSpan;
+    for (Index start = 0; start < count; start += kSpan, to++) {
+        const Index n = count - start < kSpan ? count - start : kSpan;
+        float span[kSpan];
+        for (Index i = 0; i < n; i++) span[i] = silu(gate[start + i]) * up[start + i];
+        for (Index i = n; i < kSpan; i++) span[i] = 0.0f;
+        quantise_span<F>(span, V::zero_of(F::kBits), *to);
+    }
+}
+
+template <class Token>
+struct MixedInto {
+    using Weight = Token;
+};
+
+}  // namespace

@@ -1,0 +1,115 @@
+#include "row_pass.h"
+
+#include <algorithm>
+
+namespace expertshare {
+namespace {
+
+constexpr Index kChunkBytes = 256 << 10;  // two of them and the tokens fit the second cache
+constexpr Index kRowGranule = 32;         // a multiple of every tile: which rows are the odd ones is the same for all
+constexpr Index kMostRows = 256;
+constexpr Index kItemsPerThread = 8;
+constexpr Index kBytesPerThread = 128 << 10;  // less than this is not worth waking one more thread
+
+// Rows are spread over the cache's sets: at a stride that is a power of two all would fall into the same few.
+Index spread(Index bytes) { return (bytes + 63) / 64 * 64 + 64; }
+
+}  // namespace
+
+Index RowPass::cached_rows(const Matrix &matrix) {
+    const Index rows = std::min(kChunkBytes / (matrix.depth * matrix.element), kMostRows);
+    return std::max(rows / kRowGranule * kRowGranule, kRowGranule);
+}
+
+Index RowPass::balanced_rows(const Matrix &matrix, int num_threads) {
+    const Index rows = matrix.num_rows / (kItemsPerThread * num_threads) / kRowGranule * kRowGranule;
+    return std::min(cached_rows(matrix), std::max(rows, kRowGranule));
+}
+
+Index RowPass::num_chunks(const Matrix &matrix, Index chunk_rows) {
+    return (matrix.num_rows + chunk_rows - 1) / chunk_rows;
+}
+
+RowPass::RowPass(const Matrix &matrix, const Kernels &kernels, Arena &arena, int num_threads, Index chunk_rows,
+                 Index extra_bytes)
+    : matrix_(matrix),
+      kernels_(kernels),
+      chunk_(chunk_rows),
+      num_chunks_(num_chunks(matrix, chunk_rows)),
+      num_threads_(num_threads),
+      tile_tokens_(kernels.tile_tokens) {
+    token_stride_ = spread(kernels.row_bytes(matrix.depth));
+    const Index num_sums = num_threads * tile_tokens_ * chunk_;
+    arena.reserve(Arena::padded<char>(matrix.num_tokens * token_stride_) +
+                  Arena::padded<const void *>(matrix.num_tokens) + Arena::padded<float>(num_sums) + extra_bytes);
+    tokens_ = arena.carve<char>(matrix.num_tokens * token_stride_);
+    x_ = arena.carve<const void *>(matrix.num_tokens);
+    sums_ = arena.carve<float>(num_sums);
+    for (Index token = 0; token < matrix.num_tokens; token++) x_[token] = tokens_ + token * token_stride_;
+    encode_.fill(matrix.num_tokens);
+    chunks_.fill(num_chunks_);
+}
+
+int RowPass::useful_threads() const {
+    const Index bytes = matrix_.num_rows * matrix_.depth * matrix_.element;
+    return static_cast<int>(std::min<Index>(num_threads_, 1 + bytes / kBytesPerThread));
+}
+
+void RowPass::run(int worker) {
+    drain(encode_, worker, [this](Index token, Index) {
+        kernels_.encode(static_cast<const char *>(matrix_.x) + token * matrix_.depth * matrix_.element, matrix_.depth,
+                        tokens_ + token * token_stride_);
+    });
+    bool cached = false;  // every chunk of this thread but the first was fetched during the one before
+    drain(chunks_, worker, [this, worker, &cached](Index chunk, Index next) {
+        pass(worker, chunk, next, cached);
+        cached = true;
+    });
+    finish(worker);
+}
+
+const char *RowPass::rows(Index chunk) const {
+    return static_cast<const char *>(matrix_.w) + chunk * chunk_ * matrix_.depth * matrix_.element;
+}
+
+Index RowPass::num_rows(Index chunk) const { return std::min(chunk_, matrix_.num_rows - chunk * chunk_); }
+
+void RowPass::pass(int worker, Index chunk, Index next_chunk, bool cached) {
+    float *out = sums_ + worker * tile_tokens_ * chunk_;
+    if (matrix_.num_tokens <= tile_tokens_) {
+        few(chunk, next_chunk, out);
+    } else {
+        many(chunk, next_chunk, cached, out);
+    }
+}
+
+// One tile of tokens: rows come from memory just before they are used.
+void RowPass::few(Index chunk, Index next_chunk, float *out) {
+    const Index num_tokens = matrix_.num_tokens;
+    if (num_tokens == 0) return;
+    kernels_.rows(floats_at(rows(chunk)), num_rows(chunk), matrix_.depth, x_, num_tokens, out, chunk_,
+                  floats_at(rows(next_chunk >= 0 ? next_chunk : chunk)));
+    take({chunk, chunk * chunk_, num_rows(chunk), 0, num_tokens, out, chunk_});
+}
+
+// Tiles of tokens by turns: each fetches its share of the next chunk, so that arithmetic and memory overlap.
+void RowPass::many(Index chunk, Index next_chunk, bool cached, float *out) {
+    const Index count = num_rows(chunk), tokens = matrix_.num_tokens;
+    const Index num_tiles = (tokens + tile_tokens_ - 1) / tile_tokens_;
+    const char *next = rows(next_chunk >= 0 ? next_chunk : chunk);
+    const Index next_bytes = next_chunk >= 0 ? num_rows(next_chunk) * matrix_.depth * matrix_.element : 0;
+    for (Index tile = 0; tile < num_tiles; tile++) {
+        const Index m = tokens * tile / num_tiles, num_tokens = tokens * (tile + 1) / num_tiles - m;
+        const Index from = next_bytes * tile / num_tiles, to = next_bytes * (tile + 1) / num_tiles;
+        if (tile == 0 && !cached) {
+            kernels_.rows(floats_at(rows(chunk)), count, matrix_.depth, x_, num_tokens, out, chunk_,
+                          floats_at(next));
+        } else {
+            kernels_.tile_rows(rows(chunk), count, matrix_.depth, x_ + m, num_tokens, out, chunk_, next + from,
+                               to - from);
+        }
+        take({chunk, chunk * chunk_, count, m, num_tokens, out, chunk_});
+    }
+}
+
+}  // namespace expertshare
