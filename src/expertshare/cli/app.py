@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 import expertshare
-from expertshare.cli import bench, compare, convert, distill, generate, info, make_checkpoint, plan, tasks, train
+from expertshare.cli import (
+    bench,
+    compare,
+    convert,
+    distill,
+    generate,
+    info,
+    make_checkpoint,
+    plan,
+    tasks,
+    train,
+    tune,
+)
 from expertshare.errors import ExpertShareError
 
 app = typer.Typer(
@@ -29,6 +41,7 @@ app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
 app.command("tasks", epilog=tasks.EXAMPLE)(tasks.tasks)
 app.command("train", epilog=train.EXAMPLE)(train.train)
 app.command("distill", epilog=distill.EXAMPLE)(distill.distill)
+app.command("tune", epilog=tune.EXAMPLE)(tune.tune)
 app.add_typer(bench.app, name="bench")
 
 
