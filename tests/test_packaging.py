@@ -48,10 +48,11 @@ def make_recipe(target: str) -> list[str]:
 
 
 def requirements() -> list[Requirement]:
-    """What pyproject.toml asks for, all extras included."""
+    """What pyproject.toml asks for, extras included; extras that name other extras of this package aside."""
     project = PYPROJECT["project"]
     extras = [line for lines in project["optional-dependencies"].values() for line in lines]
-    return [Requirement(line) for line in (*project["dependencies"], *extras)]
+    asked = [Requirement(line) for line in (*project["dependencies"], *extras)]
+    return [requirement for requirement in asked if requirement.name != project["name"]]
 
 
 def pins() -> dict[str, str]:

@@ -17,6 +17,9 @@ Example:
 
     evaluation = evaluate(model, ["arith", "math"], ["des-vote:budget=28"], out="runs/vote", limit=50)
     print(evaluation.results["summary"])
+    tuned = tune(model, read_prompts("prompts.jsonl"))
+    print(tuned.sentence())
+    tuned.policy_file().write("policy.json")          # generate(model, ..., policy=load_policy("policy.json"))
 """
 
 from __future__ import annotations
@@ -65,6 +68,8 @@ from expertshare.models import LoadedModel, ModelFacts, describe, load_model
 from expertshare.models.source import resolve_source
 from expertshare.routing import POLICIES, knobs, native_policy, parse_policy
 from expertshare.tasks import PromptRecord
+from expertshare.tuning import PolicyFile, Tuned, TuningOptions, check_model, read_policy_file
+from expertshare.tuning import tune as run_tuning
 from expertshare.types import RoutingPolicy
 
 Model = str | Path | LoadedModel
@@ -177,7 +182,7 @@ def generate(
     model: Model,
     prompts: str | Sequence[str],
     *,
-    policy: str | RoutingPolicy | None = None,
+    policy: str | RoutingPolicy | PolicyFile | None = None,
     batch_size: int = 1,
     backend: str = AUTO,
     dtype: str | torch.dtype | None = None,
@@ -190,11 +195,11 @@ def generate(
 ) -> Generated:
     """Answer one prompt or several under an expert-sharing policy.
 
-    policy: `name` or `name:knob=value,...`, by default the one that the checkpoint was trained with. chat: None uses
-    the chat template where there is one. store: how the experts of a converted model are kept, as StoreOptions or
-    as the memory for them ("3GiB", "mmap"), by default "all". on_block hears of every block as it is committed. memory:
-    a watch that runs already. record_routing: a file for the experts of every forward, which `plan` can replay.
-    decoding: the fields of DecodingOptions, e.g. gen_length=64, threshold=0.9.
+    policy: `name` or `name:knob=value,...`, by default the one that the checkpoint was trained with; or a policy file
+    (load_policy). chat: None uses the chat template where there is one. store: how the experts of a converted model
+    are kept, as StoreOptions or as the memory for them ("3GiB", "mmap"), by default "all". on_block hears of every
+    block as it is committed. memory: a watch that runs already. record_routing: a file for the experts of every
+    forward, which `plan` can replay. decoding: the fields of DecodingOptions, e.g. gen_length=64, threshold=0.9.
 
     Raises a subclass of ExpertShareError for anything unusable.
     """
@@ -204,7 +209,7 @@ def generate(
     with memory or MemoryWatch() as watch:
         loaded = load(model, dtype=dtype, store=store)
         ids = encode_prompts(loaded, texts, chat)
-        bound = wanted if wanted is not None else native_policy(loaded.config)
+        bound = _for_model(wanted, loaded) if wanted is not None else native_policy(loaded.config)
         with (
             RoutingRecorder(Path(record_routing)) if record_routing is not None else nullcontext() as recorder,
             _opened(loaded, store, Setup(batch_size=batch_size, backend=backend, chat=chat)) as setup,
@@ -224,7 +229,7 @@ def generate(
 def compare(
     model: Model,
     records: Sequence[PromptRecord | str],
-    policies: Sequence[str | RoutingPolicy] | None = None,
+    policies: Sequence[str | RoutingPolicy | PolicyFile] | None = None,
     *,
     batch_size: int = 1,
     backend: str = AUTO,
@@ -251,10 +256,49 @@ def compare(
     prompts = [PromptRecord(prompt=record) if isinstance(record, str) else record for record in records]
     with memory or MemoryWatch() as watch:
         loaded = load(model, dtype=dtype, store=store)
+        bound = [_for_model(policy, loaded) for policy in chosen]
         with _opened(loaded, store, Setup(batch_size=batch_size, backend=backend, chat=chat)) as setup:
             return compare_policies(
-                loaded, prompts, chosen, options, setup=setup, on_progress=on_progress, memory=watch
+                loaded, prompts, bound, options, setup=setup, on_progress=on_progress, memory=watch
             )
+
+
+def tune(
+    model: Model,
+    records: Sequence[PromptRecord | str],
+    *,
+    tuning: TuningOptions | None = None,
+    batch_size: int = 16,
+    backend: str = AUTO,
+    dtype: str | torch.dtype | None = None,
+    chat: bool | None = None,
+    store: str | StoreOptions | None = None,
+    on_progress: ProgressListener | None = None,
+    **decoding: DecodingValue,
+) -> Tuned:
+    """The cheapest policy that is certified to keep a share of vanilla's quality on prompts like these.
+
+    tuning: the promise and the work to spend on it. `.policy_file().write(path)` keeps the outcome. on_progress(stage,
+    done, total). Raises a subclass of ExpertShareError for anything unusable.
+    """
+    options = decoding_options(decoding)
+    prompts = [PromptRecord(prompt=record) if isinstance(record, str) else record for record in records]
+    wanted = tuning if tuning is not None else TuningOptions()
+    loaded = load(model, dtype=dtype, store=store)
+    with _opened(loaded, store, Setup(batch_size=batch_size, backend=backend, chat=chat)) as setup:
+        return run_tuning(loaded, prompts, options, wanted, setup=setup, on_progress=on_progress)
+
+
+def load_policy(path: str | Path) -> PolicyFile:
+    """A policy file of `tune`. The verbs refuse it with any other model. Raises InputError, PolicyError."""
+    return read_policy_file(path)
+
+
+def _for_model(policy: RoutingPolicy | PolicyFile, loaded: LoadedModel) -> RoutingPolicy:
+    if not isinstance(policy, PolicyFile):
+        return policy
+    check_model(policy, loaded)
+    return policy.policy
 
 
 @contextmanager

@@ -39,12 +39,13 @@ class Report:
 
     def write(self, path: str | Path) -> None:
         """Put the report at `path`, whole or not at all. Raises InputError where the file cannot be written."""
-        write_json(Path(path), self.to_json())
+        write_json(path, self.to_json())
 
 
-def write_json(target: Path, value: Any) -> None:
-    """Put `value` at `target` as indented JSON, whole or not at all. Raises InputError where that cannot be done."""
+def write_json(path: str | Path, value: Any) -> None:
+    """Put `value` at `path` as JSON, whole or not at all. Raises InputError where the file cannot be written."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    target = Path(path)
     try:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         with os.fdopen(handle, "w", encoding="utf-8") as file:

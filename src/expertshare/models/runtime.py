@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from expertshare.measure.clock import PartClock
+from expertshare.routing import policy_at
 from expertshare.types import ExpertStore, RoutingPolicy
 
 
@@ -28,6 +29,10 @@ class Runtime:
     store: ExpertStore | None = None
     bytes_per_expert: int | None = None
     clock: PartClock | None = None
+
+    def policy_for(self, layer: int, num_layers: int) -> RoutingPolicy:
+        """What decides in MoE layer `layer` of `num_layers`."""
+        return policy_at(self.policy, layer, num_layers)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
