@@ -331,7 +331,7 @@ def _not_converted(model: str | Path) -> ConfigError:
 def evaluate(
     model: Model,
     tasks: Sequence[str],
-    policies: Sequence[str | RoutingPolicy],
+    policies: Sequence[str | RoutingPolicy | PolicyFile],
     *,
     out: str | Path,
     preset: str | None = None,
@@ -383,8 +383,11 @@ def evaluate(
         identity={"allow_code": allow_code, "harness": harness_version(tasks)},
         config={"preset": chosen.to_json() if chosen else None, "limit": limit, "shots": sources.shots},
     )
+    chosen_policies = [_for_model(policy, loaded) for policy in wanted]
     made = make_sources(tasks, sources, loaded)
-    return evaluate_sources(loaded, made, wanted, settings, Path(out), on_progress=on_progress, on_notice=on_notice)
+    return evaluate_sources(
+        loaded, made, chosen_policies, settings, Path(out), on_progress=on_progress, on_notice=on_notice
+    )
 
 
 def comparison_report(comparison: Comparison, device: torch.device | None = None) -> Report:

@@ -34,6 +34,10 @@ def evaluate(
         str, typer.Option(help="Tasks, parted by commas: generated kinds (arith, ...) or benchmarks (gsm8k, ...).")
     ] = "arith,math,choice",
     policies: Annotated[str, typer.Option(help="Policies, parted by commas. Vanilla is always run.")] = "vanilla",
+    policy_file: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Also the policy of this file of `expertshare tune`; may be repeated."),
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(help=f"Settings of a paper ({', '.join(PRESETS)}); given flags go before it.")
     ] = None,
@@ -66,7 +70,7 @@ def evaluate(
         evaluation = api.evaluate(
             model,
             [name.strip() for name in tasks.split(",") if name.strip()],
-            [policies],
+            [policies, *(api.load_policy(file) for file in policy_file or [])],
             out=out,
             preset=preset,
             limit=limit,
