@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 NATIVE = Path("src/expertshare/native/csrc")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
 AVX2 = ["-mavx2", "-mfma"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # Only these files may use more than the processor's baseline; which of them runs is decided at run time.
 # Quantised kernels give the same bits with every instruction set: they fuse where they say so and nowhere else.
 AS_WRITTEN = ["-mf16c", "-ffp-contract=off"]
