@@ -12,9 +12,9 @@ from expertshare.tasks import PromptRecord
 from expertshare.tuning import PairedCounts, TuningOptions
 from expertshare.tuning.allocation import LayerOption, Sensitivity
 from expertshare.tuning.certificate import chance_to_pass
-from expertshare.tuning.chain import find_edge, make_chain, thin_front
+from expertshare.tuning.chain import around, best_chain, find_edge, thin_front
 from expertshare.tuning.replay import Replayed
-from expertshare.tuning.search import Point, pareto_front
+from expertshare.tuning.search import Point, fronts_by_policy, pareto_front
 from expertshare.tuning.space import dials
 from expertshare.tuning.split import resolve_quality, split_prompts
 
@@ -68,17 +68,36 @@ def test_neighbours_on_the_front_are_worth_a_test_each() -> None:
     assert [p.replayed.unique_experts for p in kept] == [100, 97, 90]
 
 
+CHANCES = {50: 0.99, 45: 0.9, 40: 0.6, 35: 0.3, 30: 0.01}
+
+
+def chance_of(p: Point) -> float:
+    return CHANCES[int(p.replayed.unique_experts)]
+
+
 def test_the_edge_is_the_cheapest_point_that_is_likely_to_pass() -> None:
-    """By hand: 1,000 prompts all solved by vanilla, lost: 0, 2, 5, 20, 100 of them; promise 0.98."""
-    front = [point(50 - n, 0.01 * n) for n in range(5)]
-    lost = dict(zip([p.policy for p in front], [0, 2, 5, 20, 100], strict=True))
+    front = [point(experts, 1 / experts) for experts in CHANCES]
+    assert find_edge(front, chance_of) == 2
+    assert around(front, 2) == front
+    assert find_edge(front[4:], chance_of) == 0
 
-    def try_out(p: Point) -> PairedCounts:
-        return PairedCounts(kept=1000 - lost[p.policy], lost=lost[p.policy], gained=0, neither=0)
 
-    assert find_edge(front, try_out, 0.98, confidence=0.95, prompts=1000) == 2
-    chain = make_chain(front, 2, try_out, 0.98, confidence=0.95, prompts=1000)
-    assert chain == front[:3]
+def test_the_chain_leaves_out_what_is_hopeless_and_what_a_cheaper_one_beats() -> None:
+    front = [point(experts, 1 / experts) for experts in CHANCES]
+    assert best_chain([*front, point(45, 0.0)], chance_of)[-1] == front[3]
+    beaten = point(48, 0.1)
+    chain = best_chain([*front, beaten], lambda p: 0.5 if p is beaten else chance_of(p))
+    assert chain == front[:4]
+    assert best_chain(front[4:], chance_of) == front[4:]
+
+
+def test_each_policy_of_the_front_has_a_front_of_its_own() -> None:
+    seen = Replayed(divergence=0.2, flips=0.0, unique_experts=20.0, by_layer=(20.0,))
+    other = Point(policy=make_policy("des-seq"), replayed=seen)
+    mixed = Point(policy=Layerwise(layers=(other.policy, make_policy("vanilla"))), replayed=seen)
+    points = [point(30, 0.1), point(25, 0.3), other]
+    assert fronts_by_policy(points, [points[0]]) == [points[:2]]
+    assert fronts_by_policy(points, [mixed]) == [[other]]
 
 
 def test_too_few_prompts_pass_nothing() -> None:

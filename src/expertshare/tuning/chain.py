@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from expertshare.tuning.certificate import PairedCounts, chance_to_pass
 from expertshare.tuning.search import Point
 
-TryOut = Callable[[Point], PairedCounts]
 # Predicted chance of a certificate with which a point is taken for safe, and from which it is worth a test.
 _SAFE, _WORTH_A_TEST = 0.5, 0.25
 # Points tested on either side of the edge.
@@ -25,29 +23,28 @@ def thin_front(front: Sequence[Point]) -> list[Point]:
     return kept
 
 
-def find_edge(front: Sequence[Point], try_out: TryOut, retain: float, *, confidence: float, prompts: int) -> int:
+def find_edge(front: Sequence[Point], chance: Callable[[Point], float]) -> int:
     """Place on the front (many experts first) of the cheapest point that is likely to pass; 0 where none is.
 
-    Bisection: quality is taken to fall along the front, and a point is tried out by generation on prompts of the
-    search. prompts: how many there will be to certify with.
+    Bisection, as quality is taken to fall along the front. chance: predicted from generation on prompts of the search.
     """
     low, high = 0, len(front) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        chance = chance_to_pass(try_out(front[middle]), retain, confidence=confidence, prompts=prompts)
-        low, high = (middle, high) if chance >= _SAFE else (low, middle - 1)
+        low, high = (middle, high) if chance(front[middle]) >= _SAFE else (low, middle - 1)
     return low
 
 
-def make_chain(
-    front: Sequence[Point], edge: int, try_out: TryOut, retain: float, *, confidence: float, prompts: int
-) -> list[Point]:
-    """The points around the edge that stand a chance on the prompts of the search, the dearest first; where none
-    does, the dearest alone."""
-    around = front[max(0, edge - _DEARER) : edge + _CHEAPER + 1]
-    worth = [
-        point
-        for point in around
-        if chance_to_pass(try_out(point), retain, confidence=confidence, prompts=prompts) >= _WORTH_A_TEST
-    ]
-    return worth or [around[0]]
+def around(front: Sequence[Point], edge: int) -> list[Point]:
+    """The points on both sides of the edge."""
+    return list(front[max(0, edge - _DEARER) : edge + _CHEAPER + 1])
+
+
+def best_chain(points: Sequence[Point], chance: Callable[[Point], float]) -> list[Point]:
+    """Points that stand a chance, and a better one than every cheaper point, the dearest first; where none stands
+    one, the likeliest alone."""
+    chain: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.replayed.unique_experts, -chance(p))):
+        if chance(point) >= _WORTH_A_TEST and (not chain or chance(point) > chance(chain[-1])):
+            chain.append(point)
+    return chain[::-1] or [max(points, key=chance)]

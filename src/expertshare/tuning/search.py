@@ -71,6 +71,21 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
     return front[::-1]
 
 
+def fronts_by_policy(points: Sequence[Point], front: Sequence[Point]) -> list[list[Point]]:
+    """The own front of each policy that takes part in `front`, alone or in a layer.
+
+    Divergence compares settings of one policy better than different policies: those that share by a budget lose more
+    accuracy than DES-Seq does at the same divergence (docs/tuning.md).
+    """
+    names = dict.fromkeys(name for point in front for name in _names(point.policy))
+    of_policy = [[p for p in points if p.policy.name == name] for name in names if name != "vanilla"]
+    return [pareto_front(own) for own in of_policy if own]
+
+
+def _names(policy: RoutingPolicy) -> list[str]:
+    return [layer.name for layer in policy.layers] if isinstance(policy, Layerwise) else [policy.name]
+
+
 def _try_dials(replay: Replay, dials: Sequence[Dial], on_progress: SearchListener | None) -> list[Point]:
     policies = [dial.at(value) for dial in dials for value in dial.settings(SETTINGS_PER_DIAL)]
     points: list[Point] = []

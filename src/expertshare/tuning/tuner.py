@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError
@@ -14,15 +13,15 @@ from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, Runtime
 from expertshare.routing import make_policy
 from expertshare.tasks import PromptRecord
-from expertshare.tuning.certificate import PairedCounts, p_value
-from expertshare.tuning.chain import find_edge, make_chain, thin_front
+from expertshare.tuning.certificate import PairedCounts, chance_to_pass, p_value
+from expertshare.tuning.chain import around, best_chain, find_edge, thin_front
 from expertshare.tuning.fingerprint import prompts_fingerprint
 from expertshare.tuning.latency import seconds_per_block
 from expertshare.tuning.options import TuningOptions
 from expertshare.tuning.policy_file import model_facts
 from expertshare.tuning.replay import Replay
 from expertshare.tuning.results import Tuned
-from expertshare.tuning.search import Point, check_optuna, pareto_front, search
+from expertshare.tuning.search import Point, check_optuna, fronts_by_policy, pareto_front, search
 from expertshare.tuning.space import dials
 from expertshare.tuning.split import resolve_quality, split_prompts
 from expertshare.tuning.trajectories import record_trajectories, thin_out
@@ -67,10 +66,14 @@ def tune(
             tried[point.policy] = searched.verify(point.policy)
         return tried[point.policy].counts
 
+    aim = {"retain": options.retain, "confidence": options.confidence}
     prompts = len(certified.records)
-    aim: dict[str, Any] = {"retain": options.retain, "confidence": options.confidence, "prompts": prompts}
-    edge = find_edge(front, try_out, **aim)
-    chain = make_chain(front, edge, try_out, **aim)
+
+    def chance(point: Point) -> float:
+        return chance_to_pass(try_out(point), **aim, prompts=prompts)
+
+    fronts = [front, *(thin_front(own) for own in fronts_by_policy(points, front))]
+    chain = best_chain([point for own in fronts for point in around(own, find_edge(own, chance))], chance)
     tested, passed = _certify(certified, chain, options)
     vanilla = certified.vanilla()
     if options.cost == "latency":
