@@ -16,12 +16,6 @@ int threads_for(Index features, int num_threads) {
 
 }  // namespace
 
-const NormKernels *norm_kernels_for(int isa, bool is_bfloat16) {
-    if (!isa_usable(isa)) return nullptr;
-    const NormPair *const all[] = {avx512_norms, avx512_norms, avx2_norms, portable_norms};
-    return is_bfloat16 ? &all[isa]->bfloat16 : &all[isa]->float32;
-}
-
 Norm::Norm(const es_norm &call, const NormKernels &kernels) : call_(call), kernels_(kernels) {
     tokens_.fill(call.num_tokens);
 }
