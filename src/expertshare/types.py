@@ -95,6 +95,7 @@ class QuantisedWeight:
     Four bits: codes_ERC uint8 [E, rows, depth / 2], two codes 0..15 a byte, packed within each group
     (kernels/quantise); scales float16 [E, rows, depth / group_size]; w = scale * (code - 8), or scale * code + minimum
     where `minima`, of the shape and dtype of scales, is given. Rows of an expert are contiguous; experts may lie apart.
+    An embedding or a head is one such matrix, without the dimension of experts.
     """
 
     codes_ERC: Tensor

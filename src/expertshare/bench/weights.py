@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expertshare.bench.machine import available_memory_bytes
 from expertshare.config import ModelConfig
@@ -75,7 +75,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype, seed: int, std: float 
         if isinstance(module, Router):
             module.float()
     model = model.to_empty(device="cpu")
-    if config.tie_embeddings:
+    if config.tie_embeddings and isinstance(model.embed, nn.Embedding) and isinstance(model.head, nn.Linear):
         model.head.weight = model.embed.weight
     generator = np.random.Generator(np.random.SFC64(seed))
     with torch.no_grad():

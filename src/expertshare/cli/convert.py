@@ -26,6 +26,7 @@ def convert(
     out: Annotated[Path, typer.Argument(help="Directory to make. Until it is complete it is called OUT.partial.")],
     quantise: Annotated[str, typer.Option(help="How experts are stored: none, int8 or int4.")] = "none",
     group_size: Annotated[int | None, typer.Option(help="Weights per scale with int4: 32 or 64.")] = None,
+    quantise_embeddings: Annotated[str, typer.Option(help="Embedding and head: none or int8.")] = "none",
     to: Annotated[str, typer.Option(help="Layout to write: experts or huggingface.")] = "experts",
     shard_size: Annotated[str, typer.Option(help="Largest file with --to huggingface.")] = "5GB",
     check: Annotated[bool, typer.Option("--verify", help="Read everything back and compare checksums.")] = False,
@@ -34,11 +35,21 @@ def convert(
     """Rewrite a checkpoint expert by expert, for --expert-memory. Run again, an interrupted conversion goes on."""
     if to not in LAYOUTS:
         raise ConfigError(f"unknown layout {to!r}. {nearest(to, LAYOUTS)}")
-    if to == "huggingface" and (quantise != "none" or group_size is not None):
-        raise InputError("the Hugging Face layout is written as the source was: leave out --quantise and --group-size")
+    if to == "huggingface" and (quantise, group_size, quantise_embeddings) != ("none", None, "none"):
+        raise InputError(
+            "the Hugging Face layout is written as the source was: leave out --quantise, --group-size and "
+            "--quantise-embeddings"
+        )
     with bytes_progress() as on_progress:
         if to == "experts":
-            done = convert_model(source, out, quantise=quantise, group_size=group_size, on_progress=on_progress)
+            done = convert_model(
+                source,
+                out,
+                quantise=quantise,
+                group_size=group_size,
+                quantise_embeddings=quantise_embeddings,
+                on_progress=on_progress,
+            )
         else:
             done = restore(source, out, max_shard_bytes=parse_size(shard_size), on_progress=on_progress)
         verified = verify(out, on_progress) if check else None
@@ -50,6 +61,7 @@ def convert(
                 "path": str(done.path),
                 "layout": to,
                 "quantise": quantise,
+                "quantise_embeddings": quantise_embeddings,
                 "bytes": size,
                 "fresh": done.fresh,
                 "verified_bytes": verified,

@@ -23,6 +23,7 @@ def make_checkpoint(
     experts: Annotated[int | None, typer.Option(help="Experts per layer instead of the model's number.")] = None,
     quantise: Annotated[str, typer.Option(help="How experts are stored: none, int8 or int4.")] = "none",
     group_size: Annotated[int | None, typer.Option(help="Weights per scale with int4: 32 or 64.")] = None,
+    quantise_embeddings: Annotated[str, typer.Option(help="Embedding and head: none or int8.")] = "none",
     unique: Annotated[
         int | None, typer.Option(help="Experts that a block uses in a layer without sharing. Default: as published.")
     ] = None,
@@ -40,6 +41,7 @@ def make_checkpoint(
             unique=wanted,
             quantise=quantise,
             group_size=group_size,
+            quantise_embeddings=quantise_embeddings,
             layout=layout,
             seed=seed,
             on_progress=on_progress,
@@ -60,6 +62,7 @@ def make_checkpoint(
                 "like": like,
                 "layout": layout,
                 "quantise": quantise,
+                "quantise_embeddings": quantise_embeddings,
                 "bytes": size,
                 "fresh": made.fresh,
                 "unique_requested": wanted,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from expertshare.config import ModelConfig
+from expertshare.conversion.quantised_embeddings import check_embeddings, embeddings_setting
 from expertshare.conversion.scheme import FLOAT_NAMES, make_scheme
 from expertshare.conversion.source import open_checkpoint, read_checkpoint, read_config
 from expertshare.conversion.tensor_file import TensorEntry, TensorFile, open_tensors
@@ -54,14 +55,17 @@ def convert(
     *,
     quantise: str = "none",
     group_size: int | None = None,
+    quantise_embeddings: str = "none",
     on_progress: Progress = silent,
 ) -> Converted:
     """Write the expert-major layout (docs/expert-layout.md) of a checkpoint in Hugging Face layout, or of a hub id.
 
-    quantise: none, int8 or int4; dense tensors stay as they are. Memory holds one tensor or one expert at a time. An
+    quantise: none, int8 or int4. quantise_embeddings: of embedding and head, none or int8; other dense tensors stay as
+    they are. Memory holds one tensor or one expert at a time. An
     interrupted run leaves `OUT.partial` and is gone on with by the same call. Raises subclasses of ExpertShareError: a
     source that cannot be read, an OUT that is something else, a full disk.
     """
+    check_embeddings(quantise_embeddings)
     path, target = resolve_source(source), Path(out).expanduser()
     if has_expert_layout(path):
         raise InputError(
@@ -73,6 +77,7 @@ def convert(
         "layout": "experts",
         "slab": scheme.slab(checkpoint.config).to_json(),
         "source_sha256": checkpoint.fingerprint,
+        **embeddings_setting(quantise_embeddings),
     }
     if is_complete(target, settings):
         return Converted(target, fresh=False)
@@ -85,7 +90,13 @@ def convert(
     }
     with open_checkpoint(checkpoint) as reader, open_workspace(target, settings) as work:
         write_expert_layout(
-            reader, work, scheme, files=small_files(path), provenance=provenance, on_progress=on_progress
+            reader,
+            work,
+            scheme,
+            files=small_files(path),
+            provenance=provenance,
+            embeddings=quantise_embeddings,
+            on_progress=on_progress,
         )
     return Converted(target, fresh=True)
 
@@ -107,6 +118,11 @@ def restore(
         raise CheckpointError(
             f"{path} holds experts in {layout.format.scheme}: the original weights cannot be had from it. Use the "
             "checkpoint that it was made from, or convert that one with --quantise none"
+        )
+    if layout.embeddings != "none":
+        raise CheckpointError(
+            f"{path} holds embedding and head in {layout.embeddings}: the original weights cannot be had from it. Use "
+            "the checkpoint that it was made from, or convert that one without --quantise-embeddings"
         )
     if max_shard_bytes < 1:
         raise InputError(f"the size of a shard must be above 0, got {max_shard_bytes}")

@@ -11,6 +11,7 @@ from expertshare.bench.cases import find_case
 from expertshare.config import ModelConfig
 from expertshare.conversion.characters import tokenizer_files
 from expertshare.conversion.convert import MAX_SHARD_BYTES
+from expertshare.conversion.quantised_embeddings import check_embeddings, embeddings_setting
 from expertshare.conversion.random_model import Recipe
 from expertshare.conversion.random_source import RandomSource
 from expertshare.conversion.scheme import UNQUANTISED, make_scheme
@@ -74,6 +75,7 @@ def make_checkpoint(
     unique: int,
     quantise: str = UNQUANTISED,
     group_size: int | None = None,
+    quantise_embeddings: str = "none",
     layout: str = "experts",
     seed: int = 0,
     dtype: str = "BF16",
@@ -81,15 +83,22 @@ def make_checkpoint(
 ) -> MadeCheckpoint:
     """Write a random model of this configuration; docs/memory.md describes how it is made.
 
-    unique: experts per block and layer that vanilla routing should use. quantise: none, int8 or int4. layout:
-    "experts" or "huggingface" (which is not quantised). Resumable and atomic as `convert`. Raises subclasses of
-    ExpertShareError for options that do not go together, an OUT that is something else, a full disk.
+    unique: experts per block and layer that vanilla routing should use. quantise: none, int8 or int4, of experts;
+    quantise_embeddings: none or int8. layout: "experts" or "huggingface" (which is not quantised). Resumable and atomic
+    as `convert`. Raises subclasses of ExpertShareError for options that do not go together, an OUT that is something
+    else, a full disk.
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown layout {layout!r}. {nearest(layout, LAYOUTS)}")
     if layout == "huggingface" and quantise != UNQUANTISED:
         raise InputError(
             f"the Hugging Face layout holds no {quantise} experts: use --layout experts, or --quantise none"
+        )
+    check_embeddings(quantise_embeddings)
+    if layout == "huggingface" and quantise_embeddings != "none":
+        raise InputError(
+            f"the Hugging Face layout holds no {quantise_embeddings} embeddings: use --layout experts, or leave "
+            "--quantise-embeddings out"
         )
     least, most = config.router.top_k, config.router.num_experts
     if not least <= unique <= most:
@@ -98,6 +107,7 @@ def make_checkpoint(
     recipe = Recipe(config=config, unique=unique, seed=seed, dtype=dtype)
     described = {"kind": "random", "method": METHOD, **asdict(recipe)}
     settings = {"layout": layout, "slab": scheme.slab(config).to_json(), "recipe": described}
+    settings |= embeddings_setting(quantise_embeddings)
     target = Path(out).expanduser()
     complete = is_complete(target, settings)
     if not complete:
@@ -106,7 +116,15 @@ def make_checkpoint(
             if layout == "experts":
                 provenance = {**described, "expert_dtype": dtype}
                 files = _files(recipe, source)
-                write_expert_layout(source, work, scheme, files=files, provenance=provenance, on_progress=on_progress)
+                write_expert_layout(
+                    source,
+                    work,
+                    scheme,
+                    files=files,
+                    provenance=provenance,
+                    embeddings=quantise_embeddings,
+                    on_progress=on_progress,
+                )
             else:
                 write_huggingface(
                     source,

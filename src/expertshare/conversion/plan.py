@@ -273,7 +273,7 @@ def _step(sizes: ModelSizes, workload: Workload, used: float, slab: int) -> Step
         positions = workload.prompt_length + workload.gen_length
     return Step(
         dense_bytes=sizes.dense_bytes - sizes.embedding_bytes,
-        dense_parameters=(sizes.dense_bytes - sizes.embedding_bytes) // sizes.float_bytes,
+        dense_parameters=sizes.dense_parameters,
         experts=used * config.num_moe_layers,
         slab_bytes=slab,
         pair_parameters=config.num_moe_layers * config.router.top_k * config.num_expert_parameters,

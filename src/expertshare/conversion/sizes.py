@@ -17,6 +17,9 @@ from expertshare.errors import ConfigError
 from expertshare.experts.layout import DENSE, has_expert_layout, read_manifest
 from expertshare.experts.slab import SlabFormat
 from expertshare.models.checkpoint import StoredTensor, check_names, choose_places, read_headers
+from expertshare.models.family import Place
+from expertshare.models.loading import stored_in_bfloat16
+from expertshare.models.quantised_vocabulary import quantised_places
 from expertshare.models.source import resolve_source
 from expertshare.models.table import FAMILIES
 from expertshare.models.transformer import MoETransformer
@@ -24,13 +27,15 @@ from expertshare.models.transformer import MoETransformer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSizes:
-    """dense_bytes: everything but routed experts, as loaded; embedding_bytes: of it, the input embedding, of which a
+    """dense_bytes: everything but routed experts, as loaded; dense_parameters: those that every position meets, which
+    leaves out the input embedding; embedding_bytes: of it, the input embedding, of which a
     forward reads some rows only. slabs: bytes of one expert in memory by scheme, without those that the widths do not
     allow. stored: the scheme on disk, None where experts are not in the expert layout. float_bytes: of an activation.
     """
 
     config: ModelConfig
     dense_bytes: int
+    dense_parameters: int
     embedding_bytes: int
     slabs: Mapping[str, int]
     stored: str | None
@@ -49,8 +54,8 @@ def sizes_of(model: str | os.PathLike[str]) -> ModelSizes:
     """Of a directory in either layout, or a hub id. Raises what reading its headers raises."""
     path = resolve_source(model)
     _, family, config = read_config(path)
-    if has_expert_layout(path):
-        layout = read_manifest(path)
+    layout = read_manifest(path) if has_expert_layout(path) else None
+    if layout is not None:
         stored = read_headers(path, DENSE)
         every = family.places(config)
         slab, probe = layout.format, path / layout.expert_files[0].name
@@ -60,16 +65,19 @@ def sizes_of(model: str | os.PathLike[str]) -> ModelSizes:
         slab, probe = None, max((tensor.file for tensor in stored.values()), key=lambda file: file.stat().st_size)
     experts = {place.name for place in every if is_expert(place)}
     places = [place for place in every if not is_expert(place)]
+    bfloat16 = stored_in_bfloat16(stored, places)
+    if layout is not None and layout.embeddings != "none":
+        places = [part for place in places for part in quantised_places(place)]
     check_names({name: tensor for name, tensor in stored.items() if name not in experts}, places, path)
-    embedding = next(place.name for place in places if place.entry == "embed.weight")
-    width = 2 if stored[embedding].dtype == "BF16" else 4
+    width = 2 if bfloat16 else 4
     if slab is not None and slab.scheme == "none":
         width = 2 if slab.dtype == "bfloat16" else 4
-    routers = {place.name for place in places if ".router." in place.entry}
+    in_memory = {place: _count(stored[place.name]) * _width(place, width) for place in places}
     return ModelSizes(
         config=config,
-        dense_bytes=sum(_count(stored[p.name]) * (4 if p.name in routers else width) for p in places),
-        embedding_bytes=_count(stored[embedding]) * width,
+        dense_bytes=sum(in_memory.values()),
+        dense_parameters=_parameters(config, {place.entry: _count(stored[place.name]) for place in places}),
+        embedding_bytes=sum(size for place, size in in_memory.items() if place.entry.startswith("embed.")),
         slabs=_slabs(config, width, slab),
         stored=None if slab is None else slab.scheme,
         float_bytes=width,
@@ -87,6 +95,7 @@ def sizes_like(config: ModelConfig) -> ModelSizes:
     return ModelSizes(
         config=config,
         dense_bytes=sum(t.numel() * (4 if ".router." in name else 2) for name, t in entries.items()),
+        dense_parameters=_parameters(config, {name: tensor.numel() for name, tensor in entries.items()}),
         embedding_bytes=entries["embed.weight"].numel() * 2,
         slabs=_slabs(config, 2, None),
         stored=None,
@@ -117,6 +126,19 @@ def _slabs(config: ModelConfig, width: int, own: SlabFormat | None) -> dict[str,
     return found
 
 
+def _width(place: Place, width: int) -> int:
+    """Bytes of a weight in memory."""
+    if place.entry.endswith(".codes"):
+        return 1
+    return 4 if ".router." in place.entry or place.entry.endswith(".scales") else width
+
+
+def _parameters(config: ModelConfig, counts: Mapping[str, int]) -> int:
+    """Without scales, and without the embedding, unless it is the head too."""
+    kept = {entry: count for entry, count in counts.items() if not entry.endswith(".scales")}
+    return sum(n for entry, n in kept.items() if config.tie_embeddings or not entry.startswith("embed."))
+
+
 def _count(tensor: StoredTensor) -> int:
     return math.prod(tensor.shape)
 
@@ -124,6 +146,7 @@ def _count(tensor: StoredTensor) -> int:
 def loaded_bytes(tensors: Iterable[StoredTensor], dtype: torch.dtype | None = None) -> int:
     """As loaded: in `dtype`, or in their own, where float16 and float64 become float32."""
     return sum(
-        _count(tensor) * (dtype.itemsize if dtype is not None else 2 if tensor.dtype == "BF16" else 4)
+        _count(tensor)
+        * (1 if tensor.dtype == "I8" else dtype.itemsize if dtype is not None else 2 if tensor.dtype == "BF16" else 4)
         for tensor in tensors
     )

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from expertshare.errors import CheckpointError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""The dtypes of weights, by the format's own names."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
+"""The dtypes of weights and codes, by the format's own names."""
 MAX_HEADER_BYTES = 100_000_000
 """As the format's own library limits it."""
 

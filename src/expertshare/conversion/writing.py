@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from expertshare.config import ModelConfig
+from expertshare.conversion.quantised_embeddings import QuantisedEmbeddings
 from expertshare.conversion.scheme import Scheme
 from expertshare.conversion.source import ExpertSource, is_expert
 from expertshare.conversion.tensor_file import DTYPES, TensorEntry, file_bytes, write_tensors
@@ -58,14 +59,18 @@ def write_expert_layout(
     *,
     files: Mapping[str, SmallFile],
     provenance: Mapping[str, Any],
+    embeddings: str = "none",
     on_progress: Progress = silent,
 ) -> None:
     """Fill the workspace with the expert-major layout and publish it: layer files first, the manifest last.
 
-    files: small ones by name (config.json, tokenizer). provenance: for the manifest.
+    files: small ones by name (config.json, tokenizer). provenance: for the manifest. embeddings: how the source is to
+    give embedding and head: "none" or "int8".
     Raises CheckpointError where the disk is full.
     """
     config = source.config
+    if embeddings != "none":
+        source = QuantisedEmbeddings(source)
     headers = [
         LayerHeader(moe_layer=layer, num_experts=config.router.num_experts, format=scheme.slab(config))
         for layer in range(config.num_moe_layers)
@@ -88,6 +93,7 @@ def write_expert_layout(
         expert_files=tuple(_listed(work, layer_file_name(header.moe_layer)) for header in headers),
         dense_files=(_listed(work, DENSE),),
         source=provenance,
+        embeddings=embeddings,
     )
     work.add(MANIFEST, lambda path: _write_manifest(path, layout))
     work.publish()

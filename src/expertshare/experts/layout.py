@@ -17,6 +17,9 @@ MANIFEST = "expert_layout.json"
 DENSE = "dense.safetensors"
 """All tensors that are no expert's, under their Hugging Face names; shards have DENSE_INDEX beside them."""
 DENSE_INDEX = "dense.safetensors.index.json"
+QUANTISED_EMBEDDINGS_VERSION = 2
+"""Of a manifest that says how embeddings are stored, which a reader of version 1 would not know."""
+EMBEDDINGS = ("none", "int8")
 
 
 def layer_file_name(moe_layer: int) -> str:
@@ -41,6 +44,7 @@ class FileRecord:
 class ExpertLayout:
     """A converted model. expert_files: one for each MoE layer, in order; dense_files: everything else that has tensors.
 
+    embeddings: how embedding and head are stored, "none" (as they were) or "int8".
     source: what it was made from, free in form, for people and for telling whether a conversion can be resumed.
     """
 
@@ -49,6 +53,7 @@ class ExpertLayout:
     expert_files: tuple[FileRecord, ...]
     dense_files: tuple[FileRecord, ...] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
+    embeddings: str = "none"
 
     @property
     def num_layers(self) -> int:
@@ -62,13 +67,14 @@ class ExpertLayout:
     def to_json(self) -> dict[str, Any]:
         """The manifest."""
         return {
-            "version": VERSION,
+            "version": VERSION if self.embeddings == "none" else QUANTISED_EMBEDDINGS_VERSION,
             "slab": self.format.to_json(),
             "num_layers": self.num_layers,
             "num_experts": self.num_experts,
             "expert_files": [record.to_json() for record in self.expert_files],
             "dense_files": [record.to_json() for record in self.dense_files],
             "source": dict(self.source),
+            **({} if self.embeddings == "none" else {"embeddings": self.embeddings}),
         }
 
 
@@ -140,9 +146,10 @@ def open_layers(directory: Path, layout: ExpertLayout, *, direct: bool = False) 
 
 def _parse(raw: Any, path: Path) -> ExpertLayout:
     version = raw.get("version") if isinstance(raw, dict) else None
-    if version != VERSION:
+    if version not in (VERSION, QUANTISED_EMBEDDINGS_VERSION):
         raise CheckpointError(
-            f"{path} has version {version} of the expert layout, expected {VERSION}: convert the model again, or use "
+            f"{path} has version {version} of the expert layout, expected {VERSION} or "
+            f"{QUANTISED_EMBEDDINGS_VERSION}: convert the model again, or use "
             "the release of expertshare that wrote it"
         )
     try:
@@ -152,12 +159,21 @@ def _parse(raw: Any, path: Path) -> ExpertLayout:
             expert_files=_records(raw["expert_files"]),
             dense_files=_records(raw["dense_files"]),
             source=dict(raw["source"]),
+            embeddings=_embeddings(raw, version),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}): copy or convert the model again") from error
     if layout.num_layers != raw.get("num_layers"):
         raise CheckpointError(f"{path} lists {layout.num_layers} expert files, expected {raw.get('num_layers')}")
     return layout
+
+
+def _embeddings(raw: Mapping[str, Any], version: int) -> str:
+    if version == VERSION:
+        return "none"
+    if raw["embeddings"] not in EMBEDDINGS:
+        raise ValueError(f"embeddings {raw['embeddings']!r} are none of {', '.join(EMBEDDINGS)}")
+    return str(raw["embeddings"])
 
 
 def _records(raw: list[dict[str, Any]]) -> tuple[FileRecord, ...]:

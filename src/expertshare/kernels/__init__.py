@@ -1,7 +1,7 @@
 """Computation behind doors: experts by `moe_ffn`, the rest of a model by `linear`, `swiglu`, `rms_norm` and so on."""
 
 from expertshare.kernels.attention import attend
-from expertshare.kernels.dense import head, linear, swiglu
+from expertshare.kernels.dense import head, linear, logits, swiglu
 from expertshare.kernels.door import AUTO, BACKENDS, Backend, moe_ffn, resolve_backend
 from expertshare.kernels.norm import Place, add_and_norm, normalised, rms_norm, turn_heads_cpu
 
@@ -14,6 +14,7 @@ __all__ = [
     "attend",
     "head",
     "linear",
+    "logits",
     "moe_ffn",
     "normalised",
     "resolve_backend",

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from expertshare.kernels.cpu import moe_ffn_cpu
 from expertshare.kernels.projection import check_dense, linear_cpu
+from expertshare.kernels.quantised_head import quantised_head, quantised_logits
 from expertshare.kernels.vocabulary import best_token, best_token_cpu
-from expertshare.types import ExpertBank, RoutingPlan
+from expertshare.types import ExpertBank, QuantisedWeight, RoutingPlan
 
 
 def linear(x: Tensor, weight_ND: Tensor, *, backend: str) -> Tensor:
@@ -39,13 +40,23 @@ def swiglu(x: Tensor, gate_up_HD: Tensor, down_DF: Tensor, *, backend: str) -> T
 
 
 def head(
-    hidden_RD: Tensor, weight_VD: Tensor, excluded: Sequence[int], *, backend: str
+    hidden_RD: Tensor, weight_VD: Tensor | QuantisedWeight, excluded: Sequence[int], *, backend: str
 ) -> tuple[Tensor, Tensor]:
     """The most probable token of each row, int64 [R], and its probability, float32 [R]; `excluded` ids left out.
 
     The probability is NaN where a logit is not finite. Ties go to the lower id. The backend "cpu" keeps no logits.
     Raises ConfigError for what it cannot take.
     """
+    if isinstance(weight_VD, QuantisedWeight):
+        return quantised_head(hidden_RD, weight_VD, excluded, backend=backend)
     if backend == "cpu":
         return best_token_cpu(hidden_RD, weight_VD, excluded)
     return best_token(F.linear(hidden_RD, weight_VD), excluded)
+
+
+def logits(hidden: Tensor, weight_VD: Tensor | QuantisedWeight, *, backend: str) -> Tensor:
+    """Scores of the whole vocabulary [..., V], in the dtype of `hidden` [..., D]. Raises ConfigError as `linear`."""
+    if isinstance(weight_VD, Tensor):
+        return linear(hidden, weight_VD, backend=backend)
+    found_RV = quantised_logits(hidden.reshape(-1, hidden.shape[-1]), weight_VD, backend=backend)
+    return found_RV.view(*hidden.shape[:-1], found_RV.shape[1])

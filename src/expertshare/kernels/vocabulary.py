@@ -37,7 +37,7 @@ def best_token_cpu(hidden_RD: Tensor, weight_VD: Tensor, excluded: Sequence[int]
     library.es_choose.argtypes = [POINTER(_Head)]
     check_dense(hidden_RD, weight_VD)
     vocabulary, depth = weight_VD.shape
-    _check_excluded(excluded, vocabulary)
+    check_excluded(excluded, vocabulary)
     hidden_RD = hidden_RD.contiguous()
     excluded_X = torch.tensor(excluded, dtype=torch.int64)
     tokens_R = torch.empty(len(hidden_RD), dtype=torch.int64)
@@ -60,7 +60,7 @@ def best_token_cpu(hidden_RD: Tensor, weight_VD: Tensor, excluded: Sequence[int]
 def best_token(logits_RV: Tensor, excluded: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The id of each row's largest logit, int64 [R], the lowest one where several are, and its probability under the
     softmax, float32 [R]: NaN if a logit of the row is not finite. `excluded` ids have no part in either."""
-    _check_excluded(excluded, logits_RV.shape[1])
+    check_excluded(excluded, logits_RV.shape[1])
     index_X = torch.tensor(excluded, dtype=torch.int64, device=logits_RV.device)
     slices = [_best_token(some_RV, index_X) for some_RV in torch.split(logits_RV, ROWS_AT_A_TIME)]
     tokens, probabilities = zip(*slices, strict=True)
@@ -75,7 +75,8 @@ def _best_token(logits_RV: Tensor, excluded_X: Tensor) -> tuple[Tensor, Tensor]:
     return tokens_R, probability_R.masked_fill(~finite_R, float("nan"))
 
 
-def _check_excluded(excluded: Sequence[int], vocabulary: int) -> None:
+def check_excluded(excluded: Sequence[int], vocabulary: int) -> None:
+    """ConfigError for ids that are none, or where no id is left."""
     if any(not 0 <= token < vocabulary for token in excluded):
         raise ConfigError(f"excluded ids must lie in 0..{vocabulary - 1}, got {list(excluded)}.")
     if len(set(excluded)) == vocabulary:

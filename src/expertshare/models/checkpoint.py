@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -101,9 +102,10 @@ def check_tensors(stored: Mapping[str, StoredTensor], places: Iterable[Place], s
             raise CheckpointError(
                 f"{place.name} in {tensor.file} has shape {list(tensor.shape)}, expected {list(wanted)} by config.json"
             )
-        if tensor.dtype not in _DTYPES:
+        expected = ("I8",) if state[place.entry].dtype == torch.int8 else _DTYPES
+        if tensor.dtype not in expected:
             raise CheckpointError(
-                f"{place.name} in {tensor.file} has dtype {tensor.dtype}, expected one of {', '.join(_DTYPES)}: "
+                f"{place.name} in {tensor.file} has dtype {tensor.dtype}, expected one of {', '.join(expected)}: "
                 "quantised checkpoints are not supported, use the original one"
             )
 

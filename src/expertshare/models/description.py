@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.models.loading import LoadedModel
+from expertshare.models.quantised_vocabulary import QuantisedVocabulary
 from expertshare.models.source import read_optional_json
 from expertshare.routing.base import default_budget
 
@@ -40,6 +41,8 @@ def describe(loaded: LoadedModel) -> ModelFacts:
     config, spec = loaded.config, loaded.config.router
     tensors = {*loaded.model.parameters(), *loaded.model.buffers()}
     own_bytes = sum(t.numel() * t.element_size() for t in tensors)
+    codes = (m.codes.numel() for m in loaded.model.modules() if isinstance(m, QuantisedVocabulary))
+    own_parameters = sum(p.numel() for p in loaded.model.parameters()) + sum(codes)
     num_experts, layout = config.num_moe_layers * spec.num_experts, loaded.layout
     per_expert = layout.format.expert_bytes if layout else config.num_expert_parameters * loaded.model.dtype.itemsize
     experts = num_experts * per_expert
@@ -50,7 +53,7 @@ def describe(loaded: LoadedModel) -> ModelFacts:
         architecture=_architecture(config),
         router_rule=router_rule(spec),
         dtype=str(loaded.model.dtype).removeprefix("torch."),
-        num_parameters=sum(p.numel() for p in loaded.model.parameters()) + elsewhere * config.num_expert_parameters,
+        num_parameters=own_parameters + elsewhere * config.num_expert_parameters,
         total_bytes=total,
         bytes_per_expert=per_expert,
         experts_bytes=experts,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from expertshare.config import ModelConfig
 from expertshare.errors import CheckpointError, ConfigError
@@ -24,10 +25,11 @@ from expertshare.models.checkpoint import (
 )
 from expertshare.models.family import Place
 from expertshare.models.moe import Router
+from expertshare.models.quantised_vocabulary import QuantisedVocabulary, quantised_places
 from expertshare.models.source import read_json, read_optional_json, resolve_source
 from expertshare.models.table import family_of
 from expertshare.models.tokenizer import load_tokenizer, token_ids
-from expertshare.models.transformer import MoETransformer, leave_out_experts
+from expertshare.models.transformer import MoETransformer, leave_out_experts, quantise_vocabulary
 from expertshare.native import ask_for_huge_pages
 
 if TYPE_CHECKING:
@@ -77,7 +79,10 @@ def load_model(
         check_layout(layout, config, dtype)
         leave_out_experts(model)
         places = [place for place in places if ".experts." not in place.entry]
-        dtype = dtype or layout.format.float_dtype
+        dtype = dtype or layout.format.float_dtype or _own_dtype(stored, places)
+        if layout.embeddings != "none":
+            places = [part for place in places for part in quantised_places(place)]
+            quantise_vocabulary(model, dtype)
     check_names(stored, places, path)
     check_tensors(stored, places, model.state_dict())
     model = _allocate(model, dtype or _own_dtype(stored, places), device)
@@ -106,13 +111,15 @@ def _allocate(model: MoETransformer, dtype: torch.dtype, device: str | torch.dev
     """Memory for a model on the meta device, uninitialised: the checkpoint fills all of it."""
     model = model.to(dtype)
     for module in model.modules():
-        if isinstance(module, Router):
+        if isinstance(module, (Router, QuantisedVocabulary)):
             module.float()
     model = model.to_empty(device=device)
-    for parameter in model.parameters():
-        ask_for_huge_pages(parameter)
-    if model.config.tie_embeddings:  # to_empty gave each of the two a tensor of its own
-        model.head.weight = model.embed.weight
+    for tensor in (*model.parameters(), *model.buffers()):
+        ask_for_huge_pages(tensor)
+    embed, head = model.embed, model.head
+    # to_empty gave each of the two a tensor of its own
+    if model.config.tie_embeddings and isinstance(embed, nn.Embedding) and isinstance(head, nn.Linear):
+        head.weight = embed.weight
     return model
 
 
@@ -124,8 +131,13 @@ def _fill(model: MoETransformer, stored: Mapping[str, StoredTensor], places: Seq
 
 
 def _own_dtype(stored: Mapping[str, StoredTensor], places: Sequence[Place]) -> torch.dtype:
-    embedding = next(place.name for place in places if place.entry == "embed.weight")
-    return torch.bfloat16 if stored[embedding].dtype == "BF16" else torch.float32
+    return torch.bfloat16 if stored_in_bfloat16(stored, places) else torch.float32
+
+
+def stored_in_bfloat16(stored: Mapping[str, StoredTensor], places: Sequence[Place]) -> bool:
+    """Whether a checkpoint's own dtype is bfloat16: by the embedding, or where that is quantised by the final norm."""
+    names = (place.name for entry in ("embed.weight", "norm.weight") for place in places if place.entry == entry)
+    return next((stored[name].dtype == "BF16" for name in names if name in stored), False)
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase | None, config: ModelConfig) -> None:

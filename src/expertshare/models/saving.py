@@ -16,6 +16,7 @@ from torch import Tensor
 from expertshare.config import ModelConfig
 from expertshare.errors import CheckpointError, ConfigError
 from expertshare.models.checkpoint import INDEX, WEIGHTS
+from expertshare.models.quantised_vocabulary import refuse_quantised_vocabulary
 from expertshare.models.table import FAMILIES
 from expertshare.models.transformer import MoETransformer
 
@@ -37,6 +38,7 @@ def save_model(
     Each file is written beside its place and moved there whole, the weights last. Returns the directory. Raises
     CheckpointError where the directory holds a sharded checkpoint, which two layouts side by side would make ambiguous.
     """
+    refuse_quantised_vocabulary(model, "a checkpoint in the Hugging Face layout")
     target = Path(directory)
     dtype = dtype or model.dtype
     if dtype not in _DTYPE_NAMES:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from expertshare.config import ModelConfig
-from expertshare.kernels import head, linear
+from expertshare.kernels import head, logits
 from expertshare.models.layers import Attention, RMSNorm, SwiGLU, rotary_tables
 from expertshare.models.moe import LayerRouting, MoE
+from expertshare.models.quantised_vocabulary import QuantisedVocabulary
 from expertshare.models.runtime import ForwardInput, ForwardOutput, LayerKeyValues, Past, RoutingTrace, Runtime
 
 
@@ -50,27 +51,30 @@ class Layer(nn.Module):
 
 
 class MoETransformer(nn.Module):
-    """An MoE diffusion language model. Predictions are for the same position as the token (no shift)."""
+    """An MoE diffusion language model. Predictions are for the same position as the token (no shift).
+
+    embed and head may be a QuantisedVocabulary each (models.quantised_vocabulary), the same one where they are tied.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed: nn.Embedding | QuantisedVocabulary = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head: nn.Linear | QuantisedVocabulary = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.embed.weight.device
+        return self.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights and activations."""
-        return self.embed.weight.dtype
+        return self.norm.weight.dtype
 
     def forward(
         self, inputs: ForwardInput, runtime: Runtime, past: Sequence[Past] | None = None
@@ -90,7 +94,7 @@ class MoETransformer(nn.Module):
 
     def logits(self, hidden_RD: Tensor, *, backend: str = "grouped") -> Tensor:
         """Vocabulary scores of chosen rows: [R, V] in the model's dtype."""
-        return linear(hidden_RD, self.head.weight, backend=backend)
+        return logits(hidden_RD, self.head.weight, backend=backend)
 
     def best_tokens(self, hidden_RD: Tensor, excluded: Sequence[int], *, backend: str) -> tuple[Tensor, Tensor]:
         """The most probable token of chosen rows and its probability, `excluded` ids left out: see kernels.dense."""
@@ -108,6 +112,14 @@ def leave_out_experts(model: MoETransformer) -> None:
     for module in model.modules():
         if isinstance(module, MoE):
             module.experts = None
+
+
+def quantise_vocabulary(model: MoETransformer, dtype: torch.dtype) -> None:
+    """Put int8 tables in the place of embedding and head, on their device, uninitialised; one where they are tied."""
+    size = (model.config.vocab_size, model.config.hidden_size)
+    with torch.device(model.device):
+        model.embed = QuantisedVocabulary(*size, dtype)
+        model.head = model.embed if model.config.tie_embeddings else QuantisedVocabulary(*size, dtype)
 
 
 def initialise(model: MoETransformer, *, seed: int, std: float = 0.02) -> None:

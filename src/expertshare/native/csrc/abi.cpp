@@ -18,6 +18,7 @@
 #include "isa.h"
 #include "linear.h"
 #include "norm.h"
+#include "quantised_head.h"
 
 #define EXPERTSHARE_EXPORT __attribute__((visibility("default")))
 
@@ -50,6 +51,7 @@ class Engine {
     es_status run(const es_gate &whole);
     es_status run(const es_dense &whole);
     es_status run(const es_head &whole);
+    es_status run(const es_quantised_head &whole);
     es_status run(const es_attention &whole);
     es_status run(const es_norm &whole);
     es_status run(const es_heads &whole);
@@ -188,6 +190,28 @@ es_status Engine::run(const es_head &whole) {
     return ES_OK;
 }
 
+es_status Engine::run(const es_quantised_head &whole) {
+    const Kernels *floats = kernels_for(whole.isa, whole.is_bfloat16 != 0);
+    const PackedKernels *packed = packed_kernels_for(whole.isa);
+    if (floats == nullptr || packed == nullptr) return ES_UNSUPPORTED_ISA;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Pool *pool = own_threads(whole.num_threads, whole.team);
+    for (Index token = 0; token < whole.num_tokens; token += kTokensAtATime) {
+        es_quantised_head part = whole;
+        part.num_tokens = std::min<Index>(kTokensAtATime, whole.num_tokens - token);
+        part.x = row_of(whole.x, token, whole.depth, whole.is_bfloat16);
+        if (whole.logits != nullptr) {
+            part.logits = const_cast<char *>(row_of(whole.logits, token, whole.vocabulary, whole.is_bfloat16));
+        } else {
+            part.ids = whole.ids + token;
+            part.probabilities = whole.probabilities + token;
+        }
+        QuantisedHead head(part, *packed, *floats, arena_);
+        compute(head, pool, whole.num_threads, whole.team);
+    }
+    return ES_OK;
+}
+
 es_status Engine::run(const es_attention &whole) {
     const Kernels *kernels = kernels_for(whole.isa, whole.is_bfloat16 != 0);
     if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
@@ -243,6 +267,7 @@ EXPERTSHARE_EXPORT int es_moe_ffn(const es_layer *layer) { return expertshare::s
 EXPERTSHARE_EXPORT int es_affinity(const es_gate *gate) { return expertshare::status_of(*gate); }
 EXPERTSHARE_EXPORT int es_linear(const es_dense *dense) { return expertshare::status_of(*dense); }
 EXPERTSHARE_EXPORT int es_choose(const es_head *head) { return expertshare::status_of(*head); }
+EXPERTSHARE_EXPORT int es_choose_quantised(const es_quantised_head *head) { return expertshare::status_of(*head); }
 EXPERTSHARE_EXPORT int es_attend(const es_attention *attention) { return expertshare::status_of(*attention); }
 EXPERTSHARE_EXPORT int es_normalise(const es_norm *norm) { return expertshare::status_of(*norm); }
 EXPERTSHARE_EXPORT int es_turn_heads(const es_heads *heads) { return expertshare::status_of(*heads); }

@@ -65,6 +65,22 @@ struct es_head {
     es_team team;
 };
 
+// As es_head and es_dense with int8 weights: tokens are rounded to 8 bits with a scale per 128 features, as experts' are.
+struct es_quantised_head {
+    const void *x;            // [num_tokens, depth]
+    const void *codes;        // int8 [vocabulary, depth]
+    const float *scales;      // [vocabulary]
+    const int64_t *excluded;  // as in es_head, like ids and probabilities, which are left alone where logits is given
+    int64_t *ids;
+    float *probabilities;
+    void *logits;             // [num_tokens, vocabulary] of the type of x, written in full; or null
+    int64_t num_tokens, vocabulary, depth, num_excluded;
+    int32_t is_bfloat16;      // of x, and of what logits are rounded to; otherwise float32
+    int32_t isa;
+    int32_t num_threads;
+    es_team team;
+};
+
 // y_bs = softmax over the keys p that mask allows of (scale * q_bhs . k_bgp), times v_bgp; g is the group of head h.
 struct es_attention {
     const void *q;        // [batch, num_heads, length, head_dim]; features contiguous
@@ -97,5 +113,6 @@ int es_isa_usable(int isa);       // whether this build has it and this processo
 int es_moe_ffn(const es_layer *layer);
 int es_linear(const es_dense *dense);
 int es_choose(const es_head *head);
+int es_choose_quantised(const es_quantised_head *head);
 int es_attend(const es_attention *attention);
 }

@@ -1,16 +1,8 @@
 // Quantised weights on every processor: plain loops over 16 lanes.
+#include "fused.h"
 #include "quantised_tile.h"
 
 namespace {
-
-// Without the instruction the product is exact in double and the sum rounded twice, which shows once in 2^29 times.
-inline float fused(float a, float b, float c) {
-#if defined(__FP_FAST_FMAF)
-    return __builtin_fmaf(a, b, c);
-#else
-    return static_cast<float>(static_cast<double>(a) * b + c);
-#endif
-}
 
 inline float from_half(std::uint16_t half) {
     const std::uint32_t magnitude = half & 0x7fffu;

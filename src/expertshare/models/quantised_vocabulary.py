@@ -1,0 +1,65 @@
+"""An embedding or a head in int8: codes and scales as they are on disk, widened a row or a slice at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from expertshare.errors import ConfigError
+from expertshare.kernels.quantise import QUANTISATIONS
+from expertshare.kernels.quantised_head import embed_rows
+from expertshare.models.family import Place
+from expertshare.types import QuantisedWeight
+
+if TYPE_CHECKING:
+    from expertshare.models.transformer import MoETransformer
+
+SCHEME = QUANTISATIONS["int8"]
+PARTS = {"codes": "I8", "scales": "F32"}
+"""The tensors that stand for one: its name in the file, with .codes and .scales, and their dtypes there."""
+_ENTRIES = ("embed.weight", "head.weight")
+
+
+class QuantisedVocabulary(nn.Module):
+    """codes int8 [V, D], scales float32 [V, 1]: buffers, since nothing trains them. dtype: of the embeddings."""
+
+    def __init__(self, vocabulary: int, depth: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        for name, (shape, part) in SCHEME.layout(vocabulary, depth).items():
+            self.register_buffer(name, torch.empty(shape, dtype=part))
+        self.codes: Tensor
+        self.scales: Tensor
+        self.dtype = dtype
+
+    @property
+    def weight(self) -> QuantisedWeight:
+        """What the doors of the kernels take."""
+        return QuantisedWeight(self.codes, self.scales, None, SCHEME.bits, self.codes.shape[1])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Embeddings of token ids [...]: [..., D]."""
+        return embed_rows(tokens, self.weight, self.dtype)
+
+
+def is_vocabulary(place: Place) -> bool:
+    """Whether a tensor is the embedding or the head."""
+    return place.entry in _ENTRIES
+
+
+def quantised_places(place: Place) -> list[Place]:
+    """Where the parts of a quantised embedding or head lie; any other place as it is."""
+    if not is_vocabulary(place):
+        return [place]
+    entry = place.entry.removesuffix("weight")
+    return [Place(f"{place.name}.{part}", f"{entry}{part}") for part in PARTS]
+
+
+def refuse_quantised_vocabulary(model: MoETransformer, purpose: str) -> None:
+    """Raise ConfigError for a model whose embedding or head is quantised: its own weights are gone."""
+    if isinstance(model.embed, QuantisedVocabulary):
+        raise ConfigError(
+            f"{purpose} needs float weights, but this model's embedding and head are in int8: take the checkpoint that "
+            "it was converted from"
+        )
