@@ -4,7 +4,8 @@
     python benchmarks/full_size_memory.py checkpoints/mini-int4 --budgets 640MiB --policies vanilla,des-vote:budget=16
 
 Every setting is a process of its own, `expertshare generate --expert-memory`, so that peak memory is its own; settings
-take turns, `--rounds` times. Experts are read past the page cache (--direct-io) unless --buffered. Close everything else.
+take turns, `--rounds` times. Experts are read past the page cache (--direct-io) unless --buffered. Close everything
+else first.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.report import write_json
 
+HEADER = "model            budget   policy               tok/s  x vanilla  anon GiB  unique   hit %  read GB  stall s"
 PROMPT = "Tom has 12 apples. He finds 7 more. How many apples does Tom have now?"
 
 
@@ -36,11 +37,6 @@ def generate(model: Path, policy: str, budget: str, options: argparse.Namespace)
         raise SystemExit(f"{policy} at {budget}: {done.stderr.strip().splitlines()[-1]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
-
-
-def settings(options: argparse.Namespace) -> Iterator[tuple[Path, str, str]]:
-    """Models, budgets and policies, each with each."""
-    return product(options.models, options.budgets.split(","), options.policies.split(","))
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -74,33 +70,36 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def table_row(point: dict[str, Any]) -> str:
+    """A line under HEADER."""
+    return (
+        f"{point['model']:16} {point['budget']:8} {point['policy']:20} {point['tokens_per_s']:5.2f} "
+        f"{point['faster_than_vanilla'] or 0:9.2f}x {point['peak_anonymous_bytes'] / 2**30:9.2f} "
+        f"{point['unique_experts']:7.1f} {100 * point['hit_rate']:7.1f} {point['expert_bytes_read'] / 1e9:8.1f} "
+        f"{point['stall_s']:8.1f}"
+    )
+
+
 def main() -> None:
     options = parse()
+    budgets, policies = options.budgets.split(","), options.policies.split(",")
     runs: dict[tuple[Path, str, str], list[dict[str, Any]]] = {}
     for _ in range(options.rounds):
-        for setting in settings(options):
-            runs.setdefault(setting, []).append(generate(*_reordered(setting), options))
-    points = []
-    print("model            budget   policy               tok/s  x vanilla  anon GiB  unique   hit %  read GB  stall s")
-    for (model, budget, policy), results in runs.items():
-        point = {"model": model.name, "budget": budget, "policy": policy, **summary(results)}
-        vanilla = next((p for p in points if (p["model"], p["budget"], p["policy"]) == (model.name, budget, "vanilla")), point)
-        point["faster_than_vanilla"] = point["tokens_per_s"] / vanilla["tokens_per_s"]
-        points.append(point)
-        print(
-            f"{model.name:16} {budget:8} {policy:20} {point['tokens_per_s']:5.2f} {point['faster_than_vanilla']:9.2f}x "
-            f"{point['peak_anonymous_bytes'] / 2**30:9.2f} {point['unique_experts']:7.1f} {100 * point['hit_rate']:7.1f} "
-            f"{point['expert_bytes_read'] / 1e9:8.1f} {point['stall_s']:8.1f}"
-        )
+        for model, budget, policy in product(options.models, budgets, policies):
+            runs.setdefault((model, budget, policy), []).append(generate(model, policy, budget, options))
+    points = [
+        {"model": model.name, "budget": budget, "policy": policy, **summary(results)}
+        for (model, budget, policy), results in runs.items()
+    ]
+    speed = {(p["model"], p["budget"]): p["tokens_per_s"] for p in points if p["policy"] == "vanilla"}
+    print(HEADER)
+    for point in points:
+        vanilla = speed.get((point["model"], point["budget"]))
+        point["faster_than_vanilla"] = point["tokens_per_s"] / vanilla if vanilla else None
+        print(table_row(point))
     if options.json:
-        settings_told = {key: value for key, value in vars(options).items() if key not in ("models", "json")}
-        environment = capture_environment().to_json()
-        write_json({"settings": settings_told, "environment": environment, "points": points}, options.json)
-
-
-def _reordered(setting: tuple[Path, str, str]) -> tuple[Path, str, str]:
-    model, budget, policy = setting
-    return model, policy, budget
+        told = {key: value for key, value in vars(options).items() if key not in ("models", "json")}
+        write_json(options.json, {"settings": told, "environment": capture_environment().to_json(), "points": points})
 
 
 if __name__ == "__main__":
