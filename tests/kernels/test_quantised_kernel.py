@@ -297,7 +297,7 @@ WRONG: dict[str, tuple[str, Callable[[Scene], Scene]]] = {
         lambda s: with_down(s, bits=8, minima_ERG=s[2].down.scales_ERG),
     ),
     "other width": ("do not fit down", lambda s: (s[0][:, :64].contiguous(), s[1], s[2])),
-    "two dimensions": ("expected weights", lambda s: with_down(s, codes_ERC=s[2].down.codes_ERC[0])),
+    "two dimensions": ("expected x", lambda s: with_down(s, codes_ERC=s[2].down.codes_ERC[0])),
     "turned codes": ("codes of down contiguous", lambda s: with_down(s, codes_ERC=turned(s[2].down.codes_ERC))),
     "turned scales": ("scales of down contiguous", lambda s: with_down(s, scales_ERG=turned(s[2].down.scales_ERG))),
     "another device": ("on the CPU", lambda s: with_down(s, scales_ERG=s[2].down.scales_ERG.to("meta"))),
