@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 NATIVE = Path("src/expertshare/native/csrc")
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
 AVX2 = ["-mavx2", "-mfma"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # Only these files may use more than the processor's baseline; which of them runs is decided at run time.
 # Quantised kernels give the same bits with every instruction set: they fuse where they say so and nowhere else.
 AS_WRITTEN = ["-mf16c", "-ffp-contract=off"]
@@ -36,7 +36,11 @@ X86_FLAGS = {
     "affinity_avx2.cpp": AVX2,
     "affinity_avx512.cpp": AVX512,
     "affinity_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "norm_avx2.cpp": AVX2,
+    "norm_avx512.cpp": AVX512,
 }
+# Every product is rounded before it is added, as torch does it.
+EXACT_FLAGS = {f"norm_{name}.cpp": ["-ffp-contract=off"] for name in ("portable", "avx2", "avx512")}
 
 
 class CannotBuild(Exception):
@@ -65,7 +69,8 @@ def call(command: list[str]) -> None:
 
 def compile_source(source: Path, to: Path, cxx: list[str]) -> None:
     """One object file; a compiler that does not know an instruction set yields a file without it."""
-    command = [*cxx, *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), "-c", str(source), "-o", str(to)]
+    flags = [*FLAGS, *EXACT_FLAGS.get(source.name, []), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    command = [*cxx, *flags, "-c", str(source), "-o", str(to)]
     wide = X86_FLAGS.get(source.name, []) if platform.machine() in ("x86_64", "AMD64") else []
     try:
         call([*command, *wide])

@@ -48,9 +48,11 @@ def make_recipe(target: str) -> list[str]:
 
 
 def requirements() -> list[Requirement]:
-    """What pyproject.toml asks for, tools for development included."""
+    """What pyproject.toml asks for, extras included; extras that name other extras of this package aside."""
     project = PYPROJECT["project"]
-    return [Requirement(line) for line in (*project["dependencies"], *project["optional-dependencies"]["dev"])]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    asked = [Requirement(line) for line in (*project["dependencies"], *extras)]
+    return [requirement for requirement in asked if requirement.name != project["name"]]
 
 
 def pins() -> dict[str, str]:
@@ -79,7 +81,7 @@ def test_every_requirement_is_pinned_within_its_bounds(requirement: Requirement)
 
 
 def test_pins_are_exact_and_not_local() -> None:
-    assert all(re.fullmatch(r"\d+(\.\d+)*", version) for version in pins().values())
+    assert all(re.fullmatch(r"\d+(\.\d+)*(\.post\d+)?", version) for version in pins().values())
 
 
 def test_make_test_runs_every_check_and_ends_with_pytest() -> None:

@@ -14,6 +14,12 @@ Example:
     comparison = compare(model, read_prompts("prompts.jsonl"), ["vanilla", "des-vote:budget=16", "des-seq"])
     for run in comparison.runs:
         print(run.label, run.reduction, run.agreement.tokens, run.accuracy.overall)
+
+    evaluation = evaluate(model, ["arith", "math"], ["des-vote:budget=28"], out="runs/vote", limit=50)
+    print(evaluation.results["summary"])
+    tuned = tune(model, read_prompts("prompts.jsonl"))
+    print(tuned.sentence())
+    tuned.policy_file().write("policy.json")          # generate(model, ..., policy=load_policy("policy.json"))
 """
 
 from __future__ import annotations
@@ -32,16 +38,25 @@ from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.evaluation import (
     Answer,
     Comparison,
+    Evaluation,
+    EvaluationSettings,
     PolicyRun,
     Setup,
+    SourceOptions,
     answer_prompts,
+    check_task_names,
     compare_policies,
     encode_prompts,
+    evaluate_sources,
+    find_preset,
+    harness_version,
+    make_sources,
     parse_policies,
     policy_label,
 )
 from expertshare.evaluation.answering import BlockListener
 from expertshare.evaluation.comparison import ProgressListener
+from expertshare.evaluation.evaluating import NoticeListener
 from expertshare.experts import ExpertMemory, StoreOptions, has_expert_layout, open_store
 from expertshare.experts.recording import RoutingRecorder
 from expertshare.kernels import AUTO
@@ -53,6 +68,8 @@ from expertshare.models import LoadedModel, ModelFacts, describe, load_model
 from expertshare.models.source import resolve_source
 from expertshare.routing import POLICIES, knobs, native_policy, parse_policy
 from expertshare.tasks import PromptRecord
+from expertshare.tuning import PolicyFile, Tuned, TuningOptions, check_model, read_policy_file
+from expertshare.tuning import tune as run_tuning
 from expertshare.types import RoutingPolicy
 
 Model = str | Path | LoadedModel
@@ -165,7 +182,7 @@ def generate(
     model: Model,
     prompts: str | Sequence[str],
     *,
-    policy: str | RoutingPolicy | None = None,
+    policy: str | RoutingPolicy | PolicyFile | None = None,
     batch_size: int = 1,
     backend: str = AUTO,
     dtype: str | torch.dtype | None = None,
@@ -178,11 +195,11 @@ def generate(
 ) -> Generated:
     """Answer one prompt or several under an expert-sharing policy.
 
-    policy: `name` or `name:knob=value,...`, by default the one that the checkpoint was trained with. chat: None uses
-    the chat template where there is one. store: how the experts of a converted model are kept, as StoreOptions or
-    as the memory for them ("3GiB", "mmap"), by default "all". on_block hears of every block as it is committed. memory:
-    a watch that runs already. record_routing: a file for the experts of every forward, which `plan` can replay.
-    decoding: the fields of DecodingOptions, e.g. gen_length=64, threshold=0.9.
+    policy: `name` or `name:knob=value,...`, by default the one that the checkpoint was trained with; or a policy file
+    (load_policy). chat: None uses the chat template where there is one. store: how the experts of a converted model
+    are kept, as StoreOptions or as the memory for them ("3GiB", "mmap"), by default "all". on_block hears of every
+    block as it is committed. memory: a watch that runs already. record_routing: a file for the experts of every
+    forward, which `plan` can replay. decoding: the fields of DecodingOptions, e.g. gen_length=64, threshold=0.9.
 
     Raises a subclass of ExpertShareError for anything unusable.
     """
@@ -192,7 +209,7 @@ def generate(
     with memory or MemoryWatch() as watch:
         loaded = load(model, dtype=dtype, store=store)
         ids = encode_prompts(loaded, texts, chat)
-        bound = wanted if wanted is not None else native_policy(loaded.config)
+        bound = _for_model(wanted, loaded) if wanted is not None else native_policy(loaded.config)
         with (
             RoutingRecorder(Path(record_routing)) if record_routing is not None else nullcontext() as recorder,
             _opened(loaded, store, Setup(batch_size=batch_size, backend=backend, chat=chat)) as setup,
@@ -212,7 +229,7 @@ def generate(
 def compare(
     model: Model,
     records: Sequence[PromptRecord | str],
-    policies: Sequence[str | RoutingPolicy] | None = None,
+    policies: Sequence[str | RoutingPolicy | PolicyFile] | None = None,
     *,
     batch_size: int = 1,
     backend: str = AUTO,
@@ -239,10 +256,49 @@ def compare(
     prompts = [PromptRecord(prompt=record) if isinstance(record, str) else record for record in records]
     with memory or MemoryWatch() as watch:
         loaded = load(model, dtype=dtype, store=store)
+        bound = [_for_model(policy, loaded) for policy in chosen]
         with _opened(loaded, store, Setup(batch_size=batch_size, backend=backend, chat=chat)) as setup:
             return compare_policies(
-                loaded, prompts, chosen, options, setup=setup, on_progress=on_progress, memory=watch
+                loaded, prompts, bound, options, setup=setup, on_progress=on_progress, memory=watch
             )
+
+
+def tune(
+    model: Model,
+    records: Sequence[PromptRecord | str],
+    *,
+    tuning: TuningOptions | None = None,
+    batch_size: int = 16,
+    backend: str = AUTO,
+    dtype: str | torch.dtype | None = None,
+    chat: bool | None = None,
+    store: str | StoreOptions | None = None,
+    on_progress: ProgressListener | None = None,
+    **decoding: DecodingValue,
+) -> Tuned:
+    """The cheapest policy that is certified to keep a share of vanilla's quality on prompts like these.
+
+    tuning: the promise and the work to spend on it. `.policy_file().write(path)` keeps the outcome. on_progress(stage,
+    done, total). Raises a subclass of ExpertShareError for anything unusable.
+    """
+    options = decoding_options(decoding)
+    prompts = [PromptRecord(prompt=record) if isinstance(record, str) else record for record in records]
+    wanted = tuning if tuning is not None else TuningOptions()
+    loaded = load(model, dtype=dtype, store=store)
+    with _opened(loaded, store, Setup(batch_size=batch_size, backend=backend, chat=chat)) as setup:
+        return run_tuning(loaded, prompts, options, wanted, setup=setup, on_progress=on_progress)
+
+
+def load_policy(path: str | Path) -> PolicyFile:
+    """A policy file of `tune`. The verbs refuse it with any other model. Raises InputError, PolicyError."""
+    return read_policy_file(path)
+
+
+def _for_model(policy: RoutingPolicy | PolicyFile, loaded: LoadedModel) -> RoutingPolicy:
+    if not isinstance(policy, PolicyFile):
+        return policy
+    check_model(policy, loaded)
+    return policy.policy
 
 
 @contextmanager
@@ -269,6 +325,68 @@ def _not_converted(model: str | Path) -> ConfigError:
     return ConfigError(
         f"expected a model in the expert layout, because an expert store was asked for, got {model}: run `expertshare "
         "convert` first, or leave out --expert-memory, --direct-io and --no-prefetch"
+    )
+
+
+def evaluate(
+    model: Model,
+    tasks: Sequence[str],
+    policies: Sequence[str | RoutingPolicy | PolicyFile],
+    *,
+    out: str | Path,
+    preset: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    shots: int | None = None,
+    data: str | Path | None = None,
+    allow_code: bool = False,
+    processes: int = 1,
+    threads: int = 1,
+    backend: str = AUTO,
+    dtype: str | torch.dtype | None = None,
+    chat: bool | None = None,
+    on_progress: ProgressListener | None = None,
+    on_notice: NoticeListener | None = None,
+    **decoding: DecodingValue,
+) -> Evaluation:
+    """Accuracy and cost of policies on tasks, a line per answer in the directory `out`, which a second call completes.
+
+    tasks: generated kinds (arith, math, ...) and benchmarks (gsm8k, ...; these need expertshare[eval]). preset:
+    settings of a paper; what is given here goes before it. seed: of items, examples and sampling. threads: of each
+    process. See docs/evaluation.md. Raises a subclass of ExpertShareError for anything unusable.
+    """
+    chosen = find_preset(preset) if preset is not None else None
+    check_task_names(tasks)
+    wanted = [p for given in policies for p in (parse_policies([given]) if isinstance(given, str) else [given])]
+    merged = {**(chosen.decoding if chosen else {}), **decoding, "seed": seed}
+    sources = SourceOptions(
+        limit=limit,
+        seed=seed,
+        gen_length=merged.get("gen_length"),  # type: ignore[arg-type]
+        shots=shots if shots is not None or chosen is None else chosen.shots,
+        data=Path(data) if data is not None else None,
+        chat=chat if chat is not None or chosen is None else chosen.chat,
+        allow_code=allow_code,
+    )
+    loaded = load(model, dtype=dtype)
+    if loaded.layout is not None:
+        raise ConfigError(
+            f"expected a checkpoint in Hugging Face layout, got {loaded.path} in the expert layout, which `eval` "
+            "cannot run yet: name the checkpoint that it was converted from, or convert it back"
+        )
+    settings = EvaluationSettings(
+        options=decoding_options(merged),
+        setup=Setup(backend=backend, chat=sources.chat),
+        dtype=loaded.model.dtype,
+        processes=processes,
+        threads=threads,
+        identity={"allow_code": allow_code, "harness": harness_version(tasks)},
+        config={"preset": chosen.to_json() if chosen else None, "limit": limit, "shots": sources.shots},
+    )
+    chosen_policies = [_for_model(policy, loaded) for policy in wanted]
+    made = make_sources(tasks, sources, loaded)
+    return evaluate_sources(
+        loaded, made, chosen_policies, settings, Path(out), on_progress=on_progress, on_notice=on_notice
     )
 
 

@@ -38,6 +38,10 @@ class SandboxError(ExpertShareError):
     """The sandbox that runs generated code could not be started or broke down."""
 
 
+class EvaluationError(ExpertShareError):
+    """An evaluation cannot go on, or its run directory holds something else."""
+
+
 class TrainingError(ExpertShareError):
     """A training run cannot start or cannot go on."""
 

@@ -88,7 +88,7 @@ def test_tasks_writes_prompts_that_can_be_read(prompts: Path) -> None:
     assert [record.task for record in read_prompts(prompts)] == ["arith", "arith", "code", "code"]
 
 
-@pytest.mark.parametrize("verb", ["generate", "compare", "info", "tasks", "train"])
+@pytest.mark.parametrize("verb", ["generate", "compare", "eval", "info", "tasks", "train"])
 def test_every_verb_has_help_with_an_example(verb: str, run: Run) -> None:
     done = run(verb, "--help")
     assert done.code == 0

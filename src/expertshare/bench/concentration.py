@@ -10,14 +10,15 @@ measured: at t = 0 routing is untouched, towards t = pi/2 all tokens want the sa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from expertshare.config import RouterSpec
-from expertshare.models import ForwardInput, LayerKeyValues, MoETransformer, Runtime
+from expertshare.models import ForwardInput, MoETransformer, Runtime
 from expertshare.models.moe import Router
+from expertshare.models.runtime import Past
 from expertshare.routing import make_policy, route, router_scores
 
 BISECTIONS = 20
@@ -26,7 +27,7 @@ BISECTIONS = 20
 def concentrate(
     model: MoETransformer,
     inputs: ForwardInput,
-    past: tuple[LayerKeyValues, ...] | None,
+    past: Sequence[Past] | None,
     *,
     unique: int,
     seed: int,

@@ -19,6 +19,7 @@ from expertshare.bench.peer_models import IMPLEMENTATIONS, build_peer, peer_cach
 from expertshare.bench.timing import interleave, spread
 from expertshare.bench.weights import check_memory, model_bytes, random_model
 from expertshare.config import ModelConfig
+from expertshare.decoding.cache import KeyValueCache, Room
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.kernels import BACKENDS
 from expertshare.measure.clock import PartClock
@@ -50,11 +51,13 @@ class ForwardSettings:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One block in front of a random cache."""
+    """One block behind a random cache, in whose room it puts its own keys and values as decoding does. past: what is
+    in the cache, for peers that keep one of their own; empty without context."""
 
     model: MoETransformer
     inputs: ForwardInput
-    past: tuple[LayerKeyValues, ...] | None
+    rooms: tuple[Room, ...]
+    past: tuple[LayerKeyValues, ...]
     masked: int
 
 
@@ -74,7 +77,7 @@ class Ours:
         clock, scene = PartClock(), self.scene
         runtime = Runtime(policy=self.policy, backend=self.backend, clock=clock)
         start = time.perf_counter()
-        output = scene.model(scene.inputs, runtime, scene.past)
+        output = scene.model(scene.inputs, runtime, scene.rooms)
         with runtime.timed("head"):
             hidden_RD = output.hidden_BSD[0, : scene.masked]
             tokens_R, _ = scene.model.best_tokens(hidden_RD, [scene.model.config.mask_id], backend=self.backend)
@@ -85,7 +88,7 @@ class Ours:
     def logits(self) -> Tensor:
         """Logits of the masked rows [masked, V]."""
         scene = self.scene
-        output = scene.model(scene.inputs, Runtime(policy=self.policy, backend=self.backend), scene.past)
+        output = scene.model(scene.inputs, Runtime(policy=self.policy, backend=self.backend), scene.rooms)
         return scene.model.logits(output.hidden_BSD[0, : scene.masked], backend=self.backend)
 
     def to_json(self, repeats: int) -> dict[str, Any]:
@@ -172,14 +175,8 @@ def _scene(config: ModelConfig, case: Case, settings: ForwardSettings) -> Scene:
         raise InputError(f"context must lie in 0..{config.max_positions - length}, got {settings.context}")
     model = random_model(config, settings.dtype, settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
-    shape = (1, config.num_kv_heads, settings.context, config.head_dim)
-    past = tuple(
-        LayerKeyValues(
-            torch.randn(shape, generator=generator).to(settings.dtype),
-            torch.randn(shape, generator=generator).to(settings.dtype),
-        )
-        for _ in range(config.num_layers)
-    )
+    rooms = _filled_rooms(config, settings, settings.context + length, generator)
+    past = tuple(LayerKeyValues(*room.reach(0)) for room in rooms) if settings.context else ()
     inputs = ForwardInput(
         tokens_BS=torch.randperm(config.vocab_size, generator=generator)[:length].unsqueeze(0),
         positions_BS=torch.arange(settings.context, settings.context + length).unsqueeze(0),
@@ -187,16 +184,29 @@ def _scene(config: ModelConfig, case: Case, settings: ForwardSettings) -> Scene:
         mask_BSP=None,
         block_length=length,
     )
-    scene = Scene(model, inputs, past if settings.context else None, masked)
+    scene = Scene(model, inputs, rooms, past, masked)
     if settings.unique is not None:
-        concentrate(model, inputs, scene.past, unique=settings.unique, seed=settings.seed)
+        concentrate(model, inputs, scene.rooms, unique=settings.unique, seed=settings.seed)
     return scene
+
+
+def _filled_rooms(
+    config: ModelConfig, settings: ForwardSettings, capacity: int, generator: torch.Generator
+) -> tuple[Room, ...]:
+    """A decoder's cache with `context` random positions, and the place behind them."""
+    device = torch.device("cpu")
+    cache = KeyValueCache(config, num_rows=1, capacity=capacity, dtype=settings.dtype, device=device)
+    rooms = cache.rooms([0], [settings.context])
+    for room in rooms:
+        for finished in room.reach(0):
+            finished.copy_(torch.randn(finished.shape, generator=generator))
+    return rooms
 
 
 def _peer_call(scene: Scene, peer: Any) -> Callable[[int], Tensor]:
     """A forward with transformers' cache, and the step back that a denoising loop needs after it. Its class has no
     way to run the head on some rows only."""
-    cache, inputs = peer_cache(peer, scene.past or ()), scene.inputs
+    cache, inputs = peer_cache(peer, scene.past), scene.inputs
     length = inputs.tokens_BS.shape[1]
     mask_BSP = torch.ones(1, length, int(inputs.positions_BS[0, -1]) + 1, dtype=torch.bool)
 

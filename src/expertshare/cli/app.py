@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 import expertshare
-from expertshare.cli import bench, compare, convert, generate, info, make_checkpoint, plan, tasks, train
+from expertshare.cli import (
+    bench,
+    compare,
+    convert,
+    distill,
+    evaluate,
+    generate,
+    info,
+    make_checkpoint,
+    plan,
+    tasks,
+    train,
+    tune,
+)
 from expertshare.errors import ExpertShareError
 
 app = typer.Typer(
@@ -22,12 +35,15 @@ app = typer.Typer(
 )
 app.command("generate", epilog=generate.EXAMPLE)(generate.generate)
 app.command("compare", epilog=compare.EXAMPLE)(compare.compare)
+app.command("eval", epilog=evaluate.EXAMPLE)(evaluate.evaluate)
 app.command("info", epilog=info.EXAMPLE)(info.info)
 app.command("convert", epilog=convert.EXAMPLE)(convert.convert)
 app.command("make-checkpoint", epilog=make_checkpoint.EXAMPLE)(make_checkpoint.make_checkpoint)
 app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
 app.command("tasks", epilog=tasks.EXAMPLE)(tasks.tasks)
 app.command("train", epilog=train.EXAMPLE)(train.train)
+app.command("distill", epilog=distill.EXAMPLE)(distill.distill)
+app.command("tune", epilog=tune.EXAMPLE)(tune.tune)
 app.add_typer(bench.app, name="bench")
 
 

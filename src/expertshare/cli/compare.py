@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from expertshare import api
+from expertshare.cli.bars import Bars
 from expertshare.cli.console import megabytes, people, percent, percent_within, print_json
 from expertshare.cli.option_groups import DecodingFlags, StoreFlags, with_option_groups
 from expertshare.cli.threads import ThreadsFlag, set_threads
@@ -23,6 +22,8 @@ from expertshare.measure.memory import MemoryWatch
 from expertshare.measure.report import check_writable
 from expertshare.plots import check_plot_path, plot_comparison
 from expertshare.tasks import read_prompts
+from expertshare.tuning import PolicyFile, read_policy_file
+from expertshare.types import RoutingPolicy
 
 EXAMPLE = (
     "Example: expertshare compare path/to/model --prompts prompts.jsonl "
@@ -47,6 +48,10 @@ def compare(
         str | None, typer.Option(help="Policies, parted by commas, each with knobs if wanted. Default: all of them.")
     ] = None,
     policy: Annotated[list[str] | None, typer.Option(help="One more policy; may be repeated.")] = None,
+    policy_file: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Also the policy of this file of `expertshare tune`; may be repeated."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Use the first so many prompts only.")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's.")] = None,
@@ -75,16 +80,17 @@ def compare(
         raise InputError(f"limit must be at least 1, got {limit}")
     set_threads(threads)
     texts = [*([policies] if policies is not None else []), *(policy or [])]
-    chosen = parse_policies(texts) if texts else None
+    files = [read_policy_file(file) for file in policy_file or []]
+    chosen: list[str | RoutingPolicy | PolicyFile] = [*parse_policies(texts), *files]
     records = read_prompts(prompts)[:limit]
     check_scorable(records)
     store = storage.options()
-    with MemoryWatch() as memory, _Bars() as bars:
+    with MemoryWatch() as memory, Bars() as bars:
         loaded = api.load(model, dtype=dtype, store=store)
         comparison = api.compare(
             loaded,
             records,
-            chosen,
+            chosen if texts or files else None,
             batch_size=batch_size,
             backend=backend,
             chat=chat,
@@ -116,29 +122,6 @@ def _check_outputs(plot: Path | None, report: Path | None) -> None:
     for path in (plot, report):
         if path is not None:
             check_writable(path)
-
-
-class _Bars(AbstractContextManager["_Bars"]):
-    """A progress bar for each policy on stderr, on a terminal only."""
-
-    def __init__(self) -> None:
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._bars: dict[str, TaskID] = {}
-
-    def __enter__(self) -> _Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def hear(self, label: str, done: int, total: int) -> None:
-        """One more prompt is finished."""
-        if label not in self._bars:
-            self._bars[label] = self._progress.add_task(label, total=total)
-        self._progress.update(self._bars[label], completed=done)
 
 
 def _print_tables(comparison: Comparison, console: Console) -> None:

@@ -39,6 +39,9 @@ def generate(
     policy: Annotated[
         str | None, typer.Option(help="Policy, or policy:knob=value,... Default: what the model was trained with.")
     ] = None,
+    policy_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Policy file of `expertshare tune`, for this very model.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's.")] = None,
     backend: Annotated[str, typer.Option(help="Expert computation: auto, cpu, grouped or reference.")] = "auto",
@@ -65,7 +68,7 @@ def generate(
     if record_routing is not None:
         check_writable(record_routing)
     texts = _read_texts(source, prompt, prompts)
-    chosen = knobs.policy(policy)
+    chosen = knobs.policy(policy, policy_file)
     store = storage.options()
     with MemoryWatch() as memory:
         loaded = api.load(model, dtype=dtype, store=store)

@@ -43,6 +43,7 @@ def _table(facts: ModelFacts) -> Table:
         ("minimum coreset", coresets),
         ("default budget", f"{facts.default_budget} experts"),
         ("trained coreset", capacity),
+        ("distilled for", facts.distilled_policy or "no policy"),
         ("block length", f"{facts.block_length} tokens"),
         ("longest sequence", f"{facts.max_positions} tokens"),
     ):

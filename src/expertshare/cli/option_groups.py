@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, Protocol, Self, get_type_hints
 
 import typer
@@ -18,6 +19,7 @@ from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError, PolicyError
 from expertshare.experts import ExpertMemory, StoreOptions
 from expertshare.routing import POLICIES, make_policy, parse_knob, parse_policy
+from expertshare.tuning import PolicyFile, read_policy_file
 from expertshare.types import RoutingPolicy
 
 DECODING_PANEL, KNOB_PANEL, STORE_PANEL = "Decoding", "Policy knobs", "Experts of a converted model"
@@ -150,8 +152,12 @@ class KnobFlags:
         """Leave out what was not given."""
         return cls(given={knob: value for knob, value in values.items() if value is not None})
 
-    def policy(self, text: str | None) -> RoutingPolicy | None:
-        """The policy that --policy and the knob flags name; None where they leave it to the checkpoint."""
+    def policy(self, text: str | None, file: Path | None = None) -> RoutingPolicy | PolicyFile | None:
+        """The policy that --policy and the knob flags, or --policy-file, name; None: left to the checkpoint."""
+        if file is not None:
+            if text is not None or self.given:
+                raise InputError("expected --policy-file alone, got --policy or a knob beside it: choose one way")
+            return read_policy_file(file)
         if text is None:
             if self.given:
                 flags = ", ".join(f"--{knob.replace('_', '-')}" for knob in self.given)

@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from expertshare.config import ModelConfig
+from expertshare.kernels import Place
 from expertshare.models.runtime import LayerKeyValues
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
-    """One layer's cache for the R rows of a forward: [R, key/value heads, capacity, head dim] each.
+class Room(Place):
+    """One layer's cache for the R rows of a forward, with each row's place right behind its finished positions.
 
-    starts: where each row's new keys and values are put, right behind its finished ones. What lies beyond is stale;
-    queries must not see it (`visible`).
+    What lies beyond is stale; queries must not see it (`visible`).
     """
 
-    keys_BHCD: Tensor
-    values_BHCD: Tensor
-    starts: tuple[int, ...]
+    def place(self) -> Place:
+        """Here."""
+        return self
 
     def extended_by(self, new: LayerKeyValues) -> LayerKeyValues:
         """The cache as far as the longest row reaches with its new positions, which are written in place: a view, with
         keys at their canvas positions."""
         length = new.keys_BHSD.shape[2]
-        end = max(self.starts) + length
         if len(set(self.starts)) == 1:
-            self.keys_BHCD[:, :, self.starts[0] : end] = new.keys_BHSD
-            self.values_BHCD[:, :, self.starts[0] : end] = new.values_BHSD
+            start = self.starts[0]
+            self.keys_BHCD[:, :, start : start + length] = new.keys_BHSD
+            self.values_BHCD[:, :, start : start + length] = new.values_BHSD
         else:
             for row, start in enumerate(self.starts):
                 self.keys_BHCD[row, :, start : start + length] = new.keys_BHSD[row]
                 self.values_BHCD[row, :, start : start + length] = new.values_BHSD[row]
-        return LayerKeyValues(self.keys_BHCD[:, :, :end], self.values_BHCD[:, :, :end])
+        return LayerKeyValues(*self.reach(length))
 
 
 class KeyValueCache:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from expertshare.errors import PolicyError
-from expertshare.routing import parse_policy
+from expertshare.routing import Layerwise, parse_policy
 from expertshare.types import RoutingPolicy
 
 
 def policy_label(policy: RoutingPolicy) -> str:
     """`name:knob=value,...` with every number that is set and the words that differ; parse_policy reads it back."""
+    if isinstance(policy, Layerwise):  # has no short form that parse_policy could read: its home is a policy file
+        return f"{policy.name}({'; '.join(policy_label(layer) for layer in policy.layers)})"
     told: list[str] = []
     for knob in fields(policy):  # type: ignore[arg-type]
         value = getattr(policy, knob.name)

@@ -1,18 +1,24 @@
-"""Computation behind doors: experts by `moe_ffn`, the rest of a model by `linear`, `swiglu`, `attend` and `head`."""
+"""Computation behind doors: experts by `moe_ffn`, the rest of a model by `linear`, `swiglu`, `rms_norm` and so on."""
 
 from expertshare.kernels.attention import attend
 from expertshare.kernels.dense import head, linear, logits, swiglu
 from expertshare.kernels.door import AUTO, BACKENDS, Backend, moe_ffn, resolve_backend
+from expertshare.kernels.norm import Place, add_and_norm, normalised, rms_norm, turn_heads_cpu
 
 __all__ = [
     "AUTO",
     "BACKENDS",
     "Backend",
+    "Place",
+    "add_and_norm",
     "attend",
     "head",
     "linear",
     "logits",
     "moe_ffn",
+    "normalised",
     "resolve_backend",
+    "rms_norm",
     "swiglu",
+    "turn_heads_cpu",
 ]

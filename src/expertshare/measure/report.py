@@ -39,16 +39,21 @@ class Report:
 
     def write(self, path: str | Path) -> None:
         """Put the report at `path`, whole or not at all. Raises InputError where the file cannot be written."""
-        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        target = Path(path)
-        try:
-            handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(name).chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-            Path(name).replace(target)
-        except OSError as error:
-            raise _unwritable(target, error.strerror or str(error)) from error
+        write_json(path, self.to_json())
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Put `value` at `path` as JSON, whole or not at all. Raises InputError where the file cannot be written."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    target = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(name).chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+        Path(name).replace(target)
+    except OSError as error:
+        raise _unwritable(target, error.strerror or str(error)) from error
 
 
 def check_writable(path: str | Path) -> None:

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.models.loading import LoadedModel
 from expertshare.models.quantised_vocabulary import QuantisedVocabulary
+from expertshare.models.source import read_optional_json
 from expertshare.routing.base import default_budget
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFacts:
-    """What a user wants to know before choosing a policy. Sizes in bytes as loaded; coresets in experts."""
+    """What a user wants to know before choosing a policy. Sizes in bytes as loaded; coresets in experts.
+
+    distilled_policy: the policy that `expertshare distill` trained the model for, as text; None for other models.
+    """
 
     family: str
     architecture: str
@@ -29,6 +33,7 @@ class ModelFacts:
     block_length: int
     max_positions: int
     expert_capacity: int | None
+    distilled_policy: str | None
 
 
 def describe(loaded: LoadedModel) -> ModelFacts:
@@ -59,6 +64,7 @@ def describe(loaded: LoadedModel) -> ModelFacts:
         block_length=config.block_length,
         max_positions=config.max_positions,
         expert_capacity=config.expert_capacity,
+        distilled_policy=read_optional_json(loaded.path / "distillation.json").get("policy"),
     )
 
 

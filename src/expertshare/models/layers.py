@@ -6,7 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from expertshare.config import ModelConfig
-from expertshare.kernels import attend, linear, swiglu
+from expertshare.kernels import (
+    Place,
+    add_and_norm,
+    attend,
+    linear,
+    normalised,
+    rms_norm,
+    swiglu,
+    turn_heads_cpu,
+)
 from expertshare.models.runtime import LayerKeyValues, Past
 
 
@@ -18,15 +27,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, backend: str = "grouped") -> Tensor:
         """Normalise the last dimension; returns the input's dtype."""
-        return self.weight * normalised(x, self.eps)
+        return rms_norm(x, self.weight, self.eps, backend=backend)
 
-
-def normalised(x: Tensor, eps: float) -> Tensor:
-    """Divide the last dimension by its root mean square, taken in float32."""
-    x_float = x.float()
-    return (x_float * torch.rsqrt(x_float.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
+    def of_sum(self, x: Tensor, delta: Tensor, *, backend: str) -> tuple[Tensor, Tensor]:
+        """x + delta, and that normalised."""
+        return add_and_norm(x, delta, self.weight, self.eps, backend=backend)
 
 
 def rotary_tables(positions_BS: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -73,14 +80,30 @@ class Attention(nn.Module):
         """Attend from the S new positions to cached and new ones; no mask: to all of them. Returns the output and the
         new keys and values."""
         batch, length, _ = x_BSD.shape
-        qkv = linear(x_BSD, self.qkv.weight, backend=backend).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        qk, v = torch.split(qkv, [self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-        qk = rotate(self._scales_H1D() * normalised(qk, self.q_norm.eps), tables)
-        q, k = torch.split(qk, [self.num_heads, self.num_kv_heads], dim=1)
-        new = LayerKeyValues(k, v)
-        seen = new if past is None else past.extended_by(new)
+        qkv_BSHD = linear(x_BSD, self.qkv.weight, backend=backend).view(batch, length, -1, self.head_dim)
+        place = past.place() if past is not None and backend == "cpu" else None
+        q, new = self._turned(qkv_BSHD, tables, place, backend)
+        if place is not None:
+            seen = LayerKeyValues(*place.reach(length))
+        else:
+            seen = new if past is None else past.extended_by(new)
         y_BSD = attend(q, seen.keys_BHSD, seen.values_BHSD, mask_BSP, backend=backend)
         return linear(y_BSD, self.out.weight, backend=backend), new
+
+    def _turned(
+        self, qkv_BSHD: Tensor, tables: tuple[Tensor, Tensor], place: Place | None, backend: str
+    ) -> tuple[Tensor, LayerKeyValues]:
+        """Queries, and keys with values, [B, heads, S, D] each: normed and rotated. Those at `place` are, too."""
+        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        if backend == "cpu":
+            scales = (self.q_norm.weight, self.k_norm.weight)
+            turn_heads_cpu(qkv_BSHD, self.num_heads, scales, self.q_norm.eps, tables, place)
+            q, k, v = torch.split(qkv_BSHD.transpose(1, 2), heads, dim=1)
+            return q, LayerKeyValues(k, v)
+        qk, v = torch.split(qkv_BSHD.transpose(1, 2), [heads[0] + heads[1], heads[2]], dim=1)
+        qk = rotate(self._scales_H1D() * normalised(qk, self.q_norm.eps), tables)
+        q, k = torch.split(qk, heads[:2], dim=1)
+        return q, LayerKeyValues(k, v)
 
     def _scales_H1D(self) -> Tensor:
         """The norms' scales for all heads of queries, then of keys: both are normed and rotated in one go."""

@@ -70,7 +70,7 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, moe_layer: int) -> None:
         super().__init__()
         self.spec = config.router
-        self.moe_layer = moe_layer
+        self.moe_layer, self.num_layers = moe_layer, config.num_moe_layers
         self.router = Router(config)
         self.experts: ResidentExperts | None = ResidentExperts(
             config.router.num_experts, config.hidden_size, config.expert_hidden
@@ -81,7 +81,7 @@ class MoE(nn.Module):
         """Returns the layer's output (same shape and dtype as the input) and what it asked of the experts."""
         with runtime.timed("router"):
             scores = self.router.scores(x_GLD, live_GL, self.spec, compiled=runtime.backend == "cpu")
-            _, plan = route(scores, runtime.policy, self.spec)
+            _, plan = route(scores, runtime.policy_for(self.moe_layer, self.num_layers), self.spec)
             routing = LayerRouting(*count_load(plan, len(live_GL)))
         x_TD = x_GLD.flatten(0, 1)
         with runtime.timed("experts"):

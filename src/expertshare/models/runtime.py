@@ -10,7 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from expertshare.kernels import Place
 from expertshare.measure.clock import PartClock
+from expertshare.routing import policy_at
 from expertshare.types import ExpertStore, RoutingPolicy
 
 
@@ -28,6 +30,10 @@ class Runtime:
     store: ExpertStore | None = None
     bytes_per_expert: int | None = None
     clock: PartClock | None = None
+
+    def policy_for(self, layer: int, num_layers: int) -> RoutingPolicy:
+        """What decides in MoE layer `layer` of `num_layers`."""
+        return policy_at(self.policy, layer, num_layers)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -65,12 +71,20 @@ class LayerKeyValues:
             torch.cat((self.keys_BHSD, new.keys_BHSD), dim=2), torch.cat((self.values_BHSD, new.values_BHSD), dim=2)
         )
 
+    def place(self) -> None:
+        """There is no room behind these."""
+
 
 class Past(Protocol):
     """What a layer of a forward may attend to beside its own positions."""
 
     def extended_by(self, new: LayerKeyValues) -> LayerKeyValues:
         """Cached and new keys and values, in the order of the forward's mask."""
+        ...
+
+    def place(self) -> Place | None:
+        """Where new keys and values belong, for who writes them there instead of calling `extended_by`; None where
+        there is no room."""
         ...
 
 

@@ -36,13 +36,13 @@ class Layer(nn.Module):
         runtime: Runtime,
     ) -> tuple[Tensor, LayerKeyValues, LayerRouting | None]:
         """Returns the new residual stream, this layer's new keys and values, and its routing if it has experts."""
+        backend = runtime.backend
         with runtime.timed("attention"):
-            h_BSD = self.attention_norm(x_BSD)
-            y_BSD, new = self.attention(h_BSD, tables, inputs.mask_BSP, past, backend=runtime.backend)
-            x_BSD = x_BSD + y_BSD
-        h_BSD = self.mlp_norm(x_BSD)
+            h_BSD = self.attention_norm(x_BSD, backend=backend)
+            y_BSD, new = self.attention(h_BSD, tables, inputs.mask_BSP, past, backend=backend)
+        x_BSD, h_BSD = self.mlp_norm.of_sum(x_BSD, y_BSD, backend=backend)
         if self.mlp is not None:
-            return x_BSD + self.mlp(h_BSD, backend=runtime.backend), new, None
+            return x_BSD + self.mlp(h_BSD, backend=backend), new, None
         assert self.moe is not None
         length = inputs.block_length
         h_GLD = h_BSD.reshape(-1, length, h_BSD.shape[-1])
@@ -90,7 +90,7 @@ class MoETransformer(nn.Module):
             key_values.append(new)
             if routing is not None:
                 routings.append(routing)
-        return ForwardOutput(self.norm(x_BSD), tuple(key_values), _trace(routings))
+        return ForwardOutput(self.norm(x_BSD, backend=runtime.backend), tuple(key_values), _trace(routings))
 
     def logits(self, hidden_RD: Tensor, *, backend: str = "grouped") -> Tensor:
         """Vocabulary scores of chosen rows: [R, V] in the model's dtype."""

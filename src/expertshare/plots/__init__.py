@@ -3,5 +3,6 @@
 from expertshare.plots.bench import plot_bench
 from expertshare.plots.comparison import plot_comparison
 from expertshare.plots.style import check_plot_path
+from expertshare.plots.tuning import plot_tuning
 
-__all__ = ["check_plot_path", "plot_bench", "plot_comparison"]
+__all__ = ["check_plot_path", "plot_bench", "plot_comparison", "plot_tuning"]

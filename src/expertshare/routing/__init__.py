@@ -3,11 +3,13 @@
 from expertshare.routing.assign import assign, count_load, everything, route, router_scores
 from expertshare.routing.gate import gate_scores
 from expertshare.routing.gate import takes as gate_takes
+from expertshare.routing.layerwise import Layerwise, policy_at
 from expertshare.routing.table import POLICIES, Knob, knobs, make_policy, native_policy, parse_knob, parse_policy
 
 __all__ = [
     "POLICIES",
     "Knob",
+    "Layerwise",
     "assign",
     "count_load",
     "everything",
@@ -18,6 +20,7 @@ __all__ = [
     "native_policy",
     "parse_knob",
     "parse_policy",
+    "policy_at",
     "route",
     "router_scores",
 ]

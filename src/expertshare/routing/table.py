@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from expertshare.config import ModelConfig
 from expertshare.errors import PolicyError, nearest
@@ -12,6 +12,7 @@ from expertshare.routing.block_max import BlockMax
 from expertshare.routing.block_top_p import BlockTopP
 from expertshare.routing.des_seq import DesSeq
 from expertshare.routing.des_vote import DesVote
+from expertshare.routing.layerwise import Layerwise
 from expertshare.routing.protected_vote import ProtectedVote
 from expertshare.routing.skip import Skip
 from expertshare.routing.top_k_cap import TopKCap
@@ -35,8 +36,10 @@ AnyPolicy = (
 POLICIES: dict[str, type[AnyPolicy]] = {policy.name: policy for policy in get_args(AnyPolicy)}
 
 
-def knobs(policy: RoutingPolicy) -> dict[str, Knob | None]:
-    """The knobs of a policy by name, for reports."""
+def knobs(policy: RoutingPolicy) -> dict[str, Any]:
+    """The knobs of a policy by name, for reports; of a layerwise one, name and knobs of every layer's policy."""
+    if isinstance(policy, Layerwise):
+        return {"layers": [{"policy": layer.name, "knobs": knobs(layer)} for layer in policy.layers]}
     return {f.name: getattr(policy, f.name) for f in fields(policy)}  # type: ignore[arg-type]
 
 

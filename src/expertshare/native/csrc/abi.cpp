@@ -17,6 +17,7 @@
 #include "head.h"
 #include "isa.h"
 #include "linear.h"
+#include "norm.h"
 #include "quantised_head.h"
 
 #define EXPERTSHARE_EXPORT __attribute__((visibility("default")))
@@ -52,6 +53,8 @@ class Engine {
     es_status run(const es_head &whole);
     es_status run(const es_quantised_head &whole);
     es_status run(const es_attention &whole);
+    es_status run(const es_norm &whole);
+    es_status run(const es_heads &whole);
 
    private:
     Pool *own_threads(int num_threads, es_team team);
@@ -219,6 +222,26 @@ es_status Engine::run(const es_attention &whole) {
     return ES_OK;
 }
 
+es_status Engine::run(const es_norm &whole) {
+    const NormKernels *kernels = norm_kernels_for(whole.isa, whole.is_bfloat16 != 0);
+    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Pool *pool = own_threads(whole.num_threads, whole.team);
+    Norm norm(whole, *kernels);
+    compute(norm, pool, whole.num_threads, whole.team);
+    return ES_OK;
+}
+
+es_status Engine::run(const es_heads &whole) {
+    const NormKernels *kernels = norm_kernels_for(whole.isa, whole.is_bfloat16 != 0);
+    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Pool *pool = own_threads(whole.num_threads, whole.team);
+    Heads heads(whole, *kernels);
+    compute(heads, pool, whole.num_threads, whole.team);
+    return ES_OK;
+}
+
 template <class Call>
 int status_of(const Call &call) {
     try {
@@ -246,4 +269,6 @@ EXPERTSHARE_EXPORT int es_linear(const es_dense *dense) { return expertshare::st
 EXPERTSHARE_EXPORT int es_choose(const es_head *head) { return expertshare::status_of(*head); }
 EXPERTSHARE_EXPORT int es_choose_quantised(const es_quantised_head *head) { return expertshare::status_of(*head); }
 EXPERTSHARE_EXPORT int es_attend(const es_attention *attention) { return expertshare::status_of(*attention); }
+EXPERTSHARE_EXPORT int es_normalise(const es_norm *norm) { return expertshare::status_of(*norm); }
+EXPERTSHARE_EXPORT int es_turn_heads(const es_heads *heads) { return expertshare::status_of(*heads); }
 }

@@ -34,13 +34,6 @@ void each(Queue &queue, int worker, Item item) {
 
 }  // namespace
 
-const AffinityKernels *affinity_kernels_for(int isa) {
-    if (!isa_usable(isa)) return nullptr;
-    const AffinityKernels *const all[] = {avx512_bf16_affinity, avx512_affinity, avx512_affinity,
-                                          avx2_affinity,        avx2_affinity,   portable_affinity};  // as in isa.cpp
-    return all[isa];
-}
-
 Affinity::Affinity(const es_gate &gate, const AffinityKernels &kernels, Arena &arena)
     : gate_(gate),
       kernels_(kernels),

@@ -1,5 +1,8 @@
 #include "isa.h"
 
+#include "affinity_kernels.h"
+#include "norm_kernels.h"
+
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
 #endif
@@ -37,16 +40,21 @@ struct Isa {
     const Kernels *const *bfloat16;
     const Kernels *const *float32;
     const Kernels *const *quantised;
+    const AffinityKernels *const *affinity;
+    const NormPair *const *norms;
     const PackedKernels *const *packed;
 };
 
 const Isa isas[] = {
-    {"avx512_bf16", has_avx512_bf16, &avx512_bf16_bfloat16, &avx512_float32, &quantised_avx512_vnni, &packed_avx512_vnni},
-    {"avx512_vnni", has_avx512_vnni, &avx512_bfloat16, &avx512_float32, &quantised_avx512_vnni, &packed_avx512_vnni},
-    {"avx512", has_avx512, &avx512_bfloat16, &avx512_float32, &quantised_avx2, &packed_avx2},
-    {"avx_vnni", has_avx_vnni, &avx2_bfloat16, &avx2_float32, &quantised_avx_vnni, &packed_avx2},
-    {"avx2", has_avx2, &avx2_bfloat16, &avx2_float32, &quantised_avx2, &packed_avx2},
-    {"portable", always, &portable_bfloat16, &portable_float32, &quantised_portable, &packed_portable},
+    {"avx512_bf16", has_avx512_bf16, &avx512_bf16_bfloat16, &avx512_float32, &quantised_avx512_vnni,
+     &avx512_bf16_affinity, &avx512_norms, &packed_avx512_vnni},
+    {"avx512_vnni", has_avx512_vnni, &avx512_bfloat16, &avx512_float32, &quantised_avx512_vnni, &avx512_affinity,
+     &avx512_norms, &packed_avx512_vnni},
+    {"avx512", has_avx512, &avx512_bfloat16, &avx512_float32, &quantised_avx2, &avx512_affinity, &avx512_norms, &packed_avx2},
+    {"avx_vnni", has_avx_vnni, &avx2_bfloat16, &avx2_float32, &quantised_avx_vnni, &avx2_affinity, &avx2_norms, &packed_avx2},
+    {"avx2", has_avx2, &avx2_bfloat16, &avx2_float32, &quantised_avx2, &avx2_affinity, &avx2_norms, &packed_avx2},
+    {"portable", always, &portable_bfloat16, &portable_float32, &quantised_portable, &portable_affinity,
+     &portable_norms, &packed_portable},
 };
 
 Format format_of(const es_weight &weight) {
@@ -66,7 +74,8 @@ bool isa_usable(int isa) {
     if (isa < 0 || isa >= num_isas()) return false;
     const Isa &known = isas[isa];
     return *known.bfloat16 != nullptr && *known.float32 != nullptr && *known.quantised != nullptr &&
-           *known.packed != nullptr && known.on_this_processor();
+           *known.affinity != nullptr && *known.norms != nullptr && *known.packed != nullptr &&
+           known.on_this_processor();
 }
 
 const Kernels *kernels_for(int isa, bool is_bfloat16) {
@@ -79,6 +88,13 @@ const Kernels *kernels_for(int isa, bool is_bfloat16, const es_weight &weight) {
     if (!isa_usable(isa)) return nullptr;
     const int format = format_of(weight);
     return format == kNumFormats ? nullptr : *isas[isa].quantised + 2 * format + (is_bfloat16 ? 1 : 0);
+}
+
+const AffinityKernels *affinity_kernels_for(int isa) { return isa_usable(isa) ? *isas[isa].affinity : nullptr; }
+
+const NormKernels *norm_kernels_for(int isa, bool is_bfloat16) {
+    if (!isa_usable(isa)) return nullptr;
+    return is_bfloat16 ? &(*isas[isa].norms)->bfloat16 : &(*isas[isa].norms)->float32;
 }
 
 const PackedKernels *packed_kernels_for(int isa) { return isa_usable(isa) ? *isas[isa].packed : nullptr; }

@@ -24,6 +24,10 @@ struct Count {
 // second cache, does as well; without prefetching six tokens an expert take a third longer (Zen 5).
 constexpr Index kAheadBytes = 16384;
 
+// Steps over which prefetches are spread. A count for every single step would be too coarse: whole blocks would be fetched
+// in bursts, which the few buffers for lines on their way cannot hold (docs/performance.md).
+constexpr int kGroup = 4;
+
 inline void prefetch(const char *line) { __builtin_prefetch(line, 0, 3); }
 
 // Lines still to be fetched ahead. They are spread over all tiles of a block, so that arithmetic on many tokens and
@@ -44,9 +48,7 @@ inline __attribute__((always_inline)) void tile_loop(const typename V::Weight *w
         for (int r = 0; r < R; r++) acc[m][r] = V::zero();
     }
     const Index whole = depth / V::kStep * V::kStep;
-    for (Index i = 0; i < whole; i += V::kStep) {
-        for (int line = 0; line < Lines; line++) prefetch(ahead + line * kLine);
-        ahead += Lines * kLine;
+    const auto step = [&](Index i) __attribute__((always_inline)) {
         if constexpr (V::kHoldsRows) {
             typename V::Loaded loaded[R];
             for (int r = 0; r < R; r++) loaded[r] = V::load(w + r * depth + i);
@@ -59,7 +61,16 @@ inline __attribute__((always_inline)) void tile_loop(const typename V::Weight *w
                 for (int m = 0; m < M; m++) acc[m][r] = V::dot(acc[m][r], loaded, tokens[m] + i);
             }
         }
+    };
+    Index i = 0;
+    for (; i + kGroup * V::kStep <= whole; i += kGroup * V::kStep) {
+        for (int s = 0; s < kGroup; s++) {
+            for (int line = Lines * s / kGroup; line < Lines * (s + 1) / kGroup; line++) prefetch(ahead + line * kLine);
+            step(i + s * V::kStep);
+        }
+        ahead += Lines * kLine;
     }
+    for (; i < whole; i += V::kStep) step(i);
     if (whole < depth) {
         for (int r = 0; r < R; r++) {
             const typename V::Loaded loaded = V::load_some(w + r * depth + whole, static_cast<int>(depth - whole));
@@ -80,20 +91,23 @@ inline __attribute__((always_inline)) void tile_loop(const typename V::Weight *w
 template <class V, int R, int M>
 void tile(const typename V::Weight *w, Index depth, const void *const *x, float *out, Index out_stride, Ahead &ahead,
           Index tiles_left) {
-    const Index steps = depth / V::kStep;
-    const Index wanted = steps == 0 ? 0 : (ahead.left + steps * tiles_left - 1) / (steps * tiles_left);
+    const Index groups = depth / (kGroup * V::kStep);
+    const Index wanted = groups == 0 ? 0 : (ahead.left + groups * tiles_left - 1) / (groups * tiles_left);
     const char *from = ahead.line;
     const auto run = [&](auto lines) {
         constexpr int kLines = decltype(lines)::value;
         tile_loop<V, R, M, kLines>(w, depth, x, out, out_stride, from);
-        ahead.line += kLines * steps * kLine;
-        ahead.left -= kLines * steps;
+        ahead.line += kLines * groups * kLine;
+        ahead.left -= kLines * groups;
     };
     if (wanted <= 0) return run(Count<0>{});
     if (wanted == 1) return run(Count<1>{});
     if (wanted == 2) return run(Count<2>{});
-    if (wanted <= 4) return run(Count<4>{});
-    run(Count<8>{});
+    if (wanted == 3) return run(Count<3>{});
+    if (wanted == 4) return run(Count<4>{});
+    if (wanted <= 8) return run(Count<8>{});
+    if (wanted <= 16) return run(Count<16>{});
+    run(Count<32>{});
 }
 
 template <class V, int R, int M>

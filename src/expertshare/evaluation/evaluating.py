@@ -1,0 +1,240 @@
+"""Ask every item of several tasks under several policies, one line on disk for each, and sum up."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expertshare.decoding import DecodingOptions
+from expertshare.errors import InputError
+from expertshare.evaluation.items import EvalItem, TaskSource
+from expertshare.evaluation.labels import policy_label
+from expertshare.evaluation.pool import solve_here, solve_in_processes
+from expertshare.evaluation.run_directory import ITEMS, REPORT, RunDirectory, check_known
+from expertshare.evaluation.setup import Setup
+from expertshare.evaluation.solving import Job, Solved, Solver, SolverSetup
+from expertshare.evaluation.summary import summarise
+from expertshare.measure.environment import capture_environment, versions
+from expertshare.measure.report import Report
+from expertshare.models import LoadedModel
+from expertshare.routing import POLICIES, knobs
+from expertshare.types import RoutingPolicy
+
+SCHEMA_VERSION = 1
+DOCUMENTS = frozenset({".md", ".jsonl", ".png"})
+"""Files beside a model that change nothing about it."""
+
+ProgressListener = Callable[[str, int, int], None]
+NoticeListener = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationSettings:
+    """How an evaluation is run. threads: of each process. config: more that belongs in run.json (preset, limit, ...).
+
+    What is in `identity` decides, with the model, policies, items and decoding, whether a directory holds the same
+    evaluation.
+    """
+
+    options: DecodingOptions
+    setup: Setup
+    dtype: torch.dtype | None = None
+    processes: int = 1
+    threads: int = 1
+    identity: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("processes", "threads"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """A finished evaluation: the directory that holds it, its lines and its report."""
+
+    path: Path
+    lines: tuple[Mapping[str, Any], ...]
+    report: Report
+
+    @property
+    def results(self) -> Mapping[str, Any]:
+        """Rows by task and policy, and a summary by policy."""
+        found: Mapping[str, Any] = self.report.results
+        return found
+
+
+def evaluate_sources(
+    loaded: LoadedModel,
+    sources: Sequence[TaskSource],
+    policies: Sequence[RoutingPolicy],
+    settings: EvaluationSettings,
+    out: Path,
+    *,
+    on_progress: ProgressListener | None = None,
+    on_notice: NoticeListener | None = None,
+) -> Evaluation:
+    """Evaluate into `out`, or go on with what is there. Vanilla is always among the policies.
+
+    Everything that can be refused is refused before the first item. on_progress(task, done, total) hears of every
+    finished line, on_notice of what was found in `out`. Raises InputError, PolicyError, EvaluationError, NumericsError.
+    """
+    bound = bind_policies(policies, loaded)
+    labels = [policy_label(policy) for policy in bound]
+    solver = Solver(
+        loaded=loaded,
+        setup=SolverSetup(
+            model=loaded.path.resolve(),
+            dtype=settings.dtype,
+            policies=bound,
+            options=settings.options,
+            backend=settings.setup.backend,
+            threads=settings.threads,
+        ),
+    )
+    questions = [(source, item) for source in sources for item in source.items()]
+    for _, item in questions:
+        solver.check(item)
+    plan = [(source, Job(item=item, policy=number)) for source, item in questions for number in range(len(bound))]
+    keys = [(job.item.task, job.item.id, labels[job.policy]) for _, job in plan]
+    run = _describe(loaded, questions, bound, settings)
+    with RunDirectory(out) as directory:
+        opened = directory.open(run)
+        done = check_known(opened.lines, keys, out)
+        if on_notice is not None:
+            _tell(opened.dropped_bytes, len(done), len(keys), out, on_notice)
+        progress = _Progress(keys, done, on_progress)
+        remaining = [entry for entry, key in zip(plan, keys, strict=True) if key not in done]
+        lines = list(opened.lines)
+        answers = _answers(solver, [job for _, job in remaining], settings.processes)
+        for (source, job), solved in zip(remaining, answers, strict=True):
+            line = _line(source, job, solved, labels[job.policy])
+            directory.append(line)
+            lines.append(line)
+            progress.advance(job.item.task)
+        report = Report(
+            command="eval",
+            environment=capture_environment(loaded.model.device),
+            seeds={"decoding": settings.options.seed},
+            config=run,
+            results=summarise(lines, tasks=[source.task for source in sources], policies=labels),
+        )
+        report.write(out / REPORT)
+    return Evaluation(path=out, lines=tuple(lines), report=report)
+
+
+def bind_policies(policies: Sequence[RoutingPolicy], loaded: LoadedModel) -> tuple[RoutingPolicy, ...]:
+    """Vanilla first, then the others with every knob concrete, each once. Raises PolicyError."""
+    vanilla = POLICIES["vanilla"]()
+    bound = [policy.bind(loaded.config.router) for policy in policies]
+    return tuple(dict.fromkeys([vanilla.bind(loaded.config.router), *bound]))
+
+
+def _answers(solver: Solver, jobs: Sequence[Job], processes: int) -> Iterator[Solved]:
+    if processes == 1 or len(jobs) < 2:
+        return solve_here(solver, jobs)
+    return solve_in_processes(solver.setup, jobs, min(processes, len(jobs)))
+
+
+def _line(source: TaskSource, job: Job, solved: Solved, label: str) -> dict[str, Any]:
+    judgement = source.judge(job.item, solved.text)
+    return {
+        "task": job.item.task,
+        "id": job.item.id,
+        "policy": label,
+        "prompt_sha256": job.item.prompt_sha256,
+        "answer": solved.text,
+        "correct": judgement.correct,
+        "reason": judgement.reason,
+        "finish_reason": solved.finish_reason,
+        "tokens": solved.tokens,
+        "steps": solved.steps,
+        "forwards": dict(solved.forwards),
+        "blocks": dict(solved.groups),
+        "unique_experts": dict(solved.unique_experts),
+    }
+
+
+def _describe(
+    loaded: LoadedModel,
+    questions: Sequence[tuple[TaskSource, EvalItem]],
+    policies: Sequence[RoutingPolicy],
+    settings: EvaluationSettings,
+) -> dict[str, Any]:
+    asked = hashlib.sha256("\n".join(f"{i.task} {i.id} {i.content} {i.gen_length}" for _, i in questions).encode())
+    counts: dict[str, int] = {}
+    for _, item in questions:
+        counts[item.task] = counts.get(item.task, 0) + 1
+    decoding = asdict(settings.options)
+    resolved = settings.setup.to_json(loaded, settings.options)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "identity": {
+            "model_sha256": model_sha256(loaded.path),
+            "items": counts,
+            "items_sha256": asked.hexdigest(),
+            "policies": [policy_label(policy) for policy in policies],
+            "decoding": decoding,
+            "backend": resolved["backend"],
+            "chat": resolved["chat"],
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "threads": settings.threads,
+            "versions": versions(),
+            **settings.identity,
+        },
+        "model": str(loaded.path),
+        "policies": [{"label": policy_label(p), "policy": p.name, "knobs": knobs(p)} for p in policies],
+        "config": {**resolved, **settings.config},
+        "environment": capture_environment(loaded.model.device).to_json(),
+    }
+
+
+def model_sha256(path: Path) -> str:
+    """Hash of every file of a model's directory, names included; documents and hidden files aside."""
+    total = hashlib.sha256()
+    for name in sorted(os.listdir(path)):
+        file = path / name
+        if file.is_file() and not name.startswith(".") and file.suffix not in DOCUMENTS:
+            with file.open("rb") as opened:
+                total.update(f"{name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _tell(dropped: int, done: int, total: int, out: Path, listener: NoticeListener) -> None:
+    if dropped:
+        listener(f"the last line of {out / ITEMS} was cut off ({dropped} bytes): dropped, and asked again")
+    if done:
+        listener(f"{done} of {total} answers are in {out} already; {total - done} to go")
+
+
+class _Progress:
+    """Lines done, by task."""
+
+    def __init__(
+        self, keys: Sequence[tuple[str, str, str]], done: set[tuple[str, str, str]], listener: ProgressListener | None
+    ) -> None:
+        self._listener = listener
+        self._total: dict[str, int] = {}
+        self._done: dict[str, int] = {}
+        for key in keys:
+            self._total[key[0]] = self._total.get(key[0], 0) + 1
+            self._done[key[0]] = self._done.get(key[0], 0) + (key in done)
+        for task in self._total:
+            self._tell(task)
+
+    def advance(self, task: str) -> None:
+        """One more line of `task`."""
+        self._done[task] += 1
+        self._tell(task)
+
+    def _tell(self, task: str) -> None:
+        if self._listener is not None:
+            self._listener(task, self._done[task], self._total[task])

@@ -1,0 +1,187 @@
+"""A benchmark as a source of evaluation items: prompts and scoring are the harness's, one item at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
+
+from expertshare.errors import InputError
+from expertshare.evaluation.harness.benchmarks import Benchmark
+from expertshare.evaluation.harness.loading import load_task
+from expertshare.evaluation.harness.programs import verdict
+from expertshare.evaluation.items import CODE_NOT_ALLOWED, EvalItem, Judgement, failure, sha256_text
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.task import Task
+    from transformers import PreTrainedTokenizerBase
+
+DEFAULT_GEN_LENGTH = 256
+"""Where neither the user nor the task says how long an answer may be; the harness's own default."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Question:
+    item: EvalItem
+    task: Task
+    instance: Instance
+
+
+@dataclass(frozen=True, kw_only=True)
+class HarnessSource:
+    """Items of one benchmark. Made by `load`."""
+
+    benchmark: Benchmark
+    allow_code: bool
+    questions: Mapping[str, _Question]
+
+    @property
+    def task(self) -> str:
+        """The benchmark's name."""
+        return self.benchmark.name
+
+    @classmethod
+    def load(
+        cls,
+        benchmark: Benchmark,
+        *,
+        limit: int | None,
+        seed: int,
+        gen_length: int | None,
+        shots: int | None,
+        data: Path | None,
+        chat: bool | None,
+        allow_code: bool,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> HarnessSource:
+        """Read the records and build every prompt. limit: items in all, taken from the parts in turn.
+
+        chat: None renders prompts by the tokenizer's chat template where it has one. Raises InputError.
+        """
+        parts = list(benchmark.parts)[:limit]
+        each = None if limit is None else -(-limit // len(parts))
+        render = _renderer(tokenizer, chat)
+        with TemporaryDirectory(prefix="expertshare-data-") as cache:
+            by_part = [
+                _questions(task, benchmark.name, part, each, seed, shots, render)
+                for part in parts
+                for task in [load_task(benchmark, part, data, Path(cache))]
+            ]
+        in_turn = [q for questions in zip_longest(*by_part) for q in questions if q is not None][:limit]
+        sized = [_sized(question, gen_length) for question in in_turn]
+        return cls(benchmark=benchmark, allow_code=allow_code, questions={q.item.id: q for q in sized})
+
+    def items(self) -> Sequence[EvalItem]:
+        """In the order of the harness; several parts take turns."""
+        return [question.item for question in self.questions.values()]
+
+    def judge(self, item: EvalItem, answer: str) -> Judgement:
+        """By the harness's filters and metric; code by running it, if that is allowed."""
+        question = self.questions[item.id]
+        text = cut(answer, stops(question.instance))
+        if self.benchmark.metric is None:
+            if not self.allow_code:
+                return Judgement(correct=None, reason=CODE_NOT_ALLOWED)
+            found = verdict(self.benchmark.name, question.instance.doc, text)
+            return Judgement(correct=found.passed, reason=None if found.passed else failure(found.reason))
+        wanted, metric = self.benchmark.metric
+        instance = question.instance
+        instance.resps, instance.filtered_resps = [text], {}
+        for ensemble in question.task._filters:
+            ensemble.apply([instance])
+        scores = question.task.process_results(instance.doc, [instance.filtered_resps[wanted]])
+        return Judgement(correct=bool(scores[metric]))
+
+
+def stops(instance: Instance) -> tuple[str, ...]:
+    """Texts at which an answer ends, by the task."""
+    until = instance.args[1].get("until") or []
+    return (until,) if isinstance(until, str) else tuple(until)
+
+
+def cut(answer: str, until: Sequence[str]) -> str:
+    """The answer up to the first of these texts."""
+    ends = [found for stop in until if stop and (found := answer.find(stop)) >= 0]
+    return answer[: min(ends)] if ends else answer
+
+
+Render = Callable[..., str]
+
+
+def _renderer(tokenizer: PreTrainedTokenizerBase | None, chat: bool | None) -> Render | None:
+    if chat is False or tokenizer is None or (chat is None and tokenizer.chat_template is None):
+        return None
+    return partial(render_chat, tokenizer)
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
+) -> str:
+    """A conversation as the text that the model is given; without a generation prompt its last turn goes on.
+
+    Where the template knows no system turn, its text goes before the first question.
+    """
+
+    def render(turns: Sequence[Mapping[str, str]]) -> str:
+        rendered = tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+        return str(rendered)
+
+    try:
+        return render(messages)
+    except TemplateError as error:
+        if len(messages) < 2 or messages[0]["role"] != "system":
+            raise InputError(f"the model's chat template refuses this conversation ({error}): use --raw") from error
+        system, question, *others = messages
+        return render([{**question, "content": system["content"] + question["content"]}, *others])
+
+
+def _questions(
+    task: Task, name: str, part: str, count: int | None, seed: int, shots: int | None, render: Render | None
+) -> list[_Question]:
+    """As simple_evaluate of the harness prepares them."""
+    if shots is not None and task.get_config("num_fewshot") != 0:
+        task.set_config(key="num_fewshot", value=shots)
+    elif task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(seed=seed)
+    questions: list[_Question] = []
+    for number, record in task.doc_iterator(limit=count):
+        context = task.fewshot_context(
+            record,
+            num_fewshot=task.get_config("num_fewshot"),
+            apply_chat_template=render is not None,
+            fewshot_as_multiturn=render is not None,
+            chat_template=render,
+            gen_prefix=task.doc_to_prefix(record),
+        )
+        instance = task.construct_requests(doc=record, ctx=context, metadata=(task.task_name, number, 1))
+        content = sha256_text(json.dumps([context, record], default=str, sort_keys=True))
+        item = EvalItem(
+            task=name,
+            id=f"{part}/{number}" if part else str(number),
+            prompt=context,
+            chat=False,
+            gen_length=int(instance.args[1].get("max_gen_toks") or DEFAULT_GEN_LENGTH),
+            content=content,
+        )
+        questions.append(_Question(item=item, task=task, instance=instance))
+    return questions
+
+
+def _sized(question: _Question, gen_length: int | None) -> _Question:
+    if gen_length is None:
+        return question
+    return replace(question, item=replace(question.item, gen_length=gen_length))

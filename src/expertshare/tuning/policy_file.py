@@ -1,0 +1,142 @@
+"""Policy files: a policy for one model, with the evidence that it was chosen by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from expertshare.errors import InputError, PolicyError, nearest
+from expertshare.measure.report import write_json
+from expertshare.models import LoadedModel
+from expertshare.routing import Layerwise, knobs, make_policy
+from expertshare.tuning.fingerprint import model_fingerprint
+from expertshare.types import RoutingPolicy
+
+FORMAT, FORMAT_VERSION = "expertshare policy", 1
+KEYS = ("format", "format_version", "certified", "policy", "model", "evidence", "checksum")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyFile:
+    """What a policy file says.
+
+    model: fingerprint and number of MoE layers, experts and experts per token of the model that it is for. certified:
+    whether the evidence supports the promise in it. evidence: any JSON. path: where it was read from, for messages.
+    """
+
+    policy: RoutingPolicy
+    certified: bool
+    model: Mapping[str, Any]
+    evidence: Mapping[str, Any]
+    path: str = "policy file"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, the checksum of all others last."""
+        content = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "certified": self.certified,
+            "policy": policy_json(self.policy),
+            "model": dict(self.model),
+            "evidence": dict(self.evidence),
+        }
+        return {**content, "checksum": _checksum(content)}
+
+    def write(self, path: str | Path) -> None:
+        """Put the file at `path`, whole or not at all; InputError where it cannot be written."""
+        write_json(path, self.to_json())
+
+
+def model_facts(loaded: LoadedModel) -> dict[str, Any]:
+    """What a policy file says of its model."""
+    router = loaded.config.router
+    return {
+        "fingerprint": model_fingerprint(loaded.path),
+        "num_moe_layers": loaded.config.num_moe_layers,
+        "num_experts": router.num_experts,
+        "top_k": router.top_k,
+    }
+
+
+def policy_json(policy: RoutingPolicy) -> dict[str, Any]:
+    """Name and set knobs, or "layers" with one such object for each MoE layer."""
+    if isinstance(policy, Layerwise):
+        return {"layers": [policy_json(layer) for layer in policy.layers]}
+    return {"name": policy.name, "knobs": {k: v for k, v in knobs(policy).items() if v is not None}}
+
+
+def read_policy_file(path: str | Path) -> PolicyFile:
+    """Raises InputError for a file that is none, or was changed after it was made; PolicyError for its policy."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"expected a readable policy file, got {path}: {error.strerror}; check the path") from error
+    except ValueError as error:
+        raise InputError(f"expected a policy file (JSON), got {path}: {error}; expertshare tune makes one") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f'expected a policy file ("format": "{FORMAT}"), got {path}; make one with expertshare tune')
+    if content.get("format_version") != FORMAT_VERSION:
+        found = content.get("format_version")
+        raise InputError(f"{path}: expected format_version {FORMAT_VERSION}, got {found}; tune again with this version")
+    _check_keys(content, path)
+    stated = content.pop("checksum")
+    if stated != _checksum(content):
+        raise InputError(
+            f"{path}: expected the contents that its checksum was made of, got others: policy or evidence was edited "
+            "after tuning. Tune again; a policy of your own needs no file (--policy)."
+        )
+    try:
+        policy = _policy(content["policy"])
+    except PolicyError as error:
+        raise PolicyError(f"{path}: {error}") from error
+    return PolicyFile(
+        policy=policy,
+        certified=content["certified"],
+        model=content["model"],
+        evidence=content["evidence"],
+        path=str(path),
+    )
+
+
+def check_model(file: PolicyFile, loaded: LoadedModel) -> None:
+    """Raise PolicyError unless `file` was made for this very model."""
+    path, expected, got = file.path, dict(file.model), model_facts(loaded)
+    for name, value in got.items():
+        if expected.get(name) != value:
+            raise PolicyError(
+                f"{path}: expected the model that it was made for ({name} {expected.get(name)}), got {loaded.path} "
+                f"({name} {value}). What it promises holds for that model only: tune for this one."
+            )
+    if isinstance(file.policy, Layerwise) and len(file.policy.layers) != loaded.config.num_moe_layers:
+        raise PolicyError(
+            f"{path}: expected a policy for each of {loaded.config.num_moe_layers} MoE layers, "
+            f"got {len(file.policy.layers)}: tune for this model"
+        )
+    file.policy.bind(loaded.config.router)
+
+
+def _check_keys(content: Mapping[str, Any], path: str | Path) -> None:
+    for key in content:
+        if key not in KEYS:
+            raise InputError(f"{path}: expected only known keys, got {key!r}. {nearest(key, KEYS)}")
+    missing = [key for key in KEYS if key not in content]
+    if missing:
+        raise InputError(f"{path}: expected the keys {', '.join(KEYS)}, got none of {', '.join(missing)}; tune again")
+
+
+def _policy(value: Any) -> RoutingPolicy:
+    if isinstance(value, dict) and set(value) == {"layers"} and isinstance(value["layers"], list):
+        return Layerwise(layers=tuple(_policy(layer) for layer in value["layers"]))
+    if isinstance(value, dict) and set(value) == {"name", "knobs"} and isinstance(value["knobs"], dict):
+        return make_policy(value["name"], value["knobs"])
+    raise PolicyError(f'expected a policy as {{"name", "knobs"}} or {{"layers"}}, got {json.dumps(value)[:80]}')
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the canonical form. It finds edits and damage; it is no signature."""
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

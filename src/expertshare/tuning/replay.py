@@ -1,0 +1,99 @@
+"""How far a policy's denoising decisions are from vanilla's, on vanilla's own trajectories: no generation needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from expertshare.models import LoadedModel, Runtime
+from expertshare.models.transformer import MoETransformer
+from expertshare.routing import make_policy
+from expertshare.tuning.packing import Pack, pack
+from expertshare.tuning.trajectories import Trajectory
+from expertshare.types import RoutingPolicy
+
+# Tokens that are told apart in a divergence: vanilla's likeliest ones; all others count as one.
+_TOP_TOKENS = 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replayed:
+    """One policy on the recorded steps.
+
+    divergence: KL(vanilla || policy) in nats, mean over the decisions that vanilla took, over vanilla's 32 likeliest
+    tokens and the rest as one (never more than the full divergence). flips: share of those decisions where the policy's
+    most probable token is another one. unique_experts: per block and layer, mean over steps; by_layer: the same.
+    """
+
+    divergence: float
+    flips: float
+    unique_experts: float
+    by_layer: tuple[float, ...]
+
+
+@dataclass(slots=True)
+class Replay:
+    """Vanilla's steps, ready to be run under any policy. Policies that were run are remembered."""
+
+    loaded: LoadedModel
+    runtime: Runtime
+    packs: Sequence[Pack]
+    _reference: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _known: dict[RoutingPolicy, Replayed] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, trajectories: Sequence[Trajectory], *, runtime: Runtime) -> Replay:
+        """Pack the steps and run vanilla on them."""
+        replay = cls(loaded, runtime, pack(trajectories, loaded.config))
+        for item in replay.packs:
+            log_share_CV, _ = replay._run(item, make_policy("vanilla"))
+            top = log_share_CV.topk(min(_TOP_TOKENS, log_share_CV.shape[1]), dim=1)
+            replay._reference.append((top.indices, top.values))
+        return replay
+
+    def measure(self, policy: RoutingPolicy) -> Replayed:
+        """Run `policy`; PolicyError if the model cannot work with it."""
+        bound = policy.bind(self.loaded.config.router)
+        if bound not in self._known:
+            self._known[bound] = self._measure(bound)
+        return self._known[bound]
+
+    def _measure(self, policy: RoutingPolicy) -> Replayed:
+        divergence, flips, decisions = 0.0, 0, 0
+        unique_N = torch.zeros(self.loaded.config.num_moe_layers, dtype=torch.float64)
+        groups = 0
+        for item, (ids_CM, log_share_CM) in zip(self.packs, self._reference, strict=True):
+            log_share_CV, experts_NG = self._run(item, policy)
+            divergence += float(coarse_divergence(log_share_CM, log_share_CV.gather(1, ids_CM)).sum())
+            flips += int((log_share_CV.argmax(dim=1) != ids_CM[:, 0]).sum())
+            decisions += len(ids_CM)
+            unique_N += experts_NG.sum(dim=1).double().cpu()
+            groups += experts_NG.shape[1]
+        by_layer = tuple((unique_N / groups).tolist())
+        return Replayed(
+            divergence=divergence / decisions,
+            flips=flips / decisions,
+            unique_experts=sum(by_layer) / len(by_layer),
+            by_layer=by_layer,
+        )
+
+    @torch.no_grad()
+    def _run(self, item: Pack, policy: RoutingPolicy) -> tuple[Tensor, Tensor]:
+        """Log probabilities at scored positions [C, V], without the mask token; unique experts of counted groups."""
+        model: MoETransformer = self.loaded.model
+        output = model(item.inputs, replace(self.runtime, policy=policy))
+        logits_CV = model.logits(output.hidden_BSD[item.scored_BS]).float()
+        logits_CV[:, self.loaded.config.mask_id] = float("-inf")  # never proposed in decoding either
+        return logits_CV.log_softmax(dim=1), output.routing.group_experts_NG[:, item.groups_G]
+
+
+def coarse_divergence(reference_CM: Tensor, other_CM: Tensor) -> Tensor:
+    """KL divergence [C] of two distributions known on M tokens (log probabilities), the others taken as one token."""
+    least = torch.finfo(torch.float32).tiny
+    p_CM, q_CM = reference_CM.exp(), other_CM.exp()
+    rest_p, rest_q = ((1.0 - x.sum(dim=1)).clamp_min(least) for x in (p_CM, q_CM))
+    known_C = torch.where(p_CM > 0, p_CM * (reference_CM - other_CM), 0.0).sum(dim=1)
+    return (known_C + rest_p * (rest_p.log() - rest_q.log())).clamp_min(0.0)

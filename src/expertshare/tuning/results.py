@@ -1,0 +1,142 @@
+"""What tuning found, and what it may say about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from expertshare.evaluation import policy_label
+from expertshare.measure.environment import Environment
+from expertshare.tuning.certificate import POWER, least_solved, needed_prompts
+from expertshare.tuning.options import TuningOptions
+from expertshare.tuning.policy_file import PolicyFile
+from expertshare.tuning.search import Point
+from expertshare.tuning.split import Judged
+from expertshare.tuning.verification import Verified
+from expertshare.types import RoutingPolicy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tuned:
+    """vanilla, tested: on the prompts that certify; the first `num_passed` of `tested` passed, in the order of testing.
+
+    tried: on the prompts of the search. front: what the search found best, many experts first. model, prompts:
+    fingerprints. config: the resolved configuration.
+    """
+
+    options: TuningOptions
+    quality: Judged
+    vanilla: Verified
+    tested: tuple[Verified, ...]
+    num_passed: int
+    tried: tuple[Verified, ...]
+    front: tuple[Point, ...]
+    num_points: int
+    num_search: int
+    num_certify: int
+    model: Mapping[str, Any]
+    prompts: str
+    config: Mapping[str, Any]
+    environment: Environment
+
+    @property
+    def certified(self) -> bool:
+        """Whether the promise holds for `chosen`."""
+        return self.num_passed > 0
+
+    @property
+    def chosen(self) -> Verified:
+        """The cheapest certified policy; where there is none, the safest that was tested."""
+        passed = self.tested[: self.num_passed]
+        return min(passed, key=lambda v: v.cost(self.options.cost)) if passed else self.tested[0]
+
+    @property
+    def policy(self) -> RoutingPolicy:
+        """The chosen one."""
+        return self.chosen.policy
+
+    @property
+    def needed_prompts(self) -> int | None:
+        """Prompts, searched ones included, with which the first policy that failed would be certified with 80 % chance,
+        if it is as good as measured; None where it is not, or nothing failed."""
+        if self.num_passed == len(self.tested):
+            return None
+        counts, options = self.tested[self.num_passed].counts, self.options
+        needed = needed_prompts(counts, options.retain, confidence=options.confidence)
+        return None if needed is None else round(needed / (1.0 - options.search_share))
+
+    def sentence(self) -> str:
+        """The claim in words, no larger than the evidence."""
+        options, chosen = self.options, self.chosen
+        what = "accuracy" if self.quality == "accuracy" else "answers, token for token (agreement, not accuracy)"
+        promise = f"at least {100 * options.retain:g} % of vanilla's {what}"
+        kind, before = options.cost, self.vanilla.cost(options.cost)
+        saved = f"{100 * (1 - chosen.cost(kind) / before):.1f} % less {_NOUNS[kind]} than vanilla"
+        if self.certified:
+            return (
+                f"certified: {policy_label(chosen.policy)} keeps {promise}, at {100 * options.confidence:g} % "
+                f"confidence, for prompts like these {self.num_certify}, with {saved}"
+            )
+        label = policy_label(chosen.policy)
+        return f"not certified: {label} ({saved}) was not shown to keep {promise}. {self._advice()}"
+
+    def _advice(self) -> str:
+        options, counts = self.options, self.tested[0].counts
+        least = least_solved(options.retain, options.confidence)
+        if self.needed_prompts is None:
+            return (
+                f"Measured: {100 * counts.retained:.1f} % on {counts.total} prompts. At this rate no number of prompts "
+                "would do: promise less (--retain), or search longer (--trials)."
+            )
+        short = f"Even without a loss {least} prompts that vanilla solves are needed, {counts.solved} are there. "
+        return (
+            f"{short if counts.solved < least else ''}If its rates are as measured, about {self.needed_prompts} "
+            f"prompts in all would certify it with {100 * POWER:.0f} % chance."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        stated = {"retain": self.options.retain, "confidence": self.options.confidence}
+        return {
+            "certified": self.certified,
+            "claim": self.sentence(),
+            "quality": self.quality,
+            "cost_kind": self.options.cost,
+            "chosen": self.chosen.to_json(**stated),
+            "vanilla": self.vanilla.to_json(**stated),
+            "tested": [
+                {**verified.to_json(**stated), "passed": place < self.num_passed}
+                for place, verified in enumerate(self.tested)
+            ],
+            "tried": [verified.to_json(**stated) for verified in self.tried],
+            "front": [_point_json(point) for point in self.front],
+            "num_points": self.num_points,
+            "num_prompts": {"search": self.num_search, "certify": self.num_certify},
+            "needed_prompts": self.needed_prompts,
+            "options": asdict(self.options),
+        }
+
+    def policy_file(self) -> PolicyFile:
+        """The chosen policy with all of this as its evidence."""
+        evidence = {
+            **self.to_json(),
+            "environment": self.environment.to_json(),
+            "config": dict(self.config),
+            "seeds": {"tuning": self.options.seed, "decoding": self.config["decoding"]["seed"]},
+            "prompts_sha256": self.prompts,
+        }
+        return PolicyFile(policy=self.policy, certified=self.certified, model=self.model, evidence=evidence)
+
+
+_NOUNS = {"experts": "unique experts", "bytes": "expert bytes", "latency": "time per block"}
+
+
+def _point_json(point: Point) -> dict[str, Any]:
+    return {
+        "label": policy_label(point.policy),
+        "unique_experts": point.replayed.unique_experts,
+        "divergence": point.replayed.divergence,
+        "flips": point.replayed.flips,
+        "by_layer": list(point.replayed.by_layer),
+    }

@@ -1,0 +1,156 @@
+"""The search: policies, knobs and per-layer budgets, judged on recorded steps."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from expertshare.errors import InputError
+from expertshare.routing import Layerwise
+from expertshare.tuning.allocation import Sensitivity, measure_sensitivity
+from expertshare.tuning.replay import Replay, Replayed
+from expertshare.tuning.space import Dial
+from expertshare.types import RoutingPolicy
+
+if TYPE_CHECKING:
+    import optuna
+
+SETTINGS_PER_DIAL = 8
+# Settings whose divergence is within this factor of the front's at their cost are tried in single layers.
+_NEAR_THE_FRONT = 1.3
+_LAYERWISE = "layerwise"
+SearchListener = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """A policy and what it does on the recorded steps."""
+
+    policy: RoutingPolicy
+    replayed: Replayed
+
+    @property
+    def is_layerwise(self) -> bool:
+        """Whether its layers differ."""
+        return isinstance(self.policy, Layerwise)
+
+
+def check_optuna() -> None:
+    """Raise InputError where optuna is not installed."""
+    if importlib.util.find_spec("optuna") is None:
+        raise InputError("expected optuna for tuning, got none: install expertshare[tune]")
+
+
+def search(
+    replay: Replay, dials: Sequence[Dial], *, trials: int, seed: int, on_progress: SearchListener | None = None
+) -> list[Point]:
+    """All policies that were tried: every dial at a few settings, then `trials` more that optuna's multi-objective
+    TPE proposes (few experts, little divergence), per-layer allocations among them."""
+    uniform = _try_dials(replay, dials, on_progress)
+    near = _near_front(uniform)
+    done, total = 0, len(near) * replay.loaded.config.num_moe_layers
+
+    def measured() -> None:
+        nonlocal done
+        done += 1
+        if on_progress is not None:
+            on_progress("layers", done, total)
+
+    sensitivity = measure_sensitivity(replay, [point.policy for point in near], measured)
+    return uniform + _propose(replay, dials, sensitivity, trials=trials, seed=seed, on_progress=on_progress)
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """Points that no other beats in both experts and divergence, from many experts to few."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.replayed.unique_experts, p.replayed.divergence)):
+        if not front or point.replayed.divergence < front[-1].replayed.divergence:
+            front.append(point)
+    return front[::-1]
+
+
+def fronts_by_policy(points: Sequence[Point], front: Sequence[Point]) -> list[list[Point]]:
+    """The own front of each policy that takes part in `front`, alone or in a layer.
+
+    Divergence compares settings of one policy better than different policies: those that share by a budget lose more
+    accuracy than DES-Seq does at the same divergence (docs/tuning.md).
+    """
+    names = dict.fromkeys(name for point in front for name in _names(point.policy))
+    of_policy = [[p for p in points if p.policy.name == name] for name in names if name != "vanilla"]
+    return [pareto_front(own) for own in of_policy if own]
+
+
+def _names(policy: RoutingPolicy) -> list[str]:
+    return [layer.name for layer in policy.layers] if isinstance(policy, Layerwise) else [policy.name]
+
+
+def _try_dials(replay: Replay, dials: Sequence[Dial], on_progress: SearchListener | None) -> list[Point]:
+    policies = [dial.at(value) for dial in dials for value in dial.settings(SETTINGS_PER_DIAL)]
+    points: list[Point] = []
+    for policy in policies:
+        points.append(Point(policy=policy, replayed=replay.measure(policy)))
+        if on_progress is not None:
+            on_progress("policies", len(points), len(policies))
+    return points
+
+
+def _near_front(points: Sequence[Point]) -> list[Point]:
+    front = pareto_front(points)
+
+    def is_near(point: Point) -> bool:
+        rivals = [p for p in front if p.replayed.unique_experts <= point.replayed.unique_experts]
+        return point.replayed.divergence <= _NEAR_THE_FRONT * min(p.replayed.divergence for p in rivals)
+
+    return [point for point in points if is_near(point)]
+
+
+def _propose(
+    replay: Replay,
+    dials: Sequence[Dial],
+    sensitivity: Sensitivity,
+    *,
+    trials: int,
+    seed: int,
+    on_progress: SearchListener | None,
+) -> list[Point]:
+    import optuna  # an optional dependency: check_optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    points: list[Point] = []
+
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        point = Point(policy=(policy := _suggest(trial, dials, sensitivity)), replayed=replay.measure(policy))
+        points.append(point)
+        if on_progress is not None:
+            on_progress("search", len(points), trials)
+        return point.replayed.unique_experts, point.replayed.divergence
+
+    study = optuna.create_study(
+        directions=["minimize", "minimize"], sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
+    )
+    low, high = sensitivity.price_range
+    for place in range(min(trials, 8)):  # allocations over the whole range of prices come first
+        price = low * (high / low) ** (place / 7)
+        study.enqueue_trial({"policy": _LAYERWISE, "price": price, **dict.fromkeys(_factors(sensitivity), 1.0)})
+    study.optimize(objective, n_trials=trials)
+    return points
+
+
+def _suggest(trial: optuna.Trial, dials: Sequence[Dial], sensitivity: Sensitivity) -> RoutingPolicy:
+    name = trial.suggest_categorical("policy", [_LAYERWISE, *(dial.policy for dial in dials)])
+    if name == _LAYERWISE:
+        low, high = sensitivity.price_range
+        price = trial.suggest_float("price", low, high, log=True)
+        factors = [trial.suggest_float(name, 0.25, 4.0, log=True) for name in _factors(sensitivity)]
+        return sensitivity.allocate([price * factor for factor in factors])
+    dial = next(dial for dial in dials if dial.policy == name)
+    label = f"{dial.policy}.{dial.knob}"
+    if dial.range.whole:
+        return dial.at(trial.suggest_int(label, int(dial.range.low), int(dial.range.high)))
+    return dial.at(trial.suggest_float(label, dial.range.low, dial.range.high))
+
+
+def _factors(sensitivity: Sensitivity) -> list[str]:
+    return [f"layer_{n}.price" for n in range(len(sensitivity.options))]

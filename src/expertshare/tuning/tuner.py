@@ -1,0 +1,153 @@
+"""The tuner: search on one part of the prompts, certify on the other, promise no more than that supports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from expertshare.decoding import DecodingOptions
+from expertshare.errors import InputError
+from expertshare.evaluation import Setup, encode_prompts
+from expertshare.kernels import resolve_backend
+from expertshare.measure.environment import capture_environment
+from expertshare.models import LoadedModel, Runtime
+from expertshare.routing import make_policy
+from expertshare.tasks import PromptRecord
+from expertshare.tuning.certificate import PairedCounts, chance_to_pass, p_value
+from expertshare.tuning.chain import around, best_chain, find_edge, thin_front
+from expertshare.tuning.fingerprint import prompts_fingerprint
+from expertshare.tuning.latency import seconds_per_block
+from expertshare.tuning.options import TuningOptions
+from expertshare.tuning.policy_file import model_facts
+from expertshare.tuning.replay import Replay
+from expertshare.tuning.results import Tuned
+from expertshare.tuning.search import Point, check_optuna, fronts_by_policy, pareto_front, search
+from expertshare.tuning.space import dials
+from expertshare.tuning.split import resolve_quality, split_prompts
+from expertshare.tuning.trajectories import record_trajectories, thin_out
+from expertshare.tuning.verification import Bench, Verified
+from expertshare.types import RoutingPolicy
+
+ProgressListener = Callable[[str, int, int], None]
+# Steps that are replayed of one prompt, at most.
+_STEPS_PER_PROMPT = 8
+
+
+def tune(
+    loaded: LoadedModel,
+    records: Sequence[PromptRecord],
+    decoding: DecodingOptions,
+    options: TuningOptions,
+    *,
+    setup: Setup,
+    on_progress: ProgressListener | None = None,
+) -> Tuned:
+    """The cheapest policy that is certified to keep the promised share of vanilla's quality.
+
+    Where none is, the safest that was tested, marked as not certified. on_progress(stage, done, total). Everything that
+    can be refused is refused before the first forward. Raises InputError, PolicyError, NumericsError or SandboxError.
+    """
+    check_optuna()
+    facts, choices = model_facts(loaded), dials(options.policies, loaded.config.router)
+    quality = resolve_quality(records, options.quality)
+    parts = split_prompts(records, search_share=options.search_share, seed=options.seed)
+    encode_prompts(loaded, [record.prompt for record in records], setup.chat)
+    searched, certified = (
+        Bench(loaded, part, decoding, setup, quality, _named(on_progress, name))
+        for name, part in zip(("search", "certify"), parts, strict=True)
+    )
+    replay = _record(loaded, searched, decoding, options, setup)
+    points = search(replay, choices, trials=options.trials, seed=options.seed, on_progress=on_progress)
+    front = thin_front(_worth_it(pareto_front(points), replay))
+    tried: dict[RoutingPolicy, Verified] = {}
+
+    def try_out(point: Point) -> PairedCounts:
+        if point.policy not in tried:
+            tried[point.policy] = searched.verify(point.policy)
+        return tried[point.policy].counts
+
+    aim = {"retain": options.retain, "confidence": options.confidence}
+    prompts = len(certified.records)
+
+    def chance(point: Point) -> float:
+        return chance_to_pass(try_out(point), **aim, prompts=prompts)
+
+    fronts = [front, *(thin_front(own) for own in fronts_by_policy(points, front))]
+    chain = best_chain([point for own in fronts for point in around(own, find_edge(own, chance))], chance)
+    tested, passed = _certify(certified, chain, options)
+    vanilla = certified.vanilla()
+    if options.cost == "latency":
+        vanilla, tested = _time(loaded, certified, vanilla, tested, decoding, setup)
+    return Tuned(
+        options=options,
+        quality=quality,
+        vanilla=vanilla,
+        tested=tuple(tested),
+        num_passed=passed,
+        tried=tuple(tried.values()),
+        front=tuple(front),
+        num_points=len(points),
+        num_search=len(searched.records),
+        num_certify=len(certified.records),
+        model=facts,
+        prompts=prompts_fingerprint(records),
+        config=setup.to_json(loaded, decoding),
+        environment=capture_environment(loaded.model.device),
+    )
+
+
+def _named(listener: ProgressListener | None, part: str) -> ProgressListener | None:
+    if listener is None:
+        return None
+    return lambda label, done, total: listener(f"{part}: {label}", done, total)
+
+
+def _record(
+    loaded: LoadedModel, bench: Bench, decoding: DecodingOptions, options: TuningOptions, setup: Setup
+) -> Replay:
+    backend = resolve_backend(setup.backend, loaded.model.device)
+    runtime = Runtime(policy=make_policy("vanilla"), backend=backend, store=setup.store)
+    prompts = bench.prompts()[: options.recorded_prompts]
+    found = record_trajectories(loaded, prompts, decoding, runtime=runtime, batch_size=setup.batch_size)
+    return Replay.of(loaded, [thin_out(trajectory, _STEPS_PER_PROMPT) for trajectory in found], runtime=runtime)
+
+
+def _worth_it(front: Sequence[Point], replay: Replay) -> list[Point]:
+    """Points that save something, with some divergence: what equals vanilla needs no certificate."""
+    vanilla = max(point.replayed.unique_experts for point in front)
+    found = [p for p in front if p.replayed.divergence > 0 and p.replayed.unique_experts < vanilla]
+    if not found:
+        raise InputError(
+            f"expected policies that use fewer experts than vanilla ({vanilla:.1f} per block and layer on "
+            f"{len(replay.packs)} recorded forwards), got none: name others with --policies, or allow more --trials"
+        )
+    return found
+
+
+def _certify(bench: Bench, chain: Sequence[Point], options: TuningOptions) -> tuple[list[Verified], int]:
+    """Test the chain in its order and stop at the first failure; how many passed.
+
+    The order was fixed without these prompts, and a test counts only if all before it passed, so each may spend the
+    whole error (fixed-sequence testing: Maurer, Hothorn and Lehmacher 1995).
+    """
+    error = 1.0 - options.confidence
+    tested: list[Verified] = []
+    for point in chain:
+        tested.append(bench.verify(point.policy))
+        if p_value(tested[-1].counts, options.retain, error=error) > error:
+            return tested, len(tested) - 1
+    return tested, len(tested)
+
+
+def _time(
+    loaded: LoadedModel,
+    bench: Bench,
+    vanilla: Verified,
+    tested: Sequence[Verified],
+    decoding: DecodingOptions,
+    setup: Setup,
+) -> tuple[Verified, list[Verified]]:
+    everybody = [vanilla, *tested]
+    times = seconds_per_block(loaded, bench.prompts(), [v.policy for v in everybody], decoding, setup)
+    timed = [replace(v, seconds_per_block=seconds) for v, seconds in zip(everybody, times, strict=True)]
+    return timed[0], timed[1:]
