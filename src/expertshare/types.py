@@ -110,9 +110,12 @@ class QuantisedWeight:
         return self.codes_ERC.shape[-1] * 8 // self.bits
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class QuantisedBank:
-    """Quantised weights of one layer's experts; rows as in ExpertBank: gate_up [E, 2F, D], down [E, D, F]."""
+    """Quantised weights of one layer's experts; rows as in ExpertBank: gate_up [E, 2F, D], down [E, D, F].
+
+    Two banks are equal only if they are the same one, so that a kernel can remember which it has checked.
+    """
 
     gate_up: QuantisedWeight
     down: QuantisedWeight

@@ -15,7 +15,7 @@ from torch import Tensor
 from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.kernels import moe_ffn
-from expertshare.kernels.cpu import moe_ffn_cpu
+from expertshare.kernels.cpu import _CHECKED, moe_ffn_cpu
 from expertshare.kernels.quantise import Scheme, dequantise, quantise_bank
 from expertshare.types import ExpertBank, QuantisedBank, QuantisedWeight, RoutingPlan
 
@@ -311,3 +311,25 @@ def test_what_it_cannot_take_is_said_clearly(what: str) -> None:
     with pytest.raises(ConfigError, match=message):
         moe_ffn_cpu(*spoil(right))
     assert share_of_norm(moe_ffn_cpu(*right), emulated(*right)) < EXACTLY
+
+
+def test_a_bank_that_was_checked_is_checked_again_when_its_memory_is_another() -> None:
+    x_TD, plan, bank = quantised_scene((4, 2, 6, 64, 64), Scheme(bits=8))
+    expected = moe_ffn_cpu(x_TD, plan, bank)
+    codes, other = bank.down.codes_ERC, torch.zeros(6, 64, 64, dtype=torch.int8)
+    codes.set_(other.untyped_storage(), 0, other.shape, other.stride())
+    assert not moe_ffn_cpu(x_TD, plan, bank).any()
+    assert expected.any()
+    other = torch.zeros(6, 64, 64, dtype=torch.int8)
+    codes.set_(other.untyped_storage(), 0, other.shape, (64 * 64, 1, 64))
+    with pytest.raises(ConfigError, match="contiguous"):
+        moe_ffn_cpu(x_TD, plan, bank)
+
+
+def test_a_bank_is_forgotten_with_its_last_owner() -> None:
+    x_TD, plan, bank = quantised_scene((4, 2, 6, 64, 64), Scheme(bits=8))
+    before = len(_CHECKED)
+    moe_ffn_cpu(x_TD, plan, bank)
+    assert len(_CHECKED) == before + 1
+    del bank
+    assert len(_CHECKED) == before

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from ctypes import POINTER, Structure, byref, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -18,7 +21,7 @@ from expertshare.kernels.native_weights import (
     shape_of,
     tensors_of,
 )
-from expertshare.types import Bank, ExpertBank, RoutingPlan
+from expertshare.types import Bank, ExpertBank, QuantisedBank, RoutingPlan
 
 
 class _Layer(Structure):
@@ -48,14 +51,15 @@ def moe_ffn_cpu(x_TD: Tensor, plan: RoutingPlan, bank: Bank) -> Tensor:
     """
     library = native.library()
     library.es_moe_ffn.argtypes = [POINTER(_Layer)]
-    _check(x_TD, plan, bank)
+    weights = _weights_of(bank)
+    _check(x_TD, plan, bank, weights)
     x_TD, ids_TK, weights_TK = x_TD.contiguous(), plan.expert_ids_TK.contiguous(), plan.weights_TK.contiguous()
     y_TD = torch.empty_like(x_TD)
-    weights = projections(bank)
-    num_experts, hidden, inner = shape_of(weights["down"])
+    num_experts, hidden, inner = weights.shape
     layer = _Layer(
         *(tensor.data_ptr() for tensor in (x_TD, ids_TK, weights_TK)),
-        *(native_weight(weight) for weight in weights.values()),
+        weights.gate_up,
+        weights.down,
         y_TD.data_ptr(),
         *ids_TK.shape,
         num_experts,
@@ -70,34 +74,92 @@ def moe_ffn_cpu(x_TD: Tensor, plan: RoutingPlan, bank: Bank) -> Tensor:
     return y_TD
 
 
-def _check(x_TD: Tensor, plan: RoutingPlan, bank: Bank) -> None:
-    """Everything that would make the kernel read outside a tensor, or compute something else."""
-    ids_TK, weights_TK, weights = plan.expert_ids_TK, plan.weights_TK, projections(bank)
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """A bank that was checked. shape: (experts, D, F). requires_grad: of any part."""
+
+    gate_up: NativeWeight
+    down: NativeWeight
+    shape: tuple[int, int, int]
+    requires_grad: bool
+
+
+_CHECKED: WeakKeyDictionary[QuantisedBank, _Weights] = WeakKeyDictionary()
+"""Stores lend the same quantised bank for as long as they live; checking its six tensors takes 30 microseconds."""
+
+
+def _weights_of(bank: Bank) -> _Weights:
+    """Everything about a bank that would make the kernel read outside a tensor, or compute something else; of a
+    quantised one once, unless its tensors were given other memory since."""
+    if isinstance(bank, ExpertBank):
+        return _checked(bank)
+    known = _CHECKED.get(bank)
+    if known is None or not _same_memory(known, bank):
+        known = _CHECKED[bank] = _checked(bank)
+    return known
+
+
+def _same_memory(known: _Weights, bank: QuantisedBank) -> bool:
+    return all(
+        native.codes == weight.codes_ERC.data_ptr() and native.scales == weight.scales_ERG.data_ptr()
+        for native, weight in ((known.gate_up, bank.gate_up), (known.down, bank.down))
+    )
+
+
+def _checked(bank: Bank) -> _Weights:
+    weights = projections(bank)
     parts = [tensor for name, weight in weights.items() for tensor in tensors_of(name, weight).values()]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_TD, weights_TK, *parts)):
+    _check_devices(parts)
+    if isinstance(bank, QuantisedBank):
+        check_codes("gate_up", bank.gate_up)
+        check_codes("down", bank.down)
+    if any(tensor.dim() != 3 for tensor in parts):
         raise ConfigError(
-            "the expert backend 'cpu' has no gradients: call it under torch.no_grad(), or use the backend 'grouped'."
+            "expected x [T, D], expert ids [T, K] and weights [E, rows, depth], got weights of shapes "
+            f"{[tuple(tensor.shape) for tensor in parts]}."
         )
-    devices = {tensor.device.type for tensor in (x_TD, weights_TK, ids_TK, *parts)}
-    if devices != {"cpu"}:
-        raise ConfigError(f"the expert backend 'cpu' expects tensors on the CPU, got {', '.join(sorted(devices))}.")
-    _check_dtypes(x_TD, plan, bank)
-    if any(tensor.dim() != 3 for tensor in parts) or x_TD.dim() != 2 or ids_TK.dim() != 2:
+    gate_up, (num_experts, hidden, inner) = (shape_of(weight) for weight in weights.values())
+    if gate_up != (num_experts, 2 * inner, hidden) or 0 in (hidden, inner):
         raise ConfigError(
-            "expected x [T, D], expert ids [T, K] and weights [E, rows, depth], got shapes "
-            f"{tuple(x_TD.shape)}, {tuple(ids_TK.shape)} and {[tuple(tensor.shape) for tensor in parts]}."
-        )
-    gate_up, down = (shape_of(weight) for weight in weights.values())
-    num_experts, hidden, inner = down
-    expected = ((len(x_TD), hidden), (len(x_TD), ids_TK.shape[1]), ids_TK.shape, (num_experts, 2 * inner, hidden))
-    got = (x_TD.shape, ids_TK.shape, weights_TK.shape, gate_up)
-    if any(tuple(a) != tuple(b) for a, b in zip(expected, got, strict=True)) or 0 in (hidden, inner):
-        raise ConfigError(
-            f"x, expert ids, weights and gate_up do not fit down {down}: "
-            f"expected shapes {[tuple(shape) for shape in expected]}, got {[tuple(shape) for shape in got]}."
+            f"rows and depth of gate_up do not fit down {(num_experts, hidden, inner)}: expected shape "
+            f"{(num_experts, 2 * inner, hidden)}, got {gate_up}."
         )
     for name, weight in weights.items():
         check_layout(name, weight)
+    return _Weights(
+        native_weight(weights["gate_up"]),
+        native_weight(weights["down"]),
+        shape=(num_experts, hidden, inner),
+        requires_grad=any(tensor.requires_grad for tensor in parts),
+    )
+
+
+def _check_devices(tensors: Iterable[Tensor]) -> None:
+    devices = {tensor.device.type for tensor in tensors}
+    if devices != {"cpu"}:
+        raise ConfigError(f"the expert backend 'cpu' expects tensors on the CPU, got {', '.join(sorted(devices))}.")
+
+
+def _check(x_TD: Tensor, plan: RoutingPlan, bank: Bank, weights: _Weights) -> None:
+    """The same for tokens and plan."""
+    ids_TK, weights_TK = plan.expert_ids_TK, plan.weights_TK
+    if torch.is_grad_enabled() and (weights.requires_grad or x_TD.requires_grad or weights_TK.requires_grad):
+        raise ConfigError(
+            "the expert backend 'cpu' has no gradients: call it under torch.no_grad(), or use the backend 'grouped'."
+        )
+    _check_devices((x_TD, weights_TK, ids_TK))
+    _check_dtypes(x_TD, plan, bank)
+    if x_TD.dim() != 2 or ids_TK.dim() != 2:
+        raise ConfigError(
+            f"expected x [T, D] and expert ids [T, K], got shapes {tuple(x_TD.shape)} and {tuple(ids_TK.shape)}."
+        )
+    expected = ((len(x_TD), weights.shape[1]), (len(x_TD), ids_TK.shape[1]), tuple(ids_TK.shape))
+    got = (tuple(x_TD.shape), tuple(ids_TK.shape), tuple(weights_TK.shape))
+    if expected != got:
+        raise ConfigError(
+            f"x, expert ids and weights do not fit down {weights.shape}: expected shapes {list(expected)}, got "
+            f"{list(got)}."
+        )
 
 
 def _check_dtypes(x_TD: Tensor, plan: RoutingPlan, bank: Bank) -> None:
@@ -109,11 +171,8 @@ def _check_dtypes(x_TD: Tensor, plan: RoutingPlan, bank: Bank) -> None:
                 "the expert backend 'cpu' expects tokens, gate_up and down all in float32 or all in bfloat16, got "
                 f"{', '.join(map(str, dtypes))}: convert them, or use the backend 'grouped'."
             )
-    else:
-        if x_TD.dtype not in floats:
-            raise ConfigError(f"the expert backend 'cpu' expects tokens in float32 or bfloat16, got {x_TD.dtype}.")
-        check_codes("gate_up", bank.gate_up)
-        check_codes("down", bank.down)
+    elif x_TD.dtype not in floats:
+        raise ConfigError(f"the expert backend 'cpu' expects tokens in float32 or bfloat16, got {x_TD.dtype}.")
     ids_TK, weights_TK = plan.expert_ids_TK, plan.weights_TK
     if (ids_TK.dtype, weights_TK.dtype) != (torch.int64, torch.float32):
         raise ConfigError(f"expected int64 expert ids and float32 weights, got {ids_TK.dtype} and {weights_TK.dtype}.")
