@@ -24,9 +24,10 @@ struct Count {
 // second cache, does as well; without prefetching six tokens an expert take a third longer (Zen 5).
 constexpr Index kAheadBytes = 16384;
 
-// Steps over which prefetches are spread. A count for every single step would be too coarse: whole blocks would be fetched
-// in bursts, which the few buffers for lines on their way cannot hold (docs/performance.md).
-constexpr int kGroup = 4;
+// Steps over which prefetches are spread where there is less than a line or two to fetch in a step: a count for every
+// single step would be too coarse then, and whole blocks would come in bursts. With more, step by step is faster: 6 % of
+// an expert layer at 70 to 128 unique experts (docs/performance.md).
+constexpr int kSpread = 4;
 
 inline void prefetch(const char *line) { __builtin_prefetch(line, 0, 3); }
 
@@ -37,7 +38,7 @@ struct Ahead {
     Index left;
 };
 
-template <class V, int R, int M, int Lines>
+template <class V, int R, int M, int Lines, int Group>
 inline __attribute__((always_inline)) void tile_loop(const typename V::Weight *w, Index depth, const void *const *x,
                                                      float *out, Index out_stride, const char *ahead) {
     using Act = typename V::Act;
@@ -63,9 +64,9 @@ inline __attribute__((always_inline)) void tile_loop(const typename V::Weight *w
         }
     };
     Index i = 0;
-    for (; i + kGroup * V::kStep <= whole; i += kGroup * V::kStep) {
-        for (int s = 0; s < kGroup; s++) {
-            for (int line = Lines * s / kGroup; line < Lines * (s + 1) / kGroup; line++) prefetch(ahead + line * kLine);
+    for (; i + Group * V::kStep <= whole; i += Group * V::kStep) {
+        for (int s = 0; s < Group; s++) {
+            for (int line = Lines * s / Group; line < Lines * (s + 1) / Group; line++) prefetch(ahead + line * kLine);
             step(i + s * V::kStep);
         }
         ahead += Lines * kLine;
@@ -91,23 +92,26 @@ inline __attribute__((always_inline)) void tile_loop(const typename V::Weight *w
 template <class V, int R, int M>
 void tile(const typename V::Weight *w, Index depth, const void *const *x, float *out, Index out_stride, Ahead &ahead,
           Index tiles_left) {
-    const Index groups = depth / (kGroup * V::kStep);
-    const Index wanted = groups == 0 ? 0 : (ahead.left + groups * tiles_left - 1) / (groups * tiles_left);
+    const Index steps = depth / V::kStep;
     const char *from = ahead.line;
-    const auto run = [&](auto lines) {
-        constexpr int kLines = decltype(lines)::value;
-        tile_loop<V, R, M, kLines>(w, depth, x, out, out_stride, from);
-        ahead.line += kLines * groups * kLine;
-        ahead.left -= kLines * groups;
+    const auto run = [&](auto lines, auto group) {
+        constexpr int kLines = decltype(lines)::value, kGroup = decltype(group)::value;
+        tile_loop<V, R, M, kLines, kGroup>(w, depth, x, out, out_stride, from);
+        ahead.line += kLines * (steps / kGroup) * kLine;
+        ahead.left -= kLines * (steps / kGroup);
     };
-    if (wanted <= 0) return run(Count<0>{});
-    if (wanted == 1) return run(Count<1>{});
-    if (wanted == 2) return run(Count<2>{});
-    if (wanted == 3) return run(Count<3>{});
-    if (wanted == 4) return run(Count<4>{});
-    if (wanted <= 8) return run(Count<8>{});
-    if (wanted <= 16) return run(Count<16>{});
-    run(Count<32>{});
+    const auto in_each = [&](Index units) {
+        return units == 0 ? 0 : (ahead.left + units * tiles_left - 1) / (units * tiles_left);
+    };
+    const Index a_step = in_each(steps), spread = in_each(steps / kSpread);
+    if (a_step <= 0) return run(Count<0>{}, Count<1>{});
+    if (a_step > 4) return run(Count<8>{}, Count<1>{});
+    if (a_step > 2 || steps < kSpread) return run(Count<4>{}, Count<1>{});
+    if (spread == 1) return run(Count<1>{}, Count<kSpread>{});
+    if (spread == 2) return run(Count<2>{}, Count<kSpread>{});
+    if (spread == 3) return run(Count<3>{}, Count<kSpread>{});
+    if (spread == 4) return run(Count<4>{}, Count<kSpread>{});
+    run(Count<8>{}, Count<kSpread>{});
 }
 
 template <class V, int R, int M>
