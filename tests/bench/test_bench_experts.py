@@ -11,10 +11,12 @@ from torch import Tensor
 
 from expertshare.bench import CASES, Case, ExpertsSettings, Machine, bench_experts, contenders, find_case
 from expertshare.bench.contenders import CONTENDERS, Contender, Run
-from expertshare.bench.oracle import TOLERANCES, expected_output, relative_error
+from expertshare.bench.oracle import QUANTISED_TOLERANCE, TOLERANCES, expected_output, relative_error
 from expertshare.bench.plans import rotation
 from expertshare.bench.weights import random_banks
 from expertshare.errors import ConfigError, InputError
+from expertshare.kernels.quantise import QUANTISATIONS, quantise_bank
+from expertshare.native import available
 from expertshare.types import ExpertBank, RoutingPlan
 
 SETTINGS = ExpertsSettings(unique=(5, 9, 14), repeats=2, warmup=1, memory_bytes=10**8)
@@ -28,12 +30,14 @@ def _bank(dtype: torch.dtype) -> ExpertBank:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name in CONTENDERS if CONTENDERS[name].missing() is None])
 def test_every_contender_that_is_here_is_right(name: str, dtype: torch.dtype) -> None:
-    bank = _bank(dtype)
+    form = CONTENDERS[name].quantisation
+    bank = _bank(dtype) if form is None else quantise_bank(_bank(dtype), QUANTISATIONS[form])
     run = CONTENDERS[name].build([bank], find_case("tiny"))
     x_TD = torch.randn(8, 64).to(dtype)
     with torch.no_grad():
         for plan in rotation(32, 8, 4, 9, count=3, seed=1):
-            assert relative_error(run(0, x_TD, plan), expected_output(x_TD, plan, bank)) <= TOLERANCES[dtype]
+            error = relative_error(run(0, x_TD, plan), expected_output(x_TD, plan, bank))
+            assert error <= (TOLERANCES[dtype] if form is None else QUANTISED_TOLERANCE)
 
 
 def test_oracle_is_the_formula() -> None:
@@ -55,7 +59,7 @@ def test_one_wrong_expert_of_one_token_is_seen() -> None:
     slot = int(plan.weights_TK[5].argmin())  # even the one that counts least
     ids_TK[5, slot] = (ids_TK[5, slot] + 1) % 32
     wrong = RoutingPlan(ids_TK, plan.weights_TK, torch.ones(32, dtype=torch.bool))
-    assert relative_error(expected_output(x_TD, wrong, bank), expected_TD) > TOLERANCES[torch.bfloat16]
+    assert relative_error(expected_output(x_TD, wrong, bank), expected_TD) > QUANTISED_TOLERANCE
 
 
 def test_values_that_are_not_finite_and_wrong_shapes_are_infinitely_wrong() -> None:
@@ -82,6 +86,33 @@ def test_figures_follow_from_time_and_work(machine: Machine) -> None:
         assert point["beyond_cache"]
     assert [(fit["backend"], len(fit["residuals_ms"])) for fit in found["fits"]] == [("torch", 3), ("grouped", 3)]
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.skipif(not available(), reason="no native kernel")
+def test_quantised_contenders_are_judged_by_their_own_weights_and_bytes(machine: Machine) -> None:
+    """4 bits are 15 % off the floats: only against what the codes stand for can an error of a few percent be told."""
+    names = ["cpu", "cpu-int8", "cpu-int4"]
+    found = bench_experts(TINY, contenders(names), machine, ExpertsSettings(unique=(9,), repeats=2, memory_bytes=10**8))
+    assert [point["backend"] for point in found["cases"]] == names
+    rows = 2 * 32 + 64  # of gate, up and down; 3 * 64 * 32 weights
+    sizes = {"cpu": 3 * 64 * 32 * 2, "cpu-int8": 3 * 64 * 32 + 4 * rows, "cpu-int4": 3 * 64 * 32 * 9 // 16}
+    for point in found["cases"]:
+        assert point["error"] < QUANTISED_TOLERANCE
+        assert point["bytes"] == 9 * sizes[point["backend"]] + 2 * 8 * 64 * 2
+        assert point["weights_bytes"] % (32 * sizes[point["backend"]]) == 0
+        assert point["faster_than"].keys() == {"cpu"}
+        if point["backend"] != "cpu":
+            bound_ms = point["bytes"] / found["bandwidth_gb_per_s"] / 1e6
+            assert point["bound_ms"] == pytest.approx(bound_ms)
+
+
+@pytest.mark.skipif(not available(), reason="no native kernel")
+def test_codes_count_as_memory(machine: Machine) -> None:
+    floats = 32 * 3 * 64 * 32 * 2
+    settings = ExpertsSettings(unique=(9,), repeats=1, memory_bytes=floats + 1000)
+    bench_experts(TINY, contenders(["cpu"]), machine, settings)
+    with pytest.raises(InputError, match="needs"):
+        bench_experts(TINY, contenders(["cpu", "cpu-int8"]), machine, settings)
 
 
 def _entrant(build: Callable[[Sequence[ExpertBank], Case], Run]) -> Contender:

@@ -21,8 +21,11 @@ class Work:
         return max(self.num_bytes / peaks.bytes_per_s, self.num_macs / peaks.macs_per_s)
 
 
-def expert_work(*, tokens: int, top_k: int, unique: int, hidden: int, inner: int, itemsize: int) -> Work:
-    """Work of one layer; itemsize in bytes, of weights and activations alike."""
-    weights = unique * 3 * hidden * inner * itemsize
+def expert_work(
+    *, tokens: int, top_k: int, unique: int, hidden: int, inner: int, itemsize: int, expert_bytes: int | None = None
+) -> Work:
+    """Work of one layer; itemsize in bytes, of activations, and of weights unless expert_bytes says what one expert
+    takes."""
+    weights = unique * (3 * hidden * inner * itemsize if expert_bytes is None else expert_bytes)
     activations = 2 * tokens * hidden * itemsize
     return Work(num_bytes=weights + activations, num_macs=tokens * top_k * 3 * hidden * inner)

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from expertshare import native
 from expertshare.bench.cases import Case
 from expertshare.errors import ConfigError, nearest
 from expertshare.kernels import moe_ffn
-from expertshare.types import ExpertBank, RoutingPlan
+from expertshare.types import Bank, ExpertBank, RoutingPlan
 
 Run = Callable[[int, Tensor, RoutingPlan], Tensor]
 """run(layer, x_TD, plan) -> y_TD."""
@@ -24,12 +25,14 @@ Run = Callable[[int, Tensor, RoutingPlan], Tensor]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contender:
     """build: makes a Run over layers of weights without copying them. missing: why it cannot take part here, or None.
-    copies_weights: it keeps a copy of its own, which counts as memory.
+    copies_weights: it keeps a copy of its own, which counts as memory. quantisation: a name of QUANTISATIONS; its
+    layers are then QuantisedBanks, which count as memory too.
     """
 
-    build: Callable[[Sequence[ExpertBank], Case], Run]
+    build: Callable[[Sequence[Any], Case], Run]
     missing: Callable[[], str | None] = lambda: None
     copies_weights: bool = False
+    quantisation: str | None = None
     about: str
 
 
@@ -41,8 +44,8 @@ def contenders(names: Sequence[str] | None) -> dict[str, Contender]:
     return {name: CONTENDERS[name] for name in (names or CONTENDERS)}
 
 
-def _ours(backend: str) -> Callable[[Sequence[ExpertBank], Case], Run]:
-    def build(banks: Sequence[ExpertBank], case: Case) -> Run:
+def _ours(backend: str) -> Callable[[Sequence[Bank], Case], Run]:
+    def build(banks: Sequence[Bank], case: Case) -> Run:
         del case  # a plan and a bank say everything
         return lambda layer, x_TD, plan: moe_ffn(x_TD, plan, banks[layer], backend=backend)
 
@@ -138,6 +141,12 @@ def _zentorch_missing() -> str | None:
 
 CONTENDERS: dict[str, Contender] = {
     "cpu": Contender(build=_ours("cpu"), missing=native.unavailable_reason, about="our kernel"),
+    "cpu-int8": Contender(
+        build=_ours("cpu"), missing=native.unavailable_reason, quantisation="int8", about="our kernel, int8"
+    ),
+    "cpu-int4": Contender(
+        build=_ours("cpu"), missing=native.unavailable_reason, quantisation="int4", about="our kernel, 4 bits"
+    ),
     "grouped": Contender(build=_ours("grouped"), about="our torch path, which works everywhere"),
     "torch": Contender(build=_torch_loop, about="a loop over experts in plain torch"),
     "torch-grouped-mm": Contender(build=_torch_grouped_mm, about="F.grouped_mm with the least around it"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,16 @@ from expertshare.bench.cases import Case
 from expertshare.bench.contenders import Contender, Run
 from expertshare.bench.fit import fit_latency
 from expertshare.bench.machine import CACHE_FACTOR, Machine, Peaks, Yardstick, dtype_name
-from expertshare.bench.oracle import TOLERANCES, expected_output, relative_error
+from expertshare.bench.oracle import QUANTISED_TOLERANCE, TOLERANCES, expected_output, relative_error
 from expertshare.bench.plans import SKEW, rotation
 from expertshare.bench.timing import Spread, interleave, spread
-from expertshare.bench.weights import bank_bytes, check_memory, random_banks
-from expertshare.types import ExpertBank, RoutingPlan
+from expertshare.bench.weights import check_memory, quantised_expert_bytes, random_banks
+from expertshare.kernels.quantise import quantise_bank, scheme_named
+from expertshare.types import Bank, RoutingPlan
 
 MAX_BANKS = 8
 READ, MULTIPLY = "(read)", "(multiply)"
-RATIOS_TO = ("torch", "transformers-eager", "transformers-grouped-mm")
+RATIOS_TO = ("cpu", "torch", "transformers-eager", "transformers-grouped-mm")
 Listener = Callable[[str], None]
 
 
@@ -42,16 +43,17 @@ class ExpertsSettings:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What all contenders of one point share: layers of weights, tokens, and the plans that are walked through."""
+    """What all contenders of one point share: layers of weights (by quantisation, None: floats), tokens, and the plans
+    that are walked through."""
 
-    banks: Sequence[ExpertBank]
+    banks: Mapping[str | None, Sequence[Bank]]
     x_TD: Tensor
     plans: Sequence[RoutingPlan]
 
     def call(self, run: Run, turn: int) -> Tensor:
         """The `turn`-th call: layers first, then plans."""
-        layer = turn % len(self.banks)
-        return run(layer, self.x_TD, self.plans[turn // len(self.banks) % len(self.plans)])
+        layers = len(self.banks[None])
+        return run(turn % layers, self.x_TD, self.plans[turn // layers % len(self.plans)])
 
 
 def bench_experts(
@@ -79,12 +81,14 @@ def bench_experts(
     with torch.no_grad():
         for name, case in cases.items():
             on_progress(f"{name}: filling weights")
-            banks = _banks(case, machine, settings, copies=any(e.copies_weights for e in present.values()))
-            runs = {backend: entrant.build(banks, case) for backend, entrant in present.items()}
+            banks = _banks(case, machine, settings, present.values())
+            runs = {backend: e.build(banks[e.quantisation], case) for backend, e in present.items()}
             for tokens in settings.tokens or (case.tokens,):
                 for unique in settings.unique or case.unique:
                     on_progress(f"{name}: {unique} unique experts, {tokens} tokens")
-                    found, refused = _point(name, case, banks, runs, yardstick, machine, settings, tokens, unique)
+                    found, refused = _point(
+                        name, case, banks, present, runs, yardstick, machine, settings, tokens, unique
+                    )
                     points += found
                     left_out += refused
             del banks, runs
@@ -94,32 +98,57 @@ def bench_experts(
         "bandwidth_gb_per_s": limits.bytes_per_s / 1e9,
         "peak_gmac_per_s": limits.macs_per_s / 1e9,
         "cases": [_with_bounds(point, limits, best) for point in points],
-        "fits": _fits(points, cases, settings.dtype),
+        "fits": _fits(points, cases, present, settings.dtype),
         "left_out": left_out,
     }
 
 
-def _banks(case: Case, machine: Machine, settings: ExpertsSettings, *, copies: bool) -> list[ExpertBank]:
-    """Enough layers to exceed the cache CACHE_FACTOR times, as far as memory and MAX_BANKS allow."""
+def _banks(
+    case: Case, machine: Machine, settings: ExpertsSettings, entrants: Collection[Contender]
+) -> dict[str | None, Sequence[Bank]]:
+    """Enough layers to exceed the cache CACHE_FACTOR times, as far as memory and MAX_BANKS allow: floats under None,
+    and the same quantised for whoever takes part with codes. All forms together stay within the limit."""
     config = case.config
-    one = config.router.num_experts * config.num_expert_parameters * settings.dtype.itemsize
-    kept = 2 if copies else 1
-    check_memory(kept * one, settings.memory_bytes, "one layer of this case", "measure a smaller --experts")
-    wanted = -(-CACHE_FACTOR * machine.cache_bytes // one)
-    return random_banks(
-        count=max(1, min(wanted, MAX_BANKS, settings.memory_bytes // (kept * one))),
+    floats = config.router.num_experts * config.num_expert_parameters * settings.dtype.itemsize
+    forms = sorted({e.quantisation for e in entrants if e.quantisation is not None})
+    codes = sum(config.router.num_experts * quantised_expert_bytes(config, form) for form in forms)
+    one = (2 if any(e.copies_weights for e in entrants) else 1) * floats + codes
+    check_memory(one, settings.memory_bytes, "one layer of this case", "measure a smaller --experts")
+    wanted = -(-CACHE_FACTOR * machine.cache_bytes // floats)
+    banks = random_banks(
+        count=max(1, min(wanted, MAX_BANKS, settings.memory_bytes // one)),
         num_experts=config.router.num_experts,
         hidden=config.hidden_size,
         inner=config.expert_hidden,
         dtype=settings.dtype,
         seed=settings.seed,
     )
+    return {None: banks, **{form: [quantise_bank(bank, scheme_named(form)) for bank in banks] for form in forms}}
+
+
+def _expert_bytes(case: Case, entrant: Contender, dtype: torch.dtype) -> int:
+    if entrant.quantisation is None:
+        return case.config.num_expert_parameters * dtype.itemsize
+    return quantised_expert_bytes(case.config, entrant.quantisation)
+
+
+def _kept(
+    case: Case,
+    banks: Mapping[str | None, Sequence[Bank]],
+    entrant: Contender,
+    machine: Machine,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Bytes of all layers that a contender walks through, and whether a cache could hold much of them."""
+    size = len(banks[None]) * case.config.router.num_experts * _expert_bytes(case, entrant, dtype)
+    return {"weights_bytes": size, "beyond_cache": size >= CACHE_FACTOR * machine.cache_bytes}
 
 
 def _point(
     name: str,
     case: Case,
-    banks: Sequence[ExpertBank],
+    banks: Mapping[str | None, Sequence[Bank]],
+    present: Mapping[str, Contender],
     runs: Mapping[str, Run],
     yardstick: Yardstick,
     machine: Machine,
@@ -141,7 +170,7 @@ def _point(
             skew=settings.skew,
         ),
     )
-    checker = _Checker(stage)
+    checker = _Checker(stage, present)
     errors: dict[str, float] = {}
     reasons: dict[str, str] = {}
     for backend, run in runs.items():
@@ -154,14 +183,18 @@ def _point(
     )
     for backend, run in right.items():  # once more: some kernels remember the routing of earlier calls
         checker.judge(backend, run, errors, reasons)
-    work = expert_work(
-        tokens=tokens,
-        top_k=router.top_k,
-        unique=unique,
-        hidden=hidden,
-        inner=case.config.expert_hidden,
-        itemsize=settings.dtype.itemsize,
-    )
+    work = {
+        backend: expert_work(
+            tokens=tokens,
+            top_k=router.top_k,
+            unique=unique,
+            hidden=hidden,
+            inner=case.config.expert_hidden,
+            itemsize=settings.dtype.itemsize,
+            expert_bytes=_expert_bytes(case, entrant, settings.dtype),
+        )
+        for backend, entrant in present.items()
+    }
     shared = {
         "case": name,
         "num_experts": router.num_experts,
@@ -170,8 +203,6 @@ def _point(
         "unique": unique,
         "dtype": dtype_name(settings.dtype),
         "seed": settings.seed,
-        "weights_bytes": bank_bytes(banks),
-        "beyond_cache": bank_bytes(banks) >= CACHE_FACTOR * machine.cache_bytes,
     }
     yardstick.note(seconds[READ], seconds[MULTIPLY])
     spreads = {backend: spread(seconds[backend]) for backend in right if backend not in reasons}
@@ -179,8 +210,10 @@ def _point(
         {
             **shared,
             "backend": backend,
+            "quantisation": present[backend].quantisation,
+            **_kept(case, banks, present[backend], machine, settings.dtype),
             "error": errors[backend],
-            **_figures(timed, work, spreads),
+            **_figures(timed, work[backend], spreads),
         }
         for backend, timed in spreads.items()
     ]
@@ -194,16 +227,20 @@ def _caller(stage: Stage, run: Run) -> Callable[[int], object]:
 class _Checker:
     """Holds what is right for two different plans; a contender must meet one, the other, and the first again."""
 
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
-        self._tolerance = TOLERANCES[stage.x_TD.dtype]
-        self._expected = [expected_output(stage.x_TD, plan, stage.banks[0]) for plan in stage.plans[:2]]
+    def __init__(self, stage: Stage, entrants: Mapping[str, Contender]) -> None:
+        self._stage, self._entrants = stage, entrants
+        self._expected = {
+            form: [expected_output(stage.x_TD, plan, banks[0]) for plan in stage.plans[:2]]
+            for form, banks in stage.banks.items()
+        }
 
     def judge(self, backend: str, run: Run, errors: dict[str, float], reasons: dict[str, str]) -> None:
         """Note the worst error, and the reason where the contender is wrong or fails."""
+        form = self._entrants[backend].quantisation
+        tolerance = TOLERANCES[self._stage.x_TD.dtype] if form is None else QUANTISED_TOLERANCE
         try:
             found = [
-                relative_error(run(0, self._stage.x_TD, self._stage.plans[index]), self._expected[index])
+                relative_error(run(0, self._stage.x_TD, self._stage.plans[index]), self._expected[form][index])
                 for index in (0, 1, 0)
             ]
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
@@ -211,8 +248,8 @@ class _Checker:
             return
         worst = max(found)
         errors[backend] = max(worst, errors.get(backend, 0.0))
-        if worst > self._tolerance:
-            reasons[backend] = f"wrong: relative error {worst:.2g}, allowed {self._tolerance:g}; not timed"
+        if worst > tolerance:
+            reasons[backend] = f"wrong: relative error {worst:.2g}, allowed {tolerance:g}; not timed"
 
 
 def _figures(timed: Spread, work: Work, spreads: Mapping[str, Spread]) -> dict[str, Any]:
@@ -227,13 +264,19 @@ def _figures(timed: Spread, work: Work, spreads: Mapping[str, Spread]) -> dict[s
 
 
 def _with_bounds(point: dict[str, Any], run: Peaks, best: Peaks) -> dict[str, Any]:
-    """The point with its bounds: by what the machine gave during the run, and by the best that it gave before it."""
-    work = Work(num_bytes=point["bytes"], num_macs=point["macs"])
+    """The point with its bounds: by what the machine gave during the run, and by the best that it gave before it. Those
+    of codes are of bytes alone: how fast the machine multiplies small integers is not measured."""
+    work = Work(num_bytes=point["bytes"], num_macs=point["macs"] if point["quantisation"] is None else 0)
     bounds = {"bound_ms": 1e3 * work.bound_s(run), "best_bound_ms": 1e3 * work.bound_s(best)}
     return {**point, **bounds, "share_of_bound": bounds["bound_ms"] / point["ms"]}
 
 
-def _fits(points: Sequence[Mapping[str, Any]], cases: Mapping[str, Case], dtype: torch.dtype) -> list[dict[str, Any]]:
+def _fits(
+    points: Sequence[Mapping[str, Any]],
+    cases: Mapping[str, Case],
+    present: Mapping[str, Contender],
+    dtype: torch.dtype,
+) -> list[dict[str, Any]]:
     """A line for each case and contender, over all its numbers of tokens and unique experts."""
     fits: list[dict[str, Any]] = []
     for case, backend in dict.fromkeys((point["case"], point["backend"]) for point in points):
@@ -245,6 +288,8 @@ def _fits(points: Sequence[Mapping[str, Any]], cases: Mapping[str, Case], dtype:
         )
         if fit is not None:
             size = cases[case].config.num_expert_parameters
-            told = fit.to_json(bytes_per_expert=size * dtype.itemsize, macs_per_pair=size)
+            told = fit.to_json(
+                bytes_per_expert=_expert_bytes(cases[case], present[backend], dtype), macs_per_pair=size
+            )
             fits.append({"case": case, "backend": backend, "unique": [point["unique"] for point in mine], **told})
     return fits

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from expertshare.bench.machine import available_memory_bytes
 from expertshare.config import ModelConfig
 from expertshare.errors import InputError
+from expertshare.kernels.quantise import scheme_named
 from expertshare.models import MoETransformer
 from expertshare.models.moe import Router
 from expertshare.native import ask_for_huge_pages
@@ -96,6 +96,7 @@ def model_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
-def bank_bytes(banks: Sequence[ExpertBank]) -> int:
-    """Bytes of all weights."""
-    return sum(bank.gate_up_EHD.nbytes + bank.down_EDF.nbytes for bank in banks)
+def quantised_expert_bytes(config: ModelConfig, quantisation: str) -> int:
+    """One expert's codes and scales. Raises ConfigError where the widths do not divide into the scheme's groups."""
+    scheme, hidden, inner = scheme_named(quantisation), config.hidden_size, config.expert_hidden
+    return scheme.num_bytes(2 * inner, hidden) + scheme.num_bytes(hidden, inner)

@@ -136,6 +136,14 @@ def dequantised_experts(plan: RoutingPlan, bank: QuantisedBank, dtype: torch.dty
     return RoutingPlan(local_E[ids_TK], plan.weights_TK, active_U), experts
 
 
+def only_expert(weight: QuantisedWeight, expert: int) -> QuantisedWeight:
+    """One expert's matrix, without the dimension of experts."""
+    minima = None if weight.minima_ERG is None else weight.minima_ERG[expert]
+    return replace(
+        weight, codes_ERC=weight.codes_ERC[expert], scales_ERG=weight.scales_ERG[expert], minima_ERG=minima
+    )
+
+
 def _chosen(weight: QuantisedWeight, experts_U: Tensor) -> QuantisedWeight:
     minima = None if weight.minima_ERG is None else weight.minima_ERG[experts_U]
     return replace(
