@@ -1,0 +1,45 @@
+"""Tokens per second and memory, from the results of full_size_memory.py: a bar for every model and policy.
+
+python benchmarks/memory_plot.py benchmarks/results/memory-mini-*.json --out docs/images/memory-mini.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from expertshare.plots.style import COLOURS, INK, check_plot_path, frame, new_figure, save
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, help="JSON of full_size_memory.py")
+    parser.add_argument("--names", help="of the results, in their order, parted by commas")
+    parser.add_argument("--title", default="A model of LLaDA2.0-mini's shape (16 B parameters) on 2 CPU cores")
+    parser.add_argument("--out", required=True, type=Path)
+    options = parser.parse_args()
+    check_plot_path(options.out)
+    names = options.names.split(",") if options.names else [path.stem for path in options.results]
+    figure = new_figure(7.2, 3.6)
+    axes = figure.add_subplot()
+    labels: list[str] = []
+    for index, (name, path) in enumerate(zip(names, options.results, strict=True)):
+        points = json.loads(path.read_text(encoding="utf-8"))["points"]
+        rows = [len(labels) + row for row in range(len(points))]
+        speeds = [point["tokens_per_s"] for point in points]
+        axes.barh(rows, speeds, color=COLOURS[index], label=name)
+        for row, point in zip(rows, points, strict=True):
+            told = f" {point['tokens_per_s']:.2f}  ({point['faster_than_vanilla']:.1f}x)"
+            axes.text(point["tokens_per_s"], row, told, va="center", fontsize=9, color=INK)
+        labels += [f"{point['policy']}, {point['peak_anonymous_bytes'] / 2**30:.1f} GiB" for point in points]
+    axes.set_yticks(range(len(labels)), labels, fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.18)
+    frame(axes, title=options.title, x="tokens per second (and against vanilla in the same memory)", y="")
+    axes.legend(frameon=False, fontsize=9, loc="upper right")
+    save(figure, options.out)
+
+
+if __name__ == "__main__":
+    main()
