@@ -1,7 +1,7 @@
 """Anonymous memory over many blocks under a tight expert budget: it must stay flat.
 
     expertshare convert models/reference build/reference-experts
-    python benchmarks/flat_memory.py build/reference-experts --budget 2MB --blocks 1000 --plot docs/images/flat-memory.png
+    python benchmarks/flat_memory.py build/reference-experts --blocks 1000 --plot docs/images/flat-memory.png
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
     figure = new_figure(7.2, 3.0)
     axes = figure.add_subplot()
     axes.plot(range(1, len(memory) + 1), [m / 1e6 for m in memory], color=COLOURS[0])
-    axes.set_ylim(0)
+    axes.set_ylim(0, 1.25e-6 * max(memory))
     frame(axes, title=f"{options.model.name}, {options.budget} for experts", x="blocks", y="anonymous memory, MB")
     save(figure, options.plot)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -201,10 +202,13 @@ def test_ctrl_c_while_waiting_leaves_the_read_going(
         time.sleep(0.1)
         os.kill(os.getpid(), 2)
 
+    # A process that was started in the background ignores Ctrl-C, and pytest with it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with BudgetedStore(*model, 4 * SLAB) as store:
         threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt), store.borrow(0, members(0, 1, 2, 3)):
             pass
+        signal.signal(signal.SIGINT, before)
         gate.set()
         with store.borrow(1, members(2, 3, 4, 5)) as loan:  # the same slots: the old reads must not land in them
             assert_right(loan, 1, members(2, 3, 4, 5))

@@ -110,6 +110,7 @@ def connect(kind: str = "cpu") -> Processes:
 
 
 def disconnect(processes: Processes) -> None:
-    """Leave the group that `connect` joined."""
+    """Leave the group that `connect` joined, together."""
     if processes.count > 1:
+        processes.wait()
         dist.destroy_process_group()
