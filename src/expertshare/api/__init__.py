@@ -1,0 +1,44 @@
+"""expertshare from Python: the same verbs as the command line, with values instead of tables.
+
+Example:
+
+    from expertshare.api import compare, generate, info, load
+    from expertshare.tasks import read_prompts
+
+    model = load("path/to/model")                     # a directory in Hugging Face layout, or a hub id
+    print(info(model).router_rule, info(model).min_coreset_inside)
+
+    result = generate(model, "What is 7 plus 8?", policy="des-vote:budget=16", gen_length=64)
+    print(result.answers[0].text, result.cost.unique_experts["denoise"])
+
+    comparison = compare(model, read_prompts("prompts.jsonl"), ["vanilla", "des-vote:budget=16", "des-seq"])
+    for run in comparison.runs:
+        print(run.label, run.reduction, run.agreement.tokens, run.accuracy.overall)
+
+    evaluation = evaluate(model, ["arith", "math"], ["des-vote:budget=28"], out="runs/vote", limit=50)
+    print(evaluation.results["summary"])
+    tuned = tune(model, read_prompts("prompts.jsonl"))
+    print(tuned.sentence())
+    tuned.policy_file().write("policy.json")          # generate(model, ..., policy=load_policy("policy.json"))
+"""
+
+from expertshare.api.comparison import compare, comparison_report
+from expertshare.api.evaluation import evaluate
+from expertshare.api.generation import Generated, generate
+from expertshare.api.loading import DTYPES, DecodingValue, Model, info, load
+from expertshare.api.tuning import load_policy, tune
+
+__all__ = [
+    "DTYPES",
+    "DecodingValue",
+    "Generated",
+    "Model",
+    "compare",
+    "comparison_report",
+    "evaluate",
+    "generate",
+    "info",
+    "load",
+    "load_policy",
+    "tune",
+]

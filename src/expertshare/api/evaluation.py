@@ -1,0 +1,89 @@
+"""Accuracy and cost on tasks and benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from expertshare.api.loading import DecodingValue, Model, decoding_options, for_model, listed, load
+from expertshare.errors import ConfigError
+from expertshare.evaluation import (
+    Evaluation,
+    EvaluationSettings,
+    Setup,
+    SourceOptions,
+    check_task_names,
+    evaluate_sources,
+    find_preset,
+    harness_version,
+    make_sources,
+)
+from expertshare.evaluation.comparison import ProgressListener
+from expertshare.evaluation.evaluating import NoticeListener
+from expertshare.kernels import AUTO
+from expertshare.tuning import PolicyFile
+from expertshare.types import RoutingPolicy
+
+
+def evaluate(
+    model: Model,
+    tasks: Sequence[str],
+    policies: Sequence[str | RoutingPolicy | PolicyFile],
+    *,
+    out: str | Path,
+    preset: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    shots: int | None = None,
+    data: str | Path | None = None,
+    allow_code: bool = False,
+    processes: int = 1,
+    threads: int = 1,
+    backend: str = AUTO,
+    dtype: str | torch.dtype | None = None,
+    chat: bool | None = None,
+    on_progress: ProgressListener | None = None,
+    on_notice: NoticeListener | None = None,
+    **decoding: DecodingValue,
+) -> Evaluation:
+    """Accuracy and cost of policies on tasks, a line per answer in the directory `out`, which a second call completes.
+
+    tasks: generated kinds (arith, math, ...) and benchmarks (gsm8k, ...; these need expertshare[eval]). preset:
+    settings of a paper; what is given here goes before it. seed: of items, examples and sampling. threads: of each
+    process. See docs/evaluation.md. Raises a subclass of ExpertShareError for anything unusable.
+    """
+    chosen = find_preset(preset) if preset is not None else None
+    check_task_names(tasks)
+    wanted = listed(policies)
+    merged = {**(chosen.decoding if chosen else {}), **decoding, "seed": seed}
+    sources = SourceOptions(
+        limit=limit,
+        seed=seed,
+        gen_length=merged.get("gen_length"),  # type: ignore[arg-type]
+        shots=shots if shots is not None or chosen is None else chosen.shots,
+        data=Path(data) if data is not None else None,
+        chat=chat if chat is not None or chosen is None else chosen.chat,
+        allow_code=allow_code,
+    )
+    loaded = load(model, dtype=dtype)
+    if loaded.layout is not None:
+        raise ConfigError(
+            f"expected a checkpoint in Hugging Face layout, got {loaded.path} in the expert layout, which `eval` "
+            "cannot run yet: name the checkpoint that it was converted from, or convert it back"
+        )
+    settings = EvaluationSettings(
+        options=decoding_options(merged),
+        setup=Setup(backend=backend, chat=sources.chat),
+        dtype=loaded.model.dtype,
+        processes=processes,
+        threads=threads,
+        identity={"allow_code": allow_code, "harness": harness_version(tasks)},
+        config={"preset": chosen.to_json() if chosen else None, "limit": limit, "shots": sources.shots},
+    )
+    chosen_policies = [for_model(policy, loaded) for policy in wanted]
+    made = make_sources(tasks, sources, loaded)
+    return evaluate_sources(
+        loaded, made, chosen_policies, settings, Path(out), on_progress=on_progress, on_notice=on_notice
+    )

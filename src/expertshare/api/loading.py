@@ -1,0 +1,105 @@
+"""From what a caller names to what the verbs work with: a model, its expert store, policies, decoding options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+from expertshare.conversion.fits import check_fits
+from expertshare.decoding import DecodingOptions
+from expertshare.errors import ConfigError, InputError, nearest
+from expertshare.evaluation import Setup, parse_policies
+from expertshare.experts import ExpertMemory, StoreOptions, has_expert_layout, open_store
+from expertshare.models import LoadedModel, ModelFacts, describe, load_model
+from expertshare.models.source import resolve_source
+from expertshare.tasks import PromptRecord
+from expertshare.tuning import PolicyFile, check_model
+from expertshare.types import RoutingPolicy
+
+Model = str | Path | LoadedModel
+DecodingValue = int | float | str | bool | None
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load(
+    model: Model, *, dtype: str | torch.dtype | None = None, store: str | StoreOptions | None = None
+) -> LoadedModel:
+    """A model from a directory or hub id; one that is loaded is passed through. dtype: by default the checkpoint's.
+
+    store: how its experts will be kept; a model that `expertshare convert` did not write is then refused. So is, before
+    its weights are read, a model that does not fit into memory; experts in a store count if it is said which.
+    """
+    if isinstance(model, LoadedModel):
+        return model
+    path = resolve_source(model)
+    if store is not None and not has_expert_layout(path):
+        raise _not_converted(model)
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"unknown dtype {dtype!r}. {nearest(dtype, DTYPES)}")
+        dtype = DTYPES[dtype]
+    check_fits(path, _store_options(store).memory if store is not None else None, dtype=dtype)
+    return load_model(model, dtype=dtype)
+
+
+def info(model: Model) -> ModelFacts:
+    """Architecture, router rule, bytes per expert, smallest coreset."""
+    return describe(load(model))
+
+
+@contextmanager
+def opened(loaded: LoadedModel, wanted: str | StoreOptions | None, setup: Setup) -> Iterator[Setup]:
+    """The setup with an open store, where the model is a converted one."""
+    if loaded.layout is None:
+        if wanted is not None:
+            raise _not_converted(loaded.path)
+        yield setup
+        return
+    if loaded.model.device.type != "cpu":
+        raise ConfigError(f"expected a model on the CPU, whose memory expert stores lend, got {loaded.model.device}")
+    options = _store_options(wanted)
+    check_fits(loaded.path, options.memory, dense_is_loaded=True)
+    with open_store(loaded.path, loaded.layout, options) as store:
+        yield replace(setup, store=store, store_options=options)
+
+
+def _store_options(wanted: str | StoreOptions | None) -> StoreOptions:
+    return wanted if isinstance(wanted, StoreOptions) else StoreOptions(memory=ExpertMemory.parse(wanted or "all"))
+
+
+def _not_converted(model: str | Path) -> ConfigError:
+    return ConfigError(
+        f"expected a model in the expert layout, because an expert store was asked for, got {model}: run `expertshare "
+        "convert` first, or leave out --expert-memory, --direct-io and --no-prefetch"
+    )
+
+
+def listed(policies: Sequence[str | RoutingPolicy | PolicyFile]) -> list[RoutingPolicy | PolicyFile]:
+    """Each policy by itself; a text may name several, parted by commas."""
+    return [p for given in policies for p in (parse_policies([given]) if isinstance(given, str) else [given])]
+
+
+def for_model(policy: RoutingPolicy | PolicyFile, loaded: LoadedModel) -> RoutingPolicy:
+    """The policy; PolicyError where it is from a file that was made with another model."""
+    if not isinstance(policy, PolicyFile):
+        return policy
+    check_model(policy, loaded)
+    return policy.policy
+
+
+def as_records(records: Sequence[PromptRecord | str]) -> list[PromptRecord]:
+    """A bare prompt is a record without a reference."""
+    return [PromptRecord(prompt=record) if isinstance(record, str) else record for record in records]
+
+
+def decoding_options(values: Mapping[str, DecodingValue]) -> DecodingOptions:
+    """DecodingOptions from names and values; InputError for a name that is none of its fields."""
+    known = [field.name for field in fields(DecodingOptions)]
+    for name in values:
+        if name not in known:
+            raise InputError(f"unknown decoding option {name!r}. {nearest(name, known)}")
+    return DecodingOptions(**values)  # type: ignore[arg-type]
