@@ -23,6 +23,7 @@ from expertshare.errors import CheckpointError, InputError
 from expertshare.experts.layout import (
     DENSE,
     DENSE_INDEX,
+    LAYER_PREFIX,
     MANIFEST,
     ExpertLayout,
     has_expert_layout,
@@ -30,7 +31,7 @@ from expertshare.experts.layout import (
     read_manifest,
     verify_layout,
 )
-from expertshare.experts.slab_file import LayerFile, file_sha256
+from expertshare.experts.slab_file import LayerFile, file_sha256, verify_layer
 from expertshare.models.checkpoint import INDEX, WEIGHTS
 from expertshare.models.source import resolve_source
 from expertshare.types import ExpertBank
@@ -170,6 +171,8 @@ def verify(directory: str | os.PathLike[str], on_progress: Progress = silent) ->
             )
         found = file_record(path / name)
         if found != record:
+            if name.startswith(LAYER_PREFIX):
+                verify_layer(path / name)  # says which expert it is
             raise CheckpointError(
                 f"{path / name} has checksum {found.sha256[:16]}..., expected {record.sha256[:16]}...: it is damaged, "
                 "convert the model again"

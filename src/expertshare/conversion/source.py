@@ -71,7 +71,6 @@ class Checkpoint:
     """
 
     path: Path
-    raw_config: Mapping[str, Any]
     config: ModelConfig
     dense: tuple[TensorEntry, ...]
     files: Mapping[str, Path]
@@ -90,7 +89,7 @@ def read_config(path: Path) -> tuple[Mapping[str, Any], Family, ModelConfig]:
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Read headers and configuration. Raises CheckpointError or ConfigError for what cannot be converted."""
-    raw, family, config = read_config(path)
+    _, family, config = read_config(path)
     stored = read_headers(path)
     places = choose_places(family, config, stored)
     check_names(stored, places, path)
@@ -105,7 +104,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     return Checkpoint(
         path=path,
-        raw_config=raw,
         config=config,
         dense=tuple(_entry(place.name, stored[place.name]) for place in places if not is_expert(place)),
         files={name: tensor.file for name, tensor in stored.items()},

@@ -22,9 +22,12 @@ QUANTISED_EMBEDDINGS_VERSION = 2
 EMBEDDINGS = ("none", "int8")
 
 
+LAYER_PREFIX = "experts-"
+
+
 def layer_file_name(moe_layer: int) -> str:
     """Name of the file with the experts of a MoE layer (0-based among MoE layers)."""
-    return f"experts-{moe_layer:05}.safetensors"
+    return f"{LAYER_PREFIX}{moe_layer:05}.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
