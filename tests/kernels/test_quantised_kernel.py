@@ -194,6 +194,14 @@ def test_experts_as_views_on_slabs(isa: str, scheme: Scheme) -> None:
     assert torch.equal(moe_ffn_cpu(x_TD, plan, on_slabs(bank)), moe_ffn_cpu(x_TD, plan, bank))
 
 
+def test_a_remembered_bank_is_checked_again_where_its_minima_moved() -> None:
+    x_TD, plan, bank = quantised_scene((9, 2, 4, 192, 64), SCHEMES["32 with minima"])
+    assert bank.down.minima_ERG is not None
+    before = moe_ffn_cpu(x_TD, plan, bank)
+    bank.down.minima_ERG.data = bank.down.minima_ERG + 1
+    assert not torch.equal(moe_ffn_cpu(x_TD, plan, bank), before)
+
+
 def on_slabs(bank: QuantisedBank) -> QuantisedBank:
     parts = [t for w in (bank.gate_up, bank.down) for t in (w.codes_ERC, w.scales_ERG, w.minima_ERG) if t is not None]
     num_experts = len(parts[0])

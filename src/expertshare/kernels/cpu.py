@@ -14,6 +14,7 @@ from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.kernels.native_weights import (
     NativeWeight,
+    addresses,
     check_codes,
     check_layout,
     native_weight,
@@ -101,8 +102,8 @@ def _weights_of(bank: Bank) -> _Weights:
 
 def _same_memory(known: _Weights, bank: QuantisedBank) -> bool:
     return all(
-        native.codes == weight.codes_ERC.data_ptr() and native.scales == weight.scales_ERG.data_ptr()
-        for native, weight in ((known.gate_up, bank.gate_up), (known.down, bank.down))
+        (checked.codes, checked.scales, checked.minima) == addresses(weight)
+        for checked, weight in ((known.gate_up, bank.gate_up), (known.down, bank.down))
     )
 
 

@@ -27,11 +27,17 @@ def native_weight(weight: Tensor | QuantisedWeight) -> NativeWeight:
         return NativeWeight(weight.data_ptr(), None, None, _stride_bytes(weight), 0, 0, weight.element_size() * 8, 0)
     parts = (weight.codes_ERC, weight.scales_ERG, weight.minima_ERG)
     return NativeWeight(
-        *(None if part is None else part.data_ptr() for part in parts),
+        *addresses(weight),
         *(0 if part is None else _stride_bytes(part) for part in parts),
         weight.bits,
         weight.group_size,
     )
+
+
+def addresses(weight: QuantisedWeight) -> tuple[int, int, int | None]:
+    """Where codes, scales and minima (None: there are none) lie."""
+    minima = weight.minima_ERG
+    return weight.codes_ERC.data_ptr(), weight.scales_ERG.data_ptr(), None if minima is None else minima.data_ptr()
 
 
 def _stride_bytes(tensor: Tensor) -> int:
