@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from expertshare.errors import EvaluationError, InputError
-from expertshare.evaluation.run_directory import ITEMS, RUN, RunDirectory, check_known, read_run
+from expertshare.evaluation.run_directory import ITEMS, RUN, RunDirectory, check_known
 
 RUN_JSON = {"identity": {"model_sha256": "a", "policies": ["vanilla"]}}
 LINE = {"task": "t", "id": "0", "policy": "vanilla", "answer": "ü"}
@@ -28,7 +28,6 @@ def test_lines_come_back_and_a_cut_one_is_dropped(tmp_path: Path) -> None:
         assert opened.dropped_bytes == len(whole) - 5 - (whole.index(b"\n") + 1)
         directory.append({**LINE, "id": "1"})
     assert path.read_bytes() == whole
-    assert read_run(path.parent)[1][0] == LINE
 
 
 def test_another_evaluation_is_refused_by_name_of_what_differs(tmp_path: Path) -> None:
@@ -53,8 +52,6 @@ def test_what_is_no_run_directory_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with RunDirectory(tmp_path / "thesis.tex") as directory, pytest.raises(InputError, match="choose another"):
         directory.open(RUN_JSON)
-    with pytest.raises(EvaluationError, match="expected a run directory"):
-        read_run(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from expertshare import api
+from expertshare.api import loading
 from expertshare.cli import main
 from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.errors import CheckpointError, ConfigError, ExpertMemoryError
@@ -195,7 +196,7 @@ def test_the_command_line_compares_at_one_budget(
 def test_a_model_that_is_not_converted_is_refused_before_loading(
     flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(SystemExit) as left:
         main(["generate", str(REFERENCE), "--prompt", PROMPT, *flags])
     assert left.value.code == 2

@@ -111,15 +111,6 @@ class RunDirectory:
         )
 
 
-def read_run(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """run.json and the whole lines of items.jsonl of a run directory, which is left as it is."""
-    stored = RunDirectory(path)._stored_run()
-    if stored is None:
-        raise EvaluationError(f"expected a run directory, got {path} without {RUN}: name one that `eval` made")
-    data = (path / ITEMS).read_bytes() if (path / ITEMS).exists() else b""
-    return stored, parse_lines(data[: data.rfind(b"\n") + 1], path / ITEMS)
-
-
 def parse_lines(data: bytes, path: Path) -> list[dict[str, Any]]:
     """The objects of whole lines; EvaluationError for a line that is none, or a second answer to one question."""
     found: list[dict[str, Any]] = []

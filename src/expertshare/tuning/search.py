@@ -31,11 +31,6 @@ class Point:
     policy: RoutingPolicy
     replayed: Replayed
 
-    @property
-    def is_layerwise(self) -> bool:
-        """Whether its layers differ."""
-        return isinstance(self.policy, Layerwise)
-
 
 def check_optuna() -> None:
     """Raise InputError where optuna is not installed."""
