@@ -9,7 +9,12 @@ import expertshare
 
 from .tiny_models import ALL, build, logits, tokens
 
-WHOLE = ("vanilla", "des-vote:budget=1.0", "block-max:budget=16,group_limit=inside", "block-top-p:top_p_experts=1.0,guard=16")
+WHOLE = (
+    "vanilla",
+    "des-vote:budget=1.0",
+    "block-max:budget=16,group_limit=inside",
+    "block-top-p:top_p_experts=1.0,guard=16",
+)
 
 
 def padding() -> torch.Tensor:

@@ -82,7 +82,8 @@ class Handle:
         self._sites = tuple(sites)
         self._listeners: list[RoutingMetrics] = []
         self._previous_experts = previous_experts
-        watches = {id(site.stack): StackWatch(site.stack, block_length) for site in sites}
+        stacks = {id(site.stack): site.stack for site in sites}
+        watches = {key: StackWatch(stack, block_length) for key, stack in stacks.items()}
         self._removals: list[Any] = [watch.removal for watch in watches.values()]
         for index, (site, bound) in enumerate(zip(sites, policies, strict=True)):
             hook = RouterHook(index, site, bound, watches[id(site.stack)], self._record)

@@ -59,7 +59,7 @@ def read_call(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], b
     or [B, 1, S, keys], boolean or additive, where a padded position is one that does not even see itself.
     """
     given = _signature(type(stack).forward).bind_partial(stack, *args, **kwargs).arguments
-    given |= given.pop("kwargs", {})
+    given |= kwargs  # what the signature takes as **kwargs, too
     prefix = "decoder_" if given.get("decoder_input_ids") is not None else ""
     tokens = next((given[n] for n in (f"{prefix}input_ids", "inputs_embeds") if given.get(n) is not None), None)
     if tokens is None:

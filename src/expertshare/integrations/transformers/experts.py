@@ -18,6 +18,7 @@ from expertshare.kernels import moe_ffn
 from expertshare.types import ExpertBank, RoutingPlan
 
 NAME = "expertshare"
+_GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _log = logging.getLogger(__name__)
 _FITS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
@@ -44,6 +45,11 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     """
     reason = _why_not_ours(self, hidden_states, top_k_weights)
     if reason is not None:
+        if hidden_states.dtype not in _GROUPED_DTYPES:
+            raise ConfigError(
+                f"the experts implementation {NAME!r} expects float32, bfloat16 or float16, got {hidden_states.dtype}: "
+                'convert the model, or use experts_implementation="eager".'
+            )
         _say_once(f"experts of {type(self).__name__} are computed by transformers' grouped_mm: {reason}")
         output: Tensor = _grouped_mm()(self, hidden_states, top_k_index, top_k_weights)
         _tell(self, top_k_index, self.num_experts)

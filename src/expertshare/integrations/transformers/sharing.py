@@ -91,13 +91,15 @@ def filled(choice: SharedChoice, num_experts: int, *, distinct: bool) -> Tensor:
 def restricted_logits(choice: SharedChoice, logits_TE: Tensor) -> Tensor:
     """Logits of which a softmax and top-k choose what the plan says; the tokens' own where own_T is True.
 
-    All others lie so far below that their probability is exactly 0; those that are run anyway lie above the rest, so
-    that unused slots add no expert.
+    All others have the probability 0, except those that are run anyway: theirs is 1e-35, which no sum notices but a
+    ranking does, so that unused slots add no expert.
     """
     chosen_TE = _used(choice.ids_TK, logits_TE.shape[-1])
     least_T1 = logits_TE.masked_fill(~chosen_TE, float("inf")).amin(dim=-1, keepdim=True)
-    least_T1 = least_T1.masked_fill(least_T1.isinf(), 0.0)  # padding has chosen none
-    below_TE = least_T1 - torch.where(choice.active_E, 1000.0, 2000.0).to(logits_TE.dtype)
+    most_T1 = logits_TE.masked_fill(~chosen_TE, float("-inf")).amax(dim=-1, keepdim=True)
+    below_T1 = torch.minimum(least_T1 - 10.0, most_T1 - 80.0)
+    below_T1 = below_T1.masked_fill(below_T1.isinf(), 0.0)  # padding has chosen none
+    below_TE = torch.where(choice.active_E, below_T1, below_T1 - 1000.0)
     keep_TE = chosen_TE | choice.own_T.unsqueeze(-1)
     return torch.where(keep_TE, logits_TE, below_TE)
 
