@@ -80,6 +80,25 @@ def test_autoregressive_generation_under_every_policy(name: str) -> None:
     assert used.forwards == 4
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "diffusion_gemma"])
+def test_a_static_cache_changes_nothing(name: str) -> None:
+    """Its masks have four dimensions and are wider than the tokens seen; padding is found there, too."""
+    model = build(name)
+    mask_BS = torch.ones(2, 6, dtype=torch.long)
+    mask_BS[1, :3] = 0
+    more: dict[str, Any] = {"max_denoising_steps": 3} if name == "diffusion_gemma" else {"do_sample": False}
+    answers, counts = [], []
+    with expertshare.apply(model, "des-vote:budget=5") as handle:
+        for cache in ({}, {"cache_implementation": "static", "disable_compile": True}):
+            torch.manual_seed(0)
+            with handle.metrics() as used:
+                done = model.generate(tokens(2, 6), attention_mask=mask_BS, max_new_tokens=9, **more, **cache)
+            answers.append(getattr(done, "sequences", done))
+            counts.append(used.by_layer)
+    assert torch.equal(*answers)
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("name", SHARING)
 def test_a_single_token_step_is_a_group_of_its_own(name: str) -> None:
     """A token alone votes for its own K experts and keeps them: only the prompt is decided by a coreset."""
