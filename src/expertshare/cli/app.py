@@ -19,6 +19,7 @@ from expertshare.cli import (
     info,
     make_checkpoint,
     plan,
+    simulate,
     tasks,
     train,
     tune,
@@ -40,6 +41,7 @@ app.command("info", epilog=info.EXAMPLE)(info.info)
 app.command("convert", epilog=convert.EXAMPLE)(convert.convert)
 app.command("make-checkpoint", epilog=make_checkpoint.EXAMPLE)(make_checkpoint.make_checkpoint)
 app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
+app.command("simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
 app.command("tasks", epilog=tasks.EXAMPLE)(tasks.tasks)
 app.command("train", epilog=train.EXAMPLE)(train.train)
 app.command("distill", epilog=distill.EXAMPLE)(distill.distill)

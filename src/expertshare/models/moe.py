@@ -83,6 +83,8 @@ class MoE(nn.Module):
             scores = self.router.scores(x_GLD, live_GL, self.spec, compiled=runtime.backend == "cpu")
             _, plan = route(scores, runtime.policy_for(self.moe_layer, self.num_layers), self.spec)
             routing = LayerRouting(*count_load(plan, len(live_GL)))
+        if runtime.on_plan is not None:
+            runtime.on_plan(self.moe_layer, plan)
         x_TD = x_GLD.flatten(0, 1)
         with runtime.timed("experts"):
             with self._borrow(plan, runtime) as loan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +13,10 @@ from torch import Tensor
 from expertshare.kernels import Place
 from expertshare.measure.clock import PartClock
 from expertshare.routing import policy_at
-from expertshare.types import ExpertStore, RoutingPolicy
+from expertshare.types import ExpertStore, RoutingPlan, RoutingPolicy
+
+PlanListener = Callable[[int, RoutingPlan], None]
+"""Is told the plan of an MoE layer, 0-based among MoE layers, before its experts run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +25,7 @@ class Runtime:
 
     policy: bound to the model's router. backend: name of the expert computation; "cpu" computes dense layers and the
     head by our own kernel too. store: where experts live, None for the model's own parameters; bytes_per_expert: of one
-    in the store, where it is not in the model's dtype. clock: adds up time by part if given.
+    in the store, where it is not in the model's dtype. clock: adds up time by part if given. on_plan: hears every plan.
     """
 
     policy: RoutingPolicy
@@ -30,6 +33,7 @@ class Runtime:
     store: ExpertStore | None = None
     bytes_per_expert: int | None = None
     clock: PartClock | None = None
+    on_plan: PlanListener | None = None
 
     def policy_for(self, layer: int, num_layers: int) -> RoutingPolicy:
         """What decides in MoE layer `layer` of `num_layers`."""
