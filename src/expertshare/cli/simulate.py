@@ -167,8 +167,8 @@ def simulate(
     console = people(as_json=as_json)
     console.print(
         f"{values['model']}, experts in {quantise}, on {chosen.name}, {batch_size} sequences on each GPU. read: "
-        "experts of a layer that the busiest GPU reads; MB: exchanged in a step; balance: pairs of the busiest GPU over "
-        "the mean (mean, 95 %).",
+        "experts of a layer that the busiest GPU reads; MB: exchanged in a step; balance: pairs of the busiest GPU "
+        "over the mean (mean, 95 %).",
         soft_wrap=True,
     )
     for each in traces:
