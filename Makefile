@@ -14,13 +14,14 @@ PROMPT := Tom has 12 apples. He finds 7 more. He sells 4. How many apples does T
 POLICIES := vanilla,des-seq,des-vote,block-top-p
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test quality bench clean
+.PHONY: help demo test quality bench docs clean
 
 help:
 	@echo 'make demo   generate with the reference model, with and without expert sharing, and draw what was saved'
 	@echo 'make test   lint, types, import contracts, tests'
 	@echo 'make quality  accuracy and experts of every policy, the figures of README; a quarter of an hour'
 	@echo 'make bench  a few minutes of benchmarks on this machine, into build/bench/ (docs/performance.md)'
+	@echo 'make docs   the documentation site, into build/site/'
 	@echo 'make clean  remove build products and caches (rm -r $(VENV) for the environment)'
 
 # The model and all inputs are in the repository; nothing is asked of a hub.
@@ -67,6 +68,11 @@ bench: $(VENV)/runtime.stamp
 	$(BIN)/expertshare bench generate $(MODEL) --limit 4 --policies vanilla,des-vote \
 		--report build/bench/generate.json --plot build/bench/generate.png
 
+# No network: neither to build the site nor to read it.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
+	@echo 'Open build/site/index.html'
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expertshare needs Python 3.11 or newer, got " \
 		+ sys.version.split()[0] + "; name another one: make PYTHON=python3.12 ...")'
@@ -80,6 +86,11 @@ $(VENV)/runtime.stamp: $(INPUTS) | $(BIN)/python
 $(VENV)/dev.stamp: $(INPUTS) | $(BIN)/python
 	@echo 'Installing into $(VENV), tools for development included; the first time this takes a few minutes.'
 	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/runtime.stamp
+
+$(VENV)/docs.stamp: $(INPUTS) | $(BIN)/python
+	@echo 'Installing into $(VENV), with what builds the documentation.'
+	$(PIP_INSTALL) --editable '.[docs]'
 	@touch $@ $(VENV)/runtime.stamp
 
 clean:
