@@ -1,6 +1,6 @@
 """Pages link to files of the repository outside docs/ (reports, examples): this puts these files beside the pages.
 
-So links work on the site as they do in the repository, and from disk. A link to such a file that does not exist stays as
+So links work on the site as they do in the repository, and from disk. A link to a file that does not exist stays as
 it is, and the strict build names it.
 """
 
