@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import tomllib
 import types
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -378,3 +380,13 @@ def test_sglangs_registry_gets_one_around_hook(monkeypatch: pytest.MonkeyPatch) 
 def route_batch_ids() -> Tensor:
     spec = RouterSpec(num_experts=E, top_k=K, activation="softmax", renormalise=True)
     return route_batch(logits(), spec, VOTE)[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed; benchmarks/vllm_plugin.py was run by hand")
+def test_a_real_vllm_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "vllm_plugin.py"
+    monkeypatch.setenv("EAGER", "1")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no batch with more than its coreset" in done.stdout
