@@ -82,6 +82,10 @@ def test_flags_take_the_place_of_the_cards_figures_and_of_the_steps(capsys: pyte
         (["--like", "llada2.0-mini", *MINI, *("--steps-per-block", "1") * 3], "2 times"),
         (["--like", "llada2.0-mini", *MINI, "--quantise", "int3"], "int3"),
         (["--like", "llada2.0-mini", *MINI, "--block-length", "7"], "block length 7"),
+        (["--like", "llada2.0-mini", *MINI, "--block-length", "0"], "at least 1"),
+        (["--like", "llada2.0-mini", *MINI, "--max-expert-parallel", "0"], "--max-expert-parallel"),
+        (["--like", "llada2.0-mini", *MINI, "--bandwidth", "0"], "above 0"),
+        (["--like", "llada2.0-mini", *MINI, "--steps", "0"], "at least 1"),
     ],
 )
 def test_wrong_input_is_told(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

@@ -383,7 +383,7 @@ def route_batch_ids() -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed; benchmarks/vllm_plugin.py was run by hand")
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 def test_a_real_vllm_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     script = Path(__file__).parents[2] / "benchmarks" / "vllm_plugin.py"
     monkeypatch.setenv("EAGER", "1")

@@ -130,7 +130,7 @@ def simulate(
         overlap=overlap,
     )
     sizes = sizes_of(model) if model is not None else sizes_like(likeness(like or ""))
-    length = block_length or sizes.config.block_length
+    length = sizes.config.block_length if block_length is None else block_length
     if length != sizes.config.block_length:
         sizes = replace(sizes, config=replace(sizes.config, block_length=length))
     demands = _demands(
@@ -151,6 +151,8 @@ def simulate(
         for path, demand in zip(trace, demands, strict=True)
     ]
     counts = _counts(gpus)
+    if max_expert_parallel < 1:
+        raise InputError(f"--max-expert-parallel must be at least 1, got {max_expert_parallel}")
     degrees = [expert_parallel] if expert_parallel is not None else simulations[0].degrees(
         min(max(counts), max_expert_parallel)
     )
