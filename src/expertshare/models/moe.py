@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,16 @@ from expertshare.kernels import moe_ffn
 from expertshare.models.layers import SwiGLU
 from expertshare.models.runtime import Runtime
 from expertshare.routing import count_load, gate_scores, gate_takes, route, router_scores
-from expertshare.types import ExpertBank, Loan, RouterScores, RoutingPlan
+from expertshare.types import Coreset, ExpertBank, Loan, RouterScores, RoutingPlan, StepContext
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRouting:
-    """One layer's share of a RoutingTrace: load_E int64, group_experts_G int64."""
+    """One layer's share of a RoutingTrace: load_E int64, group_experts_G int64, and the coresets."""
 
     load_E: Tensor
     group_experts_G: Tensor
+    coreset: Coreset
 
 
 def in_slots(plan: RoutingPlan, loan: Loan) -> RoutingPlan:
@@ -77,12 +78,20 @@ class MoE(nn.Module):
         )
         self.shared = SwiGLU(config.hidden_size, config.shared_hidden) if config.shared_hidden else None
 
-    def forward(self, x_GLD: Tensor, live_GL: Tensor, runtime: Runtime) -> tuple[Tensor, LayerRouting]:
+    def forward(
+        self,
+        x_GLD: Tensor,
+        live_GL: Tensor,
+        runtime: Runtime,
+        step: StepContext | None = None,
+        previous: Coreset | None = None,
+    ) -> tuple[Tensor, LayerRouting]:
         """Returns the layer's output (same shape and dtype as the input) and what it asked of the experts."""
         with runtime.timed("router"):
             scores = self.router.scores(x_GLD, live_GL, self.spec, compiled=runtime.backend == "cpu")
-            _, plan = route(scores, runtime.policy_for(self.moe_layer, self.num_layers), self.spec)
-            routing = LayerRouting(*count_load(plan, len(live_GL)))
+            policy = runtime.policy_for(self.moe_layer, self.num_layers)
+            coreset, plan = route(replace(scores, step=step), policy, self.spec, previous=previous)
+            routing = LayerRouting(*count_load(plan, len(live_GL)), coreset)
         x_TD = x_GLD.flatten(0, 1)
         with runtime.timed("experts"):
             with self._borrow(plan, runtime) as loan:

@@ -13,7 +13,7 @@ from torch import Tensor
 from expertshare.kernels import Place
 from expertshare.measure.clock import PartClock
 from expertshare.routing import policy_at
-from expertshare.types import ExpertStore, RoutingPolicy
+from expertshare.types import Coreset, ExpertStore, RoutingPolicy, StepContext
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +48,8 @@ class ForwardInput:
 
     tokens_BS int64; positions_BS int64, absolute; live_BS bool, False for padding. mask_BSP bool [B, S, keys], True
     where a query may attend to a key, keys in the order of `Past.extended_by`; None where every query may attend to
-    every key. S is a multiple of block_length.
+    every key. S is a multiple of block_length. step: what is known of the sharing groups' steps. previous: per MoE layer,
+    coresets to keep (see `route`), None where all are selected anew.
     """
 
     tokens_BS: Tensor
@@ -56,6 +57,8 @@ class ForwardInput:
     live_BS: Tensor
     mask_BSP: Tensor | None
     block_length: int
+    step: StepContext | None = None
+    previous: tuple[Coreset | None, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +96,12 @@ class RoutingTrace:
     """What one forward asked of the experts, as tensors on the model's device (reading them synchronises).
 
     load_NE: int64, (token, expert) pairs per MoE layer and expert; an expert with any is active. group_experts_NG:
-    int64, unique experts of each sharing group.
+    int64, unique experts of each sharing group. coresets: what the groups agreed on, per MoE layer.
     """
 
     load_NE: Tensor
     group_experts_NG: Tensor
+    coresets: tuple[Coreset, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

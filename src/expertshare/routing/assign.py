@@ -138,6 +138,11 @@ def count_load(plan: RoutingPlan, num_groups: int) -> tuple[Tensor, Tensor]:
     return load[1:], used[:, 1:].sum(dim=1)
 
 
+def _kept(previous: Coreset | None) -> Coreset | None:
+    """The coresets of the step before, where every group keeps its own."""
+    return previous if previous is not None and bool(previous.member_GE.any(dim=1).all()) else None
+
+
 def route(
     scores: RouterScores,
     policy: RoutingPolicy,
@@ -146,6 +151,12 @@ def route(
     previous: Coreset | None = None,
     expert_scale_E: Tensor | None = None,
 ) -> tuple[Coreset, RoutingPlan]:
-    """Select a coreset, then assign inside it: the whole of expert sharing, for inference and training alike."""
-    coreset = policy.select(scores, spec, previous)
+    """Select a coreset, then assign inside it: the whole of expert sharing, for inference and training alike.
+
+    previous: a group whose row has members keeps them; one whose row is empty selects anew.
+    """
+    coreset = _kept(previous) or policy.select(scores, spec, previous)
+    if previous is not None:
+        has_one_G1 = previous.member_GE.any(dim=1, keepdim=True)
+        coreset = Coreset(torch.where(has_one_G1, previous.member_GE, coreset.member_GE))
     return coreset, assign(scores, coreset, spec, policy=policy, expert_scale_E=expert_scale_E)
