@@ -26,7 +26,7 @@ class Coverage(BudgetPolicy):
     """
 
     name: ClassVar[str] = "coverage"
-    saturation: float = field(default=0.5, metadata={"help": "share of its top-k affinity that is enough for a token"})
+    saturation: float = field(default=0.6, metadata={"help": "share of its top-k affinity that is enough for a token"})
     ballots: Ballots = field(default="ungrouped", metadata={"help": "experts a token may vote for: ungrouped, grouped"})
 
     def __post_init__(self) -> None:
