@@ -2,8 +2,10 @@
 
     python benchmarks/variants.py models/reference --count 200 --seed 2026 --out benchmarks/results/variants.json
 
-Every run is kept in the file with the outcome of each prompt, so that a broken-off measurement goes on where it was, and
-any two runs can be compared afterwards. A difference is variant minus plain form, paired by prompt, 95 % interval.
+Every run is kept in the file with the outcome of each prompt, so that a broken-off measurement goes on where it was,
+and any two runs can be compared afterwards. So are comparisons that the table no longer asks for, because what they
+measured has left the product: "commit" in their runs says which code had it. A difference is variant minus plain form,
+paired by prompt, with its 95 % interval.
 """
 
 from __future__ import annotations
@@ -161,6 +163,10 @@ def _read_table(path: Path) -> list[list[str]]:
     return [[part.strip() for part in line.split("  ") if part.strip()] for line in lines]
 
 
+def _row_of(comparison: dict[str, Any]) -> list[str]:
+    return [comparison[part] for part in ("question", "decoding", "variant", "plain")]
+
+
 def _line(run: dict[str, Any], key: str) -> str:
     unique = run["unique_experts"]
     return (
@@ -198,10 +204,10 @@ def main() -> None:
     table = _read_table(given.table)
     config = {"model": given.model, "count": given.count, "seed": given.seed, "batch_size": given.batch_size}
     report: dict[str, Any] = {"config": config, "environment": capture_environment().to_json(), "runs": {}}
-    if given.out.exists():
-        report["runs"] = json.loads(given.out.read_text(encoding="utf-8"))["runs"]
+    before = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
+    report["runs"] = before.get("runs", {})
+    report["comparisons"] = [row for row in before.get("comparisons", []) if _row_of(row) not in table]
     _measure_all(report, table, given)
-    report["comparisons"] = []
     for question, decoding, variant, plain in table:
         found = compared(*(report["runs"][f"{decoding}: {policy}"] for policy in (variant, plain)))
         row = {"question": question, "decoding": decoding, "variant": variant, "plain": plain, **found}

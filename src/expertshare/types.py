@@ -17,31 +17,19 @@ from expertshare.config import GroupLimit, RouterSpec
 
 
 @dataclass(frozen=True, slots=True)
-class StepContext:
-    """What decoding knows of each sharing group beside its scores.
-
-    masked_GL: bool, positions that are still to be decided; none in prefill and commit forwards. first_G: bool, groups
-    in the first denoising step of their block.
-    """
-
-    masked_GL: Tensor
-    first_G: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class RouterScores:
     """What the router thinks of every expert, for every token of every sharing group.
 
     affinity_GLE: float32, mixing weights come from here. choice_GLE: float32, ranking comes from here (the affinity
     plus the balancing bias, where the model has one; else the same tensor). live_GL: bool, False is padding, which
-    never votes and never runs an expert. step: None where nothing is known of it; a policy then takes every token for
-    decided.
+    never votes and never runs an expert. masked_GL: bool, tokens that are still to be decided; None where nobody says,
+    which policies take for none.
     """
 
     affinity_GLE: Tensor
     choice_GLE: Tensor
     live_GL: Tensor
-    step: StepContext | None = None
+    masked_GL: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ class CachedPrefix:
             block_length=rows[0].geometry.block_length,
         )
         rooms = self.cache.rooms(index, [0] * len(rows))
-        self._run("prefill", rows, inputs, canvas.masked_BC[index, :length], rooms)
+        self._run("prefill", rows, inputs, rooms)
         self.cache.put_back(index, rooms)
 
     def denoise(self, rows: Sequence[Row]) -> Tensor:
@@ -68,9 +68,10 @@ class CachedPrefix:
             live_BS=self._canvas.live_BC[at],
             mask_BSP=self._mask(rows),
             block_length=window.tokens_RL.shape[1],
+            masked_BS=window.masked_RL,
         )
         rooms = self.cache.rooms(index, [row.start for row in rows])
-        output = self._run(kind, rows, inputs, window.masked_RL, rooms)
+        output = self._run(kind, rows, inputs, rooms)
         self.cache.put_back(index, rooms)
         return output
 

@@ -14,35 +14,40 @@ from expertshare.types import Coreset, RoutingPolicy
 
 
 class CoresetMemory:
-    """The latest denoising step's coresets of every row, for the MoE layers whose policy reuses them."""
+    """The coresets of every row's last denoising step, where some layer's policy reuses them.
+
+    A row selects in steps 0, reuse, 2 * reuse, ... of each block, and in prefill and commit forwards; rows do not
+    depend on each other.
+    """
 
     def __init__(self, policy: RoutingPolicy, num_layers: int) -> None:
-        self._reuse = tuple(policy_at(policy, layer, num_layers).reuse or 1 for layer in range(num_layers))
-        self._rows: dict[int, list[Tensor]] = {}  # by row: per MoE layer, bool [groups of the row, E]
+        self._reuse_N = tuple(policy_at(policy, layer, num_layers).reuse or 1 for layer in range(num_layers))
+        self._rows: dict[int, tuple[Tensor, ...]] = {}  # per MoE layer, bool [groups of the row, E]
 
     def recall(self, kind: ForwardKind, rows: Sequence[Row], groups_per_row: int) -> tuple[Coreset | None, ...] | None:
-        """What the rows' groups keep in this forward; an empty coreset where a group has to select anew.
-
-        A row's coreset is selected in steps 0, reuse, 2 * reuse, ... of each block, and in prefill and commit forwards.
-        """
-        if kind != "denoise" or max(self._reuse) == 1:
+        """What the rows' groups keep in a forward, per MoE layer: empty for a group that has to select."""
+        if not self._concerns(kind):
             return None
-        return tuple(
-            None if steps == 1 else self._layer(layer, steps, rows, groups_per_row)
-            for layer, steps in enumerate(self._reuse)
-        )
+        return tuple(self._recall_layer(layer, rows, groups_per_row) for layer in range(len(self._reuse_N)))
 
-    def _layer(self, layer: int, steps: int, rows: Sequence[Row], groups_per_row: int) -> Coreset | None:
-        keeps = [row.steps % steps != 0 for row in rows]
-        if not any(keeps):
+    def _recall_layer(self, layer: int, rows: Sequence[Row], groups_per_row: int) -> Coreset | None:
+        kept = {
+            row.index: self._rows[row.index][layer][:groups_per_row]
+            for row in rows
+            if row.steps % self._reuse_N[layer] != 0
+        }
+        if not kept:
             return None
-        kept = {row.index: self._rows[row.index][layer][:groups_per_row] for row, k in zip(rows, keeps, strict=True) if k}
-        empty = torch.zeros_like(next(iter(kept.values())))
-        return Coreset(torch.cat([kept.get(row.index, empty) for row in rows]))
+        empty_GE = torch.zeros_like(next(iter(kept.values())))
+        return Coreset(torch.cat([kept.get(row.index, empty_GE) for row in rows]))
 
     def remember(self, kind: ForwardKind, rows: Sequence[Row], coresets: Sequence[Coreset]) -> None:
-        """Take in a forward's coresets."""
-        if kind != "denoise" or max(self._reuse) == 1:
+        """Take in what a forward used, per MoE layer."""
+        if not self._concerns(kind):
             return
-        for row, *layers in zip(rows, *(c.member_GE.view(len(rows), -1, c.member_GE.shape[1]) for c in coresets), strict=True):
-            self._rows[row.index] = layers
+        by_layer = [coreset.member_GE.chunk(len(rows)) for coreset in coresets]
+        for row, members in zip(rows, zip(*by_layer, strict=True), strict=True):
+            self._rows[row.index] = members
+
+    def _concerns(self, kind: ForwardKind) -> bool:
+        return kind == "denoise" and max(self._reuse_N) > 1

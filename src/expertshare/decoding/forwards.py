@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from expertshare.decoding.coreset_memory import CoresetMemory
@@ -14,7 +13,6 @@ from expertshare.decoding.row import Row
 from expertshare.measure.cost import CostLedger, ForwardKind
 from expertshare.models.runtime import ForwardInput, ForwardOutput, Past, Runtime
 from expertshare.models.transformer import MoETransformer
-from expertshare.types import StepContext
 
 
 class Forwards(Protocol):
@@ -35,7 +33,7 @@ class Forwards(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AccountedModel:
-    """The model, how to run it, and the ledger that every forward is written to."""
+    """The model, how to run it, the ledger that every forward is written to, and the coresets that last several."""
 
     model: MoETransformer
     runtime: Runtime
@@ -47,15 +45,12 @@ class AccountedModel:
         kind: ForwardKind,
         rows: Sequence[Row],
         inputs: ForwardInput,
-        masked_BS: Tensor,
         past: Sequence[Past] | None = None,
     ) -> ForwardOutput:
         """One forward in which `rows` take part."""
         groups_per_row = inputs.tokens_BS.shape[1] // inputs.block_length
-        first_B = torch.tensor([kind == "denoise" and row.steps == 0 for row in rows], device=masked_BS.device)
-        step = StepContext(masked_BS.reshape(-1, inputs.block_length), first_B.repeat_interleave(groups_per_row))
-        inputs = replace(inputs, step=step, previous=self.memory.recall(kind, rows, groups_per_row))
-        output: ForwardOutput = self.model(inputs, self.runtime, past)
+        previous = self.memory.recall(kind, rows, groups_per_row)
+        output: ForwardOutput = self.model(replace(inputs, previous=previous), self.runtime, past)
         self.memory.remember(kind, rows, output.routing.coresets)
         live_G = inputs.live_BS.reshape(-1, inputs.block_length).any(dim=1)
         self.ledger.record(

@@ -16,7 +16,7 @@ from expertshare.kernels import moe_ffn
 from expertshare.models.layers import SwiGLU
 from expertshare.models.runtime import Runtime
 from expertshare.routing import count_load, gate_scores, gate_takes, route, router_scores
-from expertshare.types import Coreset, ExpertBank, Loan, RouterScores, RoutingPlan, StepContext
+from expertshare.types import Coreset, ExpertBank, Loan, RouterScores, RoutingPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +83,17 @@ class MoE(nn.Module):
         x_GLD: Tensor,
         live_GL: Tensor,
         runtime: Runtime,
-        step: StepContext | None = None,
+        masked_GL: Tensor | None = None,
         previous: Coreset | None = None,
     ) -> tuple[Tensor, LayerRouting]:
-        """Returns the layer's output (same shape and dtype as the input) and what it asked of the experts."""
+        """Returns the layer's output (same shape and dtype as the input) and what it asked of the experts.
+
+        masked_GL, previous: as in ForwardInput, of this layer's groups.
+        """
         with runtime.timed("router"):
             scores = self.router.scores(x_GLD, live_GL, self.spec, compiled=runtime.backend == "cpu")
             policy = runtime.policy_for(self.moe_layer, self.num_layers)
-            coreset, plan = route(replace(scores, step=step), policy, self.spec, previous=previous)
+            coreset, plan = route(replace(scores, masked_GL=masked_GL), policy, self.spec, previous=previous)
             routing = LayerRouting(*count_load(plan, len(live_GL)), coreset)
         x_TD = x_GLD.flatten(0, 1)
         with runtime.timed("experts"):

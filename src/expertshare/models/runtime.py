@@ -13,7 +13,7 @@ from torch import Tensor
 from expertshare.kernels import Place
 from expertshare.measure.clock import PartClock
 from expertshare.routing import policy_at
-from expertshare.types import Coreset, ExpertStore, RoutingPolicy, StepContext
+from expertshare.types import Coreset, ExpertStore, RoutingPolicy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +48,8 @@ class ForwardInput:
 
     tokens_BS int64; positions_BS int64, absolute; live_BS bool, False for padding. mask_BSP bool [B, S, keys], True
     where a query may attend to a key, keys in the order of `Past.extended_by`; None where every query may attend to
-    every key. S is a multiple of block_length. step: what is known of the sharing groups' steps. previous: per MoE layer,
-    coresets to keep (see `route`), None where all are selected anew.
+    every key. S is a multiple of block_length. masked_BS: bool, positions that are still to be decided; None
+    where there are none. previous: per MoE layer, the coresets to keep (see `route`); None where all are selected.
     """
 
     tokens_BS: Tensor
@@ -57,7 +57,7 @@ class ForwardInput:
     live_BS: Tensor
     mask_BSP: Tensor | None
     block_length: int
-    step: StepContext | None = None
+    masked_BS: Tensor | None = None
     previous: tuple[Coreset | None, ...] | None = None
 
 

@@ -46,8 +46,9 @@ class Layer(nn.Module):
         assert self.moe is not None
         length = inputs.block_length
         h_GLD = h_BSD.reshape(-1, length, h_BSD.shape[-1])
+        masked_GL = None if inputs.masked_BS is None else inputs.masked_BS.reshape(-1, length)
         previous = inputs.previous[self.moe.moe_layer] if inputs.previous else None
-        y_GLD, routing = self.moe(h_GLD, inputs.live_BS.reshape(-1, length), runtime, inputs.step, previous)
+        y_GLD, routing = self.moe(h_GLD, inputs.live_BS.reshape(-1, length), runtime, masked_GL, previous)
         return x_BSD + y_GLD.view(x_BSD.shape), new, routing
 
 

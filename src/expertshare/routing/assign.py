@@ -138,9 +138,13 @@ def count_load(plan: RoutingPlan, num_groups: int) -> tuple[Tensor, Tensor]:
     return load[1:], used[:, 1:].sum(dim=1)
 
 
-def _kept(previous: Coreset | None) -> Coreset | None:
-    """The coresets of the step before, where every group keeps its own."""
-    return previous if previous is not None and bool(previous.member_GE.any(dim=1).all()) else None
+def _renew(previous: Coreset, scores: RouterScores, policy: RoutingPolicy, spec: RouterSpec) -> Coreset:
+    """Select for the groups without members."""
+    has_one_G1 = previous.member_GE.any(dim=1, keepdim=True)
+    if bool(has_one_G1.all()):
+        return previous
+    chosen = policy.select(scores, spec, previous)
+    return Coreset(torch.where(has_one_G1, previous.member_GE, chosen.member_GE))
 
 
 def route(
@@ -155,8 +159,5 @@ def route(
 
     previous: a group whose row has members keeps them; one whose row is empty selects anew.
     """
-    coreset = _kept(previous) or policy.select(scores, spec, previous)
-    if previous is not None:
-        has_one_G1 = previous.member_GE.any(dim=1, keepdim=True)
-        coreset = Coreset(torch.where(has_one_G1, previous.member_GE, coreset.member_GE))
+    coreset = policy.select(scores, spec) if previous is None else _renew(previous, scores, policy, spec)
     return coreset, assign(scores, coreset, spec, policy=policy, expert_scale_E=expert_scale_E)

@@ -12,12 +12,10 @@ from torch import Tensor
 from expertshare.config import GroupLimit, RouterSpec
 from expertshare.errors import PolicyError
 from expertshare.routing.assign import everything
-from expertshare.routing.ranking import top_k_mask
-from expertshare.types import Coreset, RouterScores, StepContext
+from expertshare.types import Coreset, RouterScores
 
 Budget = int | float
 Voters = Literal["all", "masked"]
-WideAt = Literal["final", "ends", "early", "late"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,23 +51,27 @@ class CoresetPolicy:
     """A policy with a coreset: a token still runs K experts, all of them inside what its block agreed on.
 
     group_limit: "inside" applies the model's group-limited routing within the coreset (dMoE), "ignore" drops it there
-    (LLaDA2.2). Without expert groups both are the same.
+    (LLaDA2.2). Without expert groups both are the same. voters: whose scores choose the coreset. reuse: in how
+    many steps of a block decoding uses a coreset before it selects another; None is 1.
     """
 
     name: ClassVar[str]
     group_limit: GroupLimit = field(default="inside", metadata={"help": "group rule in the coreset: inside, ignore"})
     voters: Voters = field(default="all", metadata={"help": "tokens that vote: all, masked"})
-    reuse: int | None = field(default=None, metadata={"help": "steps of a block that one coreset serves (default: one)"})
+    reuse: int | None = field(default=None, metadata={"help": "steps of a block that a coreset serves (default: 1)"})
 
     def __post_init__(self) -> None:
         if self.reuse is not None and self.reuse < 1:
-            raise PolicyError(f"{self.name}: reuse must be at least 1 step, got {self.reuse}")
+            raise PolicyError(f"{self.name}: reuse must be a number of steps, at least 1, got {self.reuse}")
 
     def voting(self, scores: RouterScores) -> RouterScores:
-        """The scores with every token that does not vote taken for padding. Where no live token is masked all vote."""
-        if self.voters == "all" or scores.step is None:
+        """The scores with every token that does not vote taken for padding.
+
+        voters "masked": those still to be decided; a group without one (prefill, commit) lets all its tokens vote.
+        """
+        if self.voters == "all" or scores.masked_GL is None:
             return scores
-        masked_GL = scores.live_GL & scores.step.masked_GL
+        masked_GL = scores.live_GL & scores.masked_GL
         return replace(scores, live_GL=torch.where(masked_GL.any(dim=1, keepdim=True), masked_GL, scores.live_GL))
 
     def keep(self, affinity_TK: Tensor) -> Tensor | None:
@@ -111,43 +113,3 @@ def check_count(value: int, *, least: int, most: int, knob: str, policy: str) ->
     """Raise PolicyError unless `value` lies in least..most."""
     if not least <= value <= most:
         raise PolicyError(f"{policy}: {knob} must lie in {least}..{most} for this model, got {value}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BudgetPolicy(CoresetPolicy):
-    """A policy whose coresets have a fixed size, or two: `wide_budget` in some forwards."""
-
-    budget: Budget | None = field(default=None, metadata={"help": "experts in the coreset: a count or a fraction"})
-    wide_budget: Budget | None = field(default=None, metadata={"help": "experts in wide forwards (default: as others)"})
-    wide_at: WideAt = field(default="final", metadata={"help": "wide forwards: final, ends, early, late"})
-
-    def bind(self, spec: RouterSpec) -> Self:
-        """Make the budgets counts."""
-        wide = self.wide_budget
-        return replace(
-            self,
-            budget=resolve_budget(self.budget, spec, self.group_limit, self.name),
-            wide_budget=None if wide is None else resolve_budget(wide, spec, self.group_limit, self.name),
-        )
-
-    def most(self, spec: RouterSpec) -> int:
-        """The larger of the budgets."""
-        budgets = (self.budget, self.wide_budget or self.budget)
-        return max(resolve_budget(budget, spec, self.group_limit, self.name) for budget in budgets)
-
-    def elect(self, votes_GE: Tensor, scores: RouterScores, spec: RouterSpec, front_GE: Tensor | None = None) -> Coreset:
-        """The best of a ranking, as many as the forward's budget."""
-        narrow = top_k_mask(votes_GE, resolve_budget(self.budget, spec, self.group_limit, self.name), front_GE)
-        if self.wide_budget is None or scores.step is None:
-            return Coreset(narrow)
-        wide = top_k_mask(votes_GE, resolve_budget(self.wide_budget, spec, self.group_limit, self.name), front_GE)
-        return Coreset(torch.where(self._is_wide(scores.live_GL, scores.step).unsqueeze(1), wide, narrow))
-
-    def _is_wide(self, live_GL: Tensor, step: StepContext) -> Tensor:
-        masked_G = (live_GL & step.masked_GL).sum(dim=1)
-        if self.wide_at == "final":
-            return masked_G == 0
-        if self.wide_at == "ends":
-            return (masked_G == 0) | step.first_G
-        many = 2 * masked_G > live_GL.sum(dim=1)
-        return many if self.wide_at == "early" else ~many

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from expertshare.config import GroupLimit, RouterSpec
 from expertshare.routing.ballots import highest
-from expertshare.routing.base import BudgetPolicy
+from expertshare.routing.base import Budget, CoresetPolicy, resolve_budget
+from expertshare.routing.ranking import top_k_mask
 from expertshare.types import Coreset, RouterScores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BlockMax(BudgetPolicy):
+class BlockMax(CoresetPolicy):
     """The `budget` experts with the highest score over all tokens of the block; padding scores -inf."""
 
     name: ClassVar[str] = "block-max"
     group_limit: GroupLimit = field(default="ignore", metadata={"help": "group rule in the coreset: inside, ignore"})
+    budget: Budget | None = field(default=None, metadata={"help": "experts in the coreset: a count or a fraction"})
+
+    def bind(self, spec: RouterSpec) -> BlockMax:
+        """Make the budget a count."""
+        return replace(self, budget=resolve_budget(self.budget, spec, self.group_limit, self.name))
 
     def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
         """The experts with the highest maximum."""
-        return self.elect(highest(self.voting(scores)), scores, spec)
+        size = resolve_budget(self.budget, spec, self.group_limit, self.name)
+        return Coreset(top_k_mask(highest(self.voting(scores)), size))
