@@ -66,6 +66,11 @@ class RoutingPolicy(Protocol):
         ...
 
     @property
+    def needs_steps(self) -> bool:
+        """Whether it has to be told of steps: which tokens are masked, or what the block's step before chose."""
+        ...
+
+    @property
     def group_limit(self) -> GroupLimit:
         """Whether the model's group limit is applied inside the coreset ("inside") or dropped there ("ignore")."""
         ...

@@ -10,7 +10,7 @@ import torch
 
 from expertshare.errors import PolicyError
 from expertshare.evaluation import policy_label
-from expertshare.routing import POLICIES, make_policy, parse_policy, route
+from expertshare.routing import POLICIES, Layerwise, make_policy, parse_policy, route
 from expertshare.types import Coreset, RouterScores
 
 from .cases import members, one_group, plain_spec
@@ -86,6 +86,15 @@ def test_a_group_keeps_its_coreset_and_an_empty_one_is_selected(name: str) -> No
 def test_reuse_is_a_number_of_steps(steps: int) -> None:
     with pytest.raises(PolicyError, match="reuse must be a number of steps, at least 1"):
         make_policy("des-vote", {"reuse": steps})
+
+
+@pytest.mark.parametrize(
+    ("text", "needs"),
+    [("skip", False), ("des-vote:reuse=1", False), ("des-vote:reuse=2", True), ("des-seq:voters=masked", True)],
+)
+def test_a_policy_says_whether_it_needs_to_know_of_steps(text: str, needs: bool) -> None:
+    policy = parse_policy(text)
+    assert policy.needs_steps == Layerwise(layers=(make_policy("vanilla"), policy)).needs_steps == needs
 
 
 def test_labels_name_what_was_set() -> None:

@@ -23,8 +23,11 @@ def train(
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = TrainingConfig().steps,
     samples_per_step: Annotated[int, typer.Option(help="Problems per step.")] = TrainingConfig().samples_per_step,
     seed: Annotated[int, typer.Option(help="Seed of weights, data and masks.")] = 0,
+    family: Annotated[
+        str, typer.Option(help="Layout: llada2_moe (blocks, grouped router) or llada_moe (full attention).")
+    ] = "llada2_moe",
     hidden: Annotated[int, typer.Option(help="Model features; a multiple of 64.")] = 128,
-    layers: Annotated[int, typer.Option(help="Layers, the first of them dense.")] = 4,
+    layers: Annotated[int, typer.Option(help="Layers; in llada2_moe the first is dense.")] = 4,
     expert_hidden: Annotated[int, typer.Option(help="Hidden features of one expert.")] = 32,
     matrix_lr: Annotated[float, typer.Option(help="Peak learning rate of matrices (Muon).")] = 0.02,
     scalar_lr: Annotated[float, typer.Option(help="Peak learning rate of the rest (AdamW).")] = 0.003,
@@ -33,7 +36,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in this folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line on stdout.")] = False,
 ) -> None:
-    """Train a small LLaDA2-layout model (64 experts, 8 per token) on the generated tasks, from recorded seeds."""
+    """Train a small model (64 experts, 8 per token) on the generated tasks, from recorded seeds."""
     set_threads(threads)
     config = TrainingConfig(
         steps=steps,
@@ -44,7 +47,9 @@ def train(
         dtype=dtype,
     )
     paths = RunPaths(folder=folder)
-    trainer = prepare(paths, config, hidden=hidden, layers=layers, expert_hidden=expert_hidden, resume=resume)
+    trainer = prepare(
+        paths, config, family=family, hidden=hidden, layers=layers, expert_hidden=expert_hidden, resume=resume
+    )
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),

@@ -29,6 +29,11 @@ class TokenPolicy:
         """There is no coreset to keep."""
 
     @property
+    def needs_steps(self) -> bool:
+        """A token decides by itself."""
+        return False
+
+    @property
     def group_limit(self) -> GroupLimit:
         """The model's own rule."""
         return "inside"
@@ -63,6 +68,11 @@ class CoresetPolicy:
     def __post_init__(self) -> None:
         if self.reuse is not None and self.reuse < 1:
             raise PolicyError(f"{self.name}: reuse must be a number of steps, at least 1, got {self.reuse}")
+
+    @property
+    def needs_steps(self) -> bool:
+        """For `voters` or `reuse`."""
+        return self.voters == "masked" or (self.reuse or 1) > 1
 
     def voting(self, scores: RouterScores) -> RouterScores:
         """The scores with every token that does not vote taken for padding.
