@@ -79,7 +79,7 @@ def main() -> None:
         environment=environment,
         seeds={"prompts": given.seed, "masks": given.seed},
         config={"model": given.model, "dtype": "float32", "count": given.count, "blocks": given.blocks},
-        results=results(np.array(found, dtype=float).mean(axis=0), len(order), spec, checks),
+        results=results(np.array(found, dtype=float).mean(axis=0), len(found) // config.num_moe_layers, spec, checks),
     ).write(given.json)
 
 
