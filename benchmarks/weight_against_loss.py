@@ -31,7 +31,7 @@ from expertshare.measure.environment import capture_environment
 from expertshare.measure.report import Report
 from expertshare.models import LoadedModel
 
-RESAMPLES, SHOWN = 2000, 1500
+RESAMPLES, SHOWN = 2000, 400
 STATISTICS = ("sum", "max", "tokens")
 
 
