@@ -64,10 +64,14 @@ def reference_architecture(
     hidden: int = 128,
     layers: int = 4,
     expert_hidden: int = 32,
+    num_experts: int = 64,
 ) -> ModelConfig:
-    """The LLaDA2 layout at the size of the reference model: 64 experts, 8 per token, 8 groups of which 4 are kept."""
+    """The LLaDA2 layout at the size of the reference model: 64 experts, 8 per token, 8 groups of which 4 are kept.
+
+    Raises ConfigError for a number of experts that such a router cannot work with.
+    """
     router = RouterSpec(
-        num_experts=64,
+        num_experts=num_experts,
         top_k=8,
         activation="sigmoid",
         renormalise=True,

@@ -52,7 +52,14 @@ class RunPaths:
 
 
 def prepare(
-    paths: RunPaths, config: TrainingConfig, *, hidden: int, layers: int, expert_hidden: int, resume: bool
+    paths: RunPaths,
+    config: TrainingConfig,
+    *,
+    hidden: int,
+    layers: int,
+    expert_hidden: int,
+    num_experts: int = 64,
+    resume: bool,
 ) -> Trainer:
     """Build tokenizer, model and trainer; record the configuration. A resumed run must ask for the same one.
 
@@ -69,6 +76,7 @@ def prepare(
         hidden=hidden,
         layers=layers,
         expert_hidden=expert_hidden,
+        num_experts=num_experts,
     )
     _record(paths, config, architecture, resume=resume)
     model = MoETransformer(architecture)
