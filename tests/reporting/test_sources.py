@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 
 from expertshare.errors import InputError
 from expertshare.reporting import KINDS, read_source, read_sources
+from expertshare.reporting.page import render
+from expertshare.reporting.sections import sections
 from reporting.conftest import NAMES, content, stored
 
 
@@ -81,6 +84,11 @@ DAMAGED = [
     ("forward-mini", _set("generate", "command"), "a report of 'generate'"),
     ("forward-mini", _drop("environment", "cpu"), "environment to have 'cpu'"),
     ("experts-mini-width", _drop("results", "fits"), "results to have 'fits'"),
+    ("steps-distribution", _drop("results", "runs", 1, "histogram_by_layer", 2, 0), "histograms of one length"),
+    ("expert-growth", _set([], "results", "points"), "at least one point"),
+    ("experts-mini-width", _set([1.0], "results", "cases", 0, "ms_quartiles"), "to be a list of 2 numbers"),
+    ("weight-against-loss", _drop("results", "dropped", "weights", "max"), "weights to have 'max'"),
+    ("forward-mini", _set("x", "results", "forwards", 0, "ms_by_part"), "ms_by_part to be an object"),
     ("steps-distribution", _set([["a"]], "results", "runs", 0, "histogram_by_layer"), "histogram_by_layer[0][0]"),
 ]
 
@@ -114,3 +122,33 @@ def test_none_and_the_same_twice() -> None:
         read_sources([])
     with pytest.raises(InputError, match="again: leave one out"):
         read_sources([stored("tuning"), stored("tuning").parent / "." / "tuning.json"])
+
+
+PUT_IN = ("$x^$ <b>", {}, [], True, None, -1, 0, 1e300, [1], {"a": "b"})
+
+
+def _places(value: Any, place: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value[:6]) if isinstance(value, list) else ()
+    found = [(*place, key) for key, _ in inner]
+    return found + [deeper for key, entry in inner for deeper in _places(entry, (*place, key))]
+
+
+def test_any_single_change_is_read_or_refused_never_stumbled_over(tmp_path: Path) -> None:
+    draw, path = random.Random(0), tmp_path / "result.json"
+    read = refused = 0
+    places = {name: _places(content(name)) for name in NAMES}
+    for _ in range(200):
+        name = draw.choice(NAMES)
+        value, place = content(name), draw.choice(places[name])
+        change = _drop(*place) if draw.random() < 0.2 else _set(draw.choice(PUT_IN), *place)
+        change(value)
+        path.write_text(json.dumps(value))
+        try:
+            source = read_source(path)
+        except InputError as error:
+            refused += str(path) in str(error)
+        else:
+            read += 1
+            assert render([source], sections([source]), {}, title="", claims=[])
+    assert read + refused == 200
+    assert min(read, refused) > 50

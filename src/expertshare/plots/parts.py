@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from expertshare.plots.style import COLOURS, INK, check_plot_path, frame, new_figure, save
+from expertshare.plots.style import COLOURS, INK, check_plot_path, frame, literal, new_figure, save
 
 
 def plot_parts(runs: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -17,7 +17,7 @@ def plot_parts(runs: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     check_plot_path(path)
     figure = new_figure(9, 1.4 + 0.3 * len(runs))
     axes = figure.add_subplot()
-    labels = [run["label"] for run in runs]
+    labels = [literal(run["label"]) for run in runs]
     left = [0.0] * len(runs)
     for part, colour in zip(runs[0]["seconds_by_part"], COLOURS, strict=False):
         widths = [run["seconds_by_part"].get(part, 0.0) for run in runs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,11 +54,11 @@ def is_drawable(comparison: Values) -> bool:
 
 def p_sweep_of(comparison: Values) -> list[Values]:
     """The runs of block top-p that differ in p alone, ascending; the largest such set, empty below three."""
-    sets: dict[tuple[tuple[str, Any], ...], list[Values]] = {}
+    sets: dict[str, list[Values]] = {}
     for run in comparison["runs"]:
         if run["policy"] == "block-top-p" and "top_p_experts" in run["knobs"]:
-            others = tuple(sorted((k, v) for k, v in run["knobs"].items() if k != "top_p_experts"))
-            sets.setdefault(others, []).append(run)
+            others = {knob: value for knob, value in run["knobs"].items() if knob != "top_p_experts"}
+            sets.setdefault(json.dumps(others, sort_keys=True), []).append(run)
     largest = max(sets.values(), key=len, default=[])
     return sorted(largest, key=lambda run: float(run["knobs"]["top_p_experts"])) if len(largest) > 2 else []
 

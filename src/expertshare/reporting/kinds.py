@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from expertshare.reporting.shape import FLAG, NUMBER, TEXT, Each
+from expertshare.reporting.shape import FLAG, NUMBER, TEXT, Each, Row
 
 COUNTS = {"denoise": NUMBER}
 ENVIRONMENT = {"versions": Each(TEXT), "commit": (None, TEXT), "cpu": TEXT, "cpu_count": NUMBER, "threads": NUMBER}
@@ -14,14 +14,14 @@ ENVIRONMENT = {"versions": Each(TEXT), "commit": (None, TEXT), "cpu": TEXT, "cpu
 _RUN = {
     "policy": TEXT,
     "label": TEXT,
-    "knobs": {},
+    "knobs": {"top_p_experts?": NUMBER},
     "unique_experts": COUNTS,
     "unique_experts_reduction": NUMBER,
     "seconds_by_part": Each(NUMBER),
     "agreement": NUMBER,
     "accuracy": (None, NUMBER),
-    "accuracy_interval": (None, [NUMBER]),
-    "tasks": Each({"accuracy": NUMBER, "interval": [NUMBER], "count": NUMBER}),
+    "accuracy_interval": (None, Row(2)),
+    "tasks": Each({"accuracy": NUMBER, "interval": Row(2), "count": NUMBER}),
     "retained": (None, NUMBER),
     "retained_capped": (None, NUMBER),
     "difference": (None, {"value": NUMBER, "low": NUMBER, "high": NUMBER, "p_value": NUMBER}),
@@ -45,7 +45,7 @@ EVALUATION = {
             "judged": NUMBER,
             "correct": NUMBER,
             "accuracy": (None, NUMBER),
-            "interval": (None, [NUMBER]),
+            "interval": (None, Row(2)),
             "retained": (None, NUMBER),
         }
     ],
@@ -54,7 +54,7 @@ EVALUATION = {
             "policy": TEXT,
             "retained": (None, NUMBER),
             "retained_capped": (None, NUMBER),
-            "retained_capped_interval": (None, [NUMBER]),
+            "retained_capped_interval": (None, Row(2)),
             "unique_experts": COUNTS,
             "unique_experts_reduction": (None, NUMBER),
         }
@@ -62,7 +62,7 @@ EVALUATION = {
 }
 EVALUATION_CONFIG = {
     "model": TEXT,
-    "policies": [{"label": TEXT, "policy": TEXT, "knobs": {}}],
+    "policies": [{"label": TEXT, "policy": TEXT, "knobs": {"top_p_experts?": NUMBER}}],
     "identity": {"items": Each(NUMBER)},
     "config": {"limit": (None, NUMBER), "decoding": {"gen_length": NUMBER, "block_length": NUMBER}},
 }
@@ -97,7 +97,7 @@ BENCH_EXPERTS = {
             "unique": NUMBER,
             "backend": TEXT,
             "ms": NUMBER,
-            "ms_quartiles": [NUMBER],
+            "ms_quartiles": Row(2),
             "bound_ms": NUMBER,
             "bytes": NUMBER,
             "macs": NUMBER,
@@ -106,7 +106,15 @@ BENCH_EXPERTS = {
     ],
     "fits": [{"case": TEXT, "backend": TEXT, "us_per_expert": NUMBER, "r_squared": NUMBER}],
 }
-BENCH_FORWARD = {**_BANDWIDTH, "forwards": [{"case": TEXT, "backend": TEXT, "policy": TEXT, "ms": NUMBER}]}
+_FORWARD = {
+    "case": TEXT,
+    "backend": TEXT,
+    "policy": TEXT,
+    "ms": NUMBER,
+    "ms_by_part?": Each(NUMBER),
+    "unique_experts?": NUMBER,
+}
+BENCH_FORWARD = {**_BANDWIDTH, "forwards": [_FORWARD]}
 BENCH_GENERATE = {
     **_BANDWIDTH,
     "generations": [
@@ -116,7 +124,8 @@ BENCH_GENERATE = {
             "policy": TEXT,
             "batch_size": NUMBER,
             "tokens_per_s": NUMBER,
-            "tokens_per_s_range": [NUMBER],
+            "tokens_per_s_range": Row(2),
+            "unique_experts?": NUMBER,
         }
     ],
 }
@@ -134,11 +143,17 @@ STEPS = {
         }
     ]
 }
+_CORRELATION = {
+    "pearson_r": NUMBER,
+    "pearson_r_interval": Row(2),
+    "spearman_r": NUMBER,
+    "pearson_r_by_expert": NUMBER,
+}
 _KNOCKED_OUT = {
     "points": NUMBER,
     "blocks": NUMBER,
-    "weights": {"sum": {"pearson_r": NUMBER, "pearson_r_interval": [NUMBER], "spearman_r": NUMBER}},
-    "sample": [[NUMBER]],
+    "weights": {name: _CORRELATION for name in ("sum", "max", "tokens")},
+    "sample": [Row(3)],
     "tenths": [{"weight": NUMBER, "increase": NUMBER}],
 }
 WEIGHTS = {"replaced": _KNOCKED_OUT, "dropped": _KNOCKED_OUT}
@@ -160,18 +175,48 @@ GROWTH = {
 }
 
 
+def _no_fault(*_: Mapping[str, Any]) -> None:
+    return None
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
-    """A kind of result. how: the command that writes one; config, results: their shapes."""
+    """A kind of result. how: the command that writes one; config, results: their shapes.
+
+    fault: what does not fit together in them, None if all does.
+    """
 
     how: str
     results: Mapping[str, Any]
     config: Mapping[str, Any]
+    fault: Callable[[Mapping[str, Any], Mapping[str, Any]], str | None] = _no_fault
+
+
+def _evaluation_fault(config: Mapping[str, Any], results: Mapping[str, Any]) -> str | None:
+    names, known = results["policies"], [policy["label"] for policy in config["policies"]]
+    summed = [summary["policy"] for summary in results["summary"]]
+    if "vanilla" not in names or not names == known == summed:
+        return f"the same policies everywhere, vanilla among them, got {names}, {known} and {summed}"
+    return None
+
+
+def _steps_fault(_: Mapping[str, Any], results: Mapping[str, Any]) -> str | None:
+    lengths = {len(layer) for run in results["runs"] for layer in run["histogram_by_layer"]}
+    return None if len(lengths) == 1 else f"histograms of one length, got {sorted(lengths)}"
+
+
+def _growth_fault(_: Mapping[str, Any], results: Mapping[str, Any]) -> str | None:
+    return None if results["points"] else "at least one point, got none"
 
 
 _SCRIPT = {"model": TEXT}
 KINDS: dict[str, Kind] = {
-    "eval": Kind(how="expertshare eval ... --out RUN_DIR", results=EVALUATION, config=EVALUATION_CONFIG),
+    "eval": Kind(
+        how="expertshare eval ... --out RUN_DIR",
+        results=EVALUATION,
+        config=EVALUATION_CONFIG,
+        fault=_evaluation_fault,
+    ),
     "compare": Kind(
         how="expertshare compare ... --report FILE, or --json > FILE", results=COMPARISON, config=COMPARISON_CONFIG
     ),
@@ -190,12 +235,20 @@ KINDS: dict[str, Kind] = {
         config={"name": TEXT, "num_layers": NUMBER, "num_prompts": NUMBER, "weights": TEXT, "policies": [TEXT]},
     ),
     "steps-distribution": Kind(
-        how="python benchmarks/steps_distribution.py ... --json FILE", results=STEPS, config=_SCRIPT
+        how="python benchmarks/steps_distribution.py ... --json FILE",
+        results=STEPS,
+        config=_SCRIPT,
+        fault=_steps_fault,
     ),
     "weight-against-loss": Kind(
         how="python benchmarks/weight_against_loss.py ... --json FILE", results=WEIGHTS, config=_SCRIPT
     ),
-    "expert-growth": Kind(how="python benchmarks/expert_growth.py ... --json FILE", results=GROWTH, config=_SCRIPT),
+    "expert-growth": Kind(
+        how="python benchmarks/expert_growth.py ... --json FILE",
+        results=GROWTH,
+        config=_SCRIPT,
+        fault=_growth_fault,
+    ),
 }
 
 

@@ -66,10 +66,11 @@ def weights(sources: Sequence[Source]) -> list[Figure]:
     def make(source: Source) -> dict[str, Any]:
         rows = []
         for way in ("replaced", "dropped"):
-            for key, found in source.results[way]["weights"].items():
+            for key, name in names.items():
+                found = source.results[way]["weights"][key]
                 low, high = found["pearson_r_interval"]
-                shown = [f"{found[name]:.2f}" for name in ("pearson_r", "spearman_r", "pearson_r_by_expert")]
-                rows.append((f"{way}, {names.get(key, key)}", shown[0], f"{low:.2f} to {high:.2f}", *shown[1:]))
+                shown = [f"{found[figure]:.2f}" for figure in ("pearson_r", "spearman_r", "pearson_r_by_expert")]
+                rows.append((f"{way}, {name}", shown[0], f"{low:.2f} to {high:.2f}", *shown[1:]))
         found = source.results["replaced"]
         head = ("way, weight", "Pearson's r", "95 % interval", "Spearman's r", "r of sums by expert")
         return {

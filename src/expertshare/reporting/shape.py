@@ -14,6 +14,13 @@ _SHOWN = 60
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """A list of so many numbers."""
+
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class Each:
     """An object of any keys, whose values all have one shape."""
 
@@ -23,19 +30,19 @@ class Each:
 def check_shape(value: Any, shape: Any, where: str, file: str) -> None:
     """Raise InputError, naming file and place, unless `value` has the shape.
 
-    A shape is NUMBER, TEXT, FLAG or None; a mapping of keys that must be there (others may be too) to shapes; a list of
-    one shape, for any number of such entries; `Each`; or a tuple of alternatives.
+    A shape is NUMBER, TEXT, FLAG or None; a mapping of keys that must be there to shapes (others may be there too, and
+    one that ends in "?" may be missing); a list of one shape, for any number of such entries; `Each`; `Row`; or a tuple
+    of None and what it is otherwise.
     """
     if isinstance(shape, Each):
         _expect(isinstance(value, Mapping), "an object", value, where, file)
         for key, entry in value.items():
             check_shape(entry, shape.shape, f"{where}.{key}", file)
+    elif isinstance(shape, Row):
+        fits = isinstance(value, list) and len(value) == shape.length and all(_is(entry, NUMBER) for entry in value)
+        _expect(fits, f"a list of {shape.length} numbers", value, where, file)
     elif isinstance(shape, Mapping):
-        _expect(isinstance(value, Mapping), "an object", value, where, file)
-        for key, inner in shape.items():
-            if key not in value:
-                raise InputError(f"{file}: expected {where} to have {key!r}, it has none: cut off, edited, or too old")
-            check_shape(value[key], inner, f"{where}.{key}", file)
+        _check_keys(value, shape, where, file)
     elif isinstance(shape, list):
         _expect(isinstance(value, list), "a list", value, where, file)
         for index, entry in enumerate(value):
@@ -44,6 +51,16 @@ def check_shape(value: Any, shape: Any, where: str, file: str) -> None:
         _check_alternatives(value, shape, where, file)
     else:
         _expect(_is(value, shape), _NAMES[shape], value, where, file)
+
+
+def _check_keys(value: Any, shape: Mapping[str, Any], where: str, file: str) -> None:
+    _expect(isinstance(value, Mapping), "an object", value, where, file)
+    for name, inner in shape.items():
+        key = name.removesuffix("?")
+        if key in value:
+            check_shape(value[key], inner, f"{where}.{key}", file)
+        elif key == name:
+            raise InputError(f"{file}: expected {where} to have {key!r}, it has none: cut off, edited, or too old")
 
 
 def _check_alternatives(value: Any, shapes: tuple[Any, ...], where: str, file: str) -> None:

@@ -13,7 +13,7 @@ from expertshare.evaluation.run_directory import REPORT, RUN
 from expertshare.measure.report import SCHEMA_VERSION
 from expertshare.reporting.commands import command_line
 from expertshare.reporting.kinds import ENVIRONMENT, KINDS, known_kinds
-from expertshare.reporting.shape import check_shape
+from expertshare.reporting.shape import NUMBER, Each, check_shape
 from expertshare.tuning.policy_file import FORMAT
 
 _ENVELOPE = {"schema_version", "command", "environment", "seeds", "config", "results"}
@@ -54,7 +54,11 @@ def read_source(path: str | Path) -> Source:
     kind, parts = _recognise(value, str(path))
     known = KINDS[kind]
     check_shape(parts["config"], known.config, "config", str(path))
+    check_shape(parts["seeds"], Each(NUMBER), "seeds", str(path))
     check_shape(parts["results"], known.results, "results", str(path))
+    fault = known.fault(parts["config"], parts["results"])
+    if fault is not None:
+        raise InputError(f"{path}: expected {fault}: cut off, edited, or too old")
     if parts["environment"] is not None:
         check_shape(parts["environment"], ENVIRONMENT, "environment", str(path))
     return Source(
@@ -122,7 +126,7 @@ def _of_envelope(value: dict[str, Any], name: str) -> tuple[str, dict[str, Any]]
             f"expected schema version {SCHEMA_VERSION}, got {value['schema_version']!r} in {name}: "
             "read it with the version of expertshare that wrote it"
         )
-    if value["command"] not in KINDS:
+    if not isinstance(value["command"], str) or value["command"] not in KINDS:
         raise _unknown(name, f"a report of {value['command']!r}")
     return value["command"], {key: value[key] for key in ("environment", "seeds", "config", "results")}
 
