@@ -55,6 +55,7 @@ def prepare(
     paths: RunPaths,
     config: TrainingConfig,
     *,
+    family: str = "llada2_moe",
     hidden: int,
     layers: int,
     expert_hidden: int,
@@ -63,12 +64,13 @@ def prepare(
 ) -> Trainer:
     """Build tokenizer, model and trainer; record the configuration. A resumed run must ask for the same one.
 
-    Raises TrainingError if the folder holds another run.
+    Raises TrainingError if the folder holds another run, ConfigError for an unknown family.
     """
     tokenizer = build_tokenizer(config.seed)
     encode = ChatEncoder(tokenizer)
     entries = -(-tokenizer.get_vocab_size() // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     architecture = reference_architecture(
+        family=family,
         vocab_size=entries,
         mask_id=encode.mask_id,
         eos_id=encode.eos_id,
