@@ -16,7 +16,8 @@ report` ([report.md](report.md)).
 - *reproduced*: what is claimed was seen here, on the model and machine named; `why` says what that leaves out.
 - *not reproduced*: it was measured and came out otherwise, for the most part because the reference model is small (3 M
   parameters, 64 experts, 8 per token) and was not trained for sharing.
-- *not testable here*: needs checkpoints or data that were not at hand. *not tested*: could be done, and was not.
+- *not testable here*: needs checkpoints or data that were not at hand. *not tested*: could be done here and was not;
+  what was measured instead is given, and decides nothing.
 """
 
 
