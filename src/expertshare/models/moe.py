@@ -15,8 +15,8 @@ from expertshare.experts import ResidentExperts
 from expertshare.kernels import moe_ffn
 from expertshare.models.layers import SwiGLU
 from expertshare.models.runtime import Runtime
-from expertshare.routing import count_load, gate_scores, gate_takes, route, router_scores
-from expertshare.types import ExpertBank, Loan, RouterScores, RoutingPlan
+from expertshare.routing import count_load, gate_scores, gate_takes, route, route_layer, router_scores
+from expertshare.types import ExpertBank, Loan, RouterScores, RoutingPlan, RoutingPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,17 @@ class Router(nn.Module):
             return gate_scores(x_GLD, self.weight, self.bias, live_GL, spec)
         return router_scores(self(x_GLD), live_GL, spec, self.bias)
 
+    def plan(
+        self, x_GLD: Tensor, live_GL: Tensor, policy: RoutingPolicy, spec: RouterSpec, *, compiled: bool
+    ) -> tuple[RoutingPlan, LayerRouting]:
+        """Gate, selection and assignment of a layer, and what they ask of the experts; compiled: as for `scores`."""
+        if compiled:
+            routed = route_layer(x_GLD, self.weight, self.bias, live_GL, policy, spec)
+            if routed is not None:
+                return routed.plan, LayerRouting(routed.load_E, routed.unique_G)
+        _, plan = route(self.scores(x_GLD, live_GL, spec, compiled=compiled), policy, spec)
+        return plan, LayerRouting(*count_load(plan, len(live_GL)))
+
 
 class MoE(nn.Module):
     """Routes each sharing group under the runtime's policy and runs the experts of its plan.
@@ -80,9 +91,8 @@ class MoE(nn.Module):
     def forward(self, x_GLD: Tensor, live_GL: Tensor, runtime: Runtime) -> tuple[Tensor, LayerRouting]:
         """Returns the layer's output (same shape and dtype as the input) and what it asked of the experts."""
         with runtime.timed("router"):
-            scores = self.router.scores(x_GLD, live_GL, self.spec, compiled=runtime.backend == "cpu")
-            _, plan = route(scores, runtime.policy_for(self.moe_layer, self.num_layers), self.spec)
-            routing = LayerRouting(*count_load(plan, len(live_GL)))
+            policy = runtime.policy_for(self.moe_layer, self.num_layers)
+            plan, routing = self.router.plan(x_GLD, live_GL, policy, self.spec, compiled=runtime.backend == "cpu")
         x_TD = x_GLD.flatten(0, 1)
         with runtime.timed("experts"):
             with self._borrow(plan, runtime) as loan:

@@ -13,7 +13,7 @@ from expertshare.errors import ConfigError
 from expertshare.types import RouterScores
 
 
-class _Gate(Structure):
+class Gate(Structure):
     """es_gate of csrc/affinity.h, field by field."""
 
     _fields_ = (
@@ -47,30 +47,41 @@ def gate_scores(
     in however many threads. A logit below -87 counts as -87 (an affinity of 2e-38).
     """
     library = native.library()
-    library.es_affinity.argtypes = [POINTER(_Gate)]
+    library.es_affinity.argtypes = [POINTER(Gate)]
     x_GLD = x_GLD.contiguous()
-    groups, length, depth = x_GLD.shape
-    num_experts = len(weight_ED)
-    affinity_GLE = torch.empty((groups, length, num_experts))
+    affinity_GLE = torch.empty((*x_GLD.shape[:2], len(weight_ED)))
     choice_GLE = affinity_GLE if bias_E is None else torch.empty_like(affinity_GLE)
-    gate = _Gate(
+    gate = describe(x_GLD, weight_ED, bias_E, spec)
+    gate.affinity = affinity_GLE.data_ptr()
+    gate.choice = None if bias_E is None else choice_GLE.data_ptr()
+    check_status(library.es_affinity(byref(gate)))
+    return RouterScores(affinity_GLE, choice_GLE, live_GL)
+
+
+def describe(x_GLD: Tensor, weight_ED: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> Gate:
+    """The gate as the library reads it, but for where its scores go. x_GLD: contiguous."""
+    groups, length, depth = x_GLD.shape
+    return Gate(
         x_GLD.data_ptr(),
         weight_ED.data_ptr(),
         None if bias_E is None else bias_E.data_ptr(),
-        affinity_GLE.data_ptr(),
-        None if bias_E is None else choice_GLE.data_ptr(),
+        None,
+        None,
         groups * length,
         depth,
-        num_experts,
+        len(weight_ED),
         int(x_GLD.dtype == torch.bfloat16),
         int(spec.activation == "softmax"),
         native.isa_number(),
         native.num_threads(),
         native.team(),
     )
-    if library.es_affinity(byref(gate)) != 0:
+
+
+def check_status(status: int) -> None:
+    """Raise ConfigError unless the library could do what was asked."""
+    if status != 0:
         raise ConfigError(
             "the router's gate could not get its memory or its threads: pass fewer tokens at a time, or set fewer "
             "threads with set_num_threads."
         )
-    return RouterScores(affinity_GLE, choice_GLE, live_GL)

@@ -19,6 +19,7 @@
 #include "linear.h"
 #include "norm.h"
 #include "quantised_head.h"
+#include "routing_step.h"
 
 #define EXPERTSHARE_EXPORT __attribute__((visibility("default")))
 
@@ -49,6 +50,7 @@ class Engine {
     }
     es_status run(const es_layer &whole);
     es_status run(const es_gate &whole);
+    es_status run(const es_step &whole);
     es_status run(const es_dense &whole);
     es_status run(const es_head &whole);
     es_status run(const es_quantised_head &whole);
@@ -64,7 +66,7 @@ class Engine {
 
     std::mutex mutex_;
     std::unique_ptr<Pool> pool_;
-    Arena arena_;
+    Arena arena_, step_arena_;
     bool forked_ = false;
 };
 
@@ -154,6 +156,21 @@ es_status Engine::run(const es_gate &whole) {
         Affinity affinity(part, *kernels, arena_);
         compute(affinity, pool, whole.num_threads, whole.team);
     }
+    return ES_OK;
+}
+
+es_status Engine::run(const es_step &whole) {
+    const AffinityKernels *kernels = affinity_kernels_for(whole.gate.isa);
+    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Pool *pool = own_threads(whole.gate.num_threads, whole.gate.team);
+    const Index at_a_time = RoutingStep::groups_at_a_time(whole);
+    for (Index group = 0; group < whole.groups; group += at_a_time) {
+        const Index num_groups = std::min<Index>(at_a_time, whole.groups - group);
+        RoutingStep step(whole, *kernels, group, num_groups, arena_, step_arena_);
+        compute(step, pool, whole.gate.num_threads, whole.gate.team);
+    }
+    RoutingStep::count(whole);
     return ES_OK;
 }
 
@@ -265,6 +282,7 @@ EXPERTSHARE_EXPORT int es_isa_usable(int isa) { return expertshare::isa_usable(i
 
 EXPERTSHARE_EXPORT int es_moe_ffn(const es_layer *layer) { return expertshare::status_of(*layer); }
 EXPERTSHARE_EXPORT int es_affinity(const es_gate *gate) { return expertshare::status_of(*gate); }
+EXPERTSHARE_EXPORT int es_route(const es_step *step) { return expertshare::status_of(*step); }
 EXPERTSHARE_EXPORT int es_linear(const es_dense *dense) { return expertshare::status_of(*dense); }
 EXPERTSHARE_EXPORT int es_choose(const es_head *head) { return expertshare::status_of(*head); }
 EXPERTSHARE_EXPORT int es_choose_quantised(const es_quantised_head *head) { return expertshare::status_of(*head); }

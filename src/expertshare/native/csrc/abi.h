@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#define EXPERTSHARE_ABI_VERSION 3
+#define EXPERTSHARE_ABI_VERSION 4
 
 extern "C" {
 
