@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, replace
 from typing import ClassVar
 from unittest.mock import patch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from expertshare import native
 from expertshare.config import RouterSpec
-from expertshare.routing import POLICIES, compiled, count_load, gate_scores, recipe_of, route, route_layer, step
+from expertshare.errors import ConfigError
+from expertshare.routing import POLICIES, LayerStep, compiled, count_load, gate_scores, recipe_of, route, step
 from expertshare.routing.base import CoresetPolicy, TokenPolicy
 from expertshare.routing.block_top_p import BlockTopP
 from expertshare.routing.des_vote import DesVote
@@ -43,6 +45,13 @@ def inputs(
     return x, weight, bias, torch.rand(shape[:2], generator=generator) >= dead
 
 
+def route_layer(
+    given: Inputs, policy: RoutingPolicy, spec: RouterSpec, coreset_GE: Tensor | None = None
+) -> step.Routed | None:
+    x, weight, bias, live = given
+    return LayerStep.of(weight, bias, policy, spec).route(x, live, coreset_GE=coreset_GE)
+
+
 def in_pieces(given: Inputs, policy: RoutingPolicy, spec: RouterSpec) -> tuple[Coreset, RoutingPlan, Tensor, Tensor]:
     coreset, plan = route(gate_scores(*given, spec), policy, spec)
     return coreset, plan, *count_load(plan, len(given[3]))
@@ -50,18 +59,19 @@ def in_pieces(given: Inputs, policy: RoutingPolicy, spec: RouterSpec) -> tuple[C
 
 def assert_one_call_is_the_same(given: Inputs, policy: RoutingPolicy, spec: RouterSpec) -> None:
     coreset_GE = torch.full((len(given[3]), spec.num_experts), True)
-    routed = route_layer(*given, policy, spec, coreset_GE=coreset_GE)
+    routed = route_layer(given, policy, spec, coreset_GE)
     assert routed is not None
+    made, made_load_E, made_unique_G = routed
     native_pieces = in_pieces(given, policy, spec)
     with patch.object(compiled, "library_for", lambda *_, **__: None):
         pieces_of_torch = in_pieces(given, policy, spec)
     for coreset, plan, load_E, unique_G in (native_pieces, pieces_of_torch):
         assert torch.equal(coreset_GE, coreset.member_GE)
-        assert_same_plan(routed.plan, plan)
-        assert torch.equal(routed.load_E, load_E)
-        assert torch.equal(routed.unique_G, unique_G)
+        assert_same_plan(made, plan)
+        assert torch.equal(made_load_E, load_E)
+        assert torch.equal(made_unique_G, unique_G)
     for tensor, expected in zip(
-        (routed.plan.expert_ids_TK, routed.plan.active_E, routed.load_E, routed.unique_G),
+        (made.expert_ids_TK, made.active_E, made_load_E, made_unique_G),
         (torch.int64, torch.bool, torch.int64, torch.int64),
         strict=True,
     ):
@@ -116,12 +126,13 @@ def test_threads_do_not_matter(threads: int) -> None:
 
 def test_no_groups() -> None:
     spec = SPECS["softmax plain"]
-    routed = route_layer(*inputs(spec, (0, 4, 8)), POLICIES["des-vote"]().bind(spec), spec)
+    routed = route_layer(inputs(spec, (0, 4, 8)), POLICIES["des-vote"]().bind(spec), spec)
     assert routed is not None
-    assert routed.plan.expert_ids_TK.shape == (0, spec.top_k)
-    assert not routed.plan.active_E.any()
-    assert not routed.load_E.any()
-    assert len(routed.unique_G) == 0
+    plan, load_E, unique_G = routed
+    assert plan.expert_ids_TK.shape == (0, spec.top_k)
+    assert not plan.active_E.any()
+    assert not load_E.any()
+    assert len(unique_G) == 0
 
 
 def test_what_is_not_laid_out() -> None:
@@ -132,27 +143,27 @@ def test_what_is_not_laid_out() -> None:
     strided = x.transpose(0, 1).contiguous().transpose(0, 1)
     assert not strided.is_contiguous()
     assert_one_call_is_the_same((strided, weight, bias, live), policy, spec)
-    assert route_layer(x, weight, bias, live[:, :1], policy, spec) is None
-    assert route_layer(x, weight[:-1], bias, live, policy, spec) is None
-    assert route_layer(x, weight.double(), bias, live, policy, spec) is None
-    assert route_layer(x, weight.requires_grad_(), bias, live, policy, spec) is None
+    assert route_layer((x, weight, bias, live[:, :1]), policy, spec) is None
+    assert route_layer((x, weight[:-1], bias, live), policy, spec) is None
+    assert route_layer((x, weight.double(), bias, live), policy, spec) is None
+    assert route_layer((x, weight.requires_grad_(), bias, live), policy, spec) is None
     with torch.no_grad():
-        assert route_layer(x, weight, bias, live, policy, spec) is not None
+        assert route_layer((x, weight, bias, live), policy, spec) is not None
 
 
 def test_groups_and_slots_that_do_not_fit_are_left_to_the_pieces() -> None:
     policy = POLICIES["vanilla"]()
     spec = plain_spec(128, compiled.MOST_SLOTS + 1)
-    assert route_layer(*inputs(spec, (1, 4, 8)), policy, spec) is None
+    assert route_layer(inputs(spec, (1, 4, 8)), policy, spec) is None
     spec = plain_spec(8, 2)
-    assert route_layer(*inputs(spec, (1, step.MOST_TOKENS + 1, 8)), policy, spec) is None
+    assert route_layer(inputs(spec, (1, step.MOST_TOKENS + 1, 8)), policy, spec) is None
 
 
 @pytest.mark.parametrize("policy", [BlockTopP(guard=99), BlockTopP(top_p_experts=-0.5), TopKCap(experts_per_token=-1)])
 def test_knobs_out_of_range_never_reach_the_library(policy: RoutingPolicy) -> None:
     """They are refused by `bind`; here nobody called it."""
     spec = plain_spec(8, 2)
-    assert route_layer(*inputs(spec, (1, 4, 8)), policy, spec) is None
+    assert route_layer(inputs(spec, (1, 4, 8)), policy, spec) is None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,3 +211,31 @@ def test_every_policy_in_the_table_has_a_recipe() -> None:
     for kind in POLICIES.values():
         if kind.__module__.startswith("expertshare."):
             assert recipe_of(kind().bind(spec), spec) is not None
+
+
+def test_an_instruction_set_that_is_named_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = SPECS["softmax plain"]
+    step_of_layer = LayerStep.of(*inputs(spec, (1, 4, 16))[1:3], POLICIES["vanilla"](), spec)
+    x, _, _, live = inputs(spec, (1, 4, 16))
+    assert step_of_layer.route(x, live) is not None
+    monkeypatch.setenv("EXPERTSHARE_ISA", "avx9000")
+    with pytest.raises(ConfigError, match="avx9000"):
+        step_of_layer.route(x, live)
+
+
+def test_what_was_prepared_ends_with_what_it_was_made_of() -> None:
+    """Other weights, a moved bias, another policy or rule: a step of its own."""
+    spec = SPECS["sigmoid groups 64"]
+    _, weight, bias, _ = inputs(spec, (1, 4, 16))
+    assert bias is not None
+    policy = POLICIES["vanilla"]()
+    made = LayerStep.of(weight, bias, policy, spec)
+    assert made.is_of(weight, bias, policy, spec)
+    assert not made.is_of(weight.clone(), bias, policy, spec)
+    assert not made.is_of(weight, bias.clone(), policy, spec)
+    assert not made.is_of(weight, None, policy, spec)
+    assert not made.is_of(weight, bias, POLICIES["skip"](), spec)
+    assert not made.is_of(weight, bias, policy, replace(spec, scaling=2.0))
+    weight.data = weight.data.clone()
+    assert not made.is_of(weight, bias, policy, spec)
+    assert pickle.loads(pickle.dumps(made)).constants == made.constants

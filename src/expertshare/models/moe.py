@@ -15,7 +15,7 @@ from expertshare.experts import ResidentExperts
 from expertshare.kernels import moe_ffn
 from expertshare.models.layers import SwiGLU
 from expertshare.models.runtime import Runtime
-from expertshare.routing import count_load, gate_scores, gate_takes, route, route_layer, router_scores
+from expertshare.routing import LayerStep, count_load, gate_scores, gate_takes, route, router_scores
 from expertshare.types import ExpertBank, Loan, RouterScores, RoutingPlan, RoutingPolicy
 
 
@@ -48,6 +48,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(spec.num_experts, config.hidden_size))
         self.bias: Tensor | None
         self.register_buffer("bias", torch.zeros(spec.num_experts) if spec.has_bias else None)
+        self._step: LayerStep | None = None  # of the policy that came last
 
     def forward(self, x_GLD: Tensor) -> Tensor:
         """Logits, float32 [G, L, E]."""
@@ -65,9 +66,15 @@ class Router(nn.Module):
     ) -> tuple[RoutingPlan, LayerRouting]:
         """Gate, selection and assignment of a layer, and what they ask of the experts; compiled: as for `scores`."""
         if compiled:
-            routed = route_layer(x_GLD, self.weight, self.bias, live_GL, policy, spec)
+            weight, bias = self._parameters["weight"], self._buffers["bias"]  # spares three calls of Module.__getattr__
+            assert weight is not None
+            step = self._step
+            if step is None or not step.is_of(weight, bias, policy, spec):
+                step = self._step = LayerStep.of(weight, bias, policy, spec)
+            routed = step.route(x_GLD, live_GL)
             if routed is not None:
-                return routed.plan, LayerRouting(routed.load_E, routed.unique_G)
+                plan, load_E, unique_G = routed
+                return plan, LayerRouting(load_E, unique_G)
         _, plan = route(self.scores(x_GLD, live_GL, spec, compiled=compiled), policy, spec)
         return plan, LayerRouting(*count_load(plan, len(live_GL)))
 

@@ -5,15 +5,15 @@ from expertshare.routing.gate import gate_scores
 from expertshare.routing.gate import takes as gate_takes
 from expertshare.routing.layerwise import Layerwise, policy_at
 from expertshare.routing.recipe import Recipe, recipe_of
-from expertshare.routing.step import RoutedLayer, route_layer
+from expertshare.routing.step import LayerStep
 from expertshare.routing.table import POLICIES, Knob, knobs, make_policy, native_policy, parse_knob, parse_policy
 
 __all__ = [
     "POLICIES",
     "Knob",
+    "LayerStep",
     "Layerwise",
     "Recipe",
-    "RoutedLayer",
     "assign",
     "count_load",
     "everything",
@@ -27,6 +27,5 @@ __all__ = [
     "policy_at",
     "recipe_of",
     "route",
-    "route_layer",
     "router_scores",
 ]

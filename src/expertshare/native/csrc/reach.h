@@ -28,6 +28,10 @@ class Reach {
         podium_.reset(k_);
     }
 
+    bool is_for(int64_t k, GroupRule rule) const {
+        return k_ == k && rule_.groups == rule.groups && rule_.kept == rule.kept;
+    }
+
     // coreset: [experts], or null for all of them.
     void enter_group(const std::uint8_t *coreset) {
         int count = 0;

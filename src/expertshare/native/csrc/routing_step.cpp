@@ -23,7 +23,11 @@ RankingScratch::RankingScratch(const es_step &step)
       ranking(static_cast<std::size_t>(step.gate.num_experts)),
       front(static_cast<std::size_t>(step.gate.num_experts)) {
     ballot.enter_group(nullptr);
-    inside.enter_group(nullptr);
+}
+
+bool RankingScratch::fits(const es_step &step) const {
+    return ranking.size() == static_cast<std::size_t>(step.gate.num_experts) &&
+           ballot.is_for(step.top_k, ballot_rule(step.recipe)) && inside.is_for(step.top_k, inside_rule(step.recipe));
 }
 
 Index RoutingStep::groups_at_a_time(const es_step &step) {
@@ -31,17 +35,22 @@ Index RoutingStep::groups_at_a_time(const es_step &step) {
 }
 
 RoutingStep::RoutingStep(const es_step &step, const AffinityKernels &kernels, Index first_group, Index num_groups,
-                         Arena &gate_arena, Arena &arena)
+                         Arena &gate_arena, Arena &arena, std::vector<RankingScratch> &scratch)
     : step_(step),
       recipe_(step.recipe),
       first_group_(first_group),
       num_groups_(num_groups),
       num_experts_(step.gate.num_experts),
       gate_(gate_of(step, num_groups, arena)),
-      affinity_(gate_, kernels, gate_arena) {
+      affinity_(gate_, kernels, gate_arena),
+      scratch_(scratch) {
     const Index tokens = num_groups * step.length;
-    const Index num_scratches = std::min<Index>({step.gate.num_threads, kMostScratches, std::max<Index>(1, tokens)});
-    for (Index i = 0; i < num_scratches; i++) scratch_.emplace_back(step);
+    const auto num_scratches = static_cast<std::size_t>(std::min<Index>(step.gate.num_threads, kMostScratches));
+    if (scratch.size() != num_scratches || !scratch.front().fits(step)) {
+        scratch.clear();
+        for (std::size_t i = 0; i < num_scratches; i++) scratch.emplace_back(step);
+    }
+    for (RankingScratch &one : scratch) one.entered = RankingScratch::kNoGroup;
     to_score_.fill(tokens);
     to_elect_.fill(num_groups);
     to_place_.fill(tokens);
@@ -133,9 +142,11 @@ void RoutingStep::elect(Index group, RankingScratch &scratch) {
 
 void RoutingStep::place(Index token, RankingScratch &scratch) {
     const Index group = token / step_.length;
-    if (recipe_.ranking != ES_ALL_EXPERTS && scratch.entered != group) {
-        scratch.inside.enter_group(coreset_ + group * num_experts_);
-        scratch.entered = group;
+    const bool shares = recipe_.ranking != ES_ALL_EXPERTS;
+    const Index wanted = shares ? group : RankingScratch::kAllExperts;
+    if (scratch.entered != wanted) {
+        scratch.inside.enter_group(shares ? coreset_ + group * num_experts_ : nullptr);
+        scratch.entered = wanted;
     }
     const bool is_live = step_.live[first_group_ * step_.length + token] != 0;
     if (is_live) scratch.inside.rank(choice(token));

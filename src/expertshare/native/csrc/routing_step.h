@@ -45,30 +45,38 @@ struct es_step {
     int32_t renormalise;
 };
 
-int es_route(const es_step *step);
+// step: what stays the same from call to call: the gate's weights and rule, the recipe, top_k, scaling, renormalise. The
+// others are as there. isa: below 0 for the best; ES_ISA_NAMED if EXPERTSHARE_ISA names one, which the caller must read.
+int es_route(const es_step *step, const void *x, const uint8_t *live, uint8_t *coreset, int64_t *ids, float *weights,
+             uint8_t *active, int64_t *load, int64_t *unique, int64_t groups, int64_t length, int32_t is_bfloat16,
+             int32_t num_threads, es_team team, int32_t isa);
 }
 
 namespace expertshare {
 
-// What one thread needs to rank.
+// What one thread needs to rank. It is kept from step to step: layers of a model are alike.
 struct RankingScratch {
     Reach ballot, inside;
     Votes votes;
     RowRanking rows;
     std::vector<float> ranking;
     std::vector<uint8_t> front;
-    Index entered = -1;  // the group whose coreset `inside` holds; -1: all experts
+    Index entered = kNoGroup;  // the group whose coreset `inside` holds
+
+    static constexpr Index kNoGroup = -1, kAllExperts = -2;
 
     explicit RankingScratch(const es_step &step);
+    bool fits(const es_step &step) const;
 };
 
 // So many groups of a step, from `first_group` on: all threads finish tokens and cast ballots, one elects a group's
 // coreset, all place tokens inside it.
 class RoutingStep final : public Work {
    public:
-    // Throws std::bad_alloc. gate_arena: the gate's scratch; arena: ours.
+    // Throws std::bad_alloc. gate_arena: the gate's scratch; arena: ours; scratch: made to fit, one for
+    // each thread that ranks.
     RoutingStep(const es_step &step, const AffinityKernels &kernels, Index first_group, Index num_groups,
-                Arena &gate_arena, Arena &arena);
+                Arena &gate_arena, Arena &arena, std::vector<RankingScratch> &scratch);
 
     static Index groups_at_a_time(const es_step &step);
     // Once all groups are done.
@@ -94,7 +102,7 @@ class RoutingStep final : public Work {
     uint8_t *kept_ = nullptr;     // [tokens, top_k]
     const es_gate gate_;
     Affinity affinity_;
-    std::vector<RankingScratch> scratch_;
+    std::vector<RankingScratch> &scratch_;
     Queue to_score_, to_elect_, to_place_;
 };
 
