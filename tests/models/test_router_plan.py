@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expertshare import native
 from expertshare.bench.cases import CASES
-from expertshare.models.moe import LayerRouting, Router
+from expertshare.models.moe import LayerRouting, Router, lay_side_by_side
 from expertshare.routing import POLICIES, count_load, route
 from expertshare.types import RoutingPlan, RoutingPolicy
 
@@ -75,3 +75,22 @@ def test_training_stays_with_torch() -> None:
     assert planned(router, POLICIES["vanilla"](), x, live)[0].weights_TK.requires_grad
     with torch.no_grad():
         assert not planned(router, POLICIES["vanilla"](), x, live)[0].weights_TK.requires_grad
+
+
+def test_routers_side_by_side() -> None:
+    """Views of one piece of memory, that are parameters like others; none on another device, and none of none."""
+    routers = [make_router(seed) for seed in range(3)]
+    lay_side_by_side(routers)
+    addresses = [router.weight.data_ptr() for router in routers]
+    assert addresses == [addresses[0] + place * routers[0].weight.nbytes for place in range(3)]
+    with torch.no_grad():
+        for value, router in enumerate(routers):
+            router.weight.fill_(value)
+    assert [float(router.weight.mean()) for router in routers] == [0.0, 1.0, 2.0]
+    assert not any(router.weight.requires_grad for router in routers)
+    assert list(routers[0].state_dict()) == ["weight", "bias"]
+    with torch.device("meta"):
+        absent = Router(CONFIG)
+    lay_side_by_side([absent])
+    assert absent.weight.is_meta
+    lay_side_by_side([])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from expertshare.experts import ResidentExperts
 from expertshare.kernels import moe_ffn
 from expertshare.models.layers import SwiGLU
 from expertshare.models.runtime import Runtime
+from expertshare.native import ask_for_huge_pages
 from expertshare.routing import LayerStep, count_load, gate_scores, gate_takes, route, router_scores
 from expertshare.types import ExpertBank, Loan, RouterScores, RoutingPlan, RoutingPolicy
 
@@ -77,6 +79,19 @@ class Router(nn.Module):
                 return plan, LayerRouting(load_E, unique_G)
         _, plan = route(self.scores(x_GLD, live_GL, spec, compiled=compiled), policy, spec)
         return plan, LayerRouting(*count_load(plan, len(live_GL)))
+
+
+def lay_side_by_side(routers: Sequence[Router]) -> None:
+    """Give routers on the CPU one piece of memory for all their weights, uninitialised, in huge pages.
+
+    A router alone is too small for these, and reading it, once a layer, would wait for an address every 4 KiB.
+    """
+    if not routers or not routers[0].weight.is_cpu:
+        return
+    weights_NED = torch.empty((len(routers), *routers[0].weight.shape))
+    ask_for_huge_pages(weights_NED)
+    for router, weight_ED in zip(routers, weights_NED, strict=True):
+        router.weight = nn.Parameter(weight_ED, requires_grad=router.weight.requires_grad)
 
 
 class MoE(nn.Module):

@@ -59,15 +59,15 @@ class RowRanking {
     // See es_shortest_prefix; member: written in full.
     void shortest_prefix(const float *scores, int64_t n, double share, std::uint8_t *member) {
         std::memset(member, 0, static_cast<std::size_t>(n));
-        sorted_.rank(scores, nullptr, static_cast<int>(n), static_cast<int>(n));
+        const int count = sorted_.rank_above(scores, kNever, static_cast<int>(n));  // who is at -inf is no member
         double total = 0.0, upto = 0.0;
         const auto mass = [scores](int id) { return scores[id] > 0.0f ? static_cast<double>(scores[id]) : 0.0; };
-        for (int place = 0; place < n; place++) total += mass(sorted_.id(place));
-        for (int place = 0; place < n; place++) {
+        for (int place = 0; place < count; place++) total += mass(sorted_.id(place));
+        for (int place = 0; place < count; place++) {
             const int id = sorted_.id(place);
             upto += mass(id);
             const bool wanted = share == 1.0 || upto - mass(id) <= share * total;  // 1: whatever the rounding
-            member[id] = wanted && scores[id] > kNever ? 1 : 0;
+            member[id] = wanted ? 1 : 0;
         }
     }
 

@@ -133,6 +133,7 @@ void RoutingStep::elect(Index group, RankingScratch &scratch) {
     if (recipe_.prefix_share >= 0.0) scratch.rows.shortest_prefix(ranking, num_experts_, recipe_.prefix_share, front);
     if (has_front(recipe_) && recipe_.front_is_whole != 0) {
         std::copy_n(front, num_experts_, member);
+        if (std::count(front, front + num_experts_, uint8_t{1}) >= recipe_.size) return;
     } else {
         std::fill_n(member, num_experts_, uint8_t{0});
     }
