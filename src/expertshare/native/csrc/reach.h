@@ -93,18 +93,20 @@ class Reach {
 
     float best_two(const float *scores, int count) const {
         constexpr int kLanes = 8;
-        float most[kLanes], second[kLanes];
-        std::fill_n(most, kLanes, kNever);
-        std::fill_n(second, kLanes, kNever);
-        int i = 0;
-        for (; i + kLanes <= count; i += kLanes) {
-            for (int lane = 0; lane < kLanes; lane++) add(scores[i + lane], most[lane], second[lane]);
-        }
         float first = kNever, next = kNever;
-        for (; i < count; i++) add(scores[i], first, next);
-        for (int lane = 0; lane < kLanes; lane++) {
-            add(most[lane], first, next);
-            next = next < second[lane] ? second[lane] : next;
+        const int whole = count / kLanes * kLanes;
+        for (int i = whole; i < count; i++) add(scores[i], first, next);
+        if (whole > 0) {  // few of a small coreset are in one group
+            float most[kLanes], second[kLanes];
+            std::fill_n(most, kLanes, kNever);
+            std::fill_n(second, kLanes, kNever);
+            for (int i = 0; i < whole; i += kLanes) {
+                for (int lane = 0; lane < kLanes; lane++) add(scores[i + lane], most[lane], second[lane]);
+            }
+            for (int lane = 0; lane < kLanes; lane++) {
+                add(most[lane], first, next);
+                next = next < second[lane] ? second[lane] : next;
+            }
         }
         return group_size_ == 1 ? first : first + next;
     }
