@@ -20,6 +20,7 @@ from expertshare.routing import POLICIES, LayerStep, compiled, count_load, gate_
 from expertshare.routing.base import CoresetPolicy, TokenPolicy
 from expertshare.routing.block_top_p import BlockTopP
 from expertshare.routing.des_vote import DesVote
+from expertshare.routing.recipe import Recipe
 from expertshare.routing.top_k_cap import TopKCap
 from expertshare.types import Coreset, RouterScores, RoutingPlan, RoutingPolicy
 
@@ -189,6 +190,16 @@ class Frugal(DesVote):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Undecided(DesVote):
+    """Has no numbers for what it does."""
+
+    name: ClassVar[str] = "undecided"
+
+    def recipe(self, spec: RouterSpec) -> Recipe | None:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Unsaid(CoresetPolicy):
     """Has no recipe."""
 
@@ -197,7 +208,7 @@ class Unsaid(CoresetPolicy):
 
 def test_a_recipe_speaks_only_for_the_methods_that_it_knew() -> None:
     spec = plain_spec(8, 2)
-    for kind in (Contrary, Frugal):
+    for kind in (Contrary, Frugal, Undecided):
         assert recipe_of(kind(budget=4), spec) is None
     assert recipe_of(DesVote(budget=4), spec) is not None
     assert recipe_of(replace(DesVote(), budget=5), spec) != recipe_of(DesVote(budget=4), spec)

@@ -30,6 +30,6 @@ class BlockMax(CoresetPolicy):
         size = resolve_budget(self.budget, spec, self.group_limit, self.name)
         return Coreset(top_k_mask(highest(scores), size))
 
-    def recipe(self, spec: RouterSpec) -> Recipe:
+    def recipe(self, spec: RouterSpec) -> Recipe | None:
         """`select` in numbers."""
         return Recipe(ranking="highest", size=resolve_budget(self.budget, spec, self.group_limit, self.name))

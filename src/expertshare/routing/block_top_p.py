@@ -45,7 +45,7 @@ class BlockTopP(CoresetPolicy):
         guard = spec.min_coreset_size(self.group_limit) if self.guard is None else self.guard
         return grow(shortest_prefix(votes_GE, self.top_p_experts), votes_GE, guard)
 
-    def recipe(self, spec: RouterSpec) -> Recipe:
+    def recipe(self, spec: RouterSpec) -> Recipe | None:
         """`select` in numbers."""
         guard = spec.min_coreset_size(self.group_limit) if self.guard is None else self.guard
         share = self.top_p_experts

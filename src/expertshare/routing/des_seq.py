@@ -30,7 +30,7 @@ class DesSeq(CoresetPolicy):
         votes_GE, union_GE = election(scores, spec, self.ballots, self.experts_per_vote)
         return grow(union_GE, votes_GE, spec.min_coreset_size(self.group_limit))
 
-    def recipe(self, spec: RouterSpec) -> Recipe:
+    def recipe(self, spec: RouterSpec) -> Recipe | None:
         """`select` in numbers."""
         size, firsts = spec.min_coreset_size(self.group_limit), self.experts_per_vote
         return Recipe(ranking="votes", ballots=self.ballots, size=size, num_firsts=firsts, front_is_whole=True)

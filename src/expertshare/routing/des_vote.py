@@ -31,7 +31,7 @@ class DesVote(CoresetPolicy):
         votes_GE, _ = election(scores, spec, self.ballots)
         return Coreset(top_k_mask(votes_GE, size))
 
-    def recipe(self, spec: RouterSpec) -> Recipe:
+    def recipe(self, spec: RouterSpec) -> Recipe | None:
         """`select` in numbers."""
         size = resolve_budget(self.budget, spec, self.group_limit, self.name)
         return Recipe(ranking="votes", ballots=self.ballots, size=size)

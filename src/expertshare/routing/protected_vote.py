@@ -34,7 +34,7 @@ class ProtectedVote(CoresetPolicy):
         votes_GE, protected_GE = election(scores, spec, self.ballots)
         return Coreset(top_k_mask(votes_GE, size, protected_GE))
 
-    def recipe(self, spec: RouterSpec) -> Recipe:
+    def recipe(self, spec: RouterSpec) -> Recipe | None:
         """`select` in numbers."""
         size = resolve_budget(self.budget, spec, self.group_limit, self.name)
         return Recipe(ranking="votes", ballots=self.ballots, size=size, num_firsts=1)

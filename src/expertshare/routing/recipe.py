@@ -40,8 +40,11 @@ class Recipe:
 class HasRecipe(Protocol):
     """A policy that can be said in a few numbers."""
 
-    def recipe(self, spec: RouterSpec) -> Recipe:
-        """Those that give the same as `select` and `keep`, to the last bit."""
+    def recipe(self, spec: RouterSpec) -> Recipe | None:
+        """Those that give the same as `select` and `keep`, to the last bit; None with knobs that have no such numbers.
+
+        The library sees scores and live tokens only: a coreset of the step before, or anything else, is not in it.
+        """
         ...
 
 

@@ -37,6 +37,6 @@ class Skip(TokenPolicy):
         """
         return drop_lightest(affinity_TK, self.skip_share)
 
-    def recipe(self, spec: RouterSpec) -> Recipe:
+    def recipe(self, spec: RouterSpec) -> Recipe | None:
         """`keep` in numbers."""
         return Recipe(drop_share=self.skip_share)

@@ -30,6 +30,6 @@ class TopKCap(TokenPolicy):
         slots = torch.arange(affinity_TK.shape[-1], device=affinity_TK.device)
         return (slots < self.experts_per_token).expand_as(affinity_TK)
 
-    def recipe(self, spec: RouterSpec) -> Recipe:
+    def recipe(self, spec: RouterSpec) -> Recipe | None:
         """`keep` in numbers."""
         return Recipe(slots=self.experts_per_token)

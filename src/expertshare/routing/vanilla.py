@@ -16,6 +16,6 @@ class Vanilla(TokenPolicy):
 
     name: ClassVar[str] = "vanilla"
 
-    def recipe(self, spec: RouterSpec) -> Recipe:
+    def recipe(self, spec: RouterSpec) -> Recipe | None:
         """Nothing to share, nothing to drop."""
         return Recipe()
