@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from expertshare import native
 from expertshare.config import ModelConfig
 from expertshare.decoding import BlockDecoder, DecodingOptions, generate
 from expertshare.decoding.forwards import AccountedModel
@@ -90,6 +91,21 @@ def test_a_new_block_and_other_forwards_select_anew(
             assert inputs.previous is None or set(inputs.previous) == {None}
     first = {(row, block): m for (row, block, step), m in _by_step(seen, 0).items() if step == 0}
     assert not torch.equal(first[0, 0], first[0, 1])
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library was not built")
+def test_layers_that_the_native_library_routes_have_nothing_to_keep(
+    config: ModelConfig, make_model: MakeModel, runtime: MakeRuntime
+) -> None:
+    """One layer with reuse, the others without: by the library's own routing step and by torch, to the same tokens."""
+    plain = make_policy("des-vote", {"budget": 6})
+    layers = [plain] * config.num_moe_layers
+    layers[-1] = make_policy("des-vote", {"budget": 6, "reuse": 3, "voters": "masked"})
+    model, answers = make_model(config), []
+    for backend in ("cpu", "grouped"):
+        chosen = replace(runtime(), policy=Layerwise(layers=tuple(layers)), backend=backend)
+        answers.append([row.token_ids for row in generate(model, chosen, OPTIONS, PROMPTS).rows])
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("policy", ["des-vote:budget=8,reuse=3", "coverage:budget=8,reuse=2,voters=masked"])

@@ -41,11 +41,12 @@ class CoresetMemory:
         empty_GE = torch.zeros_like(next(iter(kept.values())))
         return Coreset(torch.cat([kept.get(row.index, empty_GE) for row in rows]))
 
-    def remember(self, kind: ForwardKind, rows: Sequence[Row], coresets: Sequence[Coreset]) -> None:
-        """Take in what a forward used, per MoE layer."""
+    def remember(self, kind: ForwardKind, rows: Sequence[Row], coresets: Sequence[Coreset | None]) -> None:
+        """Take in what a forward used, per MoE layer; None where nothing is reused."""
         if not self._concerns(kind):
             return
-        by_layer = [coreset.member_GE.chunk(len(rows)) for coreset in coresets]
+        nothing = (torch.empty(0),) * len(rows)
+        by_layer = [nothing if coreset is None else coreset.member_GE.chunk(len(rows)) for coreset in coresets]
         for row, members in zip(rows, zip(*by_layer, strict=True), strict=True):
             self._rows[row.index] = members
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -15,17 +16,21 @@ from expertshare.experts import ResidentExperts
 from expertshare.kernels import moe_ffn
 from expertshare.models.layers import SwiGLU
 from expertshare.models.runtime import Runtime
-from expertshare.routing import count_load, gate_scores, gate_takes, route, router_scores
-from expertshare.types import Coreset, ExpertBank, Loan, RouterScores, RoutingPlan
+from expertshare.native import ask_for_huge_pages
+from expertshare.routing import LayerStep, count_load, gate_scores, gate_takes, route, router_scores
+from expertshare.types import Coreset, ExpertBank, Loan, RouterScores, RoutingPlan, RoutingPolicy
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRouting:
-    """One layer's share of a RoutingTrace: load_E int64, group_experts_G int64, and the coresets."""
+    """One layer's share of a RoutingTrace: load_E int64, group_experts_G int64.
+
+    coreset: None where the native library chose it, which is never under a policy that needs to know of steps.
+    """
 
     load_E: Tensor
     group_experts_G: Tensor
-    coreset: Coreset
+    coreset: Coreset | None = None
 
 
 def in_slots(plan: RoutingPlan, loan: Loan) -> RoutingPlan:
@@ -49,6 +54,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(spec.num_experts, config.hidden_size))
         self.bias: Tensor | None
         self.register_buffer("bias", torch.zeros(spec.num_experts) if spec.has_bias else None)
+        self._step: LayerStep | None = None  # of the policy that came last
 
     def forward(self, x_GLD: Tensor) -> Tensor:
         """Logits, float32 [G, L, E]."""
@@ -60,6 +66,48 @@ class Router(nn.Module):
         if compiled and gate_takes(x_GLD, self.weight, self.bias):
             return gate_scores(x_GLD, self.weight, self.bias, live_GL, spec)
         return router_scores(self(x_GLD), live_GL, spec, self.bias)
+
+    def plan(
+        self,
+        x_GLD: Tensor,
+        live_GL: Tensor,
+        policy: RoutingPolicy,
+        spec: RouterSpec,
+        *,
+        compiled: bool,
+        masked_GL: Tensor | None = None,
+        previous: Coreset | None = None,
+    ) -> tuple[RoutingPlan, LayerRouting]:
+        """Gate, selection and assignment of a layer, and what they ask of the experts; compiled: as for `scores`.
+
+        masked_GL, previous: for policies that need to know of steps, as in RouterScores and `route`.
+        """
+        if compiled:
+            weight, bias = self._parameters["weight"], self._buffers["bias"]  # spares three calls of Module.__getattr__
+            assert weight is not None
+            step = self._step
+            if step is None or not step.is_of(weight, bias, policy, spec):
+                step = self._step = LayerStep.of(weight, bias, policy, spec)
+            routed = step.route(x_GLD, live_GL)
+            if routed is not None:
+                plan, load_E, unique_G = routed
+                return plan, LayerRouting(load_E, unique_G)
+        scores = replace(self.scores(x_GLD, live_GL, spec, compiled=compiled), masked_GL=masked_GL)
+        coreset, plan = route(scores, policy, spec, previous=previous)
+        return plan, LayerRouting(*count_load(plan, len(live_GL)), coreset)
+
+
+def lay_side_by_side(routers: Sequence[Router]) -> None:
+    """Give routers on the CPU one piece of memory for all their weights, uninitialised, in huge pages.
+
+    A router alone is too small for these, and reading it, once a layer, would wait for an address every 4 KiB.
+    """
+    if not routers or not routers[0].weight.is_cpu:
+        return
+    weights_NED = torch.empty((len(routers), *routers[0].weight.shape))
+    ask_for_huge_pages(weights_NED)
+    for router, weight_ED in zip(routers, weights_NED, strict=True):
+        router.weight = nn.Parameter(weight_ED, requires_grad=router.weight.requires_grad)
 
 
 class MoE(nn.Module):
@@ -91,10 +139,10 @@ class MoE(nn.Module):
         masked_GL, previous: as in ForwardInput, of this layer's groups.
         """
         with runtime.timed("router"):
-            scores = self.router.scores(x_GLD, live_GL, self.spec, compiled=runtime.backend == "cpu")
-            policy = runtime.policy_for(self.moe_layer, self.num_layers)
-            coreset, plan = route(replace(scores, masked_GL=masked_GL), policy, self.spec, previous=previous)
-            routing = LayerRouting(*count_load(plan, len(live_GL)), coreset)
+            policy, compiled = runtime.policy_for(self.moe_layer, self.num_layers), runtime.backend == "cpu"
+            plan, routing = self.router.plan(
+                x_GLD, live_GL, policy, self.spec, compiled=compiled, masked_GL=masked_GL, previous=previous
+            )
         x_TD = x_GLD.flatten(0, 1)
         with runtime.timed("experts"):
             with self._borrow(plan, runtime) as loan:

@@ -96,12 +96,13 @@ class RoutingTrace:
     """What one forward asked of the experts, as tensors on the model's device (reading them synchronises).
 
     load_NE: int64, (token, expert) pairs per MoE layer and expert; an expert with any is active. group_experts_NG:
-    int64, unique experts of each sharing group. coresets: what the groups agreed on, per MoE layer.
+    int64, unique experts of each sharing group. coresets: what the groups agreed on, per MoE layer; None where
+    the native library chose it.
     """
 
     load_NE: Tensor
     group_experts_NG: Tensor
-    coresets: tuple[Coreset, ...] = ()
+    coresets: tuple[Coreset | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
