@@ -11,7 +11,7 @@ PARTS = ("router", "experts", "attention", "head", "other")
 
 
 class _Charge:
-    """A `with` block whose time goes to one part. No generator: a forward has dozens, with the caches flushed between."""
+    """A `with` block whose time goes to one part. No generator: a forward has dozens, and caches are cold at each."""
 
     __slots__ = ("_name", "_seconds", "_start")
 
