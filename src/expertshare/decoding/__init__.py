@@ -3,6 +3,7 @@
 from expertshare.decoding.decoder import BlockDecoder, BlockStream, generate
 from expertshare.decoding.options import DecodingOptions
 from expertshare.decoding.results import BlockResult, FinishReason, Generation, RowResult
+from expertshare.decoding.watching import Watcher
 
 __all__ = [
     "BlockDecoder",
@@ -12,5 +13,6 @@ __all__ = [
     "FinishReason",
     "Generation",
     "RowResult",
+    "Watcher",
     "generate",
 ]

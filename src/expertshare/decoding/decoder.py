@@ -20,6 +20,7 @@ from expertshare.decoding.options import DecodingOptions
 from expertshare.decoding.results import BlockResult, FinishReason, Generation, join_blocks
 from expertshare.decoding.row import Row
 from expertshare.decoding.sampling import draw, propose
+from expertshare.decoding.watching import Watcher
 from expertshare.errors import InputError, NumericsError
 from expertshare.measure.clock import PartClock
 from expertshare.measure.cost import Cost, CostLedger
@@ -36,23 +37,36 @@ class BlockDecoder:
         self.runtime = replace(runtime, policy=runtime.policy.bind(model.config.router))
         self.options = options.resolve(model.config)
 
-    def blocks(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None) -> BlockStream:
+    def blocks(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int] | None = None,
+        *,
+        watcher: Watcher | None = None,
+    ) -> BlockStream:
         """Start decoding: an iterator that yields each block of each row as soon as it is committed.
 
         seeds: one per prompt, for sampling; by default every row uses the options' seed, so that a prompt's
-        answer does not depend on where in a batch it stands. Raises InputError for unusable prompts or seeds.
+        answer does not depend on where in a batch it stands. watcher: hears of every forward and step; without one
+        nothing is done for it. Raises InputError for unusable prompts or seeds.
         """
         check_prompts(prompts, self.options, self.model.config)
         if seeds is not None and len(seeds) != len(prompts):
             raise InputError(f"expected one seed per prompt ({len(prompts)}), got {len(seeds)}. Pass as many, or none.")
-        return BlockStream(self, prompts, seeds if seeds is not None else [self.options.seed] * len(prompts))
+        return BlockStream(self, prompts, seeds if seeds is not None else [self.options.seed] * len(prompts), watcher)
 
 
 class BlockStream(Iterator[BlockResult]):
     """One batch being decoded. Iterate it for blocks; `generation()` says what came of it so far."""
 
-    def __init__(self, decoder: BlockDecoder, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> None:
-        model, self._options = decoder.model, decoder.options
+    def __init__(
+        self,
+        decoder: BlockDecoder,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        watcher: Watcher | None = None,
+    ) -> None:
+        model, self._options, self._watcher = decoder.model, decoder.options, watcher
         config = model.config
         self._clock = decoder.runtime.clock or PartClock()
         self._seconds_before = dict(self._clock.seconds)
@@ -74,7 +88,7 @@ class BlockStream(Iterator[BlockResult]):
             for index, geometry in enumerate(geometries)
         ]
         self.canvas = Canvas.lay(prompts, geometries, mask_id=config.mask_id, device=model.device)
-        run = AccountedModel(model, self._runtime, self._ledger)
+        run = AccountedModel(model, self._runtime, self._ledger, watcher)
         full = config.attention == "full"
         self.forwards: Forwards = WholeCanvas(run, self.canvas) if full else CachedPrefix(run, self.canvas, self._rows)
         self._active: list[Row] = []
@@ -85,19 +99,28 @@ class BlockStream(Iterator[BlockResult]):
     def __next__(self) -> BlockResult:
         """Decode until some row's block is committed. Raises NumericsError if the model's logits are not
         finite."""
-        start = time.perf_counter()
-        with torch.no_grad():
-            if not self._started:
-                self._started, self._active = True, list(self._rows)
-                self.forwards.prefill(self._active)
-            while self._active and not self._ready:
-                self._ready.extend(self.step())
-        self._elapsed_s += time.perf_counter() - start
+        while not self.advance():
+            pass
         if not self._ready:
             raise StopIteration
         block = self._ready.popleft()
         self._results[block.row].append(block)
         return block
+
+    def advance(self) -> bool:
+        """Run one denoising step (before the first one the prefill), unless `next` has its answer already; returns
+        whether it has it now: a block, or that all rows are finished. For who looks at steps; `next` alone is enough
+        otherwise."""
+        if self._ready or (self._started and not self._active):
+            return True
+        start = time.perf_counter()
+        with torch.no_grad():
+            if not self._started:
+                self._started, self._active = True, list(self._rows)
+                self.forwards.prefill(self._active)
+            self._ready.extend(self.step())
+        self._elapsed_s += time.perf_counter() - start
+        return bool(self._ready)
 
     def step(self) -> list[BlockResult]:
         """One denoising step of every unfinished row; returns the blocks that it completed."""
@@ -106,6 +129,8 @@ class BlockStream(Iterator[BlockResult]):
         tokens_RL, confidence_RL = self._propose(rows, window, hidden_RLD)
         write_RL = self._choose(rows, window, tokens_RL, confidence_RL)
         self.canvas.write(window, tokens_RL, write_RL)
+        if self._watcher is not None:
+            self._watcher.hear_step(rows, self.canvas.window(rows), confidence_RL)
         done = self._done(rows, write_RL)
         self.forwards.commit([row for row, finish in done if finish is None])
         return [self._close(row, finish) for row, finish in done]
@@ -204,6 +229,11 @@ class BlockStream(Iterator[BlockResult]):
             f"expected finite logits, got NaN or infinity for row {row.index}, block {row.answer_block}, "
             f"step {row.steps}. Check the checkpoint, or run in float32."
         )
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of decoding so far, those between steps left out."""
+        return self._elapsed_s
 
     def cost(self) -> Cost:
         """What the forwards so far asked of the experts."""

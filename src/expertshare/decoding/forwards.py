@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from expertshare.decoding.row import Row
+from expertshare.decoding.watching import Watcher
 from expertshare.measure.cost import CostLedger, ForwardKind
 from expertshare.models.runtime import ForwardInput, ForwardOutput, Past, Runtime
 from expertshare.models.transformer import MoETransformer
@@ -32,11 +33,12 @@ class Forwards(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AccountedModel:
-    """The model, how to run it, and the ledger that every forward is written to."""
+    """The model, how to run it, the ledger that every forward is written to, and who else is told, if anybody."""
 
     model: MoETransformer
     runtime: Runtime
     ledger: CostLedger
+    watcher: Watcher | None = None
 
     def __call__(
         self,
@@ -55,6 +57,8 @@ class AccountedModel:
             group_experts_NG=output.routing.group_experts_NG,
             live_G=live_G,
         )
+        if self.watcher is not None:
+            self.watcher.hear_forward(kind, rows, output.routing)
         for row in rows:
             row.forwards += 1
         return output
