@@ -14,7 +14,7 @@ POLICIES_SHOWN = (*_FIRST, *(name for name in POLICIES if name not in _FIRST))
 EXAMPLES = (
     "Tom has 12 apples. He finds 7 more. He sells 4. How many apples does Tom have now?",
     "Solve 3x + 5 = 17.",
-    "Write f(x) that returns x times 3 plus 4.",
+    "Write g(a) that returns a modulo 46. Then write f(data) that returns g of each of data.",
 )
 """Prompts to start from: of the kinds that the reference model knows."""
 

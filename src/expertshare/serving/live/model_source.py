@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -66,12 +67,19 @@ class ModelTraceSource:
         }
 
     def trace(
-        self, prompt: str, policies: Sequence[str], *, max_tokens: int, seed: int, stop: threading.Event
+        self,
+        prompt: str,
+        policies: Sequence[str],
+        *,
+        max_tokens: int,
+        seed: int,
+        stop: threading.Event,
+        tokens_per_step: int | None = None,
     ) -> Iterator[Event]:
         """As TraceSource says. Raises InputError or PolicyError before the first event; NumericsError or
         ExpertMemoryError later."""
         ids = encode_prompt(self._tokenizer, prompt, self._chat)
-        options = replace(self._options, gen_length=max_tokens, seed=seed)
+        options = self._decoding(max_tokens, seed, tokens_per_step)
         runs = [
             WatchedRun(index, text, self._decoder(parse_policy(text), options), ids, self._texts, self._decode)
             for index, text in enumerate(policies)
@@ -83,6 +91,7 @@ class ModelTraceSource:
             "prompt_tokens": len(ids),
             "max_tokens": max_tokens,
             "seed": seed,
+            "tokens_per_step": tokens_per_step,
         }
         waiting = runs
         while waiting:
@@ -92,6 +101,14 @@ class ModelTraceSource:
                     return
             waiting = [run for run in waiting if not run.finished]
         yield {"type": "end", "runs": [run.totals() for run in runs]}
+
+    def _decoding(self, max_tokens: int, seed: int, tokens_per_step: int | None) -> DecodingOptions:
+        """The server's options, with what the request may choose."""
+        options = replace(self._options, gen_length=max_tokens, seed=seed)
+        if tokens_per_step is None:
+            return options
+        length = options.block_length or self._loaded.config.block_length
+        return replace(options, threshold=None, steps_per_block=math.ceil(length / tokens_per_step))
 
     def _block(self, run: WatchedRun, stop: threading.Event) -> Iterator[Event]:
         """The steps of the run's next block, then the block."""

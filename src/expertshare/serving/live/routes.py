@@ -99,7 +99,12 @@ async def _start(asked: TraceRequest, source: TraceSource, limits: LiveLimits, s
 def _begin(asked: TraceRequest, source: TraceSource) -> Begin:
     """The trace, to be begun in the thread that decodes it."""
     return lambda stop: source.trace(
-        asked.prompt, asked.policies, max_tokens=asked.max_tokens, seed=asked.seed, stop=stop
+        asked.prompt,
+        asked.policies,
+        max_tokens=asked.max_tokens,
+        seed=asked.seed,
+        stop=stop,
+        tokens_per_step=asked.tokens_per_step,
     )
 
 

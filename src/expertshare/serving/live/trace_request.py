@@ -15,12 +15,14 @@ MAX_SEED = 2**53 - 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TraceRequest:
-    """One prompt, one or two policies, how many tokens, and the seed of sampling."""
+    """One prompt, one or two policies, how many tokens, and the seed of sampling. tokens_per_step: None writes what is
+    surer than the server's threshold."""
 
     prompt: str
     policies: tuple[str, ...]
     max_tokens: int
     seed: int = 0
+    tokens_per_step: int | None = None
 
     @classmethod
     def read(cls, body: bytes, limits: LiveLimits) -> TraceRequest:
@@ -40,6 +42,7 @@ class TraceRequest:
             policies=_policies(value.get("policies"), limits),
             max_tokens=_whole("max_tokens", value.get("max_tokens", limits.tokens_first), 1, limits.max_tokens),
             seed=_whole("seed", value.get("seed", 0), 0, MAX_SEED),
+            tokens_per_step=_tokens_per_step(value.get("tokens_per_step"), limits),
         )
 
 
@@ -58,6 +61,7 @@ def schema(limits: LiveLimits) -> dict[str, Any]:
             "policies": {"type": "array", "items": policy, "minItems": 1, "maxItems": 2},
             "max_tokens": {"type": "integer", "minimum": 1, "maximum": limits.max_tokens},
             "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
+            "tokens_per_step": {"type": ["integer", "null"], "minimum": 1, "maximum": limits.max_tokens},
         },
         "example": json.loads(_EXAMPLE),
     }
@@ -90,6 +94,10 @@ def _whole(name: str, value: object, least: int, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise InputError(f"{name} must be a whole number in {least}..{most}, got {str(value)[:80]}. Change {name}.")
     return value
+
+
+def _tokens_per_step(value: object, limits: LiveLimits) -> int | None:
+    return None if value is None else _whole("tokens_per_step", value, 1, limits.max_tokens)
 
 
 def _kind(value: object) -> str:

@@ -18,11 +18,19 @@ class TraceSource(Protocol):
         ...
 
     def trace(
-        self, prompt: str, policies: Sequence[str], *, max_tokens: int, seed: int, stop: threading.Event
+        self,
+        prompt: str,
+        policies: Sequence[str],
+        *,
+        max_tokens: int,
+        seed: int,
+        stop: threading.Event,
+        tokens_per_step: int | None = None,
     ) -> Iterator[Event]:
         """Decode `prompt` once under each policy: a start event, steps and blocks of all runs in turns, an end event.
 
-        Ends early, without an end event, once `stop` is set. Raises a subclass of ExpertShareError: before the first
-        event for an unusable request, later where decoding fails.
+        tokens_per_step: write that many tokens in a step, the surest ones; None leaves it to the threshold. Ends early,
+        without an end event, once `stop` is set. Raises a subclass of ExpertShareError: before the first event for an
+        unusable request, later where decoding fails.
         """
         ...
