@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expertshare.decoding.row import Row
 from expertshare.decoding.watching import Watcher
-from expertshare.measure.cost import CostLedger, ForwardKind
+from expertshare.measure.cost import ForwardKind, Turn
 from expertshare.models.runtime import ForwardInput, ForwardOutput, Past, Runtime
 from expertshare.models.transformer import MoETransformer
 
@@ -19,7 +19,7 @@ class Forwards(Protocol):
     """How a kind of attention runs the steps of decoding."""
 
     def prefill(self, rows: Sequence[Row]) -> None:
-        """Do what the prompts allow before the first block."""
+        """Take in new rows, and do what their prompts allow before the first block."""
         ...
 
     def denoise(self, rows: Sequence[Row]) -> Tensor:
@@ -31,13 +31,29 @@ class Forwards(Protocol):
         ...
 
 
+class Ledger(Protocol):
+    """Who is told what forwards asked of the experts: measure.cost.CostLedger, or a server's own."""
+
+    def record(
+        self,
+        kind: ForwardKind,
+        turns: Sequence[Turn],
+        *,
+        load_NE: Tensor,
+        group_experts_NG: Tensor,
+        live_G: Tensor,
+    ) -> None:
+        """Note one forward; see CostLedger. The groups of each turn lie together, in the order of `turns`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class AccountedModel:
     """The model, how to run it, the ledger that every forward is written to, and who else is told, if anybody."""
 
     model: MoETransformer
     runtime: Runtime
-    ledger: CostLedger
+    ledger: Ledger
     watcher: Watcher | None = None
 
     def __call__(
