@@ -25,6 +25,7 @@ class StubSource:
 
     script: Callable[[], Iterator[Event]] = lambda: iter(())
     allowed: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    model: Mapping[str, Any] = field(default_factory=lambda: FACTS)
     asked: list[dict[str, Any]] = field(default_factory=list)
     closed: threading.Event = field(default_factory=threading.Event)
 
@@ -32,7 +33,7 @@ class StubSource:
         self.allowed.release(events)
 
     def facts(self) -> Mapping[str, Any]:
-        return FACTS
+        return self.model
 
     def trace(
         self,
@@ -58,9 +59,16 @@ class StubSource:
 
 @contextmanager
 def served(source: TraceSource, limits: LiveLimits | None = None) -> Iterator[int]:
-    """The page behind uvicorn in a thread of this process; yields its port."""
+    """The page behind uvicorn; yields its port."""
     app = FastAPI()
     app.include_router(live_routes(source, limits=limits))
+    with serving(app) as port:
+        yield port
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[int]:
+    """The application behind uvicorn in a thread of this process; yields its port."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run)
     thread.start()

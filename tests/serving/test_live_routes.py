@@ -16,7 +16,7 @@ pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 from expertshare.errors import ConfigError, NumericsError, PolicyError
 from expertshare.serving.live import Event, LiveLimits
 
-from .live import FACTS, StubSource, ask, begin, parse, served, wait_for
+from .live import FACTS, StubSource, ask, begin, parse, served, serving, wait_for
 
 ROOT = Path(__file__).parents[2]
 STATIC = ROOT / "src" / "expertshare" / "serving" / "live" / "static"
@@ -215,6 +215,17 @@ def test_files_are_package_data_and_name_no_other_host() -> None:
         text = path.read_text(encoding="utf-8").replace('xmlns="http://www.w3.org/2000/svg"', "")
         assert re.findall(r"https?:|src=\"//|url\(", text) == [], path.name
         assert re.findall(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text) == [], path.name
+
+
+def test_the_example_of_the_document_serves_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    document = (ROOT / "docs" / "live-page.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    with serving(names["app"]) as port:
+        reply = ask(port, "/live/trace", {**ASKED, "policies": ["vanilla", "des-vote:budget=16"]})
+    assert [event["type"] for event in reply.events][:: len(reply.events) - 1] == ["start", "end"]
 
 
 @pytest.mark.parametrize("wrong", [{"policies": ()}, {"max_tokens": 0}, {"max_seconds": 0.0}])
