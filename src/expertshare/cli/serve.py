@@ -27,6 +27,9 @@ def serve(
     api_key: Annotated[
         str | None, _http(help="Key that clients must send.", envvar="EXPERTSHARE_API_KEY", show_envvar=True)
     ] = None,
+    page: Annotated[
+        bool | None, _http("--page/--no-page", help="Show the live page at /. Default: unless there is an API key.")
+    ] = None,
     log_level: Annotated[str, _http(help="Least level of log lines: debug, info, warning or error.")] = "info",
     log_prompts: Annotated[bool, _http("--log-prompts", help="Put prompts and answers into the log.")] = False,
     drain_timeout: Annotated[float, _http(help="Seconds to finish what runs after SIGTERM.")] = 30.0,
@@ -59,7 +62,7 @@ def serve(
     requests."""
     # not above: every other verb works without the extra
     from expertshare.api.serving import opened_engine
-    from expertshare.serving import EngineLimits, ServerSettings, create_app
+    from expertshare.serving import EngineLimits, ServerSettings, create_app, page_routes
     from expertshare.serving import serve as serve_app
     from expertshare.serving.logs import checked_level
 
@@ -84,7 +87,8 @@ def serve(
         limits=limits,
         **decoding.options(),
     ) as engine:
-        app = create_app(engine, settings)
+        shown = api_key is None if page is None else page
+        app = create_app(engine, settings, extra_routers=[page_routes(engine, model_name)] if shown else [])
         ended_by = serve_app(app, engine, host=host, port=port, drain_timeout_s=drain_timeout, log_level=level)
     if ended_by == signal.SIGINT:
         sys.exit(130)

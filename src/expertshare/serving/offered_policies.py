@@ -51,8 +51,13 @@ class OfferedPolicies:
             return policy
         raise PolicyError(f"this server does not offer the policy {policy_label(policy)}: it offers {self.described()}")
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """One text for each: names stand for their default knobs."""
+        exact = dict.fromkeys(policy_label(policy) for policy in (self.default, *self.settings))
+        named = [name for name in POLICIES if name in self.names]
+        return (*named, *(label for label in exact if label.partition(":")[0] not in self.names))
+
     def described(self) -> str:
         """All of them, for people."""
-        shown = [f"{name} (any knobs)" for name in POLICIES if name in self.names]
-        exact = dict.fromkeys(policy_label(policy) for policy in (self.default, *self.settings))
-        return ", ".join([*shown, *(label for label in exact if label.partition(":")[0] not in self.names)])
+        return ", ".join(f"{label} (any knobs)" if label in self.names else label for label in self.labels)
