@@ -4,6 +4,7 @@ from expertshare.decoding.decoder import BlockDecoder, BlockStream, generate
 from expertshare.decoding.options import DecodingOptions
 from expertshare.decoding.results import BlockResult, FinishReason, Generation, RowResult
 from expertshare.decoding.session import BlockSession, Joining
+from expertshare.decoding.text_stream import TextStream
 from expertshare.decoding.watching import Watcher
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Generation",
     "Joining",
     "RowResult",
+    "TextStream",
     "Watcher",
     "generate",
 ]

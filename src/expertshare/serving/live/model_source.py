@@ -16,6 +16,7 @@ from expertshare.routing import parse_policy
 from expertshare.serving.live.texts import TokenTexts
 from expertshare.serving.live.trace_source import Event
 from expertshare.serving.live.watched_run import WatchedRun
+from expertshare.serving.turn_lock import TurnLock
 from expertshare.types import ExpertStore, RoutingPolicy
 
 _LOOK_FOR_STOP_S = 0.05
@@ -28,7 +29,7 @@ class ModelTraceSource:
         self,
         loaded: LoadedModel,
         *,
-        lock: threading.Lock,
+        lock: threading.Lock | TurnLock,
         name: str | None = None,
         options: DecodingOptions | None = None,
         backend: str = AUTO,
