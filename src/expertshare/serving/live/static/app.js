@@ -110,13 +110,14 @@ async function follow(asked, controller) {
 }
 
 function fail(error) {
-  stop("");
+  playbacks.forEach((playback) => playback.flush());
+  stop("", "broken off");
   if (error.status === 401) by("key-field").hidden = false;
   complain(error.message, error.status === 401 ? by("key") : null);
   if (!(error instanceof TraceError)) throw error;
 }
 
-function stop(text) {
+function stop(text, state = "stopped") {
   if (running === null) return;
   const controller = running;
   running = null;
@@ -124,7 +125,7 @@ function stop(text) {
   stopped = performance.now();
   controller.abort();
   playbacks.forEach((playback) => playback.clear());
-  halves.forEach((half) => half.state("stopped"));
+  halves.forEach((half) => half.state(state));
   work(false);
   say(text);
 }
