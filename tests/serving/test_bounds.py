@@ -28,8 +28,9 @@ def open_stream(served: Served, **more: Any) -> socket.socket:
     """A client that has sent its request and reads nothing."""
     body = json.dumps({**ASK, "stream": True, **more}).encode()
     connection = socket.create_connection(served.address)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    connection.sendall(head.encode() + b"\r\n\r\n" + body)
+    lines = ("POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json")
+    head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
+    connection.sendall(head.encode() + body)
     return connection
 
 
@@ -39,10 +40,11 @@ def test_a_full_queue_answers_429_with_retry_after(serve: Serve) -> None:
     replies: list[Any] = []
     threads = []
     with served.engine.model_lock:  # nothing moves
-        for running, waiting in ((1, 0), (1, 1)):
+        for known in (1, 2):
             threads.append(threading.Thread(target=lambda: replies.append(client.chat.completions.create(**ASK))))
             threads[-1].start()
-            served.wait_until(lambda r=running, w=waiting: (served.engine.num_running, served.engine.num_waiting) == (r, w))
+            served.wait_until(lambda k=known: served.engine.num_running + served.engine.num_waiting == k)
+        assert served.engine.num_running == 1
         with pytest.raises(openai.RateLimitError) as caught:
             client.chat.completions.create(**ASK)
         refused = http.post("/v1/chat/completions", json={**ASK, "stream": True})

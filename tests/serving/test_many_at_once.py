@@ -97,8 +97,9 @@ def test_rows_share_forwards_and_policies_take_turns(serve: Serve, reference: Lo
     )
     events: list[Event] = []
     policies = [served.engine.offered.choose(name) for name in ("vanilla", "des-vote")]
+    options = DecodingOptions(gen_length=8, threshold=None, stop_at_eos=False)
     orders = [
-        (Order(prompt=(5, 6, 7), options=DecodingOptions(gen_length=8, threshold=None, stop_at_eos=False), policy=policy), events.append)
+        (Order(prompt=(5, 6, 7), options=options, policy=policy), events.append)
         for policy in policies
         for _ in range(4)
     ]
@@ -107,6 +108,23 @@ def test_rows_share_forwards_and_policies_take_turns(serve: Serve, reference: Lo
     handle.remove()
     assert seen == [("vanilla", 4), ("des-vote", 4)] * 8
     assert sum(isinstance(event, Progress) for event in events) == 8
+
+
+def test_rows_of_different_policies_do_not_share_numbers(serve: Serve) -> None:
+    """The first row of one policy leaves; the first row of another one stays."""
+    served, heard = serve(), {}
+    orders = []
+    options = DecodingOptions(gen_length=64, threshold=None, stop_at_eos=False)
+    for name in ("vanilla", "des-vote", "des-seq"):
+        heard[name] = []
+        order = Order(prompt=(5, 6, 7), options=options, policy=served.engine.offered.choose(name))
+        orders.append((order, heard[name].append))
+    with served.engine.model_lock:
+        tickets = served.engine.submit(orders)
+    served.wait_until(lambda: all(heard.values()))
+    served.engine.cancel(tickets[:1])
+    assert served.engine.wait_until_idle(60)
+    assert [heard[name][-1].finish_reason for name in heard] == [None, "length", "length"]
 
 
 def _full_attention_model() -> LoadedModel:

@@ -25,12 +25,12 @@ def test_everything_within_the_limits_of_the_model_by_default(reference: LoadedM
 
 
 def test_a_name_allows_any_knobs_and_a_setting_only_itself(reference: LoadedModel) -> None:
-    some = offer(reference, "des-seq,block-max:budget=16")
-    assert some.labels == ("des-seq", "des-vote:budget=24", "block-max:budget=16")
-    for allowed in ("des-seq", "des-seq:experts_per_vote=2", "block-max:budget=16", "block-max:budget=0.25"):
+    some = offer(reference, "des-seq,block-max:budget=24")
+    assert some.labels == ("des-seq", "des-vote:budget=24", "block-max:budget=24")
+    for allowed in ("des-seq", "des-seq:experts_per_vote=2", "block-max:budget=24", "block-max:budget=0.375"):
         some.choose(allowed)
     assert some.choose("des-vote:budget=24") == some.default
-    for refused in ("vanilla", "block-max", "block-max:budget=17", "des-vote:budget=25"):
+    for refused in ("vanilla", "block-max", "block-max:budget=18", "des-vote:budget=25"):
         with pytest.raises(PolicyError, match="does not offer"):
             some.choose(refused)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from expertshare.decoding import BlockResult, BlockSession, Joining
 from expertshare.errors import ExpertMemoryError, ExpertShareError, NumericsError
-from expertshare.serving.orders import Event, Failure, Progress, RowUsage, Ticket
+from expertshare.serving.orders import Event, Failure, FailureKind, Progress, RowUsage, Ticket
 from expertshare.serving.usage import EngineCounts, UsageLedger
 
 Tell = Callable[[Ticket, Event], None]
@@ -59,7 +59,7 @@ class PolicyGroup:
         """Do no more work for it."""
         if ticket in self.joining:
             self.joining.remove(ticket)
-        elif ticket.number in self._rows:
+        elif ticket.number is not None and self._rows.get(ticket.number) is ticket:  # other groups have that number too
             self._leave(ticket.number)
 
     def _admit(self) -> None:
@@ -69,9 +69,10 @@ class PolicyGroup:
         entries = [Joining(prompt=ticket.order.prompt, options=ticket.order.options) for ticket in tickets]
         try:
             numbers = self.session.join(entries)
-        except ExpertMemoryError as error:
+        except ExpertShareError as error:
+            kind: FailureKind = "memory" if isinstance(error, ExpertMemoryError) else "broken"
             for ticket in tickets:
-                self.tell(ticket, Failure(kind="memory", message=str(error)))
+                self.tell(ticket, Failure(kind=kind, message=str(error)))
             return
         for number, ticket in zip(numbers, tickets, strict=True):
             ticket.number, self._rows[number] = number, ticket
