@@ -64,6 +64,7 @@ def serve(
     from expertshare.api.serving import opened_engine
     from expertshare.serving import EngineLimits, ServerSettings, create_app, page_routes
     from expertshare.serving import serve as serve_app
+    from expertshare.serving.live import page_paths
     from expertshare.serving.logs import checked_level
 
     set_threads(threads)
@@ -88,7 +89,8 @@ def serve(
         **decoding.options(),
     ) as engine:
         shown = api_key is None if page is None else page
-        app = create_app(engine, settings, extra_routers=[page_routes(engine, model_name)] if shown else [])
+        routers = [page_routes(engine, model_name)] if shown else []
+        app = create_app(engine, settings, extra_routers=routers, open_paths=page_paths() if shown else ())
         ended_by = serve_app(app, engine, host=host, port=port, drain_timeout_s=drain_timeout, log_level=level)
     if ended_by == signal.SIGINT:
         sys.exit(130)
