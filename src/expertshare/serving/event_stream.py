@@ -10,10 +10,16 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from expertshare.serving.logs import log
+
 DONE = b"data: [DONE]\n\n"
 _ALIVE = b": waiting\n\n"
 _ALIVE_EVERY_S = 15.0
 _T = TypeVar("_T")
+
+
+class TooSlowError(Exception):
+    """The client takes nothing more."""
 
 
 def as_event(value: Any) -> bytes:
@@ -37,6 +43,8 @@ class EventStream(Response):
         del scope  # says nothing that matters here
         try:
             await unless_left(receive, self._send_all(send))
+        except TooSlowError:
+            log("client too slow", seconds=self._send_timeout_s)  # the server closes what is not complete
         finally:
             self._on_end()
 
@@ -54,8 +62,11 @@ class EventStream(Response):
             await self._send_body(send, event or b"", more=event is not None)
 
     async def _send_body(self, send: Send, body: bytes, *, more: bool = True) -> None:
-        async with asyncio.timeout(self._send_timeout_s):
-            await send({"type": "http.response.body", "body": body, "more_body": more})
+        try:
+            async with asyncio.timeout(self._send_timeout_s):
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+        except TimeoutError as error:
+            raise TooSlowError from error
 
 
 async def unless_left(receive: Receive, work: Awaitable[_T]) -> _T | None:
