@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from expertshare.decoding.row import Row
@@ -17,7 +18,7 @@ class CoresetMemory:
     """The coresets of every row's last denoising step, where some layer's policy reuses them.
 
     A row selects in steps 0, reuse, 2 * reuse, ... of each block, and in prefill and commit forwards; rows do not
-    depend on each other.
+    depend on each other. A row that takes over the place of a finished one begins with step 0, and so with a selection.
     """
 
     def __init__(self, policy: RoutingPolicy, num_layers: int) -> None:
@@ -32,7 +33,7 @@ class CoresetMemory:
 
     def _recall_layer(self, layer: int, rows: Sequence[Row], groups_per_row: int) -> Coreset | None:
         kept = {
-            row.index: self._rows[row.index][layer][:groups_per_row]
+            row.index: _fitted(self._rows[row.index][layer], groups_per_row)
             for row in rows
             if row.steps % self._reuse_N[layer] != 0
         }
@@ -52,3 +53,9 @@ class CoresetMemory:
 
     def _concerns(self, kind: ForwardKind) -> bool:
         return kind == "denoise" and max(self._reuse_N) > 1
+
+
+def _fitted(member_GE: Tensor, num_groups: int) -> Tensor:
+    """A row's coresets in a forward as long as its longest row: that one may have left, or have come, since."""
+    missing = num_groups - len(member_GE)
+    return member_GE[:num_groups] if missing <= 0 else F.pad(member_GE, (0, 0, 0, missing))
