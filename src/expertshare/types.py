@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -74,6 +74,28 @@ class RoutingPolicy(Protocol):
     def keep(self, affinity_TK: Tensor) -> Tensor | None:
         """Which of a token's experts (best first) it keeps: bool [T, K], or None for all of them."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A bound policy as numbers, for kernels that cannot call it (routing.recipe_of makes one).
+
+    ranking: what experts are ranked by: "votes" (the sum of each token's K best choice scores), "highest" (the largest
+    choice score of any live token), or "everything": there is no coreset. Votes stay within `reach`, which is expert
+    groups and how many of them a token may choose among; (1, 1) is no limit. front: experts that any token has among
+    its `front` best outrank all others (0: none do). The coreset is the first `size` of the ranking; with `share` also
+    the shortest prefix that passes that share of the mass; with whole_front also all of the front.
+    slots: experts that a token keeps, None for all K. drop_share: what a token may drop of its lightest, None: nothing.
+    """
+
+    ranking: Literal["everything", "votes", "highest"] = "everything"
+    size: int = 0
+    reach: tuple[int, int] = (1, 1)
+    front: int = 0
+    whole_front: bool = False
+    share: float | None = None
+    slots: int | None = None
+    drop_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

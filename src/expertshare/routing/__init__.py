@@ -1,9 +1,10 @@
 """Expert sharing: policies choose a coreset (`select`), the model's rule routes inside it (`assign`)."""
 
-from expertshare.routing.assign import assign, count_load, everything, route, router_scores
+from expertshare.routing.assign import assign, count_load, everything, reach_limit, route, router_scores
 from expertshare.routing.gate import gate_scores
 from expertshare.routing.gate import takes as gate_takes
 from expertshare.routing.layerwise import Layerwise, policy_at
+from expertshare.routing.recipe import recipe_of
 from expertshare.routing.table import POLICIES, Knob, knobs, make_policy, native_policy, parse_knob, parse_policy
 
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "parse_knob",
     "parse_policy",
     "policy_at",
+    "reach_limit",
+    "recipe_of",
     "route",
     "router_scores",
 ]

@@ -1,0 +1,145 @@
+"""Expert sharing on the GPU: scores to coreset to plan in two kernels, without a word to the host."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertshare.config import RouterSpec
+from expertshare.errors import ConfigError
+from expertshare.kernels.triton.availability import check_devices
+from expertshare.types import Coreset, Recipe, RouterScores, RoutingPlan
+
+RANKINGS = {"everything": 0, "votes": 1, "highest": 2}
+LANES_AT_A_TIME = 2048
+"""Scores that a program holds at once, as 64-bit keys: 8 tokens of 256 experts."""
+MOST_EXPERTS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a layer decided. load_E int64 [E]: (token, expert) pairs of each expert. group_experts_G int64 [G]: unique
+    experts of each sharing group."""
+
+    coreset: Coreset
+    plan: RoutingPlan
+    load_E: Tensor
+    group_experts_G: Tensor
+
+
+def select_and_assign(
+    scores: RouterScores,
+    spec: RouterSpec,
+    recipe: Recipe,
+    *,
+    plan_reach: tuple[int, int],
+    expert_scale_E: Tensor | None = None,
+) -> Selection:
+    """routing.route and routing.count_load for a policy that is written as a recipe: the same coreset and experts to
+    the bit, weights within the rounding of float32. For inference: weights have no gradient.
+
+    plan_reach: expert groups and how many of them a token reaches in its plan. Raises ConfigError for scores that are
+    not float32 or not where Triton runs.
+    """
+    from expertshare.kernels.triton.device.coreset import coreset_kernel
+    from expertshare.kernels.triton.device.plan import plan_kernel
+
+    choice, affinity, live = _checked(scores, spec)
+    groups, length, num_experts = choice.shape
+    like = {"device": choice.device}
+    member_GE = torch.empty((groups, num_experts), dtype=torch.bool, **like)
+    used_GE = torch.empty((groups, num_experts), dtype=torch.int32, **like)
+    unique_G = torch.empty(groups, dtype=torch.int64, **like)
+    active_E, load_E = torch.empty(num_experts, dtype=torch.bool, **like), torch.empty(num_experts, dtype=torch.int64, **like)
+    ids_TK = torch.empty((groups * length, spec.top_k), dtype=torch.int64, **like)
+    weights_TK = torch.empty(ids_TK.shape, dtype=torch.float32, **like)
+    if groups == 0:
+        return Selection(
+            Coreset(member_GE), RoutingPlan(ids_TK, weights_TK, active_E.zero_()), load_E.zero_(), unique_G
+        )
+    coreset_kernel[(groups,)](
+        choice,
+        live,
+        member_GE,
+        used_GE,
+        unique_G,
+        active_E,
+        load_E,
+        length,
+        recipe.size,
+        _bits(recipe.share or 0.0),
+        NUM_EXPERTS=num_experts,
+        TOP_K=spec.top_k,
+        RANKING=RANKINGS[recipe.ranking],
+        FRONT=recipe.front,
+        WHOLE_FRONT=recipe.whole_front,
+        HAS_SHARE=recipe.share is not None,
+        **_lanes(num_experts, recipe.reach, length, most_tokens=16),
+        num_warps=8,
+    )
+    sizes = _lanes(num_experts, plan_reach, length, most_tokens=4)
+    scale_E = None if expert_scale_E is None else expert_scale_E.float().contiguous()
+    plan_kernel[(groups, -(-length // sizes["TOKENS"]))](
+        choice,
+        affinity,
+        live,
+        member_GE,
+        weights_TK if scale_E is None else scale_E,
+        ids_TK,
+        weights_TK,
+        active_E,
+        load_E,
+        used_GE,
+        unique_G,
+        length,
+        spec.top_k if recipe.slots is None else recipe.slots,
+        _bits(recipe.drop_share or 0.0),
+        float(spec.scaling),
+        NUM_EXPERTS=num_experts,
+        TOP_K=spec.top_k,
+        TOP_KP=_power_of_two(spec.top_k),
+        HAS_DROP=recipe.drop_share is not None,
+        RENORMALISE=spec.renormalise,
+        HAS_EXPERT_SCALE=scale_E is not None,
+        **sizes,
+        num_warps=4,
+    )
+    return Selection(Coreset(member_GE), RoutingPlan(ids_TK, weights_TK, active_E), load_E, unique_G)
+
+
+def _checked(scores: RouterScores, spec: RouterSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Choice, affinity and live, laid out as the kernels read them."""
+    choice, affinity, live = scores.choice_GLE.detach(), scores.affinity_GLE.detach(), scores.live_GL
+    check_devices(choice, affinity, live)
+    if (choice.dtype, affinity.dtype, live.dtype) != (torch.float32, torch.float32, torch.bool):
+        raise ConfigError(
+            "selection expects choice and affinity in float32 and live in bool, got "
+            f"{choice.dtype}, {affinity.dtype} and {live.dtype}."
+        )
+    if choice.shape[-1] != spec.num_experts or spec.num_experts > MOST_EXPERTS:
+        raise ConfigError(
+            f"selection expects scores of {spec.num_experts} experts, at most {MOST_EXPERTS}, got {choice.shape[-1]}."
+        )
+    return choice.contiguous(), affinity.expand(choice.shape).contiguous(), live.expand(choice.shape[:2]).contiguous()
+
+
+def _lanes(num_experts: int, reach: tuple[int, int], length: int, *, most_tokens: int) -> dict[str, int]:
+    """How experts lie in lanes, and how many tokens a program takes at a time."""
+    num_groups, kept = reach
+    shape = {"NGP": _power_of_two(num_groups), "GSP": _power_of_two(num_experts // num_groups)}
+    at_a_time = max(1, LANES_AT_A_TIME // (shape["NGP"] * shape["GSP"]))
+    tokens = min(at_a_time, most_tokens, _power_of_two(max(1, length)))
+    return {"NUM_GROUPS": num_groups, "KEPT": kept, **shape, "TOKENS": tokens}
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest one that is not below."""
+    return 1 << (number - 1).bit_length()
+
+
+def _bits(number: float) -> int:
+    """The float64, as the integer with the same bits."""
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
