@@ -11,6 +11,7 @@ from torch import Tensor
 from expertshare.config import RouterSpec
 from expertshare.errors import ConfigError
 from expertshare.kernels.triton.availability import check_devices
+from expertshare.kernels.triton.tiles import power_of_two
 from expertshare.types import Coreset, Recipe, RouterScores, RoutingPlan
 
 RANKINGS = {"everything": 0, "votes": 1, "highest": 2}
@@ -60,10 +61,12 @@ def select_and_assign(
         return Selection(
             Coreset(member_GE), RoutingPlan(ids_TK, weights_TK, active_E.zero_()), load_E.zero_(), unique_G
         )
+    sizes = _lanes(num_experts, recipe.reach, length, most_tokens=16)
     coreset_kernel[(groups,)](
         choice,
         live,
         member_GE,
+        torch.empty((groups, sizes["NGP"] * sizes["GSP"]), dtype=torch.int64, **like),
         used_GE,
         unique_G,
         active_E,
@@ -77,7 +80,8 @@ def select_and_assign(
         FRONT=recipe.front,
         WHOLE_FRONT=recipe.whole_front,
         HAS_SHARE=recipe.share is not None,
-        **_lanes(num_experts, recipe.reach, length, most_tokens=16),
+        KEYS_AT_A_TIME=min(16, sizes["NGP"] * sizes["GSP"]),
+        **sizes,
         num_warps=8,
     )
     sizes = _lanes(num_experts, plan_reach, length, most_tokens=4)
@@ -100,7 +104,7 @@ def select_and_assign(
         float(spec.scaling),
         NUM_EXPERTS=num_experts,
         TOP_K=spec.top_k,
-        TOP_KP=_power_of_two(spec.top_k),
+        TOP_KP=power_of_two(spec.top_k),
         HAS_DROP=recipe.drop_share is not None,
         RENORMALISE=spec.renormalise,
         HAS_EXPERT_SCALE=scale_E is not None,
@@ -129,15 +133,10 @@ def _checked(scores: RouterScores, spec: RouterSpec) -> tuple[Tensor, Tensor, Te
 def _lanes(num_experts: int, reach: tuple[int, int], length: int, *, most_tokens: int) -> dict[str, int]:
     """How experts lie in lanes, and how many tokens a program takes at a time."""
     num_groups, kept = reach
-    shape = {"NGP": _power_of_two(num_groups), "GSP": _power_of_two(num_experts // num_groups)}
+    shape = {"NGP": power_of_two(num_groups), "GSP": power_of_two(num_experts // num_groups)}
     at_a_time = max(1, LANES_AT_A_TIME // (shape["NGP"] * shape["GSP"]))
-    tokens = min(at_a_time, most_tokens, _power_of_two(max(1, length)))
+    tokens = min(at_a_time, most_tokens, power_of_two(max(1, length)))
     return {"NUM_GROUPS": num_groups, "KEPT": kept, **shape, "TOKENS": tokens}
-
-
-def _power_of_two(number: int) -> int:
-    """The smallest one that is not below."""
-    return 1 << (number - 1).bit_length()
 
 
 def _bits(number: float) -> int:

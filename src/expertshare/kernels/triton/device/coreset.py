@@ -19,6 +19,7 @@ def coreset_kernel(
     choice_ptr,
     live_ptr,
     member_ptr,
+    keys_ptr,
     used_ptr,
     unique_ptr,
     active_ptr,
@@ -37,11 +38,13 @@ def coreset_kernel(
     NGP: tl.constexpr,
     GSP: tl.constexpr,
     TOKENS: tl.constexpr,
+    KEYS_AT_A_TIME: tl.constexpr,
 ):
-    """Writes member [G, E], and zeros into what plan_kernel adds to: used [G, E], unique [G], active [E], load [E].
+    """Writes member [G, E], keys [G, LANES] (scratch), and zeros into what plan_kernel adds to: used [G, E], unique [G], active [E], load [E].
 
     RANKING 0: everything, 1: votes, 2: highest. share_bits: the share's float64, as an integer: Triton would round a
-    float argument to float32, and a share on the edge would cut elsewhere.
+    float argument to float32, and a share on the edge would cut elsewhere. KEYS_AT_A_TIME divides LANES: every expert
+    is compared with so many others together, because all of 256 would not fit into registers.
     """
     LANES: tl.constexpr = NGP * GSP
     group = tl.program_id(0).to(tl.int64)
@@ -88,14 +91,19 @@ def coreset_kernel(
         key = ranking_keys(score, lane, exists, LANES)
         if FRONT > 0:
             key += tl.where(exists, first_choice, 0).to(tl.int64) << 48
-        ranked = tl.sort(key, descending=True)
+        keys_at = keys_ptr + group * LANES
+        tl.store(keys_at + lane, key)
+        tl.debug_barrier()  # the loop below reads what other threads of this program wrote
         count = size
         if WHOLE_FRONT:
             count = tl.maximum(count, tl.sum(first_choice, axis=0))
         if HAS_SHARE:
-            count = tl.maximum(count, _prefix(scores_of_keys(ranked), share_bits))
-        last = tl.sum(tl.where(lane == count - 1, ranked, 0), axis=0)
-        tl.store(member_at, (key >= last) & exists, mask=exists)
+            count = tl.maximum(count, _prefix(key, keys_at, share_bits, LANES, KEYS_AT_A_TIME))
+        place = tl.zeros((LANES,), tl.int32)
+        for begin in range(0, LANES, KEYS_AT_A_TIME):
+            other = tl.load(keys_at + begin + tl.arange(0, KEYS_AT_A_TIME))
+            place += tl.sum((other[None, :] > key[:, None]).to(tl.int32), axis=1)
+        tl.store(member_at, place < count, mask=exists)
 
 
 @triton.jit
@@ -108,10 +116,18 @@ def _clear(used_ptr, unique_ptr, active_ptr, load_ptr, group, expert, exists, NU
 
 
 @triton.jit
-def _prefix(score, share_bits):
+def _prefix(key, keys_at, share_bits, LANES: tl.constexpr, KEYS_AT_A_TIME: tl.constexpr):
     """Length of the shortest prefix of a ranking that passes the share: routing.shares.shortest_prefix."""
     share = share_bits.to(tl.int64).to(tl.float64, bitcast=True)
-    mass = tl.maximum(score, 0.0).to(tl.float64)
-    upto = tl.cumsum(mass, axis=0)
-    total = tl.where(share == 1.0, float("inf"), share * tl.max(upto, axis=0))  # 1: all, whatever the rounding
-    return tl.sum(((upto - mass <= total) & (score > -float("inf"))).to(tl.int32), axis=0)
+    score = scores_of_keys(key)
+    ahead = tl.zeros((LANES,), tl.float64)
+    for begin in range(0, LANES, KEYS_AT_A_TIME):
+        other = tl.load(keys_at + begin + tl.arange(0, KEYS_AT_A_TIME))
+        ahead += tl.sum(tl.where(other[None, :] > key[:, None], _mass(scores_of_keys(other))[None, :], 0.0), axis=1)
+    total = tl.where(share == 1.0, float("inf"), share * tl.sum(_mass(score), axis=0))  # 1: all, whatever the rounding
+    return tl.sum(((ahead <= total) & (score > -float("inf"))).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _mass(score):
+    return tl.maximum(score, 0.0).to(tl.float64)
