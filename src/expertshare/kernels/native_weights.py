@@ -71,9 +71,9 @@ def check_layout(name: str, weight: Tensor | QuantisedWeight, *, backend: str = 
     for part, tensor in tensors_of(name, weight).items():
         if len(tensor) and not tensor[0].is_contiguous():
             raise ConfigError(
-                f"the expert backend {backend!r} reads weights where they lie and expects each expert of {part} contiguous, "
-                f"got strides {tensor.stride()} for shape {tuple(tensor.shape)}: make it contiguous once, when it is "
-                "loaded."
+                f"the expert backend {backend!r} reads weights where they lie and expects each expert of {part} "
+                f"contiguous, got strides {tensor.stride()} for shape {tuple(tensor.shape)}: make it contiguous once, "
+                "when it is loaded."
             )
         if tensor.data_ptr() % tensor.element_size() != 0:
             raise ConfigError(f"{part} is not aligned to its elements of {tensor.element_size()} bytes: clone it.")

@@ -12,10 +12,18 @@ from torch import Tensor, nn
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.errors import ConfigError
 from expertshare.experts import ResidentExperts
-from expertshare.kernels import moe_ffn
+from expertshare.kernels import moe_ffn, select_and_assign
 from expertshare.models.layers import SwiGLU
 from expertshare.models.runtime import Runtime
-from expertshare.routing import count_load, gate_scores, gate_takes, route, router_scores
+from expertshare.routing import (
+    count_load,
+    gate_scores,
+    gate_takes,
+    reach_limit,
+    recipe_of,
+    route,
+    router_scores,
+)
 from expertshare.types import ExpertBank, Loan, RouterScores, RoutingPlan
 
 
@@ -81,8 +89,7 @@ class MoE(nn.Module):
         """Returns the layer's output (same shape and dtype as the input) and what it asked of the experts."""
         with runtime.timed("router"):
             scores = self.router.scores(x_GLD, live_GL, self.spec, compiled=runtime.backend == "cpu")
-            _, plan = route(scores, runtime.policy_for(self.moe_layer, self.num_layers), self.spec)
-            routing = LayerRouting(*count_load(plan, len(live_GL)))
+            plan, routing = self._route(scores, runtime)
         x_TD = x_GLD.flatten(0, 1)
         with runtime.timed("experts"):
             with self._borrow(plan, runtime) as loan:
@@ -90,6 +97,18 @@ class MoE(nn.Module):
             if self.shared is not None:
                 y_TD = y_TD + self.shared(x_TD, backend=runtime.backend)
         return y_TD.view(x_GLD.shape), routing
+
+    def _route(self, scores: RouterScores, runtime: Runtime) -> tuple[RoutingPlan, LayerRouting]:
+        """Under "triton" by kernels that need no word from the host, for every policy that can be written down."""
+        policy = runtime.policy_for(self.moe_layer, self.num_layers)
+        recipe = recipe_of(policy, self.spec) if runtime.backend == "triton" else None
+        if recipe is None:
+            _, plan = route(scores, policy, self.spec)
+            return plan, LayerRouting(*count_load(plan, len(scores.live_GL)))
+        found = select_and_assign(
+            scores, self.spec, recipe, plan_reach=reach_limit(self.spec, policy.group_limit)
+        )
+        return found.plan, LayerRouting(found.load_E, found.group_experts_G)
 
     def _borrow(self, plan: RoutingPlan, runtime: Runtime) -> AbstractContextManager[Loan]:
         if runtime.store is not None:

@@ -26,8 +26,8 @@ def moe_ffn_triton(x_TD: Tensor, plan: RoutingPlan, bank: Bank) -> Tensor:
     """As moe_ffn_grouped, for inference, with a bank of floats (float32, bfloat16, float16) or of codes.
 
     Sums are float32: over features in the order of the tiles, over slots in their order, so that equal calls give equal
-    bits. Hidden features are rounded once to the tokens' dtype. 8-bit weights enter as codes, and their scale is applied
-    to the sum; 4-bit weights are widened and rounded to the tokens' dtype. Products of float32 are not rounded to TF32.
+    bits. Hidden features are rounded once to the tokens' dtype. 8-bit weights enter as codes, the scale is applied to
+    the sum; 4-bit weights are widened and rounded to the tokens' dtype. Products of float32 are not rounded to TF32.
     Rows of the bank must be contiguous. Ids that are no expert of the bank count as unused: to check them would need
     the host. Raises ConfigError for gradients, other dtypes or layouts, and where Triton cannot run.
     """

@@ -45,32 +45,51 @@ def select_and_assign(
     plan_reach: expert groups and how many of them a token reaches in its plan. Raises ConfigError for scores that are
     not float32 or not where Triton runs.
     """
-    from expertshare.kernels.triton.device.coreset import coreset_kernel
-    from expertshare.kernels.triton.device.plan import plan_kernel
-
     choice, affinity, live = _checked(scores, spec)
+    found, used_GE = _allocated(choice, spec.top_k)
+    if len(choice) == 0:
+        found.plan.active_E.zero_()
+        found.load_E.zero_()
+        return found
+    _find_coresets(choice, live, spec, recipe, found, used_GE)
+    scale_E = None if expert_scale_E is None else expert_scale_E.float().contiguous()
+    _make_plan(choice, affinity, live, spec, recipe, plan_reach, scale_E, found, used_GE)
+    return found
+
+
+def _allocated(choice_GLE: Tensor, top_k: int) -> tuple[Selection, Tensor]:
+    """What the kernels write, and int32 [G, E] where they mark the experts that each group has used."""
+    groups, length, num_experts = choice_GLE.shape
+    device = choice_GLE.device
+    member_GE = torch.empty((groups, num_experts), dtype=torch.bool, device=device)
+    plan = RoutingPlan(
+        torch.empty((groups * length, top_k), dtype=torch.int64, device=device),
+        torch.empty((groups * length, top_k), dtype=torch.float32, device=device),
+        torch.empty(num_experts, dtype=torch.bool, device=device),
+    )
+    load_E = torch.empty(num_experts, dtype=torch.int64, device=device)
+    unique_G = torch.empty(groups, dtype=torch.int64, device=device)
+    used_GE = torch.empty((groups, num_experts), dtype=torch.int32, device=device)
+    return Selection(Coreset(member_GE), plan, load_E, unique_G), used_GE
+
+
+def _find_coresets(
+    choice: Tensor, live: Tensor, spec: RouterSpec, recipe: Recipe, found: Selection, used_GE: Tensor
+) -> None:
+    from expertshare.kernels.triton.device.coreset import coreset_kernel
+
     groups, length, num_experts = choice.shape
-    like = {"device": choice.device}
-    member_GE = torch.empty((groups, num_experts), dtype=torch.bool, **like)
-    used_GE = torch.empty((groups, num_experts), dtype=torch.int32, **like)
-    unique_G = torch.empty(groups, dtype=torch.int64, **like)
-    active_E, load_E = torch.empty(num_experts, dtype=torch.bool, **like), torch.empty(num_experts, dtype=torch.int64, **like)
-    ids_TK = torch.empty((groups * length, spec.top_k), dtype=torch.int64, **like)
-    weights_TK = torch.empty(ids_TK.shape, dtype=torch.float32, **like)
-    if groups == 0:
-        return Selection(
-            Coreset(member_GE), RoutingPlan(ids_TK, weights_TK, active_E.zero_()), load_E.zero_(), unique_G
-        )
     sizes = _lanes(num_experts, recipe.reach, length, most_tokens=16)
+    lanes = sizes["NGP"] * sizes["GSP"]
     coreset_kernel[(groups,)](
         choice,
         live,
-        member_GE,
-        torch.empty((groups, sizes["NGP"] * sizes["GSP"]), dtype=torch.int64, **like),
+        found.coreset.member_GE,
+        torch.empty((groups, lanes), dtype=torch.int64, device=choice.device),
         used_GE,
-        unique_G,
-        active_E,
-        load_E,
+        found.group_experts_G,
+        found.plan.active_E,
+        found.load_E,
         length,
         recipe.size,
         _bits(recipe.share or 0.0),
@@ -80,24 +99,39 @@ def select_and_assign(
         FRONT=recipe.front,
         WHOLE_FRONT=recipe.whole_front,
         HAS_SHARE=recipe.share is not None,
-        KEYS_AT_A_TIME=min(16, sizes["NGP"] * sizes["GSP"]),
+        KEYS_AT_A_TIME=min(16, lanes),
         **sizes,
         num_warps=8,
     )
-    sizes = _lanes(num_experts, plan_reach, length, most_tokens=4)
-    scale_E = None if expert_scale_E is None else expert_scale_E.float().contiguous()
+
+
+def _make_plan(
+    choice: Tensor,
+    affinity: Tensor,
+    live: Tensor,
+    spec: RouterSpec,
+    recipe: Recipe,
+    reach: tuple[int, int],
+    scale_E: Tensor | None,
+    found: Selection,
+    used_GE: Tensor,
+) -> None:
+    from expertshare.kernels.triton.device.plan import plan_kernel
+
+    groups, length, num_experts = choice.shape
+    sizes = _lanes(num_experts, reach, length, most_tokens=4)
     plan_kernel[(groups, -(-length // sizes["TOKENS"]))](
         choice,
         affinity,
         live,
-        member_GE,
-        weights_TK if scale_E is None else scale_E,
-        ids_TK,
-        weights_TK,
-        active_E,
-        load_E,
+        found.coreset.member_GE,
+        affinity if scale_E is None else scale_E,
+        found.plan.expert_ids_TK,
+        found.plan.weights_TK,
+        found.plan.active_E,
+        found.load_E,
         used_GE,
-        unique_G,
+        found.group_experts_G,
         length,
         spec.top_k if recipe.slots is None else recipe.slots,
         _bits(recipe.drop_share or 0.0),
@@ -111,7 +145,6 @@ def select_and_assign(
         **sizes,
         num_warps=4,
     )
-    return Selection(Coreset(member_GE), RoutingPlan(ids_TK, weights_TK, active_E), load_E, unique_G)
 
 
 def _checked(scores: RouterScores, spec: RouterSpec) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,7 +40,8 @@ def coreset_kernel(
     TOKENS: tl.constexpr,
     KEYS_AT_A_TIME: tl.constexpr,
 ):
-    """Writes member [G, E], keys [G, LANES] (scratch), and zeros into what plan_kernel adds to: used [G, E], unique [G], active [E], load [E].
+    """Writes member [G, E], keys [G, LANES] (scratch), and zeros into what plan_kernel adds to: used [G, E],
+    unique [G], active [E] and load [E].
 
     RANKING 0: everything, 1: votes, 2: highest. share_bits: the share's float64, as an integer: Triton would round a
     float argument to float32, and a share on the edge would cut elsewhere. KEYS_AT_A_TIME divides LANES: every expert

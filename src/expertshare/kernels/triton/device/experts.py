@@ -162,7 +162,7 @@ def mix_kernel(
     DEPTH: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """y [T, DEPTH]: a token's slots times their weights, added up slot by slot in float32. Unused slots are not read."""
+    """y [T, DEPTH]: a token's slots times their weights, added up slot by slot in float32; unused ones are not read."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = column < DEPTH

@@ -116,9 +116,7 @@ def _heavy(weight, slot, drop_bits, TOKENS: tl.constexpr, TOP_K: tl.constexpr, T
         last = tl.max(tl.where(waiting & (part == least[:, None]), slot, -1), axis=1)
         upto += least
         one = slot == last[:, None]
-        if rank == TOP_K - 1:
-            kept = tl.where(one, 1, kept)
-        else:
-            kept = tl.where(one & (upto >= share)[:, None], 1, kept)
+        heavy = (upto >= share) | (rank == TOP_K - 1)
+        kept = tl.where(one & heavy[:, None], 1, kept)
         waiting = waiting & (slot != last[:, None])
     return kept > 0

@@ -26,19 +26,33 @@ def product(
 ):
     """float32 [BM, BN]: tokens, DEPTH features from x_ptr + x_at [BM] on, times the weights of rows `row` [BN].
 
-    codes_ptr: of one matrix. BITS 0: weights in the dtype of x. BITS 8: codes times a scale per row, applied to the sum.
+    codes_ptr: of one matrix. BITS 0: weights in the dtype of x. BITS 8: codes; a row's scale is applied to the sum.
     BITS 4: two codes a byte within groups (kernels/quantise), widened in float32 and rounded to the dtype of x.
     """
     if BITS == 4:
         return _packed(
-            x_ptr, x_at, x_exists, codes_ptr, scales_ptr, minima_ptr, row, row_exists, DEPTH, GROUP, HAS_MINIMA, BM, BN, BK
+            x_ptr,
+            x_at,
+            x_exists,
+            codes_ptr,
+            scales_ptr,
+            minima_ptr,
+            row,
+            row_exists,
+            DEPTH,
+            GROUP,
+            HAS_MINIMA,
+            BM,
+            BN,
+            BK,
         )
     total = tl.zeros((BM, BN), tl.float32)
     for begin in range(0, DEPTH, BK):
         depth = begin + tl.arange(0, BK)
         inside = depth < DEPTH
         x = tl.load(x_ptr + x_at[:, None] + depth[None, :], mask=x_exists[:, None] & inside[None, :], other=0.0)
-        w = tl.load(codes_ptr + row[None, :] * DEPTH + depth[:, None], mask=row_exists[None, :] & inside[:, None], other=0)
+        w_at = codes_ptr + row[None, :] * DEPTH + depth[:, None]
+        w = tl.load(w_at, mask=row_exists[None, :] & inside[:, None], other=0)
         total = tl.dot(x, w.to(x.dtype), total, input_precision="ieee")
     if BITS == 8:
         total = total * tl.load(scales_ptr + row, mask=row_exists, other=0.0)[None, :]
