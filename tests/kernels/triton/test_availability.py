@@ -14,7 +14,7 @@ from ..test_moe_ffn import scene
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(availability, "_not_installed", lambda: None)
+    monkeypatch.setattr(availability, "_not_installed", lambda oldest: None)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
@@ -32,10 +32,13 @@ def test_without_triton_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(availability, "find_spec", lambda name: object())
-    monkeypatch.setattr(availability.metadata, "version", lambda name: "3.7.1")
+    monkeypatch.setattr(availability.metadata, "version", lambda name: "3.5.1")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     availability._not_installed.cache_clear()
     try:
-        assert unavailable_reason() == "Triton is 3.7.1, expected 3.8 or newer"
+        assert unavailable_reason() == "Triton is 3.5.1, expected 3.6 or newer"
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        assert unavailable_reason() == "Triton is 3.5.1, expected 3.7 or newer"
     finally:
         availability._not_installed.cache_clear()
 

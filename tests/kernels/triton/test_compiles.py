@@ -12,9 +12,10 @@ import pytest
 
 from expertshare.kernels.triton import availability
 
+MISSING = availability._not_installed(availability.OLDEST)
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(availability._not_installed() is not None, reason=str(availability._not_installed())),
+    pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
 ]
 
 SCRIPT = Path(__file__).with_name("compile_for_hopper.py")

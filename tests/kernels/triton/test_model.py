@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertshare.config import ModelConfig
 from expertshare.models import ForwardInput, MoETransformer, Runtime
@@ -51,6 +54,37 @@ def test_a_forward_equals_torch_s(family: str, policy_name: str, device: torch.d
     ours, theirs = (model.best_tokens(rows, excluded, backend=name) for name in ("triton", "grouped"))
     assert torch.equal(ours[0], theirs[0])
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-6)
+
+
+class NoWordFromTheHost(TorchDispatchMode):
+    """Fails at operations for which a GPU's host has to wait, or that bring data from the host."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "equal", "lift_fresh")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        assert name not in self.WAITING, f"{name} has no place in a captured forward"
+        if name in ("index", "index_put", "index_put_"):
+            assert all(index is None or index.dtype != torch.bool for index in args[1]), f"{name} by a mask waits"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy_name", ["vanilla", "block-top-p", "protected-vote"])
+def test_a_forward_asks_the_host_nothing(policy_name: str, device: torch.device) -> None:
+    """What a captured graph needs, seen without a GPU: by the operations that torch is asked for."""
+    config = CONFIGS["llada2_moe"]
+    model, inputs = model_of(config, device), block(config, device)
+    runtime = Runtime(policy=make_policy(policy_name).bind(config.router), backend="triton")
+
+    def step() -> None:
+        hidden_RD = model(inputs, runtime).hidden_BSD.flatten(0, 1)
+        model.best_tokens(hidden_RD, [config.mask_id], backend="triton")
+
+    step()  # what is made once may come from the host
+    with NoWordFromTheHost():
+        step()
 
 
 @pytest.mark.parametrize("policy_name", POLICIES)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from expertshare.errors import ConfigError
 
-OLDEST = (3, 8)
-"""Triton versions before this one: not tried."""
+OLDEST, OLDEST_INTERPRETER = (3, 6), (3, 7)
+"""Triton versions that were tried: compiling for sm_90, and interpreting (3.6's interpreter fails at our loops)."""
 INTERPRET = "TRITON_INTERPRET"
 
 
@@ -24,19 +24,19 @@ def interpreted() -> bool:
 
 def unavailable_reason() -> str | None:
     """None where kernels can run, else a sentence for people."""
-    reason = _not_installed()
+    reason = _not_installed(OLDEST_INTERPRETER if interpreted() else OLDEST)
     if reason is None and not interpreted() and not torch.cuda.is_available():
         return "torch sees no GPU"
     return reason
 
 
 @cache
-def _not_installed() -> str | None:
+def _not_installed(oldest: tuple[int, int]) -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed (pip install 'expertshare[triton]')"
     version = metadata.version("triton")
-    if tuple(map(int, version.split(".")[:2])) < OLDEST:
-        return f"Triton is {version}, expected {'.'.join(map(str, OLDEST))} or newer"
+    if tuple(map(int, version.split(".")[:2])) < oldest:
+        return f"Triton is {version}, expected {'.'.join(map(str, oldest))} or newer"
     return None
 
 
