@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from expertshare.config import ModelConfig
+from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.models import ForwardInput, MoETransformer, Runtime
 from expertshare.models.transformer import initialise
 from expertshare.routing import POLICIES, make_policy
@@ -54,6 +55,19 @@ def test_a_forward_equals_torch_s(family: str, policy_name: str, device: torch.d
     ours, theirs = (model.best_tokens(rows, excluded, backend=name) for name in ("triton", "grouped"))
     assert torch.equal(ours[0], theirs[0])
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-6)
+
+
+def test_an_answer_equals_that_of_torch(device: torch.device) -> None:
+    """Two prompts, one with a partial block: prefill, denoising steps and commits."""
+    config = CONFIGS["llada2_moe"]
+    model = model_of(config, device)
+    policy = make_policy("des-vote").bind(config.router)
+    options = DecodingOptions(gen_length=8, threshold=0.0, stop_at_eos=False)
+    found = []
+    for backend in ("triton", "grouped"):
+        stream = BlockDecoder(model, Runtime(policy=policy, backend=backend), options).blocks([[5, 6, 7], [9] * 8])
+        found.append([(block.row, block.token_ids) for block in stream])
+    assert found[0] == found[1]
 
 
 class NoWordFromTheHost(TorchDispatchMode):
