@@ -16,12 +16,16 @@ from expertshare.routing.top_k_cap import TopKCap
 from expertshare.routing.vanilla import Vanilla
 from expertshare.types import Recipe, RoutingPolicy
 
+_OURS = (Vanilla, TopKCap, Skip, BlockMax, DesVote, ProtectedVote, DesSeq, BlockTopP)
+
 
 def recipe_of(policy: RoutingPolicy, spec: RouterSpec) -> Recipe | None:
-    """What `policy` does under this router, as numbers; None for a policy that is not one of ours.
+    """What `policy` does under this router, as numbers; None for a policy that has none.
 
     The policy's own `select` and `keep` stay the definition: tests/kernels/triton holds every recipe to them.
     """
+    if type(policy) not in _OURS:  # a class derived from one of ours may select something else
+        return None
     match policy:
         case Vanilla():
             return Recipe()

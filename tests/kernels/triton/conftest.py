@@ -39,6 +39,6 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def unwritten_is_nan() -> Iterator[None]:
     """Outputs that nobody wrote are NaN, or the largest integer."""
     assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # a GPU's matrix products would need a variable set
     yield
     torch.use_deterministic_algorithms(False)

@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from expertshare.config import RouterSpec
-from expertshare.routing import POLICIES, make_policy
+from expertshare.routing import make_policy
 from expertshare.types import Coreset, RouterScores, RoutingPlan, RoutingPolicy
 from routing import contract
 from routing.cases import SPECS, Scene
 
+from .recipes import WITH_RECIPE
 from .test_selection import selected, tied_scores
 
 
-@pytest.mark.parametrize("policy_name", POLICIES)
+@pytest.mark.parametrize("policy_name", WITH_RECIPE)
 def test_selection_keeps_the_contract(
     policy_name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -28,7 +29,7 @@ def test_selection_keeps_the_contract(
         return Coreset(found.coreset.member_GE.cpu()), plan
 
     monkeypatch.setattr(contract, "route", by_triton)
-    number = list(POLICIES).index(policy_name)
+    number = WITH_RECIPE.index(policy_name)
     names = list(SPECS)
     for spec_name in names if device.type == "cuda" else [names[number % len(names)]]:
         spec = SPECS[spec_name]
