@@ -22,7 +22,7 @@ from expertshare.bench import find_case, gpu_device, measure_gpu
 from expertshare.bench.gpu import MOST_TURNS, take_turns_on_gpu
 from expertshare.config import RouterSpec
 from expertshare.kernels import select_and_assign
-from expertshare.routing import POLICIES, count_load, make_policy, reach_limit, recipe_of, route
+from expertshare.routing import POLICIES, count_load, make_policy, recipe_of, route
 from expertshare.types import RouterScores, RoutingPolicy
 
 
@@ -40,14 +40,17 @@ def scenes(spec: RouterSpec, blocks: int, length: int, device: torch.device) -> 
 
 def calls(policy: RoutingPolicy, spec: RouterSpec, of: Sequence[RouterScores]) -> dict[str, Callable[[int], object]]:
     """Ours, and routing's own functions with what a layer counts besides."""
-    recipe, reach = recipe_of(policy, spec), reach_limit(spec, policy.group_limit)
+    recipe = recipe_of(policy, spec)
     assert recipe is not None
 
     def by_torch(turn: int) -> object:
         _, plan = route(of[turn], policy, spec)
         return count_load(plan, len(of[turn].live_GL))
 
-    return {"triton": lambda turn: select_and_assign(of[turn], spec, recipe, plan_reach=reach), "torch": by_torch}
+    def by_triton(turn: int) -> object:
+        return select_and_assign(of[turn], spec, recipe, group_limit=policy.group_limit)
+
+    return {"triton": by_triton, "torch": by_torch}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,7 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         of = scenes(spec, asked.blocks, case.tokens, device)
         for name in POLICIES:
-            both = calls(make_policy(name).bind(spec), spec, of)
+            policy = make_policy(name).bind(spec)
+            if recipe_of(policy, spec) is None:
+                print(f"{name:16s} has no recipe")
+                continue
+            both = calls(policy, spec, of)
             times = take_turns_on_gpu(both, turns=MOST_TURNS, repeats=asked.repeats, warmup=3, host_bound=["torch"])
             us = {way: 1e6 * statistics.median(seconds) for way, seconds in times.seconds.items()}
             found.append({"policy": name, "us": us["triton"], "us_torch": us["torch"], "captured": times.captured})

@@ -78,22 +78,20 @@ class RoutingPolicy(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """A bound policy as numbers, for kernels that cannot call it (routing.recipe_of makes one).
+    """A policy in a few numbers (routing.recipe): how a coreset is made, and what a token keeps of its K experts in it.
 
-    ranking: what experts are ranked by: "votes" (the sum of each token's K best choice scores), "highest" (the largest
-    choice score of any live token), or "everything": there is no coreset. Votes stay within `reach`, which is expert
-    groups and how many of them a token may choose among; (1, 1) is no limit. front: experts that any token has among
-    its `front` best outrank all others (0: none do). The coreset is the first `size` of the ranking; with `share` also
-    the shortest prefix that passes that share of the mass; with whole_front also all of the front.
-    slots: experts that a token keeps, None for all K. drop_share: what a token may drop of its lightest, None: nothing.
+    ranking: of the experts of a group, by the ballots' `tally` ("votes") or by `highest`; "all" shares no coreset. The
+    coreset is the `size` best, those in front before all others: the `num_firsts` best of every token (with "votes"),
+    or the shortest prefix of the ranking that passes `prefix_share`. front_is_whole: a front larger than `size` is not
+    cut. slots: a token keeps so many of its experts, None for all; of these it drops the lightest, up to `drop_share`.
     """
 
-    ranking: Literal["everything", "votes", "highest"] = "everything"
+    ranking: Literal["all", "votes", "highest"] = "all"
+    ballots: Literal["ungrouped", "grouped"] = "ungrouped"
     size: int = 0
-    reach: tuple[int, int] = (1, 1)
-    front: int = 0
-    whole_front: bool = False
-    share: float | None = None
+    num_firsts: int = 0
+    prefix_share: float | None = None
+    front_is_whole: bool = False
     slots: int | None = None
     drop_share: float | None = None
 

@@ -1,69 +1,41 @@
-"""Policies as numbers, for kernels that run a whole selection at once and cannot call `select` or `keep`."""
+"""A policy in a few numbers: what the native library needs to know to route a layer in one call, and Triton in two.
+
+A recipe adds nothing to a policy: `select` and `keep` define it, and a recipe says the same again in terms that the
+library has (csrc/routing_step.h). One without a recipe is routed by its `select` and `keep`, in more calls.
+"""
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Protocol, cast
+
 from expertshare.config import RouterSpec
-from expertshare.routing.assign import reach_limit
-from expertshare.routing.ballots import Ballots
-from expertshare.routing.base import Budget, CoresetPolicy, resolve_budget
-from expertshare.routing.block_max import BlockMax
-from expertshare.routing.block_top_p import BlockTopP
-from expertshare.routing.des_seq import DesSeq
-from expertshare.routing.des_vote import DesVote
-from expertshare.routing.protected_vote import ProtectedVote
-from expertshare.routing.skip import Skip
-from expertshare.routing.top_k_cap import TopKCap
-from expertshare.routing.vanilla import Vanilla
 from expertshare.types import Recipe, RoutingPolicy
 
-_OURS = (Vanilla, TopKCap, Skip, BlockMax, DesVote, ProtectedVote, DesSeq, BlockTopP)
+__all__ = ["HasRecipe", "Recipe", "recipe_of"]
+
+
+class HasRecipe(Protocol):
+    """A policy that can be said in a few numbers."""
+
+    def recipe(self, spec: RouterSpec) -> Recipe | None:
+        """Those that give the same as `select` and `keep`, to the last bit; None with knobs that have no such numbers.
+
+        The library sees scores and live tokens only: a coreset of the step before, or anything else, is not in it.
+        """
+        ...
 
 
 def recipe_of(policy: RoutingPolicy, spec: RouterSpec) -> Recipe | None:
-    """What `policy` does under this router, as numbers; None for a policy that has none.
-
-    The policy's own `select` and `keep` stay the definition: tests/kernels/triton holds every recipe to them.
-    """
-    if type(policy) not in _OURS:  # a class derived from one of ours may select something else
-        return None
-    match policy:
-        case Vanilla():
-            return Recipe()
-        case TopKCap():
-            return Recipe(slots=policy.experts_per_token)
-        case Skip():
-            return Recipe(drop_share=policy.skip_share)
-        case BlockMax():
-            return Recipe(ranking="highest", size=_size(policy, policy.budget, spec))
-        case DesVote():
-            return Recipe(ranking="votes", reach=_reach(spec, policy.ballots), size=_size(policy, policy.budget, spec))
-        case ProtectedVote():
-            size = _size(policy, policy.budget, spec)
-            return Recipe(ranking="votes", reach=_reach(spec, policy.ballots), size=size, front=1)
-        case DesSeq():
-            return Recipe(
-                ranking="votes",
-                reach=_reach(spec, policy.ballots),
-                size=spec.min_coreset_size(policy.group_limit),
-                front=policy.experts_per_vote,
-                whole_front=True,
-            )
-        case BlockTopP():
-            least = spec.min_coreset_size(policy.group_limit)
-            return Recipe(
-                ranking="votes",
-                reach=_reach(spec, policy.ballots),
-                size=least if policy.guard is None else policy.guard,
-                share=policy.top_p_experts,
-            )
-        case _:
-            return None
+    """The policy's recipe; None where it has none, or only one of a class whose `select` or `keep` it replaced."""
+    return cast(HasRecipe, policy).recipe(spec) if _is_own(type(policy)) else None
 
 
-def _reach(spec: RouterSpec, ballots: Ballots) -> tuple[int, int]:
-    """Of votes."""
-    return reach_limit(spec, "inside" if ballots == "grouped" else "ignore")
+@cache
+def _is_own(kind: type) -> bool:
+    """Whether the recipe was written with or after what it describes."""
 
+    def definer(name: str) -> int:
+        return next((place for place, base in enumerate(kind.__mro__) if name in vars(base)), len(kind.__mro__))
 
-def _size(policy: CoresetPolicy, budget: Budget | None, spec: RouterSpec) -> int:
-    return resolve_budget(budget, spec, policy.group_limit, policy.name)
+    return definer("recipe") < len(kind.__mro__) and definer("recipe") <= min(definer("select"), definer("keep"))

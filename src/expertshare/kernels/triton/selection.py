@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expertshare.config import RouterSpec
+from expertshare.config import GroupLimit, RouterSpec
 from expertshare.errors import ConfigError
 from expertshare.kernels.triton.availability import check_devices
 from expertshare.kernels.triton.tiles import power_of_two
 from expertshare.types import Coreset, Recipe, RouterScores, RoutingPlan
 
-RANKINGS = {"everything": 0, "votes": 1, "highest": 2}
+RANKINGS = {"all": 0, "votes": 1, "highest": 2}
 LANES_AT_A_TIME = 2048
 """Scores that a program holds at once, as 64-bit keys: 8 tokens of 256 experts."""
 MOST_EXPERTS = 4096
@@ -36,13 +36,13 @@ def select_and_assign(
     spec: RouterSpec,
     recipe: Recipe,
     *,
-    plan_reach: tuple[int, int],
+    group_limit: GroupLimit,
     expert_scale_E: Tensor | None = None,
 ) -> Selection:
     """routing.route and routing.count_load for a policy that is written as a recipe: the same coreset and experts to
     the bit, weights within the rounding of float32. For inference: weights have no gradient.
 
-    plan_reach: expert groups and how many of them a token reaches in its plan. Raises ConfigError for scores that are
+    group_limit: of the plan, the policy's. Raises ConfigError for scores that are
     not float32 or not where Triton runs.
     """
     choice, affinity, live = _checked(scores, spec)
@@ -53,7 +53,7 @@ def select_and_assign(
         return found
     _find_coresets(choice, live, spec, recipe, found, used_GE)
     scale_E = None if expert_scale_E is None else expert_scale_E.float().contiguous()
-    _make_plan(choice, affinity, live, spec, recipe, plan_reach, scale_E, found, used_GE)
+    _make_plan(choice, affinity, live, spec, recipe, _reach(spec, group_limit), scale_E, found, used_GE)
     return found
 
 
@@ -79,7 +79,8 @@ def _find_coresets(
     from expertshare.kernels.triton.device.coreset import coreset_kernel
 
     groups, length, num_experts = choice.shape
-    sizes = _lanes(num_experts, recipe.reach, length, most_tokens=16)
+    reach = _reach(spec, "inside" if recipe.ballots == "grouped" else "ignore")
+    sizes = _lanes(num_experts, reach, length, most_tokens=16)
     lanes = sizes["NGP"] * sizes["GSP"]
     coreset_kernel[(groups,)](
         choice,
@@ -92,13 +93,13 @@ def _find_coresets(
         found.load_E,
         length,
         recipe.size,
-        _bits(recipe.share or 0.0),
+        _bits(recipe.prefix_share or 0.0),
         NUM_EXPERTS=num_experts,
         TOP_K=spec.top_k,
         RANKING=RANKINGS[recipe.ranking],
-        FRONT=recipe.front,
-        WHOLE_FRONT=recipe.whole_front,
-        HAS_SHARE=recipe.share is not None,
+        FRONT=recipe.num_firsts,
+        WHOLE_FRONT=recipe.front_is_whole,
+        HAS_SHARE=recipe.prefix_share is not None,
         KEYS_AT_A_TIME=min(16, lanes),
         **sizes,
         num_warps=8,
@@ -161,6 +162,12 @@ def _checked(scores: RouterScores, spec: RouterSpec) -> tuple[Tensor, Tensor, Te
             f"selection expects scores of {spec.num_experts} experts, at most {MOST_EXPERTS}, got {choice.shape[-1]}."
         )
     return choice.contiguous(), affinity.expand(choice.shape).contiguous(), live.expand(choice.shape[:2]).contiguous()
+
+
+def _reach(spec: RouterSpec, group_limit: GroupLimit) -> tuple[int, int]:
+    """Expert groups, and how many of them a token may reach: one of one where there is no limit."""
+    limited = group_limit == "inside" and spec.kept_groups < spec.num_groups
+    return (spec.num_groups, spec.kept_groups) if limited else (1, 1)
 
 
 def _lanes(num_experts: int, reach: tuple[int, int], length: int, *, most_tokens: int) -> dict[str, int]:

@@ -43,7 +43,7 @@ def coreset_kernel(
     """Writes member [G, E], keys [G, LANES] (scratch), and zeros into what plan_kernel adds to: used [G, E],
     unique [G], active [E] and load [E].
 
-    RANKING 0: everything, 1: votes, 2: highest. share_bits: the share's float64, as an integer: Triton would round a
+    RANKING 0: all, 1: votes, 2: highest. share_bits: the share's float64, as an integer: Triton would round a
     float argument to float32, and a share on the edge would cut elsewhere. KEYS_AT_A_TIME divides LANES: every expert
     is compared with so many others together, because all of 256 would not fit into registers.
     """
