@@ -22,12 +22,14 @@ class RouterScores:
 
     affinity_GLE: float32, mixing weights come from here. choice_GLE: float32, ranking comes from here (the affinity
     plus the balancing bias, where the model has one; else the same tensor). live_GL: bool, False is padding, which
-    never votes and never runs an expert.
+    never votes and never runs an expert. masked_GL: bool, tokens that are still to be decided; None where nobody says,
+    which policies take for none.
     """
 
     affinity_GLE: Tensor
     choice_GLE: Tensor
     live_GL: Tensor
+    masked_GL: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,16 @@ class RoutingPolicy(Protocol):
     @property
     def name(self) -> str:
         """Name in the POLICIES table."""
+        ...
+
+    @property
+    def reuse(self) -> int | None:
+        """Denoising steps of a block that one coreset serves; None: one each."""
+        ...
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether it has to be told of steps: which tokens are masked, or what the block's step before chose."""
         ...
 
     @property

@@ -13,6 +13,7 @@ from torch import Tensor
 from expertshare.decoding.block_causal import CachedPrefix
 from expertshare.decoding.canvas import Canvas, Window
 from expertshare.decoding.commit_rule import holds_eos, schedule, tokens_to_edit, tokens_to_write
+from expertshare.decoding.coreset_memory import CoresetMemory
 from expertshare.decoding.forwards import AccountedModel, Forwards
 from expertshare.decoding.full_attention import WholeCanvas
 from expertshare.decoding.geometry import check_prompts, lay_out
@@ -74,7 +75,8 @@ class BlockStream(Iterator[BlockResult]):
             for index, geometry in enumerate(geometries)
         ]
         self.canvas = Canvas.lay(prompts, geometries, mask_id=config.mask_id, device=model.device)
-        run = AccountedModel(model, self._runtime, self._ledger)
+        memory = CoresetMemory(self._runtime.policy, config.num_moe_layers)
+        run = AccountedModel(model, self._runtime, self._ledger, memory)
         full = config.attention == "full"
         self.forwards: Forwards = WholeCanvas(run, self.canvas) if full else CachedPrefix(run, self.canvas, self._rows)
         self._active: list[Row] = []

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
 
+from expertshare.decoding.coreset_memory import CoresetMemory
 from expertshare.decoding.row import Row
 from expertshare.measure.cost import CostLedger, ForwardKind
 from expertshare.models.runtime import ForwardInput, ForwardOutput, Past, Runtime
@@ -32,11 +33,12 @@ class Forwards(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AccountedModel:
-    """The model, how to run it, and the ledger that every forward is written to."""
+    """The model, how to run it, the ledger that every forward is written to, and the coresets that last several."""
 
     model: MoETransformer
     runtime: Runtime
     ledger: CostLedger
+    memory: CoresetMemory
 
     def __call__(
         self,
@@ -46,7 +48,10 @@ class AccountedModel:
         past: Sequence[Past] | None = None,
     ) -> ForwardOutput:
         """One forward in which `rows` take part."""
-        output: ForwardOutput = self.model(inputs, self.runtime, past)
+        groups_per_row = inputs.tokens_BS.shape[1] // inputs.block_length
+        previous = self.memory.recall(kind, rows, groups_per_row)
+        output: ForwardOutput = self.model(replace(inputs, previous=previous), self.runtime, past)
+        self.memory.remember(kind, rows, output.routing.coresets)
         live_G = inputs.live_BS.reshape(-1, inputs.block_length).any(dim=1)
         self.ledger.record(
             kind,

@@ -27,8 +27,13 @@ class HasRecipe(Protocol):
 
 
 def recipe_of(policy: RoutingPolicy, spec: RouterSpec) -> Recipe | None:
-    """The policy's recipe; None where it has none, or only one of a class whose `select` or `keep` it replaced."""
-    return cast(HasRecipe, policy).recipe(spec) if _is_own(type(policy)) else None
+    """The policy's recipe; None where it has none, or only one of a class whose `select` or `keep` it replaced.
+
+    None as well for a policy that needs to know of steps: the library is not told of them.
+    """
+    if policy.needs_steps or not _is_own(type(policy)):
+        return None
+    return cast(HasRecipe, policy).recipe(spec)
 
 
 @cache
