@@ -75,7 +75,7 @@ def test_hidden_states_are_the_same_bit_for_bit(converted: Path, original: Loade
         for _ in range(4):
             found = hidden_states(loaded, Runtime(policy=policy, backend=EXACT, store=store))
             assert torch.equal(found, expected)
-        for backend in BACKENDS:
+        for backend in BACKENDS.keys() - {"triton"}:
             if backend != "cpu" or available():
                 found = hidden_states(loaded, Runtime(policy=policy, backend=backend, store=store))
                 own = hidden_states(original, Runtime(policy=policy, backend=backend))

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.errors import ConfigError
 from expertshare.experts import ResidentExperts
-from expertshare.kernels import moe_ffn
+from expertshare.kernels import moe_ffn, select_and_assign
 from expertshare.models.layers import SwiGLU
 from expertshare.models.runtime import Runtime
 from expertshare.native import ask_for_huge_pages
-from expertshare.routing import LayerStep, count_load, gate_scores, gate_takes, route, router_scores
+from expertshare.routing import LayerStep, count_load, gate_scores, gate_takes, recipe_of, route, router_scores
 from expertshare.types import Coreset, ExpertBank, Loan, RouterScores, RoutingPlan, RoutingPolicy
 
 
@@ -78,15 +78,16 @@ class Router(nn.Module):
         policy: RoutingPolicy,
         spec: RouterSpec,
         *,
-        compiled: bool,
+        backend: str,
         masked_GL: Tensor | None = None,
         previous: Coreset | None = None,
     ) -> tuple[RoutingPlan, LayerRouting]:
-        """Gate, selection and assignment of a layer, and what they ask of the experts; compiled: as for `scores`.
+        """Gate, selection and assignment of a layer, and what they ask of the experts: for policies with a recipe under
+        "cpu" by the native library, under "triton" by kernels that need no word from the host; else by torch.
 
         masked_GL, previous: for policies that need to know of steps, as in RouterScores and `route`.
         """
-        if compiled:
+        if backend == "cpu":
             weight, bias = self._parameters["weight"], self._buffers["bias"]  # spares three calls of Module.__getattr__
             assert weight is not None
             step = self._steps.get(id(policy))
@@ -96,7 +97,11 @@ class Router(nn.Module):
             if routed is not None:
                 plan, load_E, unique_G = routed
                 return plan, LayerRouting(load_E, unique_G)
-        scores = replace(self.scores(x_GLD, live_GL, spec, compiled=compiled), masked_GL=masked_GL)
+        scores = replace(self.scores(x_GLD, live_GL, spec, compiled=backend == "cpu"), masked_GL=masked_GL)
+        recipe = recipe_of(policy, spec) if backend == "triton" else None
+        if recipe is not None:
+            found = select_and_assign(scores, spec, recipe, group_limit=policy.group_limit)
+            return found.plan, LayerRouting(found.load_E, found.group_experts_G, found.coreset)
         coreset, plan = route(scores, policy, spec, previous=previous)
         return plan, LayerRouting(*count_load(plan, len(live_GL)), coreset)
 
@@ -150,9 +155,9 @@ class MoE(nn.Module):
         masked_GL, previous: as in ForwardInput, of this layer's groups.
         """
         with runtime.timed("router"):
-            policy, compiled = runtime.policy_for(self.moe_layer, self.num_layers), runtime.backend == "cpu"
+            policy, backend = runtime.policy_for(self.moe_layer, self.num_layers), runtime.backend
             plan, routing = self.router.plan(
-                x_GLD, live_GL, policy, self.spec, compiled=compiled, masked_GL=masked_GL, previous=previous
+                x_GLD, live_GL, policy, self.spec, backend=backend, masked_GL=masked_GL, previous=previous
             )
         x_TD = x_GLD.flatten(0, 1)
         with runtime.timed("experts"):
