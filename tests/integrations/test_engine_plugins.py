@@ -58,6 +58,8 @@ def test_settings_come_from_the_environment_and_are_off_without_a_policy() -> No
     )
     with pytest.raises(InputError, match="EXPERTSHARE_BLOCK_LENGTH"):
         read_settings({"EXPERTSHARE_POLICY": "des-vote", "EXPERTSHARE_BLOCK_LENGTH": "0"})
+    with pytest.raises(PolicyError, match="one forward alone"):
+        read_settings({"EXPERTSHARE_POLICY": "des-vote:voters=masked"})
     with pytest.raises(PolicyError, match="Did you mean"):
         read_settings({"EXPERTSHARE_POLICY": "des-vot"})
 

@@ -19,6 +19,8 @@ from expertshare.cli import (
     info,
     make_checkpoint,
     plan,
+    report,
+    serve,
     simulate,
     tasks,
     train,
@@ -40,12 +42,14 @@ app.command("eval", epilog=evaluate.EXAMPLE)(evaluate.evaluate)
 app.command("info", epilog=info.EXAMPLE)(info.info)
 app.command("convert", epilog=convert.EXAMPLE)(convert.convert)
 app.command("make-checkpoint", epilog=make_checkpoint.EXAMPLE)(make_checkpoint.make_checkpoint)
+app.command("serve", epilog=serve.EXAMPLE)(serve.serve)
 app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
 app.command("simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
 app.command("tasks", epilog=tasks.EXAMPLE)(tasks.tasks)
 app.command("train", epilog=train.EXAMPLE)(train.train)
 app.command("distill", epilog=distill.EXAMPLE)(distill.distill)
 app.command("tune", epilog=tune.EXAMPLE)(tune.tune)
+app.command("report", epilog=report.EXAMPLE)(report.report)
 app.add_typer(bench.app, name="bench")
 
 

@@ -29,6 +29,9 @@ def train(
     hidden: Annotated[int, typer.Option(help="Model features; a multiple of 64.")] = 128,
     layers: Annotated[int, typer.Option(help="Layers; in llada2_moe the first is dense.")] = 4,
     expert_hidden: Annotated[int, typer.Option(help="Hidden features of one expert.")] = 32,
+    num_experts: Annotated[
+        int, typer.Option("--experts", help="Experts of a layer, a multiple of 8 and at least 16; a token runs 8.")
+    ] = 64,
     matrix_lr: Annotated[float, typer.Option(help="Peak learning rate of matrices (Muon).")] = 0.02,
     scalar_lr: Annotated[float, typer.Option(help="Peak learning rate of the rest (AdamW).")] = 0.003,
     dtype: Annotated[str, typer.Option(help="Arithmetic: bfloat16 (autocast) or float32.")] = "bfloat16",
@@ -36,7 +39,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in this folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line on stdout.")] = False,
 ) -> None:
-    """Train a small model (64 experts, 8 per token) on the generated tasks, from recorded seeds."""
+    """Train a small model (8 experts per token) on the generated tasks, from recorded seeds."""
     set_threads(threads)
     config = TrainingConfig(
         steps=steps,
@@ -48,7 +51,14 @@ def train(
     )
     paths = RunPaths(folder=folder)
     trainer = prepare(
-        paths, config, family=family, hidden=hidden, layers=layers, expert_hidden=expert_hidden, resume=resume
+        paths,
+        config,
+        family=family,
+        hidden=hidden,
+        layers=layers,
+        expert_hidden=expert_hidden,
+        num_experts=num_experts,
+        resume=resume,
     )
     console = Console(stderr=True)
     columns = (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from expertshare.config import RouterSpec
-from expertshare.errors import InputError
+from expertshare.errors import InputError, PolicyError
 from expertshare.routing import parse_policy, route, router_scores
 from expertshare.types import RoutingPolicy
 
@@ -34,7 +34,13 @@ class EngineSettings:
     parsed: RoutingPolicy = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parsed", parse_policy(self.policy))
+        parsed = parse_policy(self.policy)
+        if parsed.needs_steps:
+            raise PolicyError(
+                f"expected a policy that looks at one forward alone, got {self.policy!r}: engines say neither which "
+                "tokens are masked nor which step it is; leave out voters=masked and reuse"
+            )
+        object.__setattr__(self, "parsed", parsed)
 
     def bound(self, spec: RouterSpec) -> RoutingPolicy:
         """The policy for one router; PolicyError where it cannot work with it."""

@@ -71,18 +71,19 @@ def reference_architecture(
     hidden: int = 128,
     layers: int = 4,
     expert_hidden: int = 32,
+    num_experts: int = 64,
 ) -> ModelConfig:
-    """A family's layout at the size of the reference models: 64 experts, 8 per token.
+    """A family's layout at the size of the reference models, 8 experts per token.
 
     LLaDA2: a sigmoid router with 8 groups of which 4 are kept, one shared expert, the first layer dense, blocks that
     see what is before them. LLaDA-MoE: a softmax router whose weights are not renormalised, experts in every layer,
-    full attention. Raises ConfigError for another family.
+    full attention. Raises ConfigError for another family, or experts that do not make 8 groups of two or more.
     """
     if family not in FAMILIES:
         raise ConfigError(f"expected a family that can be trained ({', '.join(FAMILIES)}), got {family!r}")
     full = family == "llada_moe"
     grouped = RouterSpec(
-        num_experts=64,
+        num_experts=num_experts,
         top_k=8,
         activation="sigmoid",
         renormalise=True,
@@ -91,7 +92,7 @@ def reference_architecture(
         kept_groups=4,
         has_bias=True,
     )
-    plain = RouterSpec(num_experts=64, top_k=8, activation="softmax", renormalise=False)
+    plain = RouterSpec(num_experts=num_experts, top_k=8, activation="softmax", renormalise=False)
     return ModelConfig(
         family=family,
         vocab_size=vocab_size,

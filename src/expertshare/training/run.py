@@ -59,6 +59,7 @@ def prepare(
     hidden: int,
     layers: int,
     expert_hidden: int,
+    num_experts: int = 64,
     resume: bool,
 ) -> Trainer:
     """Build tokenizer, model and trainer; record the configuration. A resumed run must ask for the same one.
@@ -77,6 +78,7 @@ def prepare(
         hidden=hidden,
         layers=layers,
         expert_hidden=expert_hidden,
+        num_experts=num_experts,
     )
     _record(paths, config, architecture, resume=resume)
     model = MoETransformer(architecture)
