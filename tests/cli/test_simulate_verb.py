@@ -90,3 +90,21 @@ def test_flags_take_the_place_of_the_cards_figures_and_of_the_steps(capsys: pyte
 )
 def test_wrong_input_is_told(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert message in refused(capsys, *arguments)
+
+
+def test_the_figures_of_the_page_come_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    stored = json.loads((ROOT / "benchmarks" / "results" / "scaling-flash.json").read_text(encoding="utf-8"))
+    options = ["--quantise", "int8", "--card", "h200", "--max-expert-parallel", "16", "--steps-per-block", "8"]
+    with pytest.raises(SystemExit):
+        main(["simulate", "--like", "llada2.0-flash", *options, "--rate", "1000", *MINI, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    page = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    for before, now in zip(stored["traces"], found["traces"], strict=True):
+        for one, other in zip(before["sweep"], now["sweep"], strict=True):
+            assert other == pytest.approx(one)
+        for point in now["sweep"]:
+            if point["gpus"] in (1, 2, 4, 8, 64, 1_000, 10_000):
+                assert f"| {point['tokens_per_s']:,.0f} ({point['expert_parallel']}) |" in page
