@@ -90,8 +90,11 @@ def main() -> None:
 def told(pairs_NE: Tensor, top_k: int) -> dict[str, Any]:
     """What is stored of the pairs."""
     share_NE = pairs_NE / pairs_NE.sum(dim=1, keepdim=True)
+    used = (pairs_NE > 0).sum(dim=1).tolist()
     return {
-        "experts_used_by_layer": (pairs_NE > 0).sum(dim=1).tolist(),
+        "experts_used_by_layer": used,
+        "fewest_used": min(used),
+        "most_used": max(used),
         "share_of_busiest_k_by_layer": share_NE.topk(top_k, dim=1).values.sum(dim=1).tolist(),
     }
 

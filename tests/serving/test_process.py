@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from expertshare.cli import main
 from expertshare.errors import ConfigError
 from expertshare.models import LoadedModel
 from expertshare.serving.extra import require_extra
+from expertshare.serving.uvicorn_server import _listener
 
 from .server import PROMPTS, REFERENCE, alone
 
@@ -156,3 +158,9 @@ def test_without_the_extra_a_message_says_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.setattr("expertshare.serving.extra.find_spec", lambda name: None if name == "fastapi" else name)
     with pytest.raises(ConfigError, match=r"fastapi cannot be imported: install .*expertshare\[serve\]"):
         require_extra()
+
+
+def test_small_writes_leave_at_once() -> None:
+    """asyncio turns Nagle's algorithm off for sockets of this protocol number only; with it answers wait 40 ms."""
+    with _listener("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
