@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,12 @@ def test_another_command_names_what_exists(example: Example) -> None:
         variable = words[1].partition("=")[0]
         sources = (ROOT / "src").rglob("*.py")
         assert any(variable in path.read_text(encoding="utf-8") for path in sources), variable
+    elif words[0] == "curl":
+        path = words[1].removeprefix("http://").partition("/")[2].removeprefix("v1")
+        assert path
+        served = (ROOT / "src" / "expertshare" / "serving").rglob("*.py")
+        assert any(f'{path}"' in file.read_text(encoding="utf-8") for file in served), path
+        json.loads(words[words.index("-d") + 1])
     elif words[:3] == ["python", "-m", "expertshare.evaluation.harness"]:
         assert (ROOT / "src/expertshare/evaluation/harness/__main__.py").is_file()
     else:
