@@ -10,6 +10,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 INPUTS := pyproject.toml setup.py constraints.txt $(wildcard src/expertshare/native/csrc/*)
 
 MODEL := models/reference
+DISTILLED := models/reference-distilled
+DISTILLED_FOR := block-top-p:top_p_experts=0.52,group_limit=ignore
 PROMPT := Tom has 12 apples. He finds 7 more. He sells 4. How many apples does Tom have now?
 POLICIES := vanilla,des-seq,des-vote,block-top-p
 
@@ -32,6 +34,7 @@ demo: $(VENV)/runtime.stamp
 	@mkdir -p build
 	$(BIN)/expertshare generate $(MODEL) --prompt '$(PROMPT)' --policy vanilla
 	$(BIN)/expertshare generate $(MODEL) --prompt '$(PROMPT)' --policy des-vote
+	$(BIN)/expertshare generate $(DISTILLED) --prompt '$(PROMPT)' --policy '$(DISTILLED_FOR)'
 	$(BIN)/expertshare compare $(MODEL) --prompts examples/prompts.jsonl --policies $(POLICIES) --plot build/demo.png
 	@echo 'Accuracy against experts, as a picture: build/demo.png'
 
