@@ -31,7 +31,11 @@ class ExpertMemoryError(ExpertShareError):
 
 
 class NumericsError(ExpertShareError):
-    """The model produced values that are not finite."""
+    """The model produced values that are not finite. row: of the batch, where it is known: others may go on."""
+
+    def __init__(self, message: str, *, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
 
 
 class SandboxError(ExpertShareError):

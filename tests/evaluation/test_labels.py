@@ -6,8 +6,8 @@ import pytest
 
 from expertshare.errors import PolicyError
 from expertshare.evaluation import parse_policies, policy_label
-from expertshare.evaluation.labels import split_policies
 from expertshare.routing import POLICIES, make_policy
+from expertshare.routing.labels import split_policies
 
 
 @pytest.mark.parametrize(

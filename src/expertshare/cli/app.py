@@ -20,6 +20,7 @@ from expertshare.cli import (
     make_checkpoint,
     plan,
     report,
+    serve,
     tasks,
     train,
     tune,
@@ -40,6 +41,7 @@ app.command("eval", epilog=evaluate.EXAMPLE)(evaluate.evaluate)
 app.command("info", epilog=info.EXAMPLE)(info.info)
 app.command("convert", epilog=convert.EXAMPLE)(convert.convert)
 app.command("make-checkpoint", epilog=make_checkpoint.EXAMPLE)(make_checkpoint.make_checkpoint)
+app.command("serve", epilog=serve.EXAMPLE)(serve.serve)
 app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
 app.command("tasks", epilog=tasks.EXAMPLE)(tasks.tasks)
 app.command("train", epilog=train.EXAMPLE)(train.train)

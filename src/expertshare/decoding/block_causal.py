@@ -20,22 +20,20 @@ class CachedPrefix:
     tokens only: full prompt blocks from the prefill, decoded blocks from a forward of their own after their
     last token."""
 
-    def __init__(self, run: AccountedModel, canvas: Canvas, rows: Sequence[Row]) -> None:
+    def __init__(self, run: AccountedModel, canvas: Canvas) -> None:
         self._run, self._canvas = run, canvas
         model = run.model
-        capacity = max(row.geometry.num_blocks * row.geometry.block_length for row in rows)
-        self.cache = KeyValueCache(
-            model.config, num_rows=len(rows), capacity=capacity, dtype=model.dtype, device=model.device
-        )
+        self.cache = KeyValueCache(model.config, num_rows=0, capacity=0, dtype=model.dtype, device=model.device)
         self._mask_RLP: Tensor | None = None
         self._mask_is_for: list[int] = []
 
     def prefill(self, rows: Sequence[Row]) -> None:
-        """Cache the full prompt blocks of all rows in one forward; rows without one stay out of it."""
+        """Make room for new rows and cache their full prompt blocks in one forward; rows without one stay out of it."""
+        self.cache.add([row.number for row in rows], max(row.geometry.canvas_length for row in rows))
         rows = [row for row in rows if row.start > 0]
         if not rows:
             return
-        lengths, index = [row.start for row in rows], [row.index for row in rows]
+        lengths, index, numbers = ([getattr(row, at) for row in rows] for at in ("start", "index", "number"))
         length, canvas = max(lengths), self._canvas
         live_RS = visible(lengths, canvas.tokens_BC.device)
         inputs = ForwardInput(
@@ -45,13 +43,13 @@ class CachedPrefix:
             mask_BSP=block_causal_mask(live_RS, rows[0].geometry.block_length),
             block_length=rows[0].geometry.block_length,
         )
-        rooms = self.cache.rooms(index, [0] * len(rows))
+        rooms = self.cache.rooms(numbers, [0] * len(rows))
         self._run("prefill", rows, inputs, rooms)
-        self.cache.put_back(index, rooms)
+        self.cache.put_back(numbers, rooms)
 
     def denoise(self, rows: Sequence[Row]) -> Tensor:
         """Run the current blocks as they stand. Every step overwrites what the one before left in the cache."""
-        self.cache.keep([row.index for row in rows])
+        self.cache.keep([row.number for row in rows])
         return self._forward("denoise", rows).hidden_BSD
 
     def commit(self, rows: Sequence[Row]) -> None:
@@ -60,7 +58,7 @@ class CachedPrefix:
             self._forward("commit", rows)
 
     def _forward(self, kind: ForwardKind, rows: Sequence[Row]) -> ForwardOutput:
-        window, index = self._canvas.window(rows), [row.index for row in rows]
+        window, numbers = self._canvas.window(rows), [row.number for row in rows]
         at = (window.rows_R1, window.index_RL)
         inputs = ForwardInput(
             tokens_BS=window.tokens_RL,
@@ -69,9 +67,9 @@ class CachedPrefix:
             mask_BSP=self._mask(rows),
             block_length=window.tokens_RL.shape[1],
         )
-        rooms = self.cache.rooms(index, [row.start for row in rows])
+        rooms = self.cache.rooms(numbers, [row.start for row in rows])
         output = self._run(kind, rows, inputs, rooms)
-        self.cache.put_back(index, rooms)
+        self.cache.put_back(numbers, rooms)
         return output
 
     def _mask(self, rows: Sequence[Row]) -> Tensor | None:

@@ -38,27 +38,67 @@ class Room(Place):
 
 
 class KeyValueCache:
-    """One [B, key/value heads, capacity, head dim] pair per layer, filled from the left row by row."""
+    """One [B, key/value heads, capacity, head dim] pair per layer, filled from the left row by row. Rows that are held
+    lie side by side, in the order in which they came."""
 
     def __init__(
         self, config: ModelConfig, *, num_rows: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (num_rows, config.num_kv_heads, capacity, config.head_dim)
         self._held = list(range(num_rows))
-        self.layers = tuple(
+        self._memory = tuple(
             LayerKeyValues(
                 torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
             )
             for _ in range(config.num_layers)
         )
+        self.layers = self._memory
+
+    def add(self, rows: Sequence[int], capacity: int) -> None:
+        """Places for more rows, behind the others, with `capacity` positions at least.
+
+        What is held is copied where memory has to grow: then by so much that it seldom has to.
+        """
+        first, needed = len(self._held), len(self._held) + len(rows)
+        num_rows, _, positions, _ = self._memory[0].keys_BHSD.shape
+        if needed > num_rows or capacity > positions:
+            size = (needed, max(capacity, positions))
+            # the first rows may be the only ones: they get what they need and no more
+            self._grow(*(size if not first else (_power_of_two(needed), _power_of_two(size[1]))))
+        self._held.extend(rows)
+        self._narrow()
+        for layer in self.layers:
+            for tensor in (layer.keys_BHSD, layer.values_BHSD):
+                tensor[first:, :, :capacity] = 0  # whatever a row before left there, it is finite now
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Forget all other rows. Copies, where there are any, the rest: once for each row that leaves."""
+        """Forget all other rows; `rows` in the order in which they are held. Those behind a gap move up."""
         if list(rows) == self._held:
             return
-        pick = [self._held.index(row) for row in rows]
-        self.layers = tuple(LayerKeyValues(layer.keys_BHSD[pick], layer.values_BHSD[pick]) for layer in self.layers)
+        moves = [(self._held.index(row), place) for place, row in enumerate(rows)]
+        for layer in self.layers:
+            for tensor in (layer.keys_BHSD, layer.values_BHSD):
+                for old, new in moves:
+                    if old != new:
+                        tensor[new] = tensor[old]
         self._held = list(rows)
+        self._narrow()
+
+    def _grow(self, num_rows: int, capacity: int) -> None:
+        grown = []
+        for layer in self.layers:
+            pair = []
+            for tensor in (layer.keys_BHSD, layer.values_BHSD):
+                held, heads, positions, size = tensor.shape
+                larger = tensor.new_zeros(num_rows, heads, capacity, size)
+                larger[:held, :, :positions] = tensor
+                pair.append(larger)
+            grown.append(LayerKeyValues(*pair))
+        self._memory = tuple(grown)
+
+    def _narrow(self) -> None:
+        count = len(self._held)
+        self.layers = tuple(LayerKeyValues(m.keys_BHSD[:count], m.values_BHSD[:count]) for m in self._memory)
 
     def rooms(self, rows: Sequence[int], starts: Sequence[int]) -> tuple[Room, ...]:
         """For each layer the place of the given rows' new keys and values, from `starts` on.
@@ -83,6 +123,10 @@ class KeyValueCache:
         first = places[0]
         side_by_side = places == list(range(first, first + len(places)))
         return slice(first, first + len(places)) if side_by_side else places
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 def visible(lengths: Sequence[int], device: torch.device) -> Tensor:

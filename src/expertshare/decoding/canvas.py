@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -68,6 +68,27 @@ class Canvas:
             (index_BC - padding).clamp_min(0),
         )
         return cls(*(tensor.to(device) for tensor in canvas))
+
+    @classmethod
+    def empty(cls, device: torch.device) -> Canvas:
+        """Without a row, for `paste`."""
+        kinds = (torch.int64, torch.bool, torch.bool, torch.bool, torch.bool, torch.int64)
+        return cls(*(torch.zeros((0, 0), dtype=kind, device=device) for kind in kinds))
+
+    def paste(self, index: int, sheet: Canvas) -> None:
+        """Put the one row of `sheet` down as row `index`, whatever was there; the canvas grows where it has to. What
+        lies behind the row is dead."""
+        length = sheet.tokens_BC.shape[1]
+        for field in fields(self):
+            old_BC, new_1C = getattr(self, field.name), getattr(sheet, field.name)
+            height, width = old_BC.shape
+            if index >= height or length > width:
+                grown_BC = old_BC.new_zeros(max(index + 1, height), max(length, width))
+                grown_BC[:height, :width] = old_BC
+                setattr(self, field.name, grown_BC)
+                old_BC = grown_BC
+            old_BC[index] = 0
+            old_BC[index, :length] = new_1C[0]
 
     def window(self, rows: Sequence[Row]) -> Window:
         """Each row's current block."""

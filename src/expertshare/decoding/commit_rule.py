@@ -20,13 +20,15 @@ def schedule(block_length: int, steps: int) -> tuple[int, ...]:
     return tuple(max(1, base + (step < remainder)) for step in range(steps))
 
 
-def tokens_to_write(confidence_RL: Tensor, masked_RL: Tensor, least: Sequence[int], threshold: float | None) -> Tensor:
+def tokens_to_write(
+    confidence_RL: Tensor, masked_RL: Tensor, least: Sequence[int], threshold: float | Tensor | None
+) -> Tensor:
     """Masked positions to fill: those with confidence strictly above `threshold`, or the `least[r]` most
     confident ones where fewer pass (exactly those where there is no threshold); ties go to the lower
     position.
 
-    confidence_RL: float32, any value where not masked. Returns bool [R, L], inside masked_RL; at least one
-    per row that has a mask.
+    confidence_RL: float32, any value where not masked. threshold: one for all rows or a tensor [R, 1], infinity for a
+    row without one. Returns bool [R, L], inside masked_RL; at least one per row that has a mask.
     """
     confidence_RL = confidence_RL.masked_fill(~masked_RL, float("-inf"))
     least_R1 = torch.tensor(least, device=masked_RL.device).unsqueeze(1)
@@ -42,11 +44,12 @@ def tokens_to_edit(
     proposed_RL: Tensor,
     tokens_RL: Tensor,
     editable_RL: Tensor,
-    editing_threshold: float,
+    editing_threshold: float | Tensor,
 ) -> Tensor:
     """Decided positions to overwrite: another token, with confidence strictly above the threshold (LLaDA2.1).
 
-    editable_RL: bool, neither masked when the step began nor prompt. Returns bool [R, L].
+    editable_RL: bool, neither masked when the step began nor prompt. editing_threshold: one for all rows or a tensor
+    [R, 1], infinity for a row that is not edited. Returns bool [R, L].
     """
     return editable_RL & (proposed_RL != tokens_RL) & (confidence_RL > editing_threshold)
 

@@ -9,7 +9,8 @@ from typing import Protocol
 from torch import Tensor
 
 from expertshare.decoding.row import Row
-from expertshare.measure.cost import CostLedger, ForwardKind
+from expertshare.decoding.watching import Watcher
+from expertshare.measure.cost import ForwardKind, Turn
 from expertshare.models.runtime import ForwardInput, ForwardOutput, Past, Runtime
 from expertshare.models.transformer import MoETransformer
 
@@ -18,7 +19,7 @@ class Forwards(Protocol):
     """How a kind of attention runs the steps of decoding."""
 
     def prefill(self, rows: Sequence[Row]) -> None:
-        """Do what the prompts allow before the first block."""
+        """Take in new rows, and do what their prompts allow before the first block."""
         ...
 
     def denoise(self, rows: Sequence[Row]) -> Tensor:
@@ -30,13 +31,30 @@ class Forwards(Protocol):
         ...
 
 
+class Ledger(Protocol):
+    """Who is told what forwards asked of the experts: measure.cost.CostLedger, or a server's own."""
+
+    def record(
+        self,
+        kind: ForwardKind,
+        turns: Sequence[Turn],
+        *,
+        load_NE: Tensor,
+        group_experts_NG: Tensor,
+        live_G: Tensor,
+    ) -> None:
+        """Note one forward; see CostLedger. The groups of each turn lie together, in the order of `turns`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class AccountedModel:
-    """The model, how to run it, and the ledger that every forward is written to."""
+    """The model, how to run it, the ledger that every forward is written to, and who else is told, if anybody."""
 
     model: MoETransformer
     runtime: Runtime
-    ledger: CostLedger
+    ledger: Ledger
+    watcher: Watcher | None = None
 
     def __call__(
         self,
@@ -55,6 +73,8 @@ class AccountedModel:
             group_experts_NG=output.routing.group_experts_NG,
             live_G=live_G,
         )
+        if self.watcher is not None:
+            self.watcher.hear_forward(kind, rows, output.routing)
         for row in rows:
             row.forwards += 1
         return output

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from expertshare.decoding.geometry import RowGeometry
+from expertshare.decoding.options import DecodingOptions
 from expertshare.measure.cost import ForwardKind, Turn
 
 
@@ -14,13 +15,18 @@ from expertshare.measure.cost import ForwardKind, Turn
 class Row:
     """Where a row is: its current block (an index on its canvas) and what happened in that block so far.
 
+    number: which row it is, among all that the batch ever had; index: its place on the canvas, which another row may
+    have had before it. options: its own, resolved; schedule: least number of tokens to write at each step of a block.
     steps: denoising forwards; post_steps: those that began without a mask; forwards: those plus prefill and
     commit. has_masks: some of the block is still undecided. ended: the answer already holds an end-of-text
     token.
     """
 
+    number: int
     index: int
     geometry: RowGeometry
+    options: DecodingOptions
+    schedule: tuple[int, ...]
     generator: torch.Generator
     block: int
     steps: int = 0
@@ -47,7 +53,7 @@ class Row:
     def turn(self, kind: ForwardKind) -> Turn:
         """This row's part in a forward of that kind, for the ledger."""
         return Turn(
-            row=self.index,
+            row=self.number,
             block=None if kind == "prefill" else self.answer_block,
             step=self.steps if kind == "denoise" else None,
         )

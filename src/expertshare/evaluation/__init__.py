@@ -5,7 +5,6 @@ from expertshare.evaluation.agreement import Agreement, agreement, token_agreeme
 from expertshare.evaluation.answering import Answer, PolicyRun, answer_prompts
 from expertshare.evaluation.comparison import ComparedRun, Comparison, compare_policies
 from expertshare.evaluation.evaluating import Evaluation, EvaluationSettings, evaluate_sources
-from expertshare.evaluation.labels import parse_policies, policy_label
 from expertshare.evaluation.presets import PRESETS, find_preset
 from expertshare.evaluation.setup import Setup, encode_prompts
 from expertshare.evaluation.sources import SourceOptions, check_task_names, harness_version, make_sources
@@ -17,6 +16,7 @@ from expertshare.evaluation.statistics import (
     proportion,
     retained,
 )
+from expertshare.routing.labels import parse_policies, policy_label
 
 __all__ = [
     "PRESETS",

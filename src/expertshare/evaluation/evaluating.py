@@ -14,7 +14,6 @@ import torch
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError
 from expertshare.evaluation.items import EvalItem, TaskSource
-from expertshare.evaluation.labels import policy_label
 from expertshare.evaluation.pool import solve_here, solve_in_processes
 from expertshare.evaluation.run_directory import ITEMS, REPORT, RunDirectory, check_known
 from expertshare.evaluation.setup import Setup
@@ -24,6 +23,7 @@ from expertshare.measure.environment import capture_environment, versions
 from expertshare.measure.report import Report
 from expertshare.models import LoadedModel
 from expertshare.routing import POLICIES, knobs
+from expertshare.routing.labels import policy_label
 from expertshare.types import RoutingPolicy
 
 SCHEMA_VERSION = 1

@@ -6,7 +6,7 @@ from expertshare.models.loading import LoadedModel, load_model
 from expertshare.models.runtime import ForwardInput, ForwardOutput, LayerKeyValues, Past, RoutingTrace, Runtime
 from expertshare.models.saving import save_model
 from expertshare.models.table import FAMILIES, family_of
-from expertshare.models.tokenizer import decode_answer, encode_prompt, load_tokenizer
+from expertshare.models.tokenizer import decode_answer, encode_chat, encode_prompt, load_tokenizer
 from expertshare.models.transformer import MoETransformer, initialise
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Runtime",
     "decode_answer",
     "describe",
+    "encode_chat",
     "encode_prompt",
     "family_of",
     "initialise",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from jinja2 import TemplateError
 
 from expertshare.errors import CheckpointError, InputError
 from expertshare.models.token_ids import TokenIds
@@ -59,8 +61,21 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool | No
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if tokenizer.chat_template is None:
         raise InputError("this model's tokenizer has no chat template: give the prompt as plain text (chat=False)")
-    turns = [{"role": "user", "content": text}]
-    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return encode_chat(tokenizer, [{"role": "user", "content": text}])
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Ids of a conversation by the chat template, up to where the answer starts.
+
+    messages: role and content each. Raises InputError without a template, or where it refuses them.
+    """
+    if tokenizer.chat_template is None:
+        raise InputError("this model's tokenizer has no chat template: give the prompt as plain text")
+    turns = [dict(message) for message in messages]
+    try:
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise InputError(f"this model's chat template refuses the messages ({error}): change them") from error
     return list(tokenizer(str(rendered), add_special_tokens=False)["input_ids"])
 
 

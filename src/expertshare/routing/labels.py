@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from expertshare.errors import PolicyError
-from expertshare.routing import Layerwise, parse_policy
+from expertshare.routing.layerwise import Layerwise
+from expertshare.routing.table import parse_policy
 from expertshare.types import RoutingPolicy
 
 

@@ -1,0 +1,277 @@
+"""The engine: one thread that owns the model and decodes whatever was ordered, together where that is possible."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from typing import Literal, Self
+
+from expertshare.decoding import BlockSession, DecodingOptions
+from expertshare.decoding.geometry import check_prompts
+from expertshare.errors import InputError
+from expertshare.experts import SlabStore, StoreStatistics
+from expertshare.models import LoadedModel, Runtime
+from expertshare.serving.offered_policies import OfferedPolicies
+from expertshare.serving.orders import (
+    EngineBusyError,
+    EngineClosedError,
+    Event,
+    Failure,
+    Listener,
+    Order,
+    Ticket,
+)
+from expertshare.serving.policy_group import PolicyGroup
+from expertshare.serving.settings import EngineLimits
+from expertshare.serving.turn_lock import TurnLock
+from expertshare.serving.usage import EngineCounts, UsageLedger
+
+EngineState = Literal["new", "ready", "draining", "closed", "broken"]
+_LONGEST_RETRY_S = 60
+
+
+class Engine:
+    """Continuous batching at block boundaries. Use as `with Engine(...) as engine`, or `start` and `close` it.
+
+    Rows of one policy and block length run together; groups of different ones take turns, a step each. A row joins its
+    group when some row of it has finished a block, in the order of asking, and leaves when it is finished, cancelled or
+    late. Listeners are called in the engine's thread: they must be quick and must not raise.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        runtime: Runtime,
+        *,
+        store: SlabStore | None = None,
+        limits: EngineLimits | None = None,
+        options: DecodingOptions | None = None,
+        offered: OfferedPolicies | None = None,
+        chat: bool | None = None,
+    ) -> None:
+        """runtime: how to run the model; its policy is the default one. store: the runtime's, for its figures.
+        options: defaults of requests, checked here. chat: whether prompts of the live page go through the chat
+        template. Raises InputError or PolicyError."""
+        self.loaded, self.chat, self._store = loaded, chat, store
+        self.limits, self.options = limits or EngineLimits(), options or DecodingOptions()
+        self.options.resolve(loaded.config)
+        self.offered = offered or OfferedPolicies.read(loaded.config.router, runtime.policy)
+        self.runtime = replace(runtime, policy=self.offered.default)
+        config, dtype = loaded.config, loaded.model.dtype
+        self._bytes_per_expert = runtime.bytes_per_expert or config.num_expert_parameters * dtype.itemsize
+        self.model_lock = TurnLock()
+        self.counts = EngineCounts(config.num_moe_layers)
+        self._changed = threading.Condition()
+        self._waiting: deque[Ticket] = deque()
+        self._groups: deque[tuple[Hashable, PolicyGroup]] = deque()
+        self._state: EngineState = "new"
+        self._stop = False
+        self._seconds_per_row = 1.0
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of a prompt and its answer together."""
+        most = self.loaded.config.max_positions
+        return most if self.limits.max_context is None else min(most, self.limits.max_context)
+
+    @property
+    def max_rows(self) -> int:
+        """Rows decoded at once: one where the expert store cannot hold a whole layer, because several rows may need
+        more experts together than it has room for."""
+        statistics = self.store_statistics()
+        narrow = statistics is not None and statistics.slots < self.loaded.config.router.num_experts
+        return 1 if narrow and statistics is not None and statistics.kind == "budget" else self.limits.max_batch
+
+    @property
+    def state(self) -> EngineState:
+        """ "broken": its thread has ended by itself, and nothing will be decoded any more."""
+        return self._state
+
+    @property
+    def num_waiting(self) -> int:
+        """Rows in the queue."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Rows that have a place, those that join at the next end of a block included."""
+        return sum(len(group.tickets) for _, group in list(self._groups))
+
+    def store_statistics(self) -> StoreStatistics | None:
+        """Of the expert store, where there is one."""
+        return self._store.statistics() if self._store is not None else None
+
+    def order(self, order: Order) -> Order:
+        """The same order with its options resolved. Raises InputError for what cannot be decoded."""
+        options = order.options.resolve(self.loaded.config)
+        check_prompts([order.prompt], options, self.loaded.config)
+        total = len(order.prompt) + options.gen_length
+        if total > self.max_context:
+            raise InputError(
+                f"the prompt has {len(order.prompt)} tokens; with {options.gen_length} to generate that is {total}, "
+                f"and this server takes {self.max_context}. Shorten the prompt, or generate less."
+            )
+        return replace(order, options=options)
+
+    def submit(self, orders: Sequence[tuple[Order, Listener]], timeout_s: float | None = None) -> list[Ticket]:
+        """Queue rows, all of them or none. timeout_s: from now, at most the engine's own.
+
+        Raises InputError, EngineBusyError or EngineClosedError.
+        """
+        checked = [(self.order(order), listener) for order, listener in orders]
+        now = time.monotonic()
+        deadline = now + min(self.limits.timeout_s, timeout_s if timeout_s is not None else math.inf)
+        tickets = [Ticket(order=o, listener=listen, asked_at=now, deadline=deadline) for o, listen in checked]
+        with self._changed:
+            if self._state != "ready":
+                raise EngineClosedError(f"expected a server that is ready, but it is {self._state}: ask another one")
+            free = self.max_rows - self.num_running
+            if len(self._waiting) + len(tickets) > self.limits.max_queue + max(0, free):
+                raise EngineBusyError(
+                    f"the queue is full ({len(self._waiting)} answers wait): ask again later",
+                    retry_after_s=self._retry_after_s(),
+                )
+            self._waiting.extend(tickets)
+            self._changed.notify_all()
+        return tickets
+
+    def cancel(self, tickets: Sequence[Ticket]) -> None:
+        """Nobody wants these any more: they leave before the next step, and their listeners hear nothing more."""
+        with self._changed:
+            for ticket in tickets:
+                ticket.cancelled = True
+            self._changed.notify_all()
+
+    def start(self) -> None:
+        """Begin to take orders; once."""
+        with self._changed:
+            if self._state == "new":
+                self._state = "ready"
+                self._thread.start()
+
+    def drain(self) -> None:
+        """Finish what was ordered and take nothing new."""
+        with self._changed:
+            if self._state == "ready":
+                self._state = "draining"
+
+    def wait_until_idle(self, timeout_s: float) -> bool:
+        """Whether nothing is waiting or running, after `timeout_s` seconds at most."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._has_work(), timeout_s)
+
+    def close(self) -> None:
+        """Stop after the current step; rows that are not finished are told so."""
+        with self._changed:
+            started, self._stop = self._state != "new", True
+            if self._state != "broken":
+                self._state = "closed"
+            self._changed.notify_all()
+        if started:
+            self._thread.join()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _has_work(self) -> bool:
+        return bool(self._waiting or self._groups)
+
+    def _retry_after_s(self) -> int:
+        rounds = (len(self._waiting) + self.num_running) / self.max_rows
+        return max(1, min(_LONGEST_RETRY_S, math.ceil(rounds * self._seconds_per_row)))
+
+    def _work(self) -> None:
+        try:
+            while self._turn():
+                pass
+        finally:  # whatever happened: nobody may wait for ever
+            self._end()
+
+    def _turn(self) -> bool:
+        """One step of one group. False when the engine is to end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stop or self._has_work())
+            if self._stop:
+                return False
+            self._sweep()
+            self._assign()
+            group = self._groups[0][1] if self._groups else None
+            self._groups.rotate(-1)
+        if group is not None:
+            with self.model_lock:
+                group.step()
+        with self._changed:
+            self._groups = deque(entry for entry in self._groups if entry[1].tickets)
+            self._changed.notify_all()
+        return True
+
+    def _sweep(self) -> None:
+        """Drop who is cancelled or late, from the queue and from the middle of blocks."""
+        now = time.monotonic()
+        running = [ticket for _, group in self._groups for ticket in group.tickets]
+        for ticket in [*self._waiting, *running]:
+            if not ticket.cancelled and ticket.deadline > now:
+                continue
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+            for _, group in self._groups:
+                group.drop(ticket)
+            if ticket.cancelled:
+                self.counts.finished["cancelled"] += 1
+            else:
+                self._tell(ticket, Failure(kind="deadline", message="the answer took longer than this server allows"))
+        self._groups = deque(entry for entry in self._groups if entry[1].tickets)
+
+    def _assign(self) -> None:
+        """Give free places to those who wait, in the order of asking."""
+        free = self.max_rows - self.num_running
+        while self._waiting and free > 0:
+            ticket = self._waiting.popleft()
+            self._group_of(ticket.order).joining.append(ticket)
+            free -= 1
+
+    def _group_of(self, order: Order) -> PolicyGroup:
+        key = (order.policy, order.options.block_length)
+        for known, group in self._groups:
+            if known == key:
+                return group
+        ledger = UsageLedger(self.counts, self._bytes_per_expert)
+        session = BlockSession(self.loaded.model, replace(self.runtime, policy=order.policy), ledger)
+        group = PolicyGroup(session, ledger, self._tell)
+        self._groups.append((key, group))
+        return group
+
+    def _tell(self, ticket: Ticket, event: Event) -> None:
+        if isinstance(event, Failure):
+            self.counts.finished[event.kind] += 1
+        elif event.finish_reason is not None:
+            self.counts.finished[event.finish_reason] += 1
+            took = time.monotonic() - ticket.asked_at
+            self._seconds_per_row += 0.1 * (took - self._seconds_per_row)
+        if not ticket.cancelled:
+            ticket.listener(event)
+
+    def _end(self) -> None:
+        with self._changed:
+            broken = not self._stop
+            self._state = "broken" if broken else "closed"
+            left = [*self._waiting, *(ticket for _, group in self._groups for ticket in group.tickets)]
+            self._waiting.clear()
+            self._groups.clear()
+            self._changed.notify_all()
+        failure = (
+            Failure(kind="broken", message="the engine of this server has failed; its log says why")
+            if broken
+            else Failure(kind="shutdown", message="this server is shutting down: ask another one")
+        )
+        for ticket in left:
+            self._tell(ticket, failure)

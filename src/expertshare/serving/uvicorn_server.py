@@ -1,0 +1,90 @@
+"""The process: uvicorn with a drain before it ends."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from expertshare.errors import InputError
+from expertshare.serving.engine import Engine
+from expertshare.serving.logs import log, log_config
+
+_LAST_BYTES_S = 5
+"""For responses whose rows are finished to reach their clients."""
+
+
+class DrainingServer(uvicorn.Server):
+    """On the first SIGTERM or SIGINT: new requests get 503, what runs is finished (for `drain_timeout_s` at most), then
+    the server ends. On the second it ends at once. signal_number: the first one."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, drain_timeout_s: float) -> None:
+        super().__init__(config)
+        self._engine, self._drain_timeout_s = engine, drain_timeout_s
+        self.signal_number: int | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and say where."""
+        await super().startup(sockets)
+        for server in self.servers:
+            for listener in server.sockets:
+                host, port = listener.getsockname()[:2]
+                log("listening", host=host, port=port, state=self._engine.state)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal has come."""
+        del frame  # where it interrupted does not matter
+        if self.signal_number is not None:
+            self.force_exit = self.should_exit = True
+            return
+        self.signal_number = sig
+        self._engine.drain()
+        threading.Thread(target=self._drain, name="drain", daemon=True).start()
+
+    def _drain(self) -> None:
+        log("draining", waiting=self._engine.num_waiting, running=self._engine.num_running)
+        finished = self._engine.wait_until_idle(self._drain_timeout_s)
+        log("drained", finished=finished)
+        self._engine.close()
+        self.should_exit = True
+
+
+def serve(
+    app: FastAPI,
+    engine: Engine,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    drain_timeout_s: float = 30.0,
+    log_level: str = "INFO",
+) -> int | None:
+    """Serve until a signal comes, and return it. port 0: any free one, which the log names. Raises InputError where the
+    port cannot be had."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        access_log=False,
+        log_config=log_config(log_level),
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_BYTES_S,
+        lifespan="on",
+    )
+    server = DrainingServer(config, engine, drain_timeout_s)
+    with _listener(host, port) as listener:
+        server.run(sockets=[listener])
+    return server.signal_number
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise InputError(f"cannot listen on {host} port {port} ({error}): choose another --host or --port") from error
+    return listener
