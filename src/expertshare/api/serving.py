@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import logging.config
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+from fastapi import FastAPI
 
+from expertshare import native
 from expertshare.api.loading import DecodingValue, Model, decoding_options, for_model, load, opened
 from expertshare.evaluation import Setup
 from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
+from expertshare.models.source import resolve_source
 from expertshare.routing import native_policy, parse_policy
-from expertshare.serving import Engine, EngineLimits, OfferedPolicies
+from expertshare.serving import Engine, EngineLimits, OfferedPolicies, ServerSettings
+from expertshare.serving.logs import log_config
+from expertshare.serving.replicas import Door, ReplicaPlan, ReplicaScale, create_entrance, replicas_on_ray
 from expertshare.tuning import PolicyFile
 from expertshare.types import RoutingPolicy
 
@@ -58,3 +67,39 @@ def opened_engine(
             yield engine
         finally:
             engine.close()  # before its store
+
+
+@contextmanager
+def opened_entrance(
+    model: str | Path,
+    scale: ReplicaScale,
+    settings: ServerSettings,
+    *,
+    page: bool = False,
+    threads: int | None = None,
+    limits: EngineLimits | None = None,
+    drain_timeout_s: float = 30.0,
+    log_level: str = "INFO",
+    **engine: Any,
+) -> Iterator[tuple[FastAPI, Door]]:
+    """An application in front of several engines, each in a process of Ray's, and what drains it. Needs the extra
+    `ray`, too.
+
+    page: show the live page. threads: of each replica, by default an equal share of the cores. engine: as
+    `opened_engine` takes it. The processes end with the body. Raises ConfigError.
+    """
+    path = resolve_source(model)
+    limits = limits or EngineLimits()
+    logging.config.dictConfig(log_config(log_level))
+    plan = ReplicaPlan(
+        # a hub id stays one: other machines have their own copies
+        open_engine=partial(opened_engine, path.resolve() if Path(model).exists() else model, limits=limits, **engine),
+        settings=replace(settings, model_name=settings.model_name or path.resolve().name, api_key=None),
+        page=page,
+        threads=scale.threads(threads, native.usable_cores()),
+        log_level=log_level,
+    )
+    application = f"expertshare-{plan.settings.model_name}"
+    with replicas_on_ray(plan, scale, limits, name=application, drain_timeout_s=drain_timeout_s) as replicas:
+        door = Door()
+        yield create_entrance(replicas, door, settings), door

@@ -8,13 +8,13 @@ import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+from prometheus_client import Counter, Histogram
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from expertshare.serving.logs import log
-from expertshare.serving.metrics import ServerMetrics
 from expertshare.serving.refusals import Refusal
 from expertshare.serving.settings import ServerSettings
 
@@ -23,11 +23,18 @@ NOTES = "expertshare.notes"
 _CLOSE = {"Connection": "close"}  # of a body that was not read to its end
 
 
+class RequestMetrics(Protocol):
+    """requests: by path and status; seconds: by path."""
+
+    requests: Counter
+    seconds: Histogram
+
+
 class Gate:
     """ASGI middleware. open_paths: need no key."""
 
     def __init__(
-        self, app: ASGIApp, *, settings: ServerSettings, metrics: ServerMetrics, open_paths: Iterable[str]
+        self, app: ASGIApp, *, settings: ServerSettings, metrics: RequestMetrics, open_paths: Iterable[str]
     ) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
         self._open_paths = frozenset(open_paths)
