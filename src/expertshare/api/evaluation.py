@@ -55,7 +55,8 @@ def evaluate(
 
     tasks: generated kinds (arith, math, ...) and benchmarks (gsm8k, ...; these need expertshare[eval]). preset:
     settings of a paper; what is given here goes before it. seed: of items, examples and sampling. threads: of each
-    process. ray: the processes are Ray's (extra `ray`), at ray_address, in RAY_ADDRESS, or started for this. See docs/evaluation.md. Raises a subclass of ExpertShareError for anything unusable.
+    process. ray: the processes are Ray's (extra `ray`), at ray_address, in RAY_ADDRESS, or started for this. See
+    docs/evaluation.md. Raises a subclass of ExpertShareError for anything unusable.
     """
     if ray or ray_address is not None:
         require_ray()

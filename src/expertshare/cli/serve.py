@@ -95,10 +95,10 @@ def serve(
         "limits": limits,
         **decoding.options(),
     }
-    ends: dict[str, Any] = {"drain_timeout_s": drain_timeout, "log_level": level}
-    listen = partial(serve_app, host=host, port=port, **ends)
+    listen = partial(serve_app, host=host, port=port, drain_timeout_s=drain_timeout, log_level=level)
     if scale.on_ray:
-        with opened_entrance(model, scale, settings, page=shown, threads=threads, **ends, **engine) as (app, door):
+        engine |= {"drain_timeout_s": drain_timeout, "log_level": level}
+        with opened_entrance(model, scale, settings, page=shown, threads=threads, **engine) as (app, door):
             ended_by = listen(app, door)
     else:
         set_threads(threads)

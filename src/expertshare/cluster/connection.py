@@ -52,8 +52,6 @@ def connected(address: str | None = None, *, cpus: int) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    for name in ("ray", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.ERROR)
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if wanted == LOCAL:

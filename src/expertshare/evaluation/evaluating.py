@@ -142,7 +142,7 @@ def _answers(solver: Solver, jobs: Sequence[Job], settings: EvaluationSettings) 
     processes = min(settings.processes, len(jobs))
     if settings.ray is not None and jobs:
         sha256 = model_sha256(solver.setup.model)
-        return solve_on_ray(solver.setup, jobs, processes, model_sha256=sha256, address=settings.ray or None)
+        return solve_on_ray(solver.setup, jobs, processes, sha256=sha256, address=settings.ray or None)
     if processes <= 1:
         return solve_here(solver, jobs)
     return solve_in_processes(solver.setup, jobs, processes)

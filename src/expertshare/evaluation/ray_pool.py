@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,12 +19,13 @@ RESTARTS = 3
 
 
 def solve_on_ray(
-    setup: SolverSetup, jobs: Iterable[Job], processes: int, *, model_sha256: str, address: str | None = None
+    setup: SolverSetup, jobs: Iterable[Job], processes: int, *, sha256: str, address: str | None = None
 ) -> Iterator[Solved]:
     """Answer in `processes` actors. address: as `connected` takes it.
 
-    model_sha256: every actor must find this model at the same path. Raises what a job raised there, ConfigError, and
-    EvaluationError for an actor that keeps dying or has another model or other versions.
+    sha256: of the model, as model_sha256 says it; every actor must find the same one at the same path. Raises
+    what a job raised there, ConfigError, and EvaluationError for an actor that keeps dying or has another model or
+    other versions.
     """
     with connected(address, cpus=processes * setup.threads):
         import ray
@@ -32,15 +33,15 @@ def solve_on_ray(
         actor = ray.remote(
             num_cpus=setup.threads, max_restarts=RESTARTS, max_task_retries=RESTARTS, max_concurrency=1
         )(RemoteSolver)
-        yield from solve_with([_Actor(actor.remote(setup, model_sha256, versions())) for _ in range(processes)], jobs)
+        yield from solve_with([_Actor(actor.remote(setup, sha256, versions())) for _ in range(processes)], jobs)
 
 
 class RemoteSolver:
     """What runs in an actor. Its errors are values: Ray would wrap what is raised."""
 
-    def __init__(self, setup: SolverSetup, model_sha256: str, versions: dict[str, str | None]) -> None:
+    def __init__(self, setup: SolverSetup, sha256: str, expected: Mapping[str, str]) -> None:
         torch.set_num_threads(setup.threads)
-        self._setup, self._wanted = setup, (model_sha256, versions)
+        self._setup, self._wanted = setup, (sha256, expected)
         self._solver: Solver | None = None
 
     def solve(self, job: Job) -> Solved | ExpertShareError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import contextmanager
@@ -76,6 +77,7 @@ def replicas_on_ray(
         wanted, there = scale.replicas * plan.threads, int(ray.cluster_resources().get("CPU", 0))
         if there < wanted:
             log("replicas wait for processors", wanted=wanted, there=there)
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)  # imported by now: it says what it does, on stderr
         quiet = {"log_level": "WARNING"}
         serve.start(proxy_location="Disabled", logging_config=quiet)  # the entrance is our own
         bound = serve.deployment(Replica, name=DEPLOYMENT, **_options(plan, scale, limits, drain_timeout_s)).bind(plan)
