@@ -14,13 +14,14 @@ PROMPT := Tom has 12 apples. He finds 7 more. He sells 4. How many apples does T
 POLICIES := vanilla,des-seq,des-vote,block-top-p
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test quality bench clean
+.PHONY: help demo test quality bench report clean
 
 help:
 	@echo 'make demo   generate with the reference model, with and without expert sharing, and draw what was saved'
 	@echo 'make test   lint, types, import contracts, tests'
 	@echo 'make quality  accuracy and experts of every policy, the figures of README; a quarter of an hour'
 	@echo 'make bench  a few minutes of benchmarks on this machine, into build/bench/ (docs/performance.md)'
+	@echo 'make report  a page of the results in the repository, build/report/report.html (docs/report.md)'
 	@echo 'make clean  remove build products and caches (rm -r $(VENV) for the environment)'
 
 # The model and all inputs are in the repository; nothing is asked of a hub.
@@ -66,6 +67,13 @@ bench: $(VENV)/runtime.stamp
 		--report build/bench/forward.json --plot build/bench/forward.png
 	$(BIN)/expertshare bench generate $(MODEL) --limit 4 --policies vanilla,des-vote \
 		--report build/bench/generate.json --plot build/bench/generate.png
+
+# Everything that `expertshare report` has a figure for; nothing is measured.
+FIGURES := policies p-sweep block-length-8 block-length-16 block-length-24 block-length-32 steps-distribution $\
+	weight-against-loss expert-growth forward-mini experts-mini-3 generate-reference tuning
+report: $(VENV)/runtime.stamp
+	@mkdir -p build
+	$(BIN)/expertshare report $(FIGURES:%=benchmarks/results/%.json) --out build/report
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expertshare needs Python 3.11 or newer, got " \

@@ -2,21 +2,31 @@
 
     expertshare generate MODEL --prompt ... --expert-memory 4GiB --record-routing a.jsonl
     expertshare generate MODEL --prompt ... --expert-memory 4GiB --policy des-vote --record-routing b.jsonl
-    python benchmarks/equal_hit_rate.py MODEL a.jsonl b.jsonl --rates 0.8,0.85,0.9
+    python benchmarks/equal_hit_rate.py MODEL a.jsonl b.jsonl --rates 0.8,0.85,0.9 --confirm "PROMPT"
 
-Slots start empty, so that the first round of every layer misses; nothing is read ahead. Real stores at the budgets
-found are measured by `benchmarks/full_size_memory.py`.
+Slots start empty, so that the first round of every layer misses; nothing is read ahead in the replay. With --confirm
+the same prompt is generated again with real stores of the sizes found, which do read ahead: their hit rates, and the
+memory that the process really used beyond what the smallest of them used, are printed and stored.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 from expertshare.conversion.replay import most_at_once, replay
 from expertshare.experts import read_manifest
 from expertshare.experts.recording import RoutingRecord, read_record
+from expertshare.measure.environment import capture_environment
+from expertshare.measure.report import write_json
+
+GROWTH = 1.02
+"""By how much the shared store grows from one try to the next."""
 
 
 def slots_for(record: RoutingRecord, rate: float) -> int | None:
@@ -30,6 +40,43 @@ def slots_for(record: RoutingRecord, rate: float) -> int | None:
     return low
 
 
+def run_store(model: Path, slots: int, slab_bytes: int, policy: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Generate with a real store of so many slots, and what came of it."""
+    command = [sys.executable, "-m", "expertshare", "generate", str(model), "--prompt", options.confirm, "--json"]
+    command += ["--policy", policy, "--expert-memory", str(slots * slab_bytes)]
+    command += ["--gen-length", str(options.gen_length), "--threshold", "none"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{policy} with {slots} slots: {done.stderr.strip().splitlines()[-1]}")
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    store = result["expert_store"]
+    return {
+        "slots": store["slots"],
+        "hit_rate": store["hit_rate"],
+        "unique_experts": result["unique_experts"]["denoise"],
+        "peak_anonymous_bytes": result["peak_anonymous_bytes"],
+    }
+
+
+def confirm(points: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Real stores at every point's sizes, written into the points; the shared one grows until its rate is vanilla's."""
+    print("real stores:  vanilla: hit %  slots  anon GB   shared: hit %  slots  anon GB   less memory for experts")
+    for point in points:
+        if point["vanilla_slots"] is None or point["shared_slots"] is None:
+            continue
+        slab = point["slab_bytes"]
+        vanilla = run_store(options.model, point["vanilla_slots"], slab, "vanilla", options)
+        shared = run_store(options.model, point["shared_slots"], slab, options.policy, options)
+        while shared["hit_rate"] < vanilla["hit_rate"] and shared["slots"] < vanilla["slots"]:
+            shared = run_store(options.model, math.ceil(shared["slots"] * GROWTH), slab, options.policy, options)
+        point["real"] = {"vanilla": vanilla, "shared": shared, "less": 1 - shared["slots"] / vanilla["slots"]}
+        told = [
+            f"{100 * run['hit_rate']:13.1f} {run['slots']:6} {run['peak_anonymous_bytes'] / 1e9:8.2f}"
+            for run in (vanilla, shared)
+        ]
+        print(f"{point['hit_rate']:8.2f}  {told[0]}   {told[1]} {100 * point['real']['less']:9.1f} %")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="directory in the expert layout")
@@ -37,6 +84,9 @@ def main() -> None:
     parser.add_argument("shared", type=Path, help="record of the same prompt under a sharing policy")
     parser.add_argument("--rates", default="0.8,0.85,0.9", help="hit rates, parted by commas")
     parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--confirm", metavar="PROMPT", help="run real stores too, on the prompt of the records")
+    parser.add_argument("--policy", default="des-vote:budget=16", help="of the second record, for --confirm")
+    parser.add_argument("--gen-length", default=32, type=int, help="of the records, for --confirm")
     options = parser.parse_args()
     slab_bytes = read_manifest(options.model).format.slab_bytes
     records = {"vanilla": read_record(options.vanilla), "shared": read_record(options.shared)}
@@ -53,8 +103,11 @@ def main() -> None:
         point["less"] = 1 - shared / vanilla
         sizes = [f"{count:15} {count * slab_bytes / 1e9:7.2f}" for count in (vanilla, shared)]
         print(f"{rate:8.2f}   {sizes[0]} {sizes[1]} {100 * point['less']:5.1f} %")
+    if options.confirm:
+        confirm(points, options)
     if options.json:
-        options.json.write_text(json.dumps({"model": options.model.name, "points": points}, indent=2) + "\n")
+        told = {"model": options.model.name, "points": points, "environment": capture_environment().to_json()}
+        write_json(options.json, told)
 
 
 if __name__ == "__main__":

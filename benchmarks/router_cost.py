@@ -1,13 +1,16 @@
 """What routing costs beside the experts that it is for, per policy, at LLaDA2.0-mini's width.
 
     python benchmarks/router_cost.py --json out.json
+    python benchmarks/router_cost.py --by pieces           # native, but gate, select, assign and count on their own
     python benchmarks/router_cost.py --by torch            # the same without the native library, but for the experts
 
-Run it on a quiet machine. Times of gate, select, assign and account (the counts for reports) are
-microseconds of one layer for one block of 32 tokens: the median, and the
-quartiles of the whole. Each layer has a router of its own and its experts run between one routing and the next, so
-that no cache serves the router's weights. Tokens of a block resemble each other by --likeness (0: nothing in common),
-which decides how many experts vanilla routing uses. "of experts" is routing / expert time of the same policy.
+Run it on a quiet machine. "routing" is what the model does between a layer's hidden states and its plan with the
+counts for reports, in microseconds of one layer for one block of 32 tokens: the median and the quartiles. In pieces
+the gate, select, assign and account (the counts) have a time each. With `--by native,pieces` the two take turns.
+
+Each layer has a router of its own and its experts run between one routing and the next, so that no cache serves the
+router's weights. Tokens of a block resemble each other by --likeness (0: nothing in common), which decides how many
+experts vanilla routing uses. "of experts" is routing / expert time of the same policy.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,37 +30,47 @@ from torch import Tensor
 from expertshare import native
 from expertshare.bench.cases import CASES
 from expertshare.bench.weights import random_banks
-from expertshare.config import ModelConfig
+from expertshare.config import ModelConfig, RouterSpec
 from expertshare.kernels import moe_ffn
-from expertshare.models.moe import Router
-from expertshare.routing import POLICIES, assign, compiled, count_load
-from expertshare.types import ExpertBank, RoutingPolicy
+from expertshare.measure.environment import capture_environment
+from expertshare.models.moe import Router, lay_side_by_side
+from expertshare.routing import POLICIES, assign, compiled, count_load, parse_policy
+from expertshare.types import ExpertBank, RoutingPlan, RoutingPolicy
 
 TOKENS = 32
-PARTS = ("gate", "select", "assign", "account", "experts")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One policy: median microseconds of each part, quartiles of routing, unique experts, share of the expert time."""
+    """One policy: median microseconds of routing and experts, quartiles of routing, unique experts, share of the
+    expert time; parts_us where routing was done in pieces."""
 
     policy: str
+    by: str
     unique: float
-    gate_us: float
-    select_us: float
-    assign_us: float
-    account_us: float
     router_us: float
     router_low_us: float
     router_high_us: float
     experts_us: float
     share_of_experts: float
+    parts_us: dict[str, float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """What every policy is measured on: routers, hidden states and one bank of experts."""
+
+    routers: list[Router]
+    blocks: list[Tensor]
+    bank: ExpertBank
+    spec: RouterSpec
 
 
 def make_routers(config: ModelConfig, num_layers: int, dtype: torch.dtype) -> list[Router]:
     """Routers in float32 whose weights are of `dtype`, as a checkpoint holds them."""
     generator = torch.Generator().manual_seed(0)
     routers = [Router(config).requires_grad_(False) for _ in range(num_layers)]
+    lay_side_by_side(routers)
     for router in routers:
         weights = torch.randn(router.weight.shape, generator=generator) * 2 * config.hidden_size**-0.5
         router.weight.copy_(weights.to(dtype))
@@ -77,61 +89,98 @@ def make_blocks(hidden: int, count: int, likeness: float) -> list[Tensor]:
     return [block().bfloat16() for _ in range(count)]
 
 
-def measure(
-    policy: RoutingPolicy,
-    routers: list[Router],
-    blocks: list[Tensor],
-    bank: ExpertBank,
-    config: ModelConfig,
-    options: argparse.Namespace,
-) -> Row:
-    """Route and compute, layer after layer."""
-    spec, live = config.router, torch.ones(1, TOKENS, dtype=torch.bool)
-    times: dict[str, list[float]] = {part: [] for part in PARTS}
-    unique: list[int] = []
-    for call in range(-5, options.repeats):
-        router, x_GLD = (
-            routers[call % len(routers)],
-            blocks[call % len(blocks)] + 0,
-        )  # written just before, as in a model
-        stamps = [time.perf_counter()]
+class Stopwatch:
+    """Microseconds of the parts of one layer."""
 
-        def stamp(stamps: list[float] = stamps) -> None:
-            stamps.append(time.perf_counter())
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.parts_us: dict[str, float] = {}
 
-        scores = router.scores(x_GLD, live, spec, compiled=options.by == "native")
-        stamp()
-        coreset = policy.select(scores, spec)
-        stamp()
-        plan = assign(scores, coreset, spec, policy=policy)
-        stamp()
-        _, unique_G = count_load(plan, 1)
-        stamp()
-        moe_ffn(x_GLD[0], plan, bank, backend=options.backend)
-        stamp()
+    def stop(self, part: str) -> None:
+        """What went by since the last stop belongs to `part`."""
+        now = time.perf_counter()
+        self.parts_us[part] = (now - self._last) * 1e6
+        self._last = now
+
+
+def plan_whole(
+    router: Router, x_GLD: Tensor, live_GL: Tensor, policy: RoutingPolicy, spec: RouterSpec, watch: Stopwatch
+) -> tuple[RoutingPlan, Tensor]:
+    """As the model does it."""
+    plan, routing = router.plan(x_GLD, live_GL, policy, spec, compiled=True)
+    watch.stop("routing")
+    return plan, routing.group_experts_G
+
+
+def plan_in_pieces(
+    router: Router, x_GLD: Tensor, live_GL: Tensor, policy: RoutingPolicy, spec: RouterSpec, watch: Stopwatch
+) -> tuple[RoutingPlan, Tensor]:
+    """By the primitives, as policies without a recipe are routed; or by torch, where there is no library."""
+    scores = router.scores(x_GLD, live_GL, spec, compiled=compiled.library_for() is not None)
+    watch.stop("gate")
+    coreset = policy.select(scores, spec)
+    watch.stop("select")
+    plan = assign(scores, coreset, spec, policy=policy)
+    watch.stop("assign")
+    _, unique_G = count_load(plan, 1)
+    watch.stop("account")
+    return plan, unique_G
+
+
+def layer(
+    call: int, by: str, policy: RoutingPolicy, scene: Scene, options: argparse.Namespace
+) -> tuple[dict[str, float], int]:
+    """Route and compute once: microseconds by part, and unique experts."""
+    router = scene.routers[call % len(scene.routers)]
+    x_GLD = scene.blocks[call % len(scene.blocks)] + 0  # written just before, as in a model
+    live_GL = torch.ones(1, TOKENS, dtype=torch.bool)
+    with patch.object(compiled, "library_for", lambda *_, **__: None) if by == "torch" else nullcontext():
+        plan_by = plan_whole if by == "native" else plan_in_pieces
+        watch = Stopwatch()
+        plan, unique_G = plan_by(router, x_GLD, live_GL, policy, scene.spec, watch)
+    watch.stop("between")
+    moe_ffn(x_GLD[0], plan, scene.bank, backend=options.backend)
+    watch.stop("experts")
+    return watch.parts_us, int(unique_G[0])
+
+
+def measure(policy: RoutingPolicy, scene: Scene, options: argparse.Namespace) -> list[Row]:
+    """Layer after layer, by each way in turn."""
+    ways = options.by.split(",")
+    seen: dict[str, list[tuple[dict[str, float], int]]] = {by: [] for by in ways}
+    for call in range(-5 * len(ways), options.repeats * len(ways)):
+        by = ways[call % len(ways)]
+        found = layer(call, by, policy, scene, options)
         if call >= 0:
-            unique.append(int(unique_G[0]))
-            for part, begin, end in zip(PARTS, stamps[:-1], stamps[1:], strict=True):
-                times[part].append((end - begin) * 1e6)
-    routing = [sum(parts) for parts in zip(*(times[part] for part in PARTS[:-1]), strict=True)]
+            seen[by].append(found)
+    return [summary(policy.name, by, found) for by, found in seen.items()]
+
+
+def summary(policy: str, by: str, found: list[tuple[dict[str, float], int]]) -> Row:
+    """Medians and quartiles of the layers seen."""
+    parts = [part for part in found[0][0] if part not in ("between", "experts")]
+    routing = [sum(parts_us[part] for part in parts) for parts_us, _ in found]
     low, median, high = statistics.quantiles(routing, n=4)
-    medians = {part: statistics.median(times[part]) for part in PARTS}
+    experts_us = statistics.median(parts_us["experts"] for parts_us, _ in found)
+    medians = {part: statistics.median(parts_us[part] for parts_us, _ in found) for part in parts}
     return Row(
-        policy=policy.name,
-        unique=statistics.mean(unique),
-        **{f"{part}_us": medians[part] for part in PARTS},
+        policy=policy,
+        by=by,
+        unique=statistics.mean(unique for _, unique in found),
         router_us=median,
         router_low_us=low,
         router_high_us=high,
-        share_of_experts=median / medians["experts"],
+        experts_us=experts_us,
+        share_of_experts=median / experts_us,
+        parts_us=medians if len(parts) > 1 else None,
     )
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policies", default=",".join(POLICIES), help="comma-separated")
-    parser.add_argument("--by", choices=("native", "torch"), default="native", help="who computes the routing")
+    parser.add_argument("--policies", default=",".join(POLICIES), help="comma-separated, knobs allowed")
+    parser.add_argument("--by", default="native", help="native, pieces or torch, or some of them, comma-separated")
     parser.add_argument("--router-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of its values")
     parser.add_argument("--likeness", type=float, default=0.75, help="cosine of a block's tokens with its direction")
     parser.add_argument("--backend", help="of the experts; default: cpu where it is there, else grouped")
@@ -154,24 +203,25 @@ def main() -> None:
     (bank,) = random_banks(count=1, **sizes, dtype=torch.bfloat16, seed=0)
     routers = make_routers(config, options.layers, getattr(torch, options.router_dtype))
     blocks = make_blocks(config.hidden_size, options.layers + 1, options.likeness)
+    scene = Scene(routers=routers, blocks=blocks, bank=bank, spec=config.router)
     instructions = native.instruction_set() if native.available() else "none"
     print(f"{torch.get_num_threads()} threads, native library: {instructions}; experts: {options.backend}")
-    print("policy          unique   gate select assign account  routing  (quartiles)   experts  of experts")
-    no_library: Callable[..., None] = lambda *_, **__: None  # noqa: E731
+    print("policy          by      unique  routing  (quartiles)   experts  of experts")
     rows = []
-    with patch.object(compiled, "library_for", no_library) if options.by == "torch" else nullcontext():
-        for name in options.policies.split(","):
-            row = measure(POLICIES[name]().bind(config.router), routers, blocks, bank, config, options)
+    for name in options.policies.split(","):
+        for row in measure(parse_policy(name).bind(config.router), scene, options):
             rows.append(row)
             print(
-                f"{row.policy:15} {row.unique:6.1f} {row.gate_us:6.0f} {row.select_us:6.0f} {row.assign_us:6.0f} "
-                f"{row.account_us:7.0f} {row.router_us:8.0f} ({row.router_low_us:5.0f}-{row.router_high_us:5.0f}) "
-                f"{row.experts_us:9.0f} {row.share_of_experts:11.1%}",
+                f"{row.policy:15} {row.by:7} {row.unique:6.1f} {row.router_us:8.0f} ({row.router_low_us:5.0f}-"
+                f"{row.router_high_us:5.0f}) {row.experts_us:9.0f} {row.share_of_experts:11.1%}   "
+                + " ".join(f"{part} {us:.0f}" for part, us in (row.parts_us or {}).items()),
                 flush=True,
             )
     if options.json:
         kept = {name: value for name, value in vars(options).items() if name != "json"}
-        options.json.write_text(json.dumps({"options": kept, "rows": [asdict(row) for row in rows]}, indent=2))
+        found = [asdict(row) for row in rows]
+        report = {"environment": capture_environment().to_json(), "options": kept, "rows": found}
+        options.json.write_text(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 
 from expertshare.errors import ConfigError, TrainingError
 from expertshare.models import load_model
-from expertshare.training.config import TrainingConfig
+from expertshare.training.config import TrainingConfig, reference_architecture
 from expertshare.training.loop import Trainer, train
 from expertshare.training.muon import Muon, orthogonalise
 from expertshare.training.run import RunPaths, prepare, run
@@ -23,6 +23,15 @@ def _config(**changes: object) -> TrainingConfig:
 
 def _trainer(folder: Path, config: TrainingConfig, *, resume: bool = False) -> Trainer:
     return prepare(RunPaths(folder=folder), config, hidden=64, layers=2, expert_hidden=8, resume=resume)
+
+
+def test_the_number_of_experts_is_a_choice_that_the_router_checks(tmp_path: Path) -> None:
+    paths, sizes = RunPaths(folder=tmp_path), {"hidden": 64, "layers": 2, "expert_hidden": 8}
+    router = prepare(paths, _config(), **sizes, num_experts=16, resume=False).model.config.router
+    assert (router.num_experts, router.top_k) == (16, 8)
+    for number in (8, 20):
+        with pytest.raises(ConfigError):
+            reference_architecture(vocab_size=64, mask_id=0, eos_id=1, pad_id=2, num_experts=number)
 
 
 def test_muon_equals_torch_on_a_matrix_and_treats_a_stack_matrix_by_matrix() -> None:

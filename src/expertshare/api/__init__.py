@@ -19,6 +19,7 @@ Example:
     print(evaluation.results["summary"])
     tuned = tune(model, read_prompts("prompts.jsonl"))
     print(tuned.sentence())
+    report(["runs/vote"], "runs/report")              # report.html and its pictures
     tuned.policy_file().write("policy.json")          # generate(model, ..., policy=load_policy("policy.json"))
 """
 
@@ -26,9 +27,11 @@ from expertshare.api.comparison import compare, comparison_report
 from expertshare.api.evaluation import evaluate
 from expertshare.api.generation import Generated, generate
 from expertshare.api.loading import DTYPES, DecodingValue, Model, info, load
+from expertshare.api.report import DEFAULT_TITLE, report
 from expertshare.api.tuning import load_policy, tune
 
 __all__ = [
+    "DEFAULT_TITLE",
     "DTYPES",
     "DecodingValue",
     "Generated",
@@ -40,5 +43,6 @@ __all__ = [
     "info",
     "load",
     "load_policy",
+    "report",
     "tune",
 ]

@@ -13,7 +13,7 @@ from expertshare.config import ModelConfig
 from expertshare.errors import InputError
 from expertshare.kernels.quantise import scheme_named
 from expertshare.models import MoETransformer
-from expertshare.models.moe import Router
+from expertshare.models.moe import Router, lay_side_by_side
 from expertshare.native import ask_for_huge_pages
 from expertshare.types import ExpertBank
 
@@ -75,6 +75,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype, seed: int, std: float 
         if isinstance(module, Router):
             module.float()
     model = model.to_empty(device="cpu")
+    lay_side_by_side([module for module in model.modules() if isinstance(module, Router)])
     if config.tie_embeddings and isinstance(model.embed, nn.Embedding) and isinstance(model.head, nn.Linear):
         model.head.weight = model.embed.weight
     generator = np.random.Generator(np.random.SFC64(seed))

@@ -19,6 +19,7 @@ from expertshare.cli import (
     info,
     make_checkpoint,
     plan,
+    report,
     serve,
     tasks,
     train,
@@ -46,6 +47,7 @@ app.command("tasks", epilog=tasks.EXAMPLE)(tasks.tasks)
 app.command("train", epilog=train.EXAMPLE)(train.train)
 app.command("distill", epilog=distill.EXAMPLE)(distill.distill)
 app.command("tune", epilog=tune.EXAMPLE)(tune.tune)
+app.command("report", epilog=report.EXAMPLE)(report.report)
 app.add_typer(bench.app, name="bench")
 
 

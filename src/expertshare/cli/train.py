@@ -23,9 +23,15 @@ def train(
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = TrainingConfig().steps,
     samples_per_step: Annotated[int, typer.Option(help="Problems per step.")] = TrainingConfig().samples_per_step,
     seed: Annotated[int, typer.Option(help="Seed of weights, data and masks.")] = 0,
+    family: Annotated[
+        str, typer.Option(help="Layout: llada2_moe (blocks, grouped router) or llada_moe (full attention).")
+    ] = "llada2_moe",
     hidden: Annotated[int, typer.Option(help="Model features; a multiple of 64.")] = 128,
-    layers: Annotated[int, typer.Option(help="Layers, the first of them dense.")] = 4,
+    layers: Annotated[int, typer.Option(help="Layers; in llada2_moe the first is dense.")] = 4,
     expert_hidden: Annotated[int, typer.Option(help="Hidden features of one expert.")] = 32,
+    num_experts: Annotated[
+        int, typer.Option("--experts", help="Experts of a layer, a multiple of 8 and at least 16; a token runs 8.")
+    ] = 64,
     matrix_lr: Annotated[float, typer.Option(help="Peak learning rate of matrices (Muon).")] = 0.02,
     scalar_lr: Annotated[float, typer.Option(help="Peak learning rate of the rest (AdamW).")] = 0.003,
     dtype: Annotated[str, typer.Option(help="Arithmetic: bfloat16 (autocast) or float32.")] = "bfloat16",
@@ -33,7 +39,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in this folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line on stdout.")] = False,
 ) -> None:
-    """Train a small LLaDA2-layout model (64 experts, 8 per token) on the generated tasks, from recorded seeds."""
+    """Train a small model (8 experts per token) on the generated tasks, from recorded seeds."""
     set_threads(threads)
     config = TrainingConfig(
         steps=steps,
@@ -44,7 +50,16 @@ def train(
         dtype=dtype,
     )
     paths = RunPaths(folder=folder)
-    trainer = prepare(paths, config, hidden=hidden, layers=layers, expert_hidden=expert_hidden, resume=resume)
+    trainer = prepare(
+        paths,
+        config,
+        family=family,
+        hidden=hidden,
+        layers=layers,
+        expert_hidden=expert_hidden,
+        num_experts=num_experts,
+        resume=resume,
+    )
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),

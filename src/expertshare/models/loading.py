@@ -24,7 +24,7 @@ from expertshare.models.checkpoint import (
     read_tensors,
 )
 from expertshare.models.family import Place
-from expertshare.models.moe import Router
+from expertshare.models.moe import Router, lay_side_by_side
 from expertshare.models.quantised_vocabulary import QuantisedVocabulary, quantised_places
 from expertshare.models.source import read_json, read_optional_json, resolve_source
 from expertshare.models.table import family_of
@@ -116,6 +116,7 @@ def _allocate(model: MoETransformer, dtype: torch.dtype, device: str | torch.dev
     model = model.to_empty(device=device)
     for tensor in (*model.parameters(), *model.buffers()):
         ask_for_huge_pages(tensor)
+    lay_side_by_side([module for module in model.modules() if isinstance(module, Router)])
     embed, head = model.embed, model.head
     # to_empty gave each of the two a tensor of its own
     if model.config.tie_embeddings and isinstance(embed, nn.Embedding) and isinstance(head, nn.Linear):

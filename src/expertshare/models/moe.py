@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ from expertshare.experts import ResidentExperts
 from expertshare.kernels import moe_ffn
 from expertshare.models.layers import SwiGLU
 from expertshare.models.runtime import Runtime
-from expertshare.routing import count_load, gate_scores, gate_takes, route, router_scores
-from expertshare.types import ExpertBank, Loan, RouterScores, RoutingPlan
+from expertshare.native import ask_for_huge_pages
+from expertshare.routing import LayerStep, count_load, gate_scores, gate_takes, route, router_scores
+from expertshare.types import ExpertBank, Loan, RouterScores, RoutingPlan, RoutingPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,10 @@ def in_slots(plan: RoutingPlan, loan: Loan) -> RoutingPlan:
     return RoutingPlan(slots_TK, plan.weights_TK, active_S)
 
 
+_MOST_STEPS = 16
+"""Policies that a router is prepared for at once: those of a comparison, or of a server's requests."""
+
+
 class Router(nn.Module):
     """Linear scores for every expert, in float32 whatever the dtype of the model; the bias is for selection only."""
 
@@ -48,6 +54,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(spec.num_experts, config.hidden_size))
         self.bias: Tensor | None
         self.register_buffer("bias", torch.zeros(spec.num_experts) if spec.has_bias else None)
+        self._steps: dict[int, LayerStep] = {}  # by id of the policies that came last
 
     def forward(self, x_GLD: Tensor) -> Tensor:
         """Logits, float32 [G, L, E]."""
@@ -59,6 +66,43 @@ class Router(nn.Module):
         if compiled and gate_takes(x_GLD, self.weight, self.bias):
             return gate_scores(x_GLD, self.weight, self.bias, live_GL, spec)
         return router_scores(self(x_GLD), live_GL, spec, self.bias)
+
+    def plan(
+        self, x_GLD: Tensor, live_GL: Tensor, policy: RoutingPolicy, spec: RouterSpec, *, compiled: bool
+    ) -> tuple[RoutingPlan, LayerRouting]:
+        """Gate, selection and assignment of a layer, and what they ask of the experts; compiled: as for `scores`."""
+        if compiled:
+            weight, bias = self._parameters["weight"], self._buffers["bias"]  # spares three calls of Module.__getattr__
+            assert weight is not None
+            step = self._steps.get(id(policy))
+            if step is None or not step.is_of(weight, bias, policy, spec):
+                step = self._prepare(weight, bias, policy, spec)
+            routed = step.route(x_GLD, live_GL)
+            if routed is not None:
+                plan, load_E, unique_G = routed
+                return plan, LayerRouting(load_E, unique_G)
+        _, plan = route(self.scores(x_GLD, live_GL, spec, compiled=compiled), policy, spec)
+        return plan, LayerRouting(*count_load(plan, len(live_GL)))
+
+    def _prepare(self, weight: Tensor, bias: Tensor | None, policy: RoutingPolicy, spec: RouterSpec) -> LayerStep:
+        """A step for this policy, kept (with the policy, so that its id stays its own) while few others come."""
+        if len(self._steps) >= _MOST_STEPS:
+            self._steps.clear()
+        step = self._steps[id(policy)] = LayerStep.of(weight, bias, policy, spec)
+        return step
+
+
+def lay_side_by_side(routers: Sequence[Router]) -> None:
+    """Give routers on the CPU one piece of memory for all their weights, uninitialised, in huge pages.
+
+    A router alone is too small for these, and reading it, once a layer, would wait for an address every 4 KiB.
+    """
+    if not routers or not routers[0].weight.is_cpu:
+        return
+    weights_NED = torch.empty((len(routers), *routers[0].weight.shape))
+    ask_for_huge_pages(weights_NED)
+    for router, weight_ED in zip(routers, weights_NED, strict=True):
+        router.weight = nn.Parameter(weight_ED, requires_grad=router.weight.requires_grad)
 
 
 class MoE(nn.Module):
@@ -80,9 +124,8 @@ class MoE(nn.Module):
     def forward(self, x_GLD: Tensor, live_GL: Tensor, runtime: Runtime) -> tuple[Tensor, LayerRouting]:
         """Returns the layer's output (same shape and dtype as the input) and what it asked of the experts."""
         with runtime.timed("router"):
-            scores = self.router.scores(x_GLD, live_GL, self.spec, compiled=runtime.backend == "cpu")
-            _, plan = route(scores, runtime.policy_for(self.moe_layer, self.num_layers), self.spec)
-            routing = LayerRouting(*count_load(plan, len(live_GL)))
+            policy = runtime.policy_for(self.moe_layer, self.num_layers)
+            plan, routing = self.router.plan(x_GLD, live_GL, policy, self.spec, compiled=runtime.backend == "cpu")
         x_TD = x_GLD.flatten(0, 1)
         with runtime.timed("experts"):
             with self._borrow(plan, runtime) as loan:

@@ -10,11 +10,12 @@ from expertshare.native.loading import (
     usable_instruction_sets,
 )
 from expertshare.native.pages import ask_for_huge_pages
-from expertshare.native.threads import num_threads, set_num_threads, team, use_torch_threads
+from expertshare.native.threads import crew, num_threads, set_num_threads, team, use_torch_threads
 
 __all__ = [
     "ask_for_huge_pages",
     "available",
+    "crew",
     "instruction_set",
     "isa_number",
     "library",

@@ -55,6 +55,13 @@ def team() -> int | None:
     return _gomp_parallel()
 
 
+def crew() -> tuple[int, int | None]:
+    """`num_threads()` and `team()` at once: for calls so short that asking twice is felt."""
+    of_torch = torch.get_num_threads()
+    wanted = min(_num_threads or of_torch, _MAX_THREADS)
+    return wanted, None if _use_torch_threads is False or wanted != of_torch else _gomp_parallel()
+
+
 @cache
 def _gomp_parallel() -> int | None:
     maps = Path("/proc/self/maps")

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from expertshare.errors import InputError
-from expertshare.plots.style import COLOURS, INK, check_plot_path, frame, new_figure, save
+from expertshare.plots.style import COLOURS, INK, check_plot_path, frame, literal, new_figure, save
 
 PANEL_WIDTH, PANEL_HEIGHT = 6.4, 4.4
 Point = Mapping[str, Any]
@@ -82,7 +82,7 @@ def _draw_roofline(
 
 
 def _plot_forwards(points: Sequence[Point], path: str | Path) -> None:
-    labels = [f"{point['backend']}, {point['policy']}" for point in points]
+    labels = [literal(f"{point['backend']}, {point['policy']}") for point in points]
     parts = next((list(point["ms_by_part"]) for point in points if "ms_by_part" in point), [])
     figure = new_figure(PANEL_WIDTH * 1.4, 1.2 + 0.4 * len(points))
     axes = figure.add_subplot()

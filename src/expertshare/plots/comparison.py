@@ -11,7 +11,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.transforms import BboxBase
 
-from expertshare.plots.style import COLOURS, INK, check_plot_path, frame, new_figure, save
+from expertshare.plots.style import COLOURS, INK, check_plot_path, frame, new_figure, read_no_formulas, save
 
 VANILLA_COLOUR = "#222222"
 # Offsets of a label from its point, in typographic points: beside it, then further below and above.
@@ -34,6 +34,7 @@ def plot_comparison(comparison: Mapping[str, Any], path: str | Path) -> None:
         colour = VANILLA_COLOUR if policy == "vanilla" else COLOURS[(index - 1) % len(COLOURS)]
         labels += _draw_policy(axes, policy, runs, colour, judged=judged)
     _decorate(axes, comparison["num_prompts"], judged=judged)
+    read_no_formulas(figure)
     figure.draw_without_rendering()
     _part_labels(labels)
     save(figure, path)

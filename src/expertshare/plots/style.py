@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from expertshare.errors import InputError
 
@@ -40,8 +41,29 @@ def frame(axes: Axes, *, title: str, x: str, y: str) -> None:
     axes.tick_params(colors=INK)
 
 
+def literal(text: str) -> str:
+    """The text as a tick label, where a dollar sign would begin a formula."""
+    return text.replace("$", r"\$")
+
+
+def read_no_formulas(figure: Figure) -> None:
+    """Take names as they are: from here on only tick labels can be formulas. To be called before anything is drawn."""
+    for text in _words(figure):
+        text.set_parse_math(False)
+
+
+def _words(figure: Figure) -> list[Text]:
+    """Titles, labels of axes, legends and annotations."""
+    legends = [*figure.legends, *(legend for axes in figure.axes if (legend := axes.get_legend()) is not None)]
+    found = [text for legend in legends for text in legend.get_texts()]
+    for axes in figure.axes:
+        found += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+    return found
+
+
 def save(figure: Figure, path: str | Path) -> None:
     """Write the picture. Raises InputError for a path that cannot be written."""
+    read_no_formulas(figure)
     try:
         figure.savefig(path)
     except OSError as error:

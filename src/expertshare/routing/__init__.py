@@ -4,12 +4,16 @@ from expertshare.routing.assign import assign, count_load, everything, route, ro
 from expertshare.routing.gate import gate_scores
 from expertshare.routing.gate import takes as gate_takes
 from expertshare.routing.layerwise import Layerwise, policy_at
+from expertshare.routing.recipe import Recipe, recipe_of
+from expertshare.routing.step import LayerStep
 from expertshare.routing.table import POLICIES, Knob, knobs, make_policy, native_policy, parse_knob, parse_policy
 
 __all__ = [
     "POLICIES",
     "Knob",
+    "LayerStep",
     "Layerwise",
+    "Recipe",
     "assign",
     "count_load",
     "everything",
@@ -21,6 +25,7 @@ __all__ = [
     "parse_knob",
     "parse_policy",
     "policy_at",
+    "recipe_of",
     "route",
     "router_scores",
 ]

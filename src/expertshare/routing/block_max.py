@@ -9,6 +9,7 @@ from expertshare.config import GroupLimit, RouterSpec
 from expertshare.routing.ballots import highest
 from expertshare.routing.base import Budget, CoresetPolicy, resolve_budget
 from expertshare.routing.ranking import top_k_mask
+from expertshare.routing.recipe import Recipe
 from expertshare.types import Coreset, RouterScores
 
 
@@ -28,3 +29,7 @@ class BlockMax(CoresetPolicy):
         """The experts with the highest maximum."""
         size = resolve_budget(self.budget, spec, self.group_limit, self.name)
         return Coreset(top_k_mask(highest(scores), size))
+
+    def recipe(self, spec: RouterSpec) -> Recipe | None:
+        """`select` in numbers."""
+        return Recipe(ranking="highest", size=resolve_budget(self.budget, spec, self.group_limit, self.name))

@@ -9,6 +9,7 @@ from expertshare.config import RouterSpec
 from expertshare.errors import PolicyError
 from expertshare.routing.ballots import Ballots, election, grow
 from expertshare.routing.base import CoresetPolicy, check_count
+from expertshare.routing.recipe import Recipe
 from expertshare.routing.shares import shortest_prefix
 from expertshare.types import Coreset, RouterScores
 
@@ -43,3 +44,9 @@ class BlockTopP(CoresetPolicy):
         votes_GE, _ = election(scores, spec, self.ballots)
         guard = spec.min_coreset_size(self.group_limit) if self.guard is None else self.guard
         return grow(shortest_prefix(votes_GE, self.top_p_experts), votes_GE, guard)
+
+    def recipe(self, spec: RouterSpec) -> Recipe | None:
+        """`select` in numbers."""
+        guard = spec.min_coreset_size(self.group_limit) if self.guard is None else self.guard
+        share = self.top_p_experts
+        return Recipe(ranking="votes", ballots=self.ballots, size=guard, prefix_share=share, front_is_whole=True)

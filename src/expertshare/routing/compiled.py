@@ -33,6 +33,7 @@ _ARGUMENTS = {
     "es_shortest_prefix": [c_void_p, _NUMBER, _NUMBER, c_double, c_void_p],
     "es_drop_lightest": [c_void_p, _NUMBER, _NUMBER, c_double, c_void_p],
     "es_weigh": [c_void_p, c_void_p, c_void_p, _NUMBER, _NUMBER, _NUMBER, c_int, c_float, c_void_p, c_void_p],
+    "es_route": [*[c_void_p] * 9, _NUMBER, _NUMBER, c_int, c_int, c_void_p, c_int],
     "es_count_load": [c_void_p, _NUMBER, _NUMBER, _NUMBER, c_void_p, c_void_p],
 }
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 from expertshare.config import RouterSpec
 from expertshare.routing.ballots import Ballots, election, grow
 from expertshare.routing.base import CoresetPolicy, check_count
+from expertshare.routing.recipe import Recipe
 from expertshare.types import Coreset, RouterScores
 
 
@@ -28,3 +29,8 @@ class DesSeq(CoresetPolicy):
         """Union of the ballots of the group's live tokens."""
         votes_GE, union_GE = election(scores, spec, self.ballots, self.experts_per_vote)
         return grow(union_GE, votes_GE, spec.min_coreset_size(self.group_limit))
+
+    def recipe(self, spec: RouterSpec) -> Recipe | None:
+        """`select` in numbers."""
+        size, firsts = spec.min_coreset_size(self.group_limit), self.experts_per_vote
+        return Recipe(ranking="votes", ballots=self.ballots, size=size, num_firsts=firsts, front_is_whole=True)

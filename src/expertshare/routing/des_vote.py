@@ -9,6 +9,7 @@ from expertshare.config import RouterSpec
 from expertshare.routing.ballots import Ballots, election
 from expertshare.routing.base import Budget, CoresetPolicy, resolve_budget
 from expertshare.routing.ranking import top_k_mask
+from expertshare.routing.recipe import Recipe
 from expertshare.types import Coreset, RouterScores
 
 
@@ -29,3 +30,8 @@ class DesVote(CoresetPolicy):
         size = resolve_budget(self.budget, spec, self.group_limit, self.name)
         votes_GE, _ = election(scores, spec, self.ballots)
         return Coreset(top_k_mask(votes_GE, size))
+
+    def recipe(self, spec: RouterSpec) -> Recipe | None:
+        """`select` in numbers."""
+        size = resolve_budget(self.budget, spec, self.group_limit, self.name)
+        return Recipe(ranking="votes", ballots=self.ballots, size=size)

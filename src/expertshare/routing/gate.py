@@ -13,7 +13,7 @@ from expertshare.errors import ConfigError
 from expertshare.types import RouterScores
 
 
-class _Gate(Structure):
+class Gate(Structure):
     """es_gate of csrc/affinity.h, field by field."""
 
     _fields_ = (
@@ -28,12 +28,19 @@ def takes(x_GLD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> bool:
     """Whether the library is there and can compute with these: float32 weights, no gradients, all on the CPU."""
     others = (weight_ED,) if bias_E is None else (weight_ED, bias_E)
     return (
-        native.available()
-        and x_GLD.dtype in (torch.float32, torch.bfloat16)
+        x_GLD.dtype in (torch.float32, torch.bfloat16)
         and x_GLD.is_cpu
-        and all(tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in others)
+        and weights_are_taken(weight_ED, bias_E)
         and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_GLD, *others)))
         and not torch.compiler.is_compiling()
+    )
+
+
+def weights_are_taken(weight_ED: Tensor, bias_E: Tensor | None) -> bool:
+    """The part of `takes` that stays true for a layer."""
+    tensors = (weight_ED,) if bias_E is None else (weight_ED, bias_E)
+    return native.available() and all(
+        tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors
     )
 
 
@@ -47,30 +54,35 @@ def gate_scores(
     in however many threads. A logit below -87 counts as -87 (an affinity of 2e-38).
     """
     library = native.library()
-    library.es_affinity.argtypes = [POINTER(_Gate)]
+    library.es_affinity.argtypes = [POINTER(Gate)]
     x_GLD = x_GLD.contiguous()
-    groups, length, depth = x_GLD.shape
-    num_experts = len(weight_ED)
-    affinity_GLE = torch.empty((groups, length, num_experts))
+    affinity_GLE = torch.empty((*x_GLD.shape[:2], len(weight_ED)))
     choice_GLE = affinity_GLE if bias_E is None else torch.empty_like(affinity_GLE)
-    gate = _Gate(
-        x_GLD.data_ptr(),
-        weight_ED.data_ptr(),
-        None if bias_E is None else bias_E.data_ptr(),
-        affinity_GLE.data_ptr(),
-        None if bias_E is None else choice_GLE.data_ptr(),
-        groups * length,
-        depth,
-        num_experts,
-        int(x_GLD.dtype == torch.bfloat16),
-        int(spec.activation == "softmax"),
-        native.isa_number(),
-        native.num_threads(),
-        native.team(),
-    )
-    if library.es_affinity(byref(gate)) != 0:
+    gate = gate_of_weights(weight_ED, bias_E, spec)
+    gate.x, gate.is_bfloat16 = x_GLD.data_ptr(), int(x_GLD.dtype == torch.bfloat16)
+    gate.num_tokens = x_GLD.shape[0] * x_GLD.shape[1]
+    gate.isa = native.isa_number()
+    gate.num_threads, gate.team = native.crew()
+    gate.affinity = affinity_GLE.data_ptr()
+    gate.choice = None if bias_E is None else choice_GLE.data_ptr()
+    check_status(library.es_affinity(byref(gate)))
+    return RouterScores(affinity_GLE, choice_GLE, live_GL)
+
+
+def gate_of_weights(weight_ED: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> Gate:
+    """The part of the gate, as the library reads it, that stays the same for a layer."""
+    gate = Gate()
+    gate.w = weight_ED.data_ptr()
+    gate.bias = None if bias_E is None else bias_E.data_ptr()
+    gate.num_experts, gate.depth = weight_ED.shape
+    gate.is_softmax = int(spec.activation == "softmax")
+    return gate
+
+
+def check_status(status: int) -> None:
+    """Raise ConfigError unless the library could do what was asked."""
+    if status != 0:
         raise ConfigError(
             "the router's gate could not get its memory or its threads: pass fewer tokens at a time, or set fewer "
             "threads with set_num_threads."
         )
-    return RouterScores(affinity_GLE, choice_GLE, live_GL)

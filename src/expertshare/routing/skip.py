@@ -10,6 +10,7 @@ from torch import Tensor
 from expertshare.config import RouterSpec
 from expertshare.errors import PolicyError
 from expertshare.routing.base import TokenPolicy
+from expertshare.routing.recipe import Recipe
 from expertshare.routing.shares import drop_lightest
 
 
@@ -35,3 +36,7 @@ class Skip(TokenPolicy):
         Of equally light experts the one that ranks last goes first, so that ties stay with the lower id.
         """
         return drop_lightest(affinity_TK, self.skip_share)
+
+    def recipe(self, spec: RouterSpec) -> Recipe | None:
+        """`keep` in numbers."""
+        return Recipe(drop_share=self.skip_share)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from expertshare.config import RouterSpec
 from expertshare.routing.base import TokenPolicy, check_count
+from expertshare.routing.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,3 +29,7 @@ class TopKCap(TokenPolicy):
         """The first `experts_per_token` slots."""
         slots = torch.arange(affinity_TK.shape[-1], device=affinity_TK.device)
         return (slots < self.experts_per_token).expand_as(affinity_TK)
+
+    def recipe(self, spec: RouterSpec) -> Recipe | None:
+        """`keep` in numbers."""
+        return Recipe(slots=self.experts_per_token)

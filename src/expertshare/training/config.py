@@ -15,7 +15,8 @@ class TrainingConfig:
     samples_per_step: problems per optimiser step. mixture: weight of each task. mask_ratio: range of the share of
     answer positions that are masked, drawn per block; full_mask_share: share of blocks that are masked wholly, as
     at the first step of decoding. fill_weight: loss weight of the end-of-text tokens behind the first one.
-    balance_rate: step of the selection bias towards an even load (DeepSeek's rule without an auxiliary loss).
+    balance_rate: step of the selection bias towards an even load (DeepSeek's rule without an auxiliary loss);
+    balance_loss: weight of the auxiliary loss for the same end, for routers without such a bias.
     Learning rates are peaks; they warm up over `warmup_steps` and fall linearly to zero over the last
     `decay_share` of the run.
     """
@@ -32,6 +33,7 @@ class TrainingConfig:
     full_mask_share: float = 0.15
     fill_weight: float = 0.2
     balance_rate: float = 0.001
+    balance_loss: float = 0.01
     mixture: dict[str, float] = field(
         default_factory=lambda: {"arith": 1.5, "math": 1.5, "code": 1.0, "code_pro": 1.0, "choice": 1.5}
     )
@@ -55,8 +57,13 @@ class TrainingConfig:
         return min(warm, left, 1.0)
 
 
+FAMILIES = ("llada2_moe", "llada_moe")
+"""Layouts that can be trained from scratch."""
+
+
 def reference_architecture(
     *,
+    family: str = "llada2_moe",
     vocab_size: int,
     mask_id: int,
     eos_id: int,
@@ -64,10 +71,19 @@ def reference_architecture(
     hidden: int = 128,
     layers: int = 4,
     expert_hidden: int = 32,
+    num_experts: int = 64,
 ) -> ModelConfig:
-    """The LLaDA2 layout at the size of the reference model: 64 experts, 8 per token, 8 groups of which 4 are kept."""
-    router = RouterSpec(
-        num_experts=64,
+    """A family's layout at the size of the reference models, 8 experts per token.
+
+    LLaDA2: a sigmoid router with 8 groups of which 4 are kept, one shared expert, the first layer dense, blocks that
+    see what is before them. LLaDA-MoE: a softmax router whose weights are not renormalised, experts in every layer,
+    full attention. Raises ConfigError for another family, or experts that do not make 8 groups of two or more.
+    """
+    if family not in FAMILIES:
+        raise ConfigError(f"expected a family that can be trained ({', '.join(FAMILIES)}), got {family!r}")
+    full = family == "llada_moe"
+    grouped = RouterSpec(
+        num_experts=num_experts,
         top_k=8,
         activation="sigmoid",
         renormalise=True,
@@ -76,8 +92,9 @@ def reference_architecture(
         kept_groups=4,
         has_bias=True,
     )
+    plain = RouterSpec(num_experts=num_experts, top_k=8, activation="softmax", renormalise=False)
     return ModelConfig(
-        family="llada2_moe",
+        family=family,
         vocab_size=vocab_size,
         hidden_size=hidden,
         num_layers=layers,
@@ -87,12 +104,12 @@ def reference_architecture(
         rotary_dim=16,
         rope_theta=10_000.0,
         rms_norm_eps=1e-6,
-        num_dense_layers=1,
-        dense_hidden=3 * hidden,
+        num_dense_layers=0 if full else 1,
+        dense_hidden=0 if full else 3 * hidden,
         expert_hidden=expert_hidden,
-        shared_hidden=expert_hidden,
-        router=router,
-        attention="block_causal",
+        shared_hidden=0 if full else expert_hidden,
+        router=plain if full else grouped,
+        attention="full" if full else "block_causal",
         block_length=32,
         max_positions=1024,
         mask_id=mask_id,

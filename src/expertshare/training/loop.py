@@ -24,6 +24,7 @@ from expertshare.tasks.generation import iterate_items
 from expertshare.training.config import TrainingConfig
 from expertshare.training.muon import Muon
 from expertshare.training.objective import NoiseSettings, Sample, TrainingBatch, training_batches
+from expertshare.training.whole_canvas import canvas_batches
 from expertshare.types import RoutingPolicy
 
 
@@ -58,6 +59,31 @@ def draw_samples(config: TrainingConfig, encode: SampleEncoder, step: int) -> li
     return samples
 
 
+class LoadBalance:
+    """The auxiliary loss towards an even load (Switch Transformers, arXiv 2101.03961, section 2.2), for routers that
+    have no selection bias: E times the sum over experts of their share of the pairs and their mean probability."""
+
+    def __init__(self, model: MoETransformer) -> None:
+        self._logits: list[Tensor] = []
+        for module in model.modules():
+            if isinstance(module, MoE) and module.router.bias is None:
+                module.router.register_forward_hook(self._keep)
+
+    def _keep(self, _router: torch.nn.Module, _inputs: tuple[Tensor, ...], logits_GLE: Tensor) -> None:
+        if torch.is_grad_enabled():
+            self._logits.append(logits_GLE)
+
+    def loss(self, load_NE: Tensor, live_BS: Tensor) -> Tensor:
+        """Mean over the layers of the forward that has just run; 0 where routers have a bias. 1 is an even load."""
+        taken, self._logits = self._logits, []
+        if not taken:
+            return torch.zeros(())
+        live_T = live_BS.flatten()
+        share_NE = load_NE / load_NE.sum(dim=1, keepdim=True)
+        probability_NE = torch.stack([x.flatten(0, 1)[live_T].softmax(dim=-1).mean(dim=0) for x in taken])
+        return (share_NE * probability_NE).sum(dim=1).mean() * share_NE.shape[1]
+
+
 def batch_loss(model: MoETransformer, batch: TrainingBatch, runtime: Runtime) -> tuple[Tensor, Tensor]:
     """Sum of weighted cross-entropies over masked answer positions, and the load of every expert [N, E]."""
     output = model(batch.inputs, runtime)
@@ -83,6 +109,8 @@ class Trainer:
         policy: RoutingPolicy = make_policy("vanilla").bind(model.config.router)
         self.runtime = Runtime(policy=policy)
         self.noise = NoiseSettings(config.mask_ratio, config.full_mask_share, config.fill_weight)
+        self._batches = canvas_batches if model.config.attention == "full" else training_batches
+        self._balance_loss = LoadBalance(model)
 
     def step(self) -> StepResult:
         """Draw, forward, backward, update, balance."""
@@ -90,13 +118,15 @@ class Trainer:
         config, step = self.config, self.step_index
         samples = draw_samples(config, self.encode, step)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        batches = list(training_batches(samples, self.model.config, self.noise, generator))
+        batches = list(self._batches(samples, self.model.config, self.noise, generator))
         total = sum(float(batch.weights_BS.sum()) for batch in batches)
         loss_sum, load_NE = 0.0, torch.zeros(())
         for batch in batches:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
                 loss, load = batch_loss(self.model, batch, self.runtime)
-            (loss / total).backward()  # type: ignore[no-untyped-call]
+                even = self._balance_loss.loss(load, batch.inputs.live_BS)
+            share = len(batch.targets_BS) / len(samples)
+            (loss / total + config.balance_loss * share * even).backward()  # type: ignore[no-untyped-call]
             loss_sum, load_NE = loss_sum + float(loss.detach()), load_NE + load
         if not torch.isfinite(torch.tensor(loss_sum)):
             raise TrainingError(f"the loss is not finite at step {step}; lower matrix_lr or scalar_lr and resume")

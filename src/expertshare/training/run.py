@@ -52,16 +52,25 @@ class RunPaths:
 
 
 def prepare(
-    paths: RunPaths, config: TrainingConfig, *, hidden: int, layers: int, expert_hidden: int, resume: bool
+    paths: RunPaths,
+    config: TrainingConfig,
+    *,
+    family: str = "llada2_moe",
+    hidden: int,
+    layers: int,
+    expert_hidden: int,
+    num_experts: int = 64,
+    resume: bool,
 ) -> Trainer:
     """Build tokenizer, model and trainer; record the configuration. A resumed run must ask for the same one.
 
-    Raises TrainingError if the folder holds another run.
+    Raises TrainingError if the folder holds another run, ConfigError for an unknown family.
     """
     tokenizer = build_tokenizer(config.seed)
     encode = ChatEncoder(tokenizer)
     entries = -(-tokenizer.get_vocab_size() // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     architecture = reference_architecture(
+        family=family,
         vocab_size=entries,
         mask_id=encode.mask_id,
         eos_id=encode.eos_id,
@@ -69,6 +78,7 @@ def prepare(
         hidden=hidden,
         layers=layers,
         expert_hidden=expert_hidden,
+        num_experts=num_experts,
     )
     _record(paths, config, architecture, resume=resume)
     model = MoETransformer(architecture)

@@ -6,10 +6,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <system_error>
+#include <vector>
 
 #include "affinity.h"
 #include "attention.h"
@@ -19,6 +21,7 @@
 #include "linear.h"
 #include "norm.h"
 #include "quantised_head.h"
+#include "routing_step.h"
 
 #define EXPERTSHARE_EXPORT __attribute__((visibility("default")))
 
@@ -49,6 +52,7 @@ class Engine {
     }
     es_status run(const es_layer &whole);
     es_status run(const es_gate &whole);
+    es_status run(const es_step &whole);
     es_status run(const es_dense &whole);
     es_status run(const es_head &whole);
     es_status run(const es_quantised_head &whole);
@@ -64,7 +68,8 @@ class Engine {
 
     std::mutex mutex_;
     std::unique_ptr<Pool> pool_;
-    Arena arena_;
+    Arena arena_, step_arena_;
+    std::vector<RankingScratch> ranking_;
     bool forked_ = false;
 };
 
@@ -157,6 +162,21 @@ es_status Engine::run(const es_gate &whole) {
     return ES_OK;
 }
 
+es_status Engine::run(const es_step &whole) {
+    const AffinityKernels *kernels = affinity_kernels_for(whole.gate.isa);
+    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Pool *pool = own_threads(whole.gate.num_threads, whole.gate.team);
+    const Index at_a_time = RoutingStep::groups_at_a_time(whole);
+    for (Index group = 0; group < whole.groups; group += at_a_time) {
+        const Index num_groups = std::min<Index>(at_a_time, whole.groups - group);
+        RoutingStep step(whole, *kernels, group, num_groups, arena_, step_arena_, ranking_);
+        compute(step, pool, whole.gate.num_threads, whole.gate.team);
+    }
+    RoutingStep::count(whole);
+    return ES_OK;
+}
+
 es_status Engine::run(const es_dense &whole) {
     const Kernels *kernels = kernels_for(whole.isa, whole.is_bfloat16 != 0);
     if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
@@ -242,6 +262,17 @@ es_status Engine::run(const es_heads &whole) {
     return ES_OK;
 }
 
+// -1 where the environment names an instruction set: what the name means, and what is wrong with it, Python knows.
+int best_isa() {
+    static const int best = [] {
+        int isa = 0;
+        while (isa < num_isas() - 1 && !isa_usable(isa)) isa++;
+        return isa;
+    }();
+    const char *named = std::getenv("EXPERTSHARE_ISA");
+    return named == nullptr || *named == 0 ? best : -1;
+}
+
 template <class Call>
 int status_of(const Call &call) {
     try {
@@ -265,6 +296,28 @@ EXPERTSHARE_EXPORT int es_isa_usable(int isa) { return expertshare::isa_usable(i
 
 EXPERTSHARE_EXPORT int es_moe_ffn(const es_layer *layer) { return expertshare::status_of(*layer); }
 EXPERTSHARE_EXPORT int es_affinity(const es_gate *gate) { return expertshare::status_of(*gate); }
+EXPERTSHARE_EXPORT int es_route(const es_step *step, const void *x, const uint8_t *live, uint8_t *coreset, int64_t *ids,
+                                float *weights, uint8_t *active, int64_t *load, int64_t *unique, int64_t groups,
+                                int64_t length, int32_t is_bfloat16, int32_t num_threads, es_team team, int32_t isa) {
+    es_step whole = *step;
+    whole.gate.x = x;
+    whole.gate.num_tokens = groups * length;
+    whole.gate.is_bfloat16 = is_bfloat16;
+    whole.gate.num_threads = num_threads;
+    whole.gate.team = team;
+    whole.gate.isa = isa >= 0 ? isa : expertshare::best_isa();
+    if (whole.gate.isa < 0) return ES_ISA_NAMED;
+    whole.live = live;
+    whole.coreset = coreset;
+    whole.ids = ids;
+    whole.weights = weights;
+    whole.active = active;
+    whole.load = load;
+    whole.unique = unique;
+    whole.groups = groups;
+    whole.length = length;
+    return expertshare::status_of(whole);
+}
 EXPERTSHARE_EXPORT int es_linear(const es_dense *dense) { return expertshare::status_of(*dense); }
 EXPERTSHARE_EXPORT int es_choose(const es_head *head) { return expertshare::status_of(*head); }
 EXPERTSHARE_EXPORT int es_choose_quantised(const es_quantised_head *head) { return expertshare::status_of(*head); }

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#define EXPERTSHARE_ABI_VERSION 3
+#define EXPERTSHARE_ABI_VERSION 4
 
 extern "C" {
 
@@ -104,6 +104,7 @@ enum es_status {
     ES_OUT_OF_MEMORY = 2,
     ES_NO_THREADS = 3,
     ES_UNSUPPORTED_ISA = 4,  // or a kind of weights that no kernel takes
+    ES_ISA_NAMED = 5,        // the environment names an instruction set: pass its number
 };
 
 int es_abi_version();

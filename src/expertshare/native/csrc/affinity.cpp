@@ -57,6 +57,11 @@ int Affinity::useful_threads() const {
 }
 
 void Affinity::run(int worker) {
+    multiply_all(worker);
+    each(to_finish_, worker, [this](Index token, Index) { finish(token); });
+}
+
+void Affinity::multiply_all(int worker) {
     const Index first = to_multiply_.take(takes_from_back(worker));  // its weights are fetched while tokens are packed
     Index fetched = 0;
     each(to_pack_, worker, [&](Index item, Index) {
@@ -64,7 +69,6 @@ void Affinity::run(int worker) {
         pack(item);
     });
     each(to_multiply_, worker, first, [this](Index item, Index next) { multiply(item, next); });
-    each(to_finish_, worker, [this](Index token, Index) { finish(token); });
 }
 
 // A thread's part of the packing long, from `line` on; returns the line to go on with.

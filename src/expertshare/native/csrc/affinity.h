@@ -41,11 +41,15 @@ class Affinity final : public Work {
     int useful_threads() const;
     void run(int worker) override;
 
+    // `run` in two parts, for who has more to do with a token: all threads call the first, and then each token is
+    // finished by one of them.
+    void multiply_all(int worker);
+    void finish(Index token);
+
    private:
     Index fetch(Index item, Index line) const;
     void pack(Index item);
     void multiply(Index item, Index next_item);
-    void finish(Index token);
 
     const es_gate &gate_;
     const AffinityKernels &kernels_;

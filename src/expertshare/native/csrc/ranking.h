@@ -33,7 +33,7 @@ class Podium {
         if (size_ == 0 && count >= k_ * kPiece) above = std::max(above, least_useful(keys, count) - 1);
         for (int i = 0; i < count; i += kPiece) {
             const int end = std::min(count, i + kPiece);
-            if (end == i + kPiece && most(keys + i) <= least(above)) continue;
+            if (end == i + kPiece && !any_above(keys + i, least(above))) continue;
             for (int j = i; j < end; j++) {
                 if (keys[j] > least(above)) insert(keys[j], ids != nullptr ? ids[j] : first_id + j);
             }
@@ -45,6 +45,12 @@ class Podium {
 
    private:
     static constexpr int kPiece = 16;
+
+    static bool any_above(const std::int32_t *keys, std::int32_t least) {
+        std::int32_t any = 0;
+        for (int i = 0; i < kPiece; i++) any |= keys[i] > least ? 1 : 0;
+        return any != 0;
+    }
 
     static std::int32_t most(const std::int32_t *keys) {
         std::int32_t largest = keys[0];
@@ -91,23 +97,42 @@ class Sorted {
         keys_.resize(static_cast<std::size_t>(n));
         for (int i = 0; i < n; i++) {
             const std::uint64_t first = front != nullptr && front[i] != 0 ? 1 : 0;
-            const std::uint32_t score = static_cast<std::uint32_t>(ordered(scores[i])) ^ 0x80000000u;
-            keys_[static_cast<std::size_t>(i)] =
-                first << 63 | static_cast<std::uint64_t>(score) << 31 | (kLastId - static_cast<std::uint32_t>(i));
+            keys_[static_cast<std::size_t>(i)] = key(first, scores[i], i);
         }
-        const auto down = [](std::uint64_t a, std::uint64_t b) { return a > b; };
-        if (k < n / 2) {
-            std::partial_sort(keys_.begin(), keys_.begin() + k, keys_.end(), down);
-        } else {
-            std::sort(keys_.begin(), keys_.end(), down);
-        }
+        sort(k);
     }
+
+    // Of those above `least` only; returns how many there are.
+    int rank_above(const float *scores, float least, int n) {
+        keys_.clear();
+        for (int i = 0; i < n; i++) {
+            if (scores[i] > least) keys_.push_back(key(0, scores[i], i));
+        }
+        sort(static_cast<int>(keys_.size()));
+        return static_cast<int>(keys_.size());
+    }
+
     int id(int place) const {
         return static_cast<int>(kLastId - (keys_[static_cast<std::size_t>(place)] & kLastId));
     }
 
    private:
     static constexpr std::uint32_t kLastId = 0x7fffffffu;
+
+    static std::uint64_t key(std::uint64_t first, float score, int id) {
+        const std::uint32_t order = static_cast<std::uint32_t>(ordered(score)) ^ 0x80000000u;
+        return first << 63 | static_cast<std::uint64_t>(order) << 31 | (kLastId - static_cast<std::uint32_t>(id));
+    }
+
+    void sort(int k) {
+        const auto down = [](std::uint64_t a, std::uint64_t b) { return a > b; };
+        if (k < static_cast<int>(keys_.size()) / 2) {
+            std::partial_sort(keys_.begin(), keys_.begin() + k, keys_.end(), down);
+        } else {
+            std::sort(keys_.begin(), keys_.end(), down);
+        }
+    }
+
     std::vector<std::uint64_t> keys_;
 };
 

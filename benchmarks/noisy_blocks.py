@@ -1,0 +1,121 @@
+"""Half-masked answer blocks behind clean text, and what routes them: shared by the measurements of single blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from expertshare.config import GroupLimit, ModelConfig, RouterSpec
+from expertshare.decoding import DecodingOptions
+from expertshare.evaluation import Setup, answer_prompts, encode_prompts, judge
+from expertshare.models import LoadedModel, Runtime
+from expertshare.models.runtime import ForwardInput
+from expertshare.routing import Layerwise, assign, everything, make_policy
+from expertshare.tasks import TASKS, PromptRecord, generate_items
+from expertshare.types import Coreset, RouterScores, RoutingPlan
+
+VANILLA = make_policy("vanilla")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NoisyBlock:
+    """Clean blocks and then the block in question. tokens_S: int64, masks in the last block; clean_S: int64; loss_S:
+    bool, the masked positions of the answer and its end."""
+
+    tokens_S: Tensor
+    clean_S: Tensor
+    loss_S: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bans:
+    """Vanilla routing, but for experts that single groups may not use. banned_GE: bool, None for no ban.
+
+    replace: whether tokens take their next expert instead, or make do with the others. plans: where each forward's
+    scores and its plan under vanilla are put, one pair per call.
+    """
+
+    name: ClassVar[str] = "bans"
+    banned_GE: Tensor | None = None
+    replace: bool = True
+    plans: list[tuple[RouterScores, RoutingPlan]] = field(default_factory=list)
+
+    @property
+    def group_limit(self) -> GroupLimit:
+        return "inside"
+
+    def bind(self, _: RouterSpec) -> Bans:
+        return self
+
+    def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
+        del previous
+        full = everything(scores)
+        self.plans.append((scores, assign(scores, full, spec, policy=VANILLA)))
+        if self.banned_GE is None or not self.replace:
+            return full
+        return Coreset(full.member_GE & ~self.banned_GE)
+
+    def keep(self, affinity_TK: Tensor) -> Tensor | None:
+        if self.banned_GE is None or self.replace:
+            return None
+        ids_TK = self.plans[-1][1].expert_ids_TK
+        assert ids_TK.shape == affinity_TK.shape
+        tokens_per_group = len(ids_TK) // len(self.banned_GE)
+        return ~self.banned_GE.repeat_interleave(tokens_per_group, dim=0).gather(1, ids_TK)
+
+
+def right_answers(loaded: LoadedModel, count: int, seed: int) -> list[tuple[list[int], tuple[int, ...]]]:
+    """Prompts of the test split (`count` of each task) as token ids, with the model's own answers where these are
+    right, under vanilla routing."""
+    items = [item for task in TASKS for item in generate_items(task, split="test", count=count, seed=seed)]
+    records = [PromptRecord(prompt=i.prompt, reference=i.reference, task=i.task, tests=i.tests) for i in items]
+    prompts = encode_prompts(loaded, [record.prompt for record in records], None)
+    run = answer_prompts(loaded, prompts, VANILLA, DecodingOptions(gen_length=64), setup=Setup(batch_size=64))
+    right = judge(records, [answer.text for answer in run.answers])
+    return [(p, a.token_ids) for p, a, good in zip(prompts, run.answers, right, strict=True) if good]
+
+
+def noisy_blocks(
+    answers: Sequence[tuple[list[int], tuple[int, ...]]], config: ModelConfig, generator: torch.Generator
+) -> Iterator[NoisyBlock]:
+    """The first block of each answer, 30 to 80 % of its answer positions masked, as in training."""
+    length, eos = config.block_length, config.eos_ids[0]
+    for prompt, answer in answers:
+        start = len(prompt) // length * length
+        text = [*prompt, *answer, eos]
+        size = start + length
+        clean = torch.tensor((text + [eos] * size)[:size])
+        place = torch.arange(size)
+        share = 0.3 + 0.5 * torch.rand((), generator=generator)
+        masked = (place >= len(prompt)) & (torch.rand(size, generator=generator) < share)
+        loss = masked & (place < len(text))
+        if loss.any():
+            yield NoisyBlock(tokens_S=clean.masked_fill(masked, config.mask_id), clean_S=clean, loss_S=loss)
+
+
+def forward(loaded: LoadedModel, block: NoisyBlock, policies: Sequence[Bans], copies: int) -> Tensor:
+    """Losses of `copies` equal rows, float32 [copies]: mean cross-entropy over the block's masked answer positions.
+
+    policies: one for each MoE layer; groups are counted row by row, the block in question is the last of its row.
+    """
+    size, length = len(block.tokens_S), loaded.config.block_length
+    number_S = torch.arange(size) // length
+    inputs = ForwardInput(
+        tokens_BS=block.tokens_S.expand(copies, -1).contiguous(),
+        positions_BS=torch.arange(size).expand(copies, -1).contiguous(),
+        live_BS=torch.ones(copies, size, dtype=torch.bool),
+        mask_BSP=(number_S[:, None] >= number_S[None, :]).expand(copies, -1, -1),
+        block_length=length,
+    )
+    runtime = Runtime(policy=Layerwise(layers=tuple(policies)), backend="grouped")
+    with torch.no_grad():
+        output = loaded.model(inputs, runtime)
+        hidden_RCD = output.hidden_BSD[:, block.loss_S]
+        logits_RCV = loaded.model.logits(hidden_RCD.flatten(0, 1), backend="grouped").float()
+    targets_RC = block.clean_S[block.loss_S].repeat(copies)
+    losses = torch.nn.functional.cross_entropy(logits_RCV, targets_RC, reduction="none")
+    return losses.view(copies, -1).mean(dim=1)

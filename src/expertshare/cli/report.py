@@ -1,0 +1,43 @@
+"""`expertshare report`: a page of figures from stored results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expertshare import api
+from expertshare.cli.console import print_json
+
+EXAMPLE = "Example: expertshare report runs/first compare.json benchmarks/results/experts-mini-3.json --out report/"
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUNS...", help="Run directories of eval; files of compare, bench, tune, benchmarks/."),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for report.html and PNG files; FILE.html: the page alone.")
+    ],
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = api.DEFAULT_TITLE,
+    claims: Annotated[
+        bool, typer.Option("--claims/--no-claims", help="What papers claim, beside what was measured for this version.")
+    ] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="End with one JSON line on stdout; everything else goes to stderr.")
+    ] = False,
+) -> None:
+    """Draw stored results as one HTML page that loads nothing, and as PNG files. Nothing is measured.
+
+    A file that is no known result is refused by name. Captions hold file and command of every figure.
+    """
+    written = api.report(runs, out, title=title, claims=claims)
+    if as_json:
+        images = [str(image) for image in written.images]
+        print_json({"page": str(written.page), "images": images, "missing": list(written.missing)})
+        return
+    typer.echo(f"{written.page}" + (f" and {len(written.images)} PNG files beside it" if written.images else ""))
+    if written.missing:
+        typer.echo(f"no file had anything for: {', '.join(written.missing)}")

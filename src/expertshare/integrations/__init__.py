@@ -1,0 +1,1 @@
+"""expertshare inside software that people already use: one package for each."""

@@ -1,0 +1,116 @@
+"""One layer's routing under a policy: the router's own choice wherever that stands, the plan's where it does not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from expertshare.integrations.transformers.calls import Call
+from expertshare.integrations.transformers.routers import RouterRule
+from expertshare.routing import route
+from expertshare.routing.ranking import top_k_ids
+from expertshare.types import RoutingPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class SharedChoice:
+    """What tokens run. own_T: bool, tokens whose own choice stands, whatever the router computed for them.
+
+    ids_TK: int64, -1 in unused slots; weights_TK: float32, 0 there; both are the plan's, also where own_T is True.
+    run_TK: the ids that are run, the router's own where own_T is True. active_E: bool, their union.
+    """
+
+    own_T: Tensor
+    ids_TK: Tensor
+    weights_TK: Tensor
+    run_TK: Tensor
+    active_E: Tensor
+
+
+def share(
+    rule: RouterRule, router: nn.Module, policy: RoutingPolicy, call: Call, first_TE: Tensor, own_ids_TK: Tensor
+) -> SharedChoice:
+    """Select and assign for the tokens of a call. first_TE: what the router has in the place of logits."""
+    spec = rule.spec
+    scores = rule.scores(router, call.grouped(first_TE, fill=0.0), call.live_groups())
+    coreset, plan = route(scores, policy, spec, expert_scale_E=rule.expert_scale_of(router))
+    ids_TK, weights_TK = call.flat(plan.expert_ids_TK), call.flat(plan.weights_TK)
+    member_TE = call.per_token(coreset.member_GE)
+    own_T = _unchanged(rule, policy, ids_TK, own_ids_TK, member_TE)
+    live_T = call.live_BS.flatten()
+    nothing_changed = (own_T | ~live_T).all()
+    own_T = torch.where(live_T, own_T, member_TE.all(dim=-1) & nothing_changed)
+    run_TK = torch.where(own_T.unsqueeze(-1), own_ids_TK, ids_TK)
+    return SharedChoice(own_T, ids_TK, weights_TK, run_TK, _used(run_TK, spec.num_experts).any(dim=0))
+
+
+def _unchanged(
+    rule: RouterRule, policy: RoutingPolicy, ids_TK: Tensor, own_ids_TK: Tensor, member_TE: Tensor
+) -> Tensor:
+    """Tokens whose own experts are all in the coreset, and that are to run all of them: bool [T].
+
+    Without expert groups their own K best are then the K best inside; how a tie is broken stays the router's affair.
+    With groups the coreset changes which groups win, unless it is whole, so the ids decide.
+    """
+    complete_T = (ids_TK >= 0).all(dim=-1)
+    inside_T = member_TE.gather(-1, own_ids_TK).all(dim=-1)
+    if rule.spec.kept_groups < rule.spec.num_groups:
+        same_T = (ids_TK.sort(dim=-1).values == own_ids_TK.sort(dim=-1).values).all(dim=-1)
+        whole_T = member_TE.all(dim=-1) & (policy.group_limit == "inside")
+        inside_T = inside_T & (whole_T | same_T)
+    return complete_T & inside_T
+
+
+def _used(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """bool [T, E]."""
+    used = torch.zeros(len(ids_TK), num_experts + 1, dtype=torch.bool, device=ids_TK.device)
+    return used.scatter_(-1, ids_TK + 1, True)[:, 1:]
+
+
+def filled(choice: SharedChoice, num_experts: int, *, distinct: bool) -> Tensor:
+    """run_TK with an expert in every slot, for code that knows no unused ones; the weights there are 0.
+
+    An unused slot repeats an expert of its token (padding: one that is run anyway), so that no expert is added.
+    distinct: never twice the same in a token, for remote code that counts a token's experts by setting bits; it may
+    then have to name experts that nobody else runs.
+    """
+    unused_TK = choice.run_TK < 0
+    if not distinct:
+        anyone = choice.active_E.to(torch.uint8).argmax()
+        best_T1 = choice.run_TK.max(dim=-1, keepdim=True).values
+        return torch.where(unused_TK, torch.where(best_T1 < 0, anyone, best_T1), choice.run_TK)
+    taken_TE = _used(choice.run_TK, num_experts)
+    preference_TE = (1.0 + choice.active_E.float()).expand_as(taken_TE).masked_fill(taken_TE, 0.0)
+    spare_TK = top_k_ids(preference_TE, choice.run_TK.shape[-1])
+    rank_TK = (unused_TK.cumsum(dim=-1) - 1).clamp_min(0)
+    return torch.where(unused_TK, spare_TK.gather(-1, rank_TK), choice.run_TK)
+
+
+def restricted_logits(choice: SharedChoice, logits_TE: Tensor) -> Tensor:
+    """Logits of which a softmax and top-k choose what the plan says; the tokens' own where own_T is True.
+
+    All others have the probability 0, except those that are run anyway: theirs is 1e-35, which no sum notices but a
+    ranking does, so that unused slots add no expert.
+    """
+    chosen_TE = _used(choice.ids_TK, logits_TE.shape[-1])
+    least_T1 = logits_TE.masked_fill(~chosen_TE, float("inf")).amin(dim=-1, keepdim=True)
+    most_T1 = logits_TE.masked_fill(~chosen_TE, float("-inf")).amax(dim=-1, keepdim=True)
+    below_T1 = torch.minimum(least_T1 - 10.0, most_T1 - 80.0)
+    below_T1 = below_T1.masked_fill(below_T1.isinf(), 0.0)  # padding has chosen none
+    below_TE = torch.where(choice.active_E, below_T1, below_T1 - 1000.0)
+    keep_TE = chosen_TE | choice.own_T.unsqueeze(-1)
+    return torch.where(keep_TE, logits_TE, below_TE)
+
+
+def share_of_mass(rule: RouterRule, choice: SharedChoice) -> Tensor:
+    """What the output of a block over `restricted_logits` is to be multiplied with, float32 [T]; 1 where own_T is True.
+
+    The softmax over restricted logits sums to 1 over the plan's experts, but the model's rule weighs them by their
+    probability among all experts unless it renormalises.
+    """
+    mass_T = choice.weights_TK.sum(dim=-1)
+    if rule.spec.renormalise:
+        mass_T = (mass_T > 0).float()
+    return torch.where(choice.own_T, 1.0, mass_T)
