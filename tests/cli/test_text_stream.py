@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from expertshare.cli.streaming import REPLACEMENT, AnswerPrinter, TextStream
+from expertshare.cli.streaming import AnswerPrinter, TextStream
 from expertshare.decoding import BlockResult
+from expertshare.decoding.text_stream import REPLACEMENT
 from expertshare.models import decode_answer
 from expertshare.tasks import build_tokenizer
 

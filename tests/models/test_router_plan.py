@@ -69,6 +69,20 @@ def test_it_follows_policy_and_weights() -> None:
     assert_as_in_pieces(router, vanilla, x, live)
 
 
+def test_policies_take_turns() -> None:
+    """Prepared once for each of them, in whatever order they come, and for no endless number of them."""
+    router = make_router(2)
+    x, live = torch.randn(1, 8, CONFIG.hidden_size), torch.ones(1, 8, dtype=torch.bool)
+    policies = [POLICIES["des-vote"](budget=budget).bind(SPEC) for budget in range(12, 52)]
+    for _ in range(2):
+        for policy in policies[:5]:
+            assert_as_in_pieces(router, policy, x, live)
+    assert len(router._steps) == 5
+    for policy in policies:
+        assert_as_in_pieces(router, policy, x, live)
+    assert len(router._steps) <= 16
+
+
 def test_training_stays_with_torch() -> None:
     router = make_router(1).requires_grad_(True)
     x, live = torch.randn(1, 8, CONFIG.hidden_size), torch.ones(1, 8, dtype=torch.bool)

@@ -6,7 +6,7 @@ import pytest
 
 from expertshare.errors import PolicyError
 from expertshare.models import LoadedModel
-from expertshare.routing import POLICIES, parse_policy
+from expertshare.routing import POLICIES, Layerwise, parse_policy
 from expertshare.serving import OfferedPolicies
 
 
@@ -40,3 +40,10 @@ def test_an_offer_that_the_model_cannot_work_with_is_refused_at_the_start(refere
         offer(reference, "des-vote:budget=3")
     with pytest.raises(PolicyError, match="at least one"):
         offer(reference, " , ")
+
+
+def test_a_default_with_a_policy_for_each_layer_has_no_text(reference: LoadedModel) -> None:
+    router, layers = reference.config.router, (parse_policy("vanilla"), *[parse_policy("des-vote:budget=24")] * 2)
+    some = OfferedPolicies.read(router, Layerwise(layers=layers), ["des-seq"])
+    assert some.labels == ("des-seq",)
+    assert {some.choose(None): 1}[some.default] == 1  # groups are found by it

@@ -41,6 +41,10 @@ def in_slots(plan: RoutingPlan, loan: Loan) -> RoutingPlan:
     return RoutingPlan(slots_TK, plan.weights_TK, active_S)
 
 
+_MOST_STEPS = 16
+"""Policies that a router is prepared for at once: those of a comparison, or of a server's requests."""
+
+
 class Router(nn.Module):
     """Linear scores for every expert, in float32 whatever the dtype of the model; the bias is for selection only."""
 
@@ -50,7 +54,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(spec.num_experts, config.hidden_size))
         self.bias: Tensor | None
         self.register_buffer("bias", torch.zeros(spec.num_experts) if spec.has_bias else None)
-        self._step: LayerStep | None = None  # of the policy that came last
+        self._steps: dict[int, LayerStep] = {}  # by id of the policies that came last
 
     def forward(self, x_GLD: Tensor) -> Tensor:
         """Logits, float32 [G, L, E]."""
@@ -70,15 +74,22 @@ class Router(nn.Module):
         if compiled:
             weight, bias = self._parameters["weight"], self._buffers["bias"]  # spares three calls of Module.__getattr__
             assert weight is not None
-            step = self._step
+            step = self._steps.get(id(policy))
             if step is None or not step.is_of(weight, bias, policy, spec):
-                step = self._step = LayerStep.of(weight, bias, policy, spec)
+                step = self._prepare(weight, bias, policy, spec)
             routed = step.route(x_GLD, live_GL)
             if routed is not None:
                 plan, load_E, unique_G = routed
                 return plan, LayerRouting(load_E, unique_G)
         _, plan = route(self.scores(x_GLD, live_GL, spec, compiled=compiled), policy, spec)
         return plan, LayerRouting(*count_load(plan, len(live_GL)))
+
+    def _prepare(self, weight: Tensor, bias: Tensor | None, policy: RoutingPolicy, spec: RouterSpec) -> LayerStep:
+        """A step for this policy, kept (with the policy, so that its id stays its own) while few others come."""
+        if len(self._steps) >= _MOST_STEPS:
+            self._steps.clear()
+        step = self._steps[id(policy)] = LayerStep.of(weight, bias, policy, spec)
+        return step
 
 
 def lay_side_by_side(routers: Sequence[Router]) -> None:

@@ -1,4 +1,4 @@
-"""Text to token ids and back, for several threads: a tokenizer serves one at a time."""
+"""Text to token ids and back, for several threads: a tokenizer encodes for one at a time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Codec:
-    """The model's tokenizer behind a lock. Raises InputError for a model without one."""
+    """The model's tokenizer, which encodes behind a lock. Raises InputError for a model without one."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         if loaded.tokenizer is None:
@@ -34,9 +34,9 @@ class Codec:
         return await asyncio.to_thread(self._locked_text, _checked(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of an answer."""
-        with self._lock:
-            return decode_answer(self._tokenizer, ids)
+        """Text of an answer. Not behind the lock: it changes nothing in a tokenizer, and may not wait for a long prompt
+        to be encoded."""
+        return decode_answer(self._tokenizer, ids)
 
     def _locked_chat(self, turns: list[dict[str, str]]) -> list[int]:
         with self._lock:

@@ -20,6 +20,8 @@ from expertshare.serving.settings import ServerSettings
 
 NOTES = "expertshare.notes"
 """Where in the scope a route puts what the log should say of the request."""
+LEFT = 499
+"""Status in logs and metrics of a client that left before it was answered."""
 _CLOSE = {"Connection": "close"}  # of a body that was not read to its end
 
 
@@ -49,7 +51,9 @@ class Gate:
         try:
             self._check_key(scope)
             replay = await self._with_body(scope, receive)
-            if replay is not None:
+            if replay is None:
+                passage.status = LEFT
+            else:
                 await self._app(scope, replay, passage.send)
         except Refusal as refusal:
             await refusal.response()(scope, receive, passage.send)
@@ -118,13 +122,14 @@ class Gate:
 
 @dataclass(slots=True)
 class _Passage:
-    """One request: its number, when it began, and the status that was sent (499: none)."""
+    """One request: its number, when it began, and the status that was sent (500: an error that nobody foresaw is on its
+    way past the gate)."""
 
     scope: Scope
     inner: Send
     number: str = field(default_factory=lambda: uuid.uuid4().hex)
     began: float = field(default_factory=time.monotonic)
-    status: int = 499
+    status: int = 500
 
     def __post_init__(self) -> None:
         self.scope[NOTES] = {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from expertshare.config import RouterSpec
 from expertshare.errors import PolicyError
-from expertshare.routing import POLICIES, parse_policy
+from expertshare.routing import POLICIES, Layerwise, parse_policy
 from expertshare.routing.labels import policy_label, split_policies
 from expertshare.types import RoutingPolicy
 
@@ -53,8 +53,10 @@ class OfferedPolicies:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """One text for each: names stand for their default knobs."""
-        exact = dict.fromkeys(policy_label(policy) for policy in (self.default, *self.settings))
+        """One text for each that a request can name; names stand for their default knobs. A default with a policy for
+        each layer has no such text."""
+        nameable = [policy for policy in (self.default, *self.settings) if not isinstance(policy, Layerwise)]
+        exact = dict.fromkeys(policy_label(policy) for policy in nameable)
         named = [name for name in POLICIES if name in self.names]
         return (*named, *(label for label in exact if label.partition(":")[0] not in self.names))
 

@@ -11,10 +11,12 @@ const form = by("ask");
 const halves = ["a", "b"].map((side) => new Half(by("half"), side));
 const playbacks = halves.map((half, index) => new Playback((frame) => play(index, frame)));
 const comparison = new Comparison();
+const PATIENCE = 5000; // milliseconds
 
 let model = null;
 let running = null; // the AbortController of the trace on its way
 let names = ["", ""]; // policies of the trace that is shown
+let stopped = -Infinity; // when a trace was last stopped here
 let totals = null; // of a trace whose last event has come, until both sides have shown everything
 
 by("halves").append(...halves.map((half) => half.element));
@@ -88,28 +90,42 @@ async function start() {
   work(true);
   say("Asking the server…");
   try {
-    await trace(asked, { signal: controller.signal, key: by("key").value, onEvent: hear });
+    await follow(asked, controller);
   } catch (error) {
     if (running !== controller) return; // stopped, and perhaps begun anew
     fail(error);
   }
 }
 
+// The server ends a stopped trace after the step that it is at; who starts again at once waits that long.
+async function follow(asked, controller) {
+  for (;;) {
+    try {
+      return await trace(asked, { signal: controller.signal, key: by("key").value, onEvent: hear });
+    } catch (error) {
+      if (error.status !== 429 || performance.now() > stopped + PATIENCE || running !== controller) throw error;
+      await new Promise((resolve) => setTimeout(resolve, 250));
+    }
+  }
+}
+
 function fail(error) {
-  stop("");
+  playbacks.forEach((playback) => playback.flush());
+  stop("", "broken off");
   if (error.status === 401) by("key-field").hidden = false;
   complain(error.message, error.status === 401 ? by("key") : null);
   if (!(error instanceof TraceError)) throw error;
 }
 
-function stop(text) {
+function stop(text, state = "stopped") {
   if (running === null) return;
   const controller = running;
   running = null;
   totals = null;
+  stopped = performance.now();
   controller.abort();
   playbacks.forEach((playback) => playback.clear());
-  halves.forEach((half) => half.state("stopped"));
+  halves.forEach((half) => half.state(state));
   work(false);
   say(text);
 }

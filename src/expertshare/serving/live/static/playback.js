@@ -19,6 +19,13 @@ export class Playback {
     if (this.#timer === 0) this.#wait();
   }
 
+  // Everything that is left, at once.
+  flush() {
+    const left = this.#queue;
+    this.clear();
+    left.forEach((frame) => this.show(frame));
+  }
+
   clear() {
     clearTimeout(this.#timer);
     this.#timer = 0;
