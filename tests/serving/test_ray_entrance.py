@@ -166,6 +166,8 @@ def test_what_ray_is_told() -> None:
         (["--replicas", "0"], "replicas must be at least 1"),
         (["--replicas", "3", "--max-replicas", "2"], "max_replicas must be at least"),
         (["--replicas", "2", "--threads", "0"], "threads must be at least 1"),
+        (["--replicas", "2", "--policy", "des-vote:budget=2"], "budget must lie in"),
+        (["--replicas", "2", "--policies", "des-vot"], "des-vote"),
     ],
 )
 def test_flags_that_cannot_work(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

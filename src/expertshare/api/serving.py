@@ -18,7 +18,9 @@ from expertshare.api.loading import DecodingValue, Model, decoding_options, for_
 from expertshare.evaluation import Setup
 from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
-from expertshare.models.source import resolve_source
+from expertshare.models.source import read_json, read_optional_json, resolve_source
+from expertshare.models.table import family_of
+from expertshare.models.tokenizer import load_tokenizer, token_ids
 from expertshare.routing import native_policy, parse_policy
 from expertshare.serving import Engine, EngineLimits, OfferedPolicies, ServerSettings
 from expertshare.serving.logs import log_config
@@ -89,6 +91,7 @@ def opened_entrance(
     `opened_engine` takes it. The processes end with the body. Raises ConfigError.
     """
     path = resolve_source(model)
+    _check_policies(path, engine.get("policy"), engine.get("policies"))
     limits = limits or EngineLimits()
     logging.config.dictConfig(log_config(log_level))
     plan = ReplicaPlan(
@@ -103,3 +106,15 @@ def opened_entrance(
     with replicas_on_ray(plan, scale, limits, name=application, drain_timeout_s=drain_timeout_s) as replicas:
         door = Door()
         yield create_entrance(replicas, door, settings), door
+
+
+def _check_policies(
+    path: Path, policy: str | RoutingPolicy | PolicyFile | None, policies: Sequence[str] | None
+) -> None:
+    """What a replica would object to after Ray and the model have been started and loaded, and that several times."""
+    raw = read_json(path / "config.json")
+    generation = read_optional_json(path / "generation_config.json")
+    config = family_of(raw).parse_config(raw, generation, token_ids(load_tokenizer(path)))
+    wanted = parse_policy(policy) if isinstance(policy, str) else policy
+    chosen = wanted.policy if isinstance(wanted, PolicyFile) else wanted
+    OfferedPolicies.read(config.router, chosen or native_policy(config), policies)

@@ -84,8 +84,10 @@ def replicas_on_ray(
         try:
             handle = serve.run(bound, name=name, route_prefix=None, logging_config=quiet)
         except RuntimeError as error:
+            found = serve.status().applications[name].deployments.get(DEPLOYMENT)
             serve.delete(name)
-            raise ConfigError(f"the replicas could not be started: {reason_of(str(error))}") from error
+            reason = reason_of(found.message if found is not None else str(error))
+            raise ConfigError(f"the replicas could not be started: {reason}") from error
         try:
             yield RayReplicas(handle, name)
         finally:
