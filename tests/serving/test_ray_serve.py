@@ -39,16 +39,18 @@ class Cluster:
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.lines: list[dict[str, Any]] = []
+        self.said: list[str] = []
         self.url = ""
         self._listening = threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
         assert self._listening.wait(300)
-        assert self.url, self.process.poll()
+        assert self.url, self.said
         self.http = httpx.Client(base_url=self.url, timeout=120)
 
     def _read(self) -> None:
         assert self.process.stderr is not None
         for text in self.process.stderr:
+            self.said.append(text)
             if text.startswith("{"):
                 line = json.loads(text)
                 self.lines.append(line)
@@ -161,36 +163,46 @@ def test_a_client_that_leaves_ends_its_work(cluster: Cluster) -> None:
 def test_a_killed_replica_costs_nothing_but_what_it_had_begun_to_stream(
     cluster: Cluster, expected: dict[str, str], long: dict[str, str]
 ) -> None:
+    """When a process dies is not decided here: killed again until some request was asked again and some was cut off."""
+    retried = lost = 0
+    for _ in range(5):
+        again, cut = kill_one_under_load(cluster, long)
+        retried, lost = retried + again, lost + cut
+        cluster.wait_until_running(2)
+        assert whole(cluster, PROMPTS[0]).text == expected[PROMPTS[0]]
+        if retried and lost:
+            return
+    raise AssertionError(f"{retried} requests were asked again, {lost} were cut off in a stream")
+
+
+def kill_one_under_load(cluster: Cluster, long: dict[str, str]) -> tuple[int, int]:
+    """Check what 30 requests got, and count those that were asked again and those that were cut off."""
     before = len(cluster.answers())
     victim = cluster.answers()[-1]["replica"]
-    begun = threading.Semaphore(0)
-    hot = [*long] * 5
-    with ThreadPoolExecutor(2 * len(hot)) as threads:
-        wholes = [threads.submit(whole, cluster, prompt, **LONG) for prompt in hot]
-        streams = [threads.submit(streamed, cluster, prompt, begun, **LONG) for prompt in hot]
-        for _ in hot[: len(hot) * 2 // 3]:  # some of them of either replica
+    begun, prompts = threading.Semaphore(0), [*long] * 5
+    with ThreadPoolExecutor(2 * len(prompts)) as threads:
+        wholes = [threads.submit(whole, cluster, prompt, **LONG) for prompt in prompts]
+        streams = [threads.submit(streamed, cluster, prompt, begun, **LONG) for prompt in prompts]
+        for _ in prompts[: len(prompts) // 2]:  # some of them of either replica
             assert begun.acquire(timeout=120)
         os.kill(int(victim.rpartition(":")[2]), signal.SIGKILL)
         told = [future.result() for future in streams]
         answered = [future.result() for future in wholes]
-    assert [outcome.text for outcome in answered] == [long[prompt] for prompt in hot]
-    for prompt, outcome in zip(hot, told, strict=True):
+    assert [outcome.text for outcome in answered] == [long[prompt] for prompt in prompts]
+    for prompt, outcome in zip(prompts, told, strict=True):
         if outcome.error is None:
             assert outcome.text == long[prompt]
         else:
             assert outcome.error == "replica_lost"
             assert outcome.text
             assert long[prompt].startswith(outcome.text)
-    lines = {line["id"]: line for line in cluster.answers()[before:]}
-    lost = [line for line in lines.values() if line.get("error") == "replica_lost"]
+    lines = cluster.answers()[before:]
+    lost = [line for line in lines if line.get("error") == "replica_lost"]
     assert {line["replica"] for line in lost} <= {victim}
-    assert sorted(line["id"] for line in lost) == sorted(o.request_id for o in told if o.error)
-    retried = [line for line in lines.values() if line.get("retried")]
+    assert sorted(line["id"] for line in lost) == sorted(outcome.request_id for outcome in told if outcome.error)
+    retried = [line for line in lines if line.get("retried")]
     print(f"{len(lines)} requests: {len(retried)} asked again, {len(lost)} cut off in a stream")
-    assert retried
-    assert 0 < len(lost) < len(hot)
-    cluster.wait_until_running(2)
-    assert whole(cluster, PROMPTS[0]).text == expected[PROMPTS[0]]
+    return len(retried), len(lost)
 
 
 def test_sigterm_lets_streams_finish_and_leaves_no_process(cluster: Cluster, long: dict[str, str]) -> None:
@@ -202,7 +214,7 @@ def test_sigterm_lets_streams_finish_and_leaves_no_process(cluster: Cluster, lon
         cluster.process.send_signal(signal.SIGTERM)
         outcome = stream.result()
     assert (outcome.text, outcome.error) == (text, None)
-    assert cluster.process.wait(120) == 0
+    assert cluster.process.wait(120) == 0, cluster.said[-5:]
     assert any(line["event"] == "drained" and line["finished"] for line in cluster.lines)
     for replica in {line["replica"] for line in cluster.answers() if line.get("replica")}:
         with pytest.raises(ProcessLookupError):
