@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 from hypothesis import settings
+
+# Without a GPU the Triton kernels are tested in its interpreter, which must be asked for before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Two runs of `make test` on one commit give one answer; a busy machine must not fail a property by its deadline.
 settings.register_profile("reproducible", derandomize=True, deadline=None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
@@ -22,12 +22,14 @@ class RouterScores:
 
     affinity_GLE: float32, mixing weights come from here. choice_GLE: float32, ranking comes from here (the affinity
     plus the balancing bias, where the model has one; else the same tensor). live_GL: bool, False is padding, which
-    never votes and never runs an expert.
+    never votes and never runs an expert. masked_GL: bool, tokens that are still to be decided; None where nobody says,
+    which policies take for none.
     """
 
     affinity_GLE: Tensor
     choice_GLE: Tensor
     live_GL: Tensor
+    masked_GL: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,16 @@ class RoutingPolicy(Protocol):
         ...
 
     @property
+    def reuse(self) -> int | None:
+        """Denoising steps of a block that one coreset serves; None: one each."""
+        ...
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether it has to be told of steps: which tokens are masked, or what the block's step before chose."""
+        ...
+
+    @property
     def group_limit(self) -> GroupLimit:
         """Whether the model's group limit is applied inside the coreset ("inside") or dropped there ("ignore")."""
         ...
@@ -74,6 +86,26 @@ class RoutingPolicy(Protocol):
     def keep(self, affinity_TK: Tensor) -> Tensor | None:
         """Which of a token's experts (best first) it keeps: bool [T, K], or None for all of them."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A policy in a few numbers (routing.recipe): how a coreset is made, and what a token keeps of its K experts in it.
+
+    ranking: of the experts of a group, by the ballots' `tally` ("votes") or by `highest`; "all" shares no coreset. The
+    coreset is the `size` best, those in front before all others: the `num_firsts` best of every token (with "votes"),
+    or the shortest prefix of the ranking that passes `prefix_share`. front_is_whole: a front larger than `size` is not
+    cut. slots: a token keeps so many of its experts, None for all; of these it drops the lightest, up to `drop_share`.
+    """
+
+    ranking: Literal["all", "votes", "highest"] = "all"
+    ballots: Literal["ungrouped", "grouped"] = "ungrouped"
+    size: int = 0
+    num_firsts: int = 0
+    prefix_share: float | None = None
+    front_is_whole: bool = False
+    slots: int | None = None
+    drop_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

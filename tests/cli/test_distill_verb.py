@@ -49,6 +49,8 @@ def test_a_distilled_model_generates_and_says_what_it_was_trained_for(run: Run, 
         "top_p_experts": 0.5,
         "guard": 6,
         "group_limit": "inside",
+        "voters": "all",
+        "reuse": None,
         "ballots": "ungrouped",
     }
     card = (out / "README.md").read_text()

@@ -203,7 +203,7 @@ def decode_uncached(
                 if options.editing_threshold is None or post_steps > options.max_post_steps:
                     break
             before.append(tokens[block * size : (block + 1) * size])
-            logits = _prefix_logits(model, runtime, tokens[: (block + 1) * size], size)
+            logits = _prefix_logits(model, runtime, tokens[: (block + 1) * size], undecided, size)
             logits[:, MASK] = -math.inf
             probabilities = logits.softmax(dim=-1)
             best = {p: int(logits[p].argmax()) for p in here}
@@ -238,7 +238,9 @@ def decode_uncached(
     return Uncached(tokens[start:end], before, margin)
 
 
-def _prefix_logits(model: MoETransformer, runtime: Runtime, tokens: list[int], size: int) -> Tensor:
+def _prefix_logits(
+    model: MoETransformer, runtime: Runtime, tokens: list[int], undecided: list[bool], size: int
+) -> Tensor:
     length = len(tokens)
     mask = torch.zeros(1, length, length, dtype=torch.bool)
     for query in range(length):
@@ -249,6 +251,7 @@ def _prefix_logits(model: MoETransformer, runtime: Runtime, tokens: list[int], s
         live_BS=torch.ones(1, length, dtype=torch.bool),
         mask_BSP=mask,
         block_length=size,
+        masked_BS=torch.tensor([undecided[:length]]),
     )
     with torch.no_grad():
         return model.logits(model(inputs, runtime).hidden_BSD[0])

@@ -29,6 +29,7 @@ NOISE = 3e-5  # four times the largest difference seen between cached and uncach
 POLICIES = [
     "vanilla",
     "des-vote:budget=8",
+    "des-vote:budget=8,voters=masked",
     "des-seq",
     "block-top-p",
     "block-max:budget=6",

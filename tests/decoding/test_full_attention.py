@@ -35,6 +35,7 @@ def canvas_logits(model: MoETransformer, runtime: Runtime, tokens: list[int], pa
         live_BS=live,
         mask_BSP=live.unsqueeze(1).expand(-1, length, -1),
         block_length=size,
+        masked_BS=torch.tensor([[False] * padding + [token == MASK for token in tokens]]),
     )
     with torch.no_grad():
         return model.logits(model(inputs, runtime).hidden_BSD[0, padding:])
@@ -81,7 +82,10 @@ def decode_plainly(
     ],
     ids=["three-steps", "one-by-one", "threshold"],
 )
-@pytest.mark.parametrize(("policy", "pad"), [("vanilla", False), ("vanilla", True), ("des-vote:budget=6", True)])
+@pytest.mark.parametrize(
+    ("policy", "pad"),
+    [("vanilla", False), ("vanilla", True), ("des-vote:budget=6", True), ("des-vote:budget=6,voters=masked", True)],
+)
 def test_equals_the_plain_loop(
     full_config: ModelConfig,
     make_model: MakeModel,

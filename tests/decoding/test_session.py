@@ -74,7 +74,7 @@ def join_as_blocks_end(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("policy", ["vanilla", "des-vote:budget=8"])
+@pytest.mark.parametrize("policy", ["vanilla", "des-vote:budget=8", "des-vote:budget=8,voters=masked,reuse=3"])
 def test_every_row_is_decoded_as_it_would_be_alone(
     config: ModelConfig, make_model: MakeModel, runtime: MakeRuntime, policy: str, backend: str
 ) -> None:
@@ -94,8 +94,12 @@ def test_every_row_is_decoded_as_it_would_be_alone(
         assert sum(block.forwards for block in blocks[number]) == alone.forwards
 
 
-def test_full_attention_rows_too(full_config: ModelConfig, make_model: MakeModel, runtime: MakeRuntime) -> None:
-    model, run = make_model(full_config), runtime("des-vote:budget=8")
+@pytest.mark.parametrize("policy", ["des-vote:budget=8", "des-vote:budget=8,voters=masked,reuse=3"])
+def test_full_attention_rows_too(
+    full_config: ModelConfig, make_model: MakeModel, runtime: MakeRuntime, policy: str
+) -> None:
+    """Kept coresets of short rows, too, when a longer row joins or leaves."""
+    model, run = make_model(full_config), runtime(policy)
     options = [
         DecodingOptions(gen_length=16, threshold=0.6),
         DecodingOptions(gen_length=24, threshold=None, remasking="random", seed=3),

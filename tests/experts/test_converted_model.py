@@ -75,7 +75,7 @@ def test_hidden_states_are_the_same_bit_for_bit(converted: Path, original: Loade
         for _ in range(4):
             found = hidden_states(loaded, Runtime(policy=policy, backend=EXACT, store=store))
             assert torch.equal(found, expected)
-        for backend in BACKENDS:
+        for backend in BACKENDS.keys() - {"triton"}:
             if backend != "cpu" or available():
                 found = hidden_states(loaded, Runtime(policy=policy, backend=backend, store=store))
                 own = hidden_states(original, Runtime(policy=policy, backend=backend))
@@ -83,7 +83,7 @@ def test_hidden_states_are_the_same_bit_for_bit(converted: Path, original: Loade
 
 
 @pytest.mark.parametrize("memory", ["all", "mmap", "tight", "tight without prefetch"])
-@pytest.mark.parametrize("policy", ["vanilla", "des-vote:budget=16"])
+@pytest.mark.parametrize("policy", ["vanilla", "des-vote:budget=16", "des-vote:budget=16,voters=masked,reuse=4"])
 def test_answers_are_the_same_token_for_token(
     converted: Path, original: LoadedModel, dtype: torch.dtype, memory: str, policy: str
 ) -> None:

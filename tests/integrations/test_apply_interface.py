@@ -56,6 +56,12 @@ def test_the_supported_classes_are_named_in_the_error() -> None:
         assert name in str(error.value)
 
 
+@pytest.mark.parametrize("knob", ["voters=masked", "reuse=2"])
+def test_a_policy_that_has_to_know_the_step_is_refused(knob: str) -> None:
+    with pytest.raises(PolicyError, match="without voters=masked and reuse"):
+        expertshare.apply(build("olmoe"), f"des-vote:{knob}")
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_policy_that_does_not_fit_is_refused_at_once(name: str) -> None:
     model = build(name)

@@ -68,6 +68,8 @@ _NUMBERS: dict[str, Callable[[RouterSpec, int], tuple[Any, ...]]] = {
     "skip_share": lambda _spec, _least: (0.0, 0.5, 0.9),
     "experts_per_token": lambda spec, _least: (1, spec.top_k),
     "experts_per_vote": lambda spec, _least: (2, spec.top_k),
+    "saturation": lambda _spec, _least: (0.125, 1.0),
+    "reuse": lambda _spec, _least: (3,),
 }
 
 
@@ -117,7 +119,8 @@ def scenes(draw: st.DrawFn, spec: RouterSpec) -> Scene:
     live = torch.tensor([draw(patterns) for _ in range(groups)])
     choice = affinity + bias_E if spec.has_bias else affinity
     scale_E = dyadic((spec.num_experts,), 32, 128, generator) if spec.has_expert_scale else None
-    return Scene(scores=RouterScores(affinity, choice, live), scale_E=scale_E)
+    masked = draw(st.sampled_from((None, torch.rand(groups, length, generator=generator) < 0.5)))
+    return Scene(scores=RouterScores(affinity, choice, live, masked), scale_E=scale_E)
 
 
 def one_group(rows: list[list[float]], live: list[bool] | None = None) -> RouterScores:

@@ -21,8 +21,8 @@ def _route(policy: RoutingPolicy, spec: RouterSpec, scene: Scene, scores: Router
 
 
 def _pick(scores: RouterScores, groups: Tensor, tokens: Tensor) -> RouterScores:
-    parts = (scores.affinity_GLE, scores.choice_GLE, scores.live_GL)
-    return RouterScores(*(part[groups][:, tokens].clone() for part in parts))
+    parts = (scores.affinity_GLE, scores.choice_GLE, scores.live_GL, scores.masked_GL)
+    return RouterScores(*(None if part is None else part[groups][:, tokens].clone() for part in parts))
 
 
 def _by_group(plan_part_TK: Tensor, scores: RouterScores) -> Tensor:
@@ -97,6 +97,7 @@ def padding_never_votes(policy: RoutingPolicy, spec: RouterSpec, scene: Scene) -
             torch.where(dead, row_E, scores.affinity_GLE),
             torch.where(dead, row_E, scores.choice_GLE),
             scores.live_GL,
+            scores.masked_GL,
         )
         other_coreset, other_plan = _route(policy, spec, scene, changed)
         assert torch.equal(coreset.member_GE, other_coreset.member_GE)

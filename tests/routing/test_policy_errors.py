@@ -47,7 +47,7 @@ def test_unknown_policy(name: str, words: list[str]) -> None:
             "guard",
             ["des-vote has no knob 'guard'", "belongs to block-top-p", "takes: ballots, budget"],
         ),
-        ("block-top-p", "budget", ["has no knob 'budget'", "belongs to block-max, des-vote, protected-vote"]),
+        ("block-top-p", "budget", ["has no knob 'budget'", "belongs to block-max, coverage, des-vote, protected-vote"]),
         ("vanilla", "skip_share", ["belongs to skip", "vanilla takes: no knobs"]),
         ("skip", "name", ["has no knob 'name'", "takes: skip_share"]),
         ("skip", "nonsense", ["skip has no knob 'nonsense': skip takes"]),

@@ -1,5 +1,6 @@
-"""The command line, with a model whose forwards take 20 ms more: for test_process, in a process of its own."""
+"""The command line, with a model whose forwards take FORWARD_S seconds more: what test_process starts."""
 
+import os
 import sys
 import time
 
@@ -7,10 +8,11 @@ from expertshare.cli import main
 from expertshare.models.transformer import MoETransformer
 
 _forward = MoETransformer.forward
+_SECONDS = float(os.environ["FORWARD_S"])
 
 
 def _slow(*arguments, **options):  # type: ignore[no-untyped-def]
-    time.sleep(0.02)
+    time.sleep(_SECONDS)
     return _forward(*arguments, **options)
 
 

@@ -28,10 +28,12 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from expertshare.api import generate
+from expertshare.api.serving import opened_engine
 from expertshare.models import LoadedModel, load_model
-from expertshare.serving.live import Event, LiveLimits, ModelTraceSource
+from expertshare.serving import ServerSettings, create_app, page_routes
+from expertshare.serving.live import Event, LiveLimits, ModelTraceSource, page_paths
 
-from .live import StubSource, served
+from .live import StubSource, served, serving
 
 pytestmark = pytest.mark.browser
 
@@ -100,7 +102,7 @@ class Page:
         return str(self.find(selector).text)
 
     def until(self, condition: Callable[[], bool]) -> None:
-        WebDriverWait(self.driver, 30, poll_frequency=0.05).until(lambda _: condition())
+        WebDriverWait(self.driver, 60, poll_frequency=0.05).until(lambda _: condition())
 
     def until_status(self, text: str) -> None:
         self.until(lambda: self.text("#status") == text)
@@ -261,10 +263,27 @@ def test_a_wrong_field_is_said_and_focused(page: Page, field: str, value: str, m
 
 def test_what_the_server_refuses_is_shown(page: Page) -> None:
     page.open()
-    page.write("apple " * 660)
+    page.script("document.getElementById('prompt').value = 'apple '.repeat(660)")
     page.find("#prompt").send_keys(Keys.ENTER)
     page.until(lambda: "positions" in page.text("#error"))
     assert page.find("#start").is_enabled()
+
+
+def test_where_the_server_wants_a_key_the_page_asks_for_it(chromium: webdriver.Chrome, loaded: LoadedModel) -> None:
+    with opened_engine(loaded) as engine:
+        routers, settings = [page_routes(engine)], ServerSettings(api_key="right")
+        with serving(create_app(engine, settings, extra_routers=routers, open_paths=page_paths())) as port:
+            page = Page(chromium, port)
+            chromium.get(f"http://127.0.0.1:{port}/")
+            page.until(lambda: page.script("return document.activeElement.id") == "key")
+            assert "API key" in page.text("#error")
+            page.find("#key").send_keys("wrong", Keys.ENTER)
+            page.find("#key").clear()
+            page.find("#key").send_keys("right", Keys.ENTER)
+            page.until_status("Ready.")
+            page.find("#prompt").send_keys(Keys.ENTER)
+            page.until_status("Done.")
+            assert not page.find("#error").is_displayed()
 
 
 def test_text_of_the_model_stays_text(chromium: webdriver.Chrome) -> None:

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 
 from expertshare.errors import ConfigError, NumericsError, PolicyError
-from expertshare.serving.live import Event, LiveLimits
+from expertshare.serving.live import Event, LiveLimits, page_paths
 
 from .live import FACTS, StubSource, ask, begin, parse, served, serving, wait_for
 
@@ -195,6 +195,7 @@ def test_the_page_and_every_file_that_it_names_are_served(port: int) -> None:
     for name in STATIC.glob("*.js"):
         named |= set(re.findall(rb'from "\./([\w.]+)"', name.read_bytes()))
     assert {name.decode() for name in named} | {"index.html"} == {path.name for path in STATIC.iterdir()}
+    assert set(page_paths()) == {"/", *(f"/live/{path.name}" for path in STATIC.iterdir())}
     for name in named:
         reply = ask(port, f"/live/{name.decode()}")
         assert (reply.status, reply.body) == (200, (STATIC / name.decode()).read_bytes())

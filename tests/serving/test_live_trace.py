@@ -156,7 +156,9 @@ def test_the_start_says_what_will_be_shown(loaded: LoadedModel) -> None:
         {
             "run": 0,
             "policy": "des-vote:budget=16",
-            "knobs": {"group_limit": "inside", "budget": 16, "ballots": "ungrouped"},
+            "knobs": {
+                "group_limit": "inside", "voters": "all", "reuse": None, "budget": 16, "ballots": "ungrouped",
+            },
         }
     ]
     facts = {key: start["model"][key] for key in ("num_moe_layers", "num_experts", "experts_per_token", "block_length")}

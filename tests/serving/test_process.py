@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from expertshare.cli import main
 from expertshare.errors import ConfigError
 from expertshare.models import LoadedModel
 from expertshare.serving.extra import require_extra
+from expertshare.serving.uvicorn_server import _listener
 
 from .server import PROMPTS, REFERENCE, alone
 
@@ -29,10 +31,10 @@ SLOW = Path(__file__).with_name("slow_server.py")
 
 
 class Process:
-    """A server in another process; every forward takes 20 ms more. lines: what it has logged so far."""
+    """A server in another process; every forward takes `forward_s` more. lines: what it has logged so far."""
 
-    def __init__(self, *flags: str) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    def __init__(self, *flags: str, forward_s: float) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "FORWARD_S": str(forward_s)}
         command = [sys.executable, str(SLOW), "serve", str(REFERENCE), "--port", "0", "--dtype", "float32", *flags]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.lines: list[dict[str, Any]] = []
@@ -65,8 +67,8 @@ class Process:
 
 
 @contextmanager
-def started(*flags: str) -> Iterator[Process]:
-    process = Process(*flags)
+def started(*flags: str, forward_s: float = 0.02) -> Iterator[Process]:
+    process = Process(*flags, forward_s=forward_s)
     try:
         yield process
     finally:
@@ -90,8 +92,8 @@ def rest(stream: Any) -> str:
 
 @pytest.mark.slow
 def test_sigterm_finishes_what_runs_and_refuses_what_comes(reference: LoadedModel) -> None:
-    with started("--gen-length", "64", "--threshold", "0.99") as server:
-        expected = alone(reference, PROMPTS[0], gen_length=64, threshold=0.99).answers[0].text
+    expected = alone(reference, PROMPTS[0], gen_length=64, threshold=0.99).answers[0].text
+    with started("--gen-length", "64", "--threshold", "0.99", forward_s=0.2) as server:
         stream, text = begin(server.url)
         server.process.send_signal(signal.SIGTERM)
         http = httpx.Client(base_url=server.url)
@@ -158,3 +160,9 @@ def test_without_the_extra_a_message_says_what_to_install(monkeypatch: pytest.Mo
     monkeypatch.setattr("expertshare.serving.extra.find_spec", lambda name: None if name == "fastapi" else name)
     with pytest.raises(ConfigError, match=r"fastapi cannot be imported: install .*expertshare\[serve\]"):
         require_extra()
+
+
+def test_small_writes_leave_at_once() -> None:
+    """asyncio turns Nagle's algorithm off for sockets of this protocol number only; with it answers wait 40 ms."""
+    with _listener("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP

@@ -95,6 +95,8 @@ def test_the_entrance_keeps_the_bounds(here: Here) -> None:
     assert no_key.status_code == 401
     assert health.json() == {"status": "ready", "replicas": {"running": 1, "starting": 1}}
     assert ready.status_code == 200
+    opened = create_entrance(here, Door(), ServerSettings(api_key="k"), open_paths=("/",))
+    assert opened.user_middleware[0].kwargs["open_paths"] == ("/health", "/ready", "/metrics", "/")
     assert asked(here, CHAT, max_body_bytes=10)[0].status_code == 413
     assert not here.asked
     here.fails = [EngineBusyError("busy", retry_after_s=1)]

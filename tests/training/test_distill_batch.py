@@ -80,12 +80,14 @@ def _published_forward(model: MoETransformer, runtime: Runtime, noisy: list[int]
                 allowed[i, j] = mine == theirs if j < size else mine > theirs
             else:
                 allowed[i, j] = j >= size and mine >= theirs
+    masked = [now != then for now, then in zip(noisy, clean, strict=True)] + [False] * size
     inputs = ForwardInput(
         tokens_BS=torch.tensor([noisy + clean]),
         positions_BS=torch.arange(size).repeat(2)[None],
         live_BS=torch.ones(1, 2 * size, dtype=torch.bool),
         mask_BSP=allowed[None],
         block_length=LENGTH,
+        masked_BS=torch.tensor([masked]),
     )
     return model.logits(model(inputs, runtime).hidden_BSD[0, :size])
 
@@ -94,7 +96,9 @@ SHAPES = [[(5, 9)], [(16, 10)], [(3, 4), (20, 21), (8, 8), (15, 2)]]
 
 
 @pytest.mark.parametrize("shapes", SHAPES)
-@pytest.mark.parametrize("policy", ["vanilla", POLICY, "des-vote:budget=14", "block-max:budget=12"])
+@pytest.mark.parametrize(
+    "policy", ["vanilla", POLICY, "des-vote:budget=14", "des-vote:budget=14,voters=masked", "block-max:budget=12"]
+)
 def test_loss_equals_the_published_form_of_each_sample_alone(
     config: ModelConfig, model: MoETransformer, shapes: list[tuple[int, int]], policy: str
 ) -> None:

@@ -89,6 +89,8 @@ def test_only_answer_positions_are_masked_and_the_prompt_never(config: ModelConf
     for batch in training_batches(samples, config, NOISE, torch.Generator().manual_seed(1)):
         masked = batch.inputs.tokens_BS == config.mask_id
         assert torch.equal(masked, batch.weights_BS > 0)
+        assert batch.inputs.masked_BS is not None
+        assert torch.equal(masked, batch.inputs.masked_BS)
         targets = batch.targets_BS.masked_fill(batch.weights_BS == 0, -1)
         prompt_ids = {token for sample in samples for token in sample.prompt}
         assert prompt_ids.isdisjoint(targets.unique().tolist())

@@ -7,7 +7,7 @@ import torch
 
 from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.models import LoadedModel, Runtime
-from expertshare.routing import Layerwise, make_policy
+from expertshare.routing import Layerwise, make_policy, parse_policy
 from expertshare.tuning.packing import pack
 from expertshare.tuning.replay import Replay, coarse_divergence
 from expertshare.tuning.trajectories import record_trajectories, thin_out
@@ -31,11 +31,11 @@ def test_every_step_is_recorded(any_model: LoadedModel) -> None:
         assert written == trajectory.geometry.canvas_length - start
 
 
-@pytest.mark.parametrize("name", ["vanilla", "des-vote"])
-def test_replayed_hidden_states_are_those_of_decoding(any_model: LoadedModel, name: str) -> None:
+@pytest.mark.parametrize("text", ["vanilla", "des-vote", "des-vote:voters=masked"])
+def test_replayed_hidden_states_are_those_of_decoding(any_model: LoadedModel, text: str) -> None:
     """Under vanilla on its own trajectory every step must come out as it did; under another policy the step is run as
     decoding would run it, from vanilla's tokens: checked by decoding with the tokens forced."""
-    policy = make_policy(name).bind(any_model.config.router)
+    policy = parse_policy(text).bind(any_model.config.router)
     prompt = PROMPTS[0]
     (trajectory,) = record_trajectories(any_model, [prompt], OPTIONS, runtime=RUNTIME, batch_size=1)
     expected = _forced(any_model, prompt, trajectory, policy)
@@ -56,9 +56,11 @@ def _forced(model: LoadedModel, prompt: list[int], trajectory, policy) -> list[t
         for snapshot in trajectory.snapshots:
             if snapshot.block != row.block:
                 canvas.tokens_BC[0, row.start : row.start + length] = trajectory.final_C[row.start : row.start + length]
+                canvas.masked_BC[0, row.start : row.start + length] = False
                 stream.forwards.commit([row])
                 row.enter_next_block()
             canvas.tokens_BC[0, row.start : row.start + length] = snapshot.tokens_L
+            canvas.masked_BC[0, row.start : row.start + length] = snapshot.masked_L
             found.append(stream.forwards.denoise([row])[0][snapshot.written_L])
     return found
 

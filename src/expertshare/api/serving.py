@@ -23,6 +23,7 @@ from expertshare.models.table import family_of
 from expertshare.models.tokenizer import load_tokenizer, token_ids
 from expertshare.routing import native_policy, parse_policy
 from expertshare.serving import Engine, EngineLimits, OfferedPolicies, ServerSettings
+from expertshare.serving.live import page_paths
 from expertshare.serving.logs import log_config
 from expertshare.serving.replicas import Door, ReplicaPlan, ReplicaScale, create_entrance, replicas_on_ray
 from expertshare.tuning import PolicyFile
@@ -105,7 +106,7 @@ def opened_entrance(
     application = f"expertshare-{plan.settings.model_name}"
     with replicas_on_ray(plan, scale, limits, name=application, drain_timeout_s=drain_timeout_s) as replicas:
         door = Door()
-        yield create_entrance(replicas, door, settings), door
+        yield create_entrance(replicas, door, settings, open_paths=page_paths() if page else ()), door
 
 
 def _check_policies(

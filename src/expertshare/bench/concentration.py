@@ -43,7 +43,7 @@ def concentrate(
     def tune(router: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         assert isinstance(router, Router)
         x_GLD = arguments[0].float()
-        preference_E = torch.randn(spec.num_experts, generator=generator)
+        preference_E = torch.randn(spec.num_experts, generator=generator).to(x_GLD.device)
         router.weight.copy_(concentrated(router.weight.float(), preference_E, x_GLD, router.bias, spec, unique))
 
     routers = [module for module in model.modules() if isinstance(module, Router)]
@@ -67,7 +67,7 @@ def concentrated(
     own_GLE = x_GLD @ weight_ED.T
     reach_GL = x_GLD @ mean_D
     shared_ED = torch.outer(preference_E, mean_D) * (own_GLE.std() / reach_GL.square().mean().sqrt().clamp_min(1e-12))
-    live_GL = torch.ones(x_GLD.shape[:2], dtype=torch.bool)
+    live_GL = torch.ones(x_GLD.shape[:2], dtype=torch.bool, device=x_GLD.device)
 
     def mixture(angle: float) -> Tensor:
         return math.cos(angle) * weight_ED + math.sin(angle) * shared_ED
@@ -82,7 +82,7 @@ def concentrated(
 
 def mean_unique(expert_ids_TK: Tensor, num_groups: int, spec: RouterSpec) -> float:
     """Unique experts of a block, mean over blocks. expert_ids_TK: none of them unused."""
-    used_GE = torch.zeros(num_groups, spec.num_experts, dtype=torch.bool)
+    used_GE = torch.zeros(num_groups, spec.num_experts, dtype=torch.bool, device=expert_ids_TK.device)
     used_GE.scatter_(1, expert_ids_TK.view(num_groups, -1), True)
     return float(used_GE.sum()) / num_groups
 

@@ -16,32 +16,44 @@ from expertshare import native
 from expertshare.bench.cases import Case
 from expertshare.errors import ConfigError, nearest
 from expertshare.kernels import moe_ffn
+from expertshare.kernels.triton import unavailable_reason as no_triton
 from expertshare.types import Bank, ExpertBank, RoutingPlan
 
 Run = Callable[[int, Tensor, RoutingPlan], Tensor]
 """run(layer, x_TD, plan) -> y_TD."""
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contender:
     """build: makes a Run over layers of weights without copying them. missing: why it cannot take part here, or None.
     copies_weights: it keeps a copy of its own, which counts as memory. quantisation: a name of QUANTISATIONS; its
-    layers are then QuantisedBanks, which count as memory too.
+    layers are then QuantisedBanks, which count as memory too. only_on: a kind of device, None: any. host_bound: it
+    waits for the GPU between its kernels, so that no graph can hold it.
     """
 
     build: Callable[[Sequence[Any], Case], Run]
     missing: Callable[[], str | None] = lambda: None
     copies_weights: bool = False
     quantisation: str | None = None
+    only_on: str | None = None
+    host_bound: bool = False
     about: str
 
+    def absent(self, device: torch.device) -> str | None:
+        """Why it cannot take part on this device, or None."""
+        if self.only_on not in (None, device.type):
+            return f"runs on {self.only_on} only"
+        return self.missing()
 
-def contenders(names: Sequence[str] | None) -> dict[str, Contender]:
-    """Those called `names`, in that order, or all of them. Raises ConfigError for an unknown name."""
+
+def contenders(names: Sequence[str] | None, device: torch.device = CPU) -> dict[str, Contender]:
+    """Those called `names`, in that order, or all that are made for the device. ConfigError for an unknown name."""
     for name in names or ():
         if name not in CONTENDERS:
             raise ConfigError(f"unknown contender {name!r}. {nearest(name, CONTENDERS)}")
-    return {name: CONTENDERS[name] for name in (names or CONTENDERS)}
+    made_for_it = [name for name, entrant in CONTENDERS.items() if entrant.only_on in (None, device.type)]
+    return {name: CONTENDERS[name] for name in (names or made_for_it)}
 
 
 def _ours(backend: str) -> Callable[[Sequence[Bank], Case], Run]:
@@ -75,7 +87,8 @@ def _torch_grouped_mm(banks: Sequence[ExpertBank], case: Case) -> Run:
     def run(layer: int, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         bank, num_experts = banks[layer], len(plan.active_E)
         expert_P, order_P = plan.expert_ids_TK.flatten().sort()
-        ends_E = torch.bincount(expert_P, minlength=num_experts).cumsum(0, dtype=torch.int32)
+        experts_E = torch.arange(num_experts, device=expert_P.device)
+        ends_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)  # bincount waits for a GPU
         token_P = order_P // plan.expert_ids_TK.shape[1]
         hidden = F.grouped_mm(x_TD[token_P], bank.gate_up_EHD.transpose(1, 2), offs=ends_E)
         gate_PF, up_PF = hidden.chunk(2, dim=-1)
@@ -140,21 +153,40 @@ def _zentorch_missing() -> str | None:
 
 
 CONTENDERS: dict[str, Contender] = {
-    "cpu": Contender(build=_ours("cpu"), missing=native.unavailable_reason, about="our kernel"),
-    "cpu-int8": Contender(
-        build=_ours("cpu"), missing=native.unavailable_reason, quantisation="int8", about="our kernel, int8"
-    ),
-    "cpu-int4": Contender(
-        build=_ours("cpu"), missing=native.unavailable_reason, quantisation="int4", about="our kernel, 4 bits"
-    ),
+    **{
+        name: Contender(
+            build=_ours("cpu"),
+            missing=native.unavailable_reason,
+            quantisation=form,
+            only_on="cpu",
+            about=f"our kernel{told}",
+        )
+        for name, form, told in (("cpu", None, ""), ("cpu-int8", "int8", ", int8"), ("cpu-int4", "int4", ", 4 bits"))
+    },
+    **{
+        name: Contender(
+            build=_ours("triton"), missing=no_triton, quantisation=form, only_on="cuda", about=f"our GPU kernels{told}"
+        )
+        for name, form, told in (
+            ("triton", None, ""),
+            ("triton-int8", "int8", ", int8"),
+            ("triton-int4", "int4", ", 4 bits"),
+        )
+    },
     "grouped": Contender(build=_ours("grouped"), about="our torch path, which works everywhere"),
-    "torch": Contender(build=_torch_loop, about="a loop over experts in plain torch"),
+    "torch": Contender(build=_torch_loop, host_bound=True, about="a loop over experts in plain torch"),
     "torch-grouped-mm": Contender(build=_torch_grouped_mm, about="F.grouped_mm with the least around it"),
-    "transformers-eager": Contender(build=_transformers("eager"), about="transformers' experts, its eager loop"),
+    "transformers-eager": Contender(
+        build=_transformers("eager"), host_bound=True, about="transformers' experts, its eager loop"
+    ),
     "transformers-grouped-mm": Contender(
         build=_transformers("grouped_mm"), about="transformers' experts over grouped_mm, its default"
     ),
     "zentorch": Contender(
-        build=_zentorch, missing=_zentorch_missing, copies_weights=True, about="AMD's fused layer, where installed"
+        build=_zentorch,
+        missing=_zentorch_missing,
+        copies_weights=True,
+        only_on="cpu",
+        about="AMD's fused layer, where installed",
     ),
 }

@@ -2,58 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from expertshare.bench.bound import Work, expert_work
 from expertshare.bench.cases import Case
 from expertshare.bench.contenders import Contender, Run
 from expertshare.bench.fit import fit_latency
+from expertshare.bench.gpu import MOST_TURNS, GpuTimes, GpuYardstick, take_turns_on_gpu
 from expertshare.bench.machine import CACHE_FACTOR, Machine, Peaks, Yardstick, dtype_name
 from expertshare.bench.oracle import QUANTISED_TOLERANCE, TOLERANCES, expected_output, relative_error
-from expertshare.bench.plans import SKEW, rotation
+from expertshare.bench.stage import ExpertsSettings, Stage, banks_of, expert_bytes, stage_of
 from expertshare.bench.timing import Spread, interleave, spread
-from expertshare.bench.weights import check_memory, quantised_expert_bytes, random_banks
-from expertshare.kernels.quantise import quantise_bank, scheme_named
-from expertshare.types import Bank, RoutingPlan
+from expertshare.types import Bank
 
-MAX_BANKS = 8
 READ, MULTIPLY = "(read)", "(multiply)"
 RATIOS_TO = ("cpu", "torch", "transformers-eager", "transformers-grouped-mm")
 Listener = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertsSettings:
-    """How each point is measured. tokens, unique: None takes the case's own. memory_bytes: weights may use at most."""
-
-    tokens: tuple[int, ...] | None = None
-    unique: tuple[int, ...] | None = None
-    dtype: torch.dtype = torch.bfloat16
-    repeats: int = 15
-    warmup: int = 2
-    seed: int = 0
-    skew: float = SKEW
-    memory_bytes: int = 4 * 10**9
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """What all contenders of one point share: layers of weights (by quantisation, None: floats), tokens, and the plans
-    that are walked through."""
-
-    banks: Mapping[str | None, Sequence[Bank]]
-    x_TD: Tensor
-    plans: Sequence[RoutingPlan]
-
-    def call(self, run: Run, turn: int) -> Tensor:
-        """The `turn`-th call: layers first, then plans."""
-        layers = len(self.banks[None])
-        return run(turn % layers, self.x_TD, self.plans[turn // layers % len(self.plans)])
 
 
 def bench_experts(
@@ -72,16 +39,16 @@ def bench_experts(
     left_out: list[dict[str, Any]] = []
     present: dict[str, Contender] = {}
     for name, entrant in entrants.items():
-        reason = entrant.missing()
+        reason = entrant.absent(settings.device)
         if reason is None:
             present[name] = entrant
         else:
             left_out.append({"case": None, "unique": None, "backend": name, "reason": reason})
-    yardstick = Yardstick(settings.dtype, buffer_bytes=2 * CACHE_FACTOR * machine.cache_bytes)
+    yardstick = _yardstick(machine, settings)
     with torch.no_grad():
         for name, case in cases.items():
             on_progress(f"{name}: filling weights")
-            banks = _banks(case, machine, settings, present.values())
+            banks = banks_of(case, machine, settings, present.values())
             runs = {backend: e.build(banks[e.quantisation], case) for backend, e in present.items()}
             for tokens in settings.tokens or (case.tokens,):
                 for unique in settings.unique or case.unique:
@@ -103,33 +70,11 @@ def bench_experts(
     }
 
 
-def _banks(
-    case: Case, machine: Machine, settings: ExpertsSettings, entrants: Collection[Contender]
-) -> dict[str | None, Sequence[Bank]]:
-    """Enough layers to exceed the cache CACHE_FACTOR times, as far as memory and MAX_BANKS allow: floats under None,
-    and the same quantised for whoever takes part with codes. All forms together stay within the limit."""
-    config = case.config
-    floats = config.router.num_experts * config.num_expert_parameters * settings.dtype.itemsize
-    forms = sorted({e.quantisation for e in entrants if e.quantisation is not None})
-    codes = sum(config.router.num_experts * quantised_expert_bytes(config, form) for form in forms)
-    one = (2 if any(e.copies_weights for e in entrants) else 1) * floats + codes
-    check_memory(one, settings.memory_bytes, "one layer of this case", "measure a smaller --experts")
-    wanted = -(-CACHE_FACTOR * machine.cache_bytes // floats)
-    banks = random_banks(
-        count=max(1, min(wanted, MAX_BANKS, settings.memory_bytes // one)),
-        num_experts=config.router.num_experts,
-        hidden=config.hidden_size,
-        inner=config.expert_hidden,
-        dtype=settings.dtype,
-        seed=settings.seed,
-    )
-    return {None: banks, **{form: [quantise_bank(bank, scheme_named(form)) for bank in banks] for form in forms}}
-
-
-def _expert_bytes(case: Case, entrant: Contender, dtype: torch.dtype) -> int:
-    if entrant.quantisation is None:
-        return case.config.num_expert_parameters * dtype.itemsize
-    return quantised_expert_bytes(case.config, entrant.quantisation)
+def _yardstick(machine: Machine, settings: ExpertsSettings) -> Yardstick | GpuYardstick:
+    size = 2 * CACHE_FACTOR * machine.cache_bytes
+    if settings.device.type == "cuda":
+        return GpuYardstick(settings.dtype, buffer_bytes=size, device=settings.device)
+    return Yardstick(settings.dtype, buffer_bytes=size)
 
 
 def _kept(
@@ -140,7 +85,7 @@ def _kept(
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Bytes of all layers that a contender walks through, and whether a cache could hold much of them."""
-    size = len(banks[None]) * case.config.router.num_experts * _expert_bytes(case, entrant, dtype)
+    size = len(banks[None]) * case.config.router.num_experts * expert_bytes(case, entrant, dtype)
     return {"weights_bytes": size, "beyond_cache": size >= CACHE_FACTOR * machine.cache_bytes}
 
 
@@ -150,37 +95,22 @@ def _point(
     banks: Mapping[str | None, Sequence[Bank]],
     present: Mapping[str, Contender],
     runs: Mapping[str, Run],
-    yardstick: Yardstick,
+    yardstick: Yardstick | GpuYardstick,
     machine: Machine,
     settings: ExpertsSettings,
     tokens: int,
     unique: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     router, hidden = case.config.router, case.config.hidden_size
-    stage = Stage(
-        banks,
-        torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(settings.seed)).to(settings.dtype),
-        rotation(
-            router.num_experts,
-            tokens,
-            router.top_k,
-            unique,
-            count=max(2, -(-router.num_experts // unique)),
-            seed=settings.seed,
-            skew=settings.skew,
-        ),
-    )
+    stage = stage_of(case, banks, settings, tokens, unique)
     checker = _Checker(stage, present)
     errors: dict[str, float] = {}
     reasons: dict[str, str] = {}
     for backend, run in runs.items():
         checker.judge(backend, run, errors, reasons)
     right = {backend: run for backend, run in runs.items() if backend not in reasons}
-    seconds = interleave(
-        {READ: yardstick.read, MULTIPLY: yardstick.multiply, **{b: _caller(stage, run) for b, run in right.items()}},
-        repeats=settings.repeats,
-        warmup=settings.warmup,
-    )
+    calls = {READ: yardstick.read, MULTIPLY: yardstick.multiply, **{b: _caller(stage, run) for b, run in right.items()}}
+    seconds, captured = _timed(calls, stage, present, settings)
     for backend, run in right.items():  # once more: some kernels remember the routing of earlier calls
         checker.judge(backend, run, errors, reasons)
     work = {
@@ -191,7 +121,7 @@ def _point(
             hidden=hidden,
             inner=case.config.expert_hidden,
             itemsize=settings.dtype.itemsize,
-            expert_bytes=_expert_bytes(case, entrant, settings.dtype),
+            expert_bytes=expert_bytes(case, entrant, settings.dtype),
         )
         for backend, entrant in present.items()
     }
@@ -213,11 +143,31 @@ def _point(
             "quantisation": present[backend].quantisation,
             **_kept(case, banks, present[backend], machine, settings.dtype),
             "error": errors[backend],
+            **({"captured": captured[backend]} if backend in captured else {}),
             **_figures(timed, work[backend], spreads),
         }
         for backend, timed in spreads.items()
     ]
     return points, [{**shared, "backend": backend, "reason": reason} for backend, reason in reasons.items()]
+
+
+def _timed(
+    calls: Mapping[str, Callable[[int], object]],
+    stage: Stage,
+    present: Mapping[str, Contender],
+    settings: ExpertsSettings,
+) -> tuple[dict[str, list[float]], dict[str, bool]]:
+    """Seconds of each call, and on a GPU whether the calls ran inside a graph."""
+    if settings.device.type == "cpu":
+        return interleave(calls, repeats=settings.repeats, warmup=settings.warmup), {}
+    times: GpuTimes = take_turns_on_gpu(
+        calls,
+        turns=min(MOST_TURNS, stage.num_calls),
+        repeats=settings.repeats,
+        warmup=settings.warmup,
+        host_bound=[name for name, entrant in present.items() if entrant.host_bound],
+    )
+    return times.seconds, times.captured
 
 
 def _caller(stage: Stage, run: Run) -> Callable[[int], object]:
@@ -289,7 +239,7 @@ def _fits(
         if fit is not None:
             size = cases[case].config.num_expert_parameters
             told = fit.to_json(
-                bytes_per_expert=_expert_bytes(cases[case], present[backend], dtype), macs_per_pair=size
+                bytes_per_expert=expert_bytes(cases[case], present[backend], dtype), macs_per_pair=size
             )
             fits.append({"case": case, "backend": backend, "unique": [point["unique"] for point in mine], **told})
     return fits

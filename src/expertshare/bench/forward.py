@@ -14,6 +14,7 @@ from torch import Tensor
 from expertshare import native
 from expertshare.bench.cases import Case
 from expertshare.bench.concentration import concentrate
+from expertshare.bench.gpu import take_turns_on_gpu
 from expertshare.bench.machine import dtype_name
 from expertshare.bench.peer_models import IMPLEMENTATIONS, build_peer, peer_cache, peer_logits
 from expertshare.bench.timing import interleave, spread
@@ -27,6 +28,7 @@ from expertshare.models import ForwardInput, LayerKeyValues, MoETransformer, Run
 from expertshare.routing import make_policy
 from expertshare.types import RoutingPolicy
 
+CPU = torch.device("cpu")
 GROSSLY_WRONG = 0.5
 """Relative difference of logits from the reference above which a contender is not timed. bfloat16 alone moves some
 tokens to other experts, each a visible difference; exact agreement in float32 is what the tests check."""
@@ -47,6 +49,7 @@ class ForwardSettings:
     warmup: int = 2
     seed: int = 0
     memory_bytes: int = 8 * 10**9
+    device: torch.device = CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +72,27 @@ class Ours:
     policy: RoutingPolicy
     backend: str
     parts_s: list[dict[str, float]] = field(default_factory=list)
-    unique: list[float] = field(default_factory=list)
+    group_experts_NG: Tensor | None = None
 
     def __call__(self, turn: int = 0) -> Tensor:
         """Best tokens of the masked rows [masked] with their probabilities, as a step of decoding needs them."""
         del turn  # every call is the same block
-        clock, scene = PartClock(), self.scene
+        if self.scene.model.device.type != "cpu":
+            return self._step(Runtime(policy=self.policy, backend=self.backend))
+        clock = PartClock()
         runtime = Runtime(policy=self.policy, backend=self.backend, clock=clock)
         start = time.perf_counter()
+        tokens_R = self._step(runtime)
+        self.parts_s.append(clock.shares(time.perf_counter() - start))
+        return tokens_R
+
+    def _step(self, runtime: Runtime) -> Tensor:
+        scene = self.scene
         output = scene.model(scene.inputs, runtime, scene.rooms)
         with runtime.timed("head"):
             hidden_RD = output.hidden_BSD[0, : scene.masked]
             tokens_R, _ = scene.model.best_tokens(hidden_RD, [scene.model.config.mask_id], backend=self.backend)
-        self.parts_s.append(clock.shares(time.perf_counter() - start))
-        self.unique = output.routing.group_experts_NG.float().mean(dim=1).tolist()
+        self.group_experts_NG = output.routing.group_experts_NG
         return tokens_R
 
     def logits(self) -> Tensor:
@@ -92,12 +102,16 @@ class Ours:
         return scene.model.logits(output.hidden_BSD[0, : scene.masked], backend=self.backend)
 
     def to_json(self, repeats: int) -> dict[str, Any]:
-        """Medians over the last `repeats` calls."""
+        """Medians over the last `repeats` calls; on a GPU, whose parts the host cannot time, unique experts alone."""
+        assert self.group_experts_NG is not None
+        unique = self.group_experts_NG.float().mean(dim=1).tolist()
+        counted = {"unique_experts": statistics.fmean(unique), "unique_experts_by_layer": unique}
+        if not self.parts_s:
+            return counted
         timed = self.parts_s[-repeats:]
         parts = {part: 1e3 * statistics.median(call[part] for call in timed) for part in timed[0]}
         return {
-            "unique_experts": statistics.fmean(self.unique),
-            "unique_experts_by_layer": self.unique,
+            **counted,
             "ms_by_part": parts,
             "router_over_experts": parts["router"] / parts["experts"] if parts["experts"] > 0 else None,
         }
@@ -116,7 +130,7 @@ def bench_forward(
     backends: ours and peers, None for all that are there. Peers run vanilla routing only. Raises InputError where the
     model does not fit, ConfigError or PolicyError for names and knobs that cannot be used.
     """
-    chosen = forward_backends(backends)
+    chosen = forward_backends(backends, settings.device)
     config = case.stack(settings.num_layers)
     check_memory(model_bytes(config, settings.dtype), settings.memory_bytes, "this model", "measure fewer --layers")
     bound = {label: policy.bind(config.router) for label, policy in policies.items()}
@@ -135,14 +149,14 @@ def bench_forward(
         agreement = _agreement(calls, bound, scene)
         right = {key: call for key, call in calls.items() if agreement[key]["difference"] <= GROSSLY_WRONG}
         on_progress(f"{name}: timing {len(right)} contenders")
-        seconds = interleave(
-            {"\n".join(key): call for key, call in right.items()}, repeats=settings.repeats, warmup=settings.warmup
-        )
+        seconds, captured = _timed({"\n".join(key): call for key, call in right.items()}, settings)
     points = []
     for (backend, label), call in right.items():
         own = call.to_json(settings.repeats) if isinstance(call, Ours) else {}
         timed = spread(seconds[f"{backend}\n{label}"]).to_json()
-        points.append({"case": name, "backend": backend, "policy": label, **timed, **own, **agreement[backend, label]})
+        told: dict[str, Any] = {"captured": captured[f"{backend}\n{label}"]} if captured else {}
+        told |= {**timed, **own, **agreement[backend, label]}
+        points.append({"case": name, "backend": backend, "policy": label, **told})
     _add_ratios(points)
     wrong = [
         {"backend": backend, "policy": label, "reason": f"wrong: logits differ by {agreement[backend, label]}"}
@@ -156,13 +170,26 @@ def bench_forward(
     return {"forwards": points, "left_out": wrong + absent, "scene": _told(config, scene, settings)}
 
 
-def forward_backends(names: Sequence[str] | None) -> list[str]:
+def _timed(
+    calls: Mapping[str, Callable[[int], Tensor]], settings: ForwardSettings
+) -> tuple[dict[str, list[float]], dict[str, bool]]:
+    """Seconds of each call, and on a GPU whether it ran inside a graph."""
+    if settings.device.type == "cpu":
+        return interleave(calls, repeats=settings.repeats, warmup=settings.warmup), {}
+    eager = [name for name in calls if name.startswith("transformers-eager")]
+    times = take_turns_on_gpu(
+        calls, turns=1, repeats=settings.repeats, warmup=settings.warmup, host_bound=eager
+    )
+    return times.seconds, times.captured
+
+
+def forward_backends(names: Sequence[str] | None, device: torch.device = CPU) -> list[str]:
     """Names that are there: by default our fast ones and transformers. ConfigError for an unknown one."""
     known = [*BACKENDS, *IMPLEMENTATIONS]
     for name in names or ():
         if name not in known:
             raise ConfigError(f"unknown backend {name!r}. {nearest(name, known)}")
-    wanted = names or ["cpu", "grouped", *IMPLEMENTATIONS]
+    wanted = names or ["cpu" if device.type == "cpu" else "triton", "grouped", *IMPLEMENTATIONS]
     return [name for name in wanted if name != "cpu" or native.available()]
 
 
@@ -173,14 +200,15 @@ def _scene(config: ModelConfig, case: Case, settings: ForwardSettings) -> Scene:
         raise InputError(f"masked rows must lie in 1..{length}, the tokens of a block, got {masked}")
     if settings.context < 0 or settings.context + length > config.max_positions:
         raise InputError(f"context must lie in 0..{config.max_positions - length}, got {settings.context}")
-    model = random_model(config, settings.dtype, settings.seed)
+    device = settings.device
+    model = random_model(config, settings.dtype, settings.seed).to(device)
     generator = torch.Generator().manual_seed(settings.seed)
     rooms = _filled_rooms(config, settings, settings.context + length, generator)
     past = tuple(LayerKeyValues(*room.reach(0)) for room in rooms) if settings.context else ()
     inputs = ForwardInput(
-        tokens_BS=torch.randperm(config.vocab_size, generator=generator)[:length].unsqueeze(0),
-        positions_BS=torch.arange(settings.context, settings.context + length).unsqueeze(0),
-        live_BS=torch.ones(1, length, dtype=torch.bool),
+        tokens_BS=torch.randperm(config.vocab_size, generator=generator)[:length].unsqueeze(0).to(device),
+        positions_BS=torch.arange(settings.context, settings.context + length, device=device).unsqueeze(0),
+        live_BS=torch.ones(1, length, dtype=torch.bool, device=device),
         mask_BSP=None,
         block_length=length,
     )
@@ -194,8 +222,7 @@ def _filled_rooms(
     config: ModelConfig, settings: ForwardSettings, capacity: int, generator: torch.Generator
 ) -> tuple[Room, ...]:
     """A decoder's cache with `context` random positions, and the place behind them."""
-    device = torch.device("cpu")
-    cache = KeyValueCache(config, num_rows=1, capacity=capacity, dtype=settings.dtype, device=device)
+    cache = KeyValueCache(config, num_rows=1, capacity=capacity, dtype=settings.dtype, device=settings.device)
     rooms = cache.rooms([0], [settings.context])
     for room in rooms:
         for finished in room.reach(0):
@@ -208,7 +235,8 @@ def _peer_call(scene: Scene, peer: Any) -> Callable[[int], Tensor]:
     way to run the head on some rows only."""
     cache, inputs = peer_cache(peer, scene.past), scene.inputs
     length = inputs.tokens_BS.shape[1]
-    mask_BSP = torch.ones(1, length, int(inputs.positions_BS[0, -1]) + 1, dtype=torch.bool)
+    seen = int(inputs.positions_BS[0, -1]) + 1
+    mask_BSP = torch.ones(1, length, seen, dtype=torch.bool, device=inputs.tokens_BS.device)
 
     def call(turn: int) -> Tensor:
         del turn

@@ -19,7 +19,7 @@ QUANTISED_TOLERANCE = 5e-2
 
 def expected_output(x_TD: Tensor, plan: RoutingPlan, bank: Bank) -> Tensor:
     """The layer in float32 from the same (rounded or quantised) weights, an expert at a time: [T, D]."""
-    y_TD = torch.zeros(x_TD.shape, dtype=torch.float32)
+    y_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
     for expert in plan.active_E.nonzero().flatten().tolist():
         token_R, slot_R = (plan.expert_ids_TK == expert).nonzero(as_tuple=True)
         gate_up_HD, down_DF = _floats(bank, expert)

@@ -33,7 +33,7 @@ def build_peer(model: MoETransformer, peer: PeerClass, implementation: str) -> P
     built.load_state_dict(_state(model, keep_router_dtype=peer == "glm4_moe"), assign=True)
     # its frequencies are no part of the state, so they are still on the meta device
     rotary = Glm4MoeRotaryEmbedding(config) if peer == "glm4_moe" else Qwen3MoeRotaryEmbedding(config)
-    built.model.rotary_emb = rotary
+    built.model.rotary_emb = rotary.to(model.device)
     ready: PreTrainedModel = built.requires_grad_(False).eval()
     return ready
 
@@ -42,7 +42,7 @@ def peer_logits(
     peer: PreTrainedModel, tokens_BS: Tensor, positions_BS: Tensor, mask_BSP: Tensor, cache: DynamicCache
 ) -> Tensor:
     """Logits [B, S, V]; the cache grows by S positions. mask_BSP: bool, True where a query may attend."""
-    bias = torch.zeros(mask_BSP.shape, dtype=peer.dtype).masked_fill(~mask_BSP, float("-inf"))
+    bias = torch.zeros(mask_BSP.shape, dtype=peer.dtype, device=mask_BSP.device).masked_fill(~mask_BSP, float("-inf"))
     output = peer(
         input_ids=tokens_BS,
         position_ids=positions_BS,

@@ -7,21 +7,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from expertshare import api
 from expertshare.bench import (
     ExpertsSettings,
     ForwardSettings,
     Machine,
-    Subject,
     bench_experts,
     bench_forward,
     bench_generate,
     contenders,
     find_case,
+    gpu_memory_bytes,
+    measure_gpu,
     measure_machine,
     random_subject,
 )
@@ -30,6 +31,7 @@ from expertshare.bench.weights import memory_limit_bytes
 from expertshare.cli.bench_options import (
     BackendsFlag,
     CasesFlag,
+    DeviceFlag,
     DtypeFlag,
     JsonFlag,
     ListFlag,
@@ -39,23 +41,23 @@ from expertshare.cli.bench_options import (
     ReportFlag,
     SeedFlag,
     counts,
+    device_named,
     dtype_named,
     names,
     policies_by_label,
 )
+from expertshare.cli.bench_subject import loaded_subject
 from expertshare.cli.bench_tables import experts_tables, forward_tables, generate_tables, machine_line
 from expertshare.cli.console import people, print_json
 from expertshare.cli.threads import ThreadsFlag, set_threads
-from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError
-from expertshare.evaluation import encode_prompts
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.report import Report, check_writable
 from expertshare.plots import check_plot_path, plot_bench
-from expertshare.tasks import read_prompts
 
 DEFAULT_MODEL, DEFAULT_PROMPTS = "models/reference", Path("examples/prompts.jsonl")
 POLICIES = "vanilla,des-vote"
+CPU = torch.device("cpu")
 EXPERTS_EXAMPLE = "Example: expertshare bench experts --case llada2.0-mini --unique 16,70 --plot experts.png"
 FORWARD_EXAMPLE = "Example: expertshare bench forward --case llada2.0-mini --policies vanilla,des-vote:budget=16"
 GENERATE_EXAMPLE = "Example: expertshare bench generate models/reference --limit 8 --batch-sizes 1,8"
@@ -81,6 +83,7 @@ def experts(
         str | None, typer.Option("--experts", help="Experts in the layer instead of the model's number, e.g. 64,512.")
     ] = None,
     dtype: DtypeFlag = "bfloat16",
+    device: DeviceFlag = "cpu",
     backends: BackendsFlag = None,
     repeats: RepeatsFlag = 15,
     threads: ThreadsFlag = None,
@@ -94,7 +97,8 @@ def experts(
     """Time one layer's experts by number of unique experts. Wrong results are reported, not timed."""
     del list_cases
     _prepare(report, plot, threads, repeats)
-    entrants = contenders(names(backends))
+    on = device_named(device)
+    entrants = contenders(names(backends), on)
     cases = {
         name if size is None else f"{name}/{size}-experts": find_case(name).with_experts(size)
         for name in names(case) or ()
@@ -106,10 +110,11 @@ def experts(
         dtype=dtype_named(dtype),
         repeats=repeats,
         seed=seed,
-        memory_bytes=memory_limit_bytes(memory),
+        memory_bytes=gpu_memory_bytes(memory) if on.type == "cuda" else memory_limit_bytes(memory),
+        device=on,
     )
     console = people(as_json=as_json)
-    machine = _measure(console)
+    machine = _measure(console, on)
     found = bench_experts(cases, entrants, machine, settings, _progress())
     limits = f"{found['bandwidth_gb_per_s']:.1f} GB/s, {found['peak_gmac_per_s']:.0f} GMAC/s"
     console.print(f"bounds by what the machine gave between the calls (medians): {limits}")
@@ -129,6 +134,7 @@ def forward(
     masked: Annotated[int | None, typer.Option(help="Rows that need the head. Default: all.")] = None,
     context: Annotated[int, typer.Option(help="Positions in the cache.")] = 256,
     dtype: DtypeFlag = "bfloat16",
+    device: DeviceFlag = "cpu",
     backends: BackendsFlag = None,
     repeats: RepeatsFlag = 10,
     threads: ThreadsFlag = None,
@@ -142,6 +148,7 @@ def forward(
     """Time one denoising forward of a few full-width layers and the head, by part, under several policies."""
     del list_cases
     _prepare(report, plot, threads, repeats)
+    on = device_named(device)
     settings = ForwardSettings(
         num_layers=layers,
         tokens=tokens,
@@ -151,11 +158,12 @@ def forward(
         dtype=dtype_named(dtype),
         repeats=repeats,
         seed=seed,
-        memory_bytes=memory_limit_bytes(memory),
+        memory_bytes=gpu_memory_bytes(memory) if on.type == "cuda" else memory_limit_bytes(memory),
+        device=on,
     )
     console = people(as_json=as_json)
     chosen, picked = policies_by_label(policies), find_case(case)
-    machine = _measure(console)
+    machine = _measure(console, on)
     found = bench_forward(case, picked, chosen, names(backends), settings, _progress())
     config = {**found["scene"], "case": case, "policies": list(chosen), "repeats": repeats}
     _finish("bench forward", console, machine, found, forward_tables(found), config, seed, dtype, as_json, report, plot)
@@ -197,7 +205,7 @@ def generate(
         raise InputError(f"limit must be at least 1, got {limit}")
     chosen, sizes = policies_by_label(policies), counts("--batch-sizes", batch_sizes) or (1,)
     if case is None:
-        subject = _loaded_subject(model, prompts, limit, dtype, gen_length, threshold, seed)
+        subject = loaded_subject(model, prompts, limit, dtype, gen_length, threshold, seed)
     else:
         subject = random_subject(
             case,
@@ -222,20 +230,6 @@ def generate(
     _finish("bench generate", console, machine, found, tables, config, seed, told, as_json, report, plot)
 
 
-def _loaded_subject(
-    model: str, prompts: Path, limit: int, dtype: str | None, gen_length: int, threshold: float, seed: int
-) -> Subject:
-    records = read_prompts(prompts)[:limit]
-    loaded = api.load(model, dtype=dtype)
-    loaded.model.requires_grad_(False)
-    return Subject(
-        name=str(loaded.path),
-        model=loaded.model,
-        prompts=encode_prompts(loaded, [record.prompt for record in records], None),
-        options=DecodingOptions(gen_length=gen_length, threshold=threshold, seed=seed),
-    )
-
-
 def _prepare(report: Path | None, plot: Path | None, threads: int | None, repeats: int) -> None:
     """Refuse what would fail only after minutes; set the threads once."""
     if plot is not None:
@@ -248,9 +242,9 @@ def _prepare(report: Path | None, plot: Path | None, threads: int | None, repeat
     set_threads(threads)
 
 
-def _measure(console: Console) -> Machine:
+def _measure(console: Console, device: torch.device = CPU) -> Machine:
     _progress()("measuring bandwidth and peak")
-    machine = measure_machine()
+    machine = measure_gpu(device) if device.type == "cuda" else measure_machine()
     console.print(machine_line(machine))
     return machine
 
@@ -281,7 +275,7 @@ def _finish(
     }
     if report is not None:
         full = {**config, "dtype": dtype}
-        environment = capture_environment()
+        environment = capture_environment(torch.device("cuda") if "gpu" in machine.facts else None)
         Report(command=command, environment=environment, seeds={"bench": seed}, config=full, results=results).write(
             report
         )

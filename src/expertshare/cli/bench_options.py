@@ -9,7 +9,7 @@ import torch
 import typer
 
 from expertshare import api
-from expertshare.bench import CASES
+from expertshare.bench import CASES, gpu_device
 from expertshare.cli.bench_tables import case_table
 from expertshare.cli.console import people
 from expertshare.errors import ConfigError, InputError, nearest
@@ -30,6 +30,7 @@ ListFlag = Annotated[
 CasesFlag = Annotated[str, typer.Option("--case", help="Cases, parted by commas; --list shows them.")]
 DtypeFlag = Annotated[str, typer.Option(help="Of weights and activations: bfloat16 or float32.")]
 BackendsFlag = Annotated[str | None, typer.Option(help="Contenders, parted by commas. Default: all that are there.")]
+DeviceFlag = Annotated[str, typer.Option(help="cpu, or cuda: the GPU, timed by its own events.")]
 RepeatsFlag = Annotated[int, typer.Option(help="Timed calls of each contender, in turn with all others.")]
 MemoryFlag = Annotated[float | None, typer.Option(help="Gigabytes for weights. Default: 3/4 of what is free.")]
 SeedFlag = Annotated[int, typer.Option(help="Of weights, tokens and routing.")]
@@ -63,6 +64,13 @@ def counts(flag: str, listed: str | None) -> tuple[int, ...] | None:
 def policies_by_label(listed: str) -> dict[str, RoutingPolicy]:
     """Policies parted by commas, under the labels that name them in results."""
     return {policy_label(policy): policy for policy in parse_policies([listed])}
+
+
+def device_named(name: str) -> torch.device:
+    """cpu or cuda; ConfigError for others, and for cuda where nothing could be measured."""
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"unknown device {name!r}. {nearest(name, ('cpu', 'cuda'))}")
+    return gpu_device() if name == "cuda" else torch.device("cpu")
 
 
 def dtype_named(name: str) -> torch.dtype:

@@ -39,6 +39,12 @@ def machine_line(machine: Machine) -> str:
     """The machine and its measured limits in one line."""
     peaks = ", ".join(f"{rate / 1e9:.0f} GMAC/s in {name}" for name, rate in machine.macs_per_s.items())
     facts = machine.facts
+    if "gpu" in facts:
+        gpu = facts["gpu"]
+        return (
+            f"{gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda']}, Triton {gpu['triton']}; "
+            f"measured {machine.bytes_per_s / 1e9:.0f} GB/s (copy), {peaks}"
+        )
     return (
         f"{facts['cpu']}, {facts['threads']} threads, our kernel: {machine.instruction_set or 'not built'}; "
         f"measured {machine.bytes_per_s / 1e9:.1f} GB/s, {peaks}"

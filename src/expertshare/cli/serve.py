@@ -71,6 +71,7 @@ def serve(
     from expertshare.api.serving import opened_engine, opened_entrance
     from expertshare.serving import EngineLimits, ServerSettings, create_app, page_routes
     from expertshare.serving import serve as serve_app
+    from expertshare.serving.live import page_paths
     from expertshare.serving.logs import checked_level
     from expertshare.serving.replicas import ReplicaScale
 
@@ -103,7 +104,8 @@ def serve(
     else:
         set_threads(threads)
         with opened_engine(model, **engine) as one:
-            app = create_app(one, settings, extra_routers=[page_routes(one, model_name)] if shown else [])
+            routers = [page_routes(one, model_name)] if shown else []
+            app = create_app(one, settings, extra_routers=routers, open_paths=page_paths() if shown else ())
             ended_by = listen(app, one)
     if ended_by == signal.SIGINT:
         sys.exit(130)

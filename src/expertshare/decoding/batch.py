@@ -11,6 +11,7 @@ from torch import Tensor
 from expertshare.decoding.block_causal import CachedPrefix
 from expertshare.decoding.canvas import Canvas, Window
 from expertshare.decoding.commit_rule import holds_eos, schedule, tokens_to_edit, tokens_to_write
+from expertshare.decoding.coreset_memory import CoresetMemory
 from expertshare.decoding.forwards import AccountedModel, Forwards, Ledger
 from expertshare.decoding.full_attention import WholeCanvas
 from expertshare.decoding.geometry import RowGeometry
@@ -40,7 +41,8 @@ class RowBatch:
         self._model, self._runtime, self._watcher = model, runtime, watcher
         self._eos_ids = torch.tensor(model.config.eos_ids, dtype=torch.int64, device=model.device)
         self.canvas = canvas
-        run = AccountedModel(model, runtime, ledger, watcher)
+        memory = CoresetMemory(runtime.policy, model.config.num_moe_layers)
+        run = AccountedModel(model, runtime, ledger, memory, watcher)
         full = model.config.attention == "full"
         self.forwards: Forwards = WholeCanvas(run, canvas) if full else CachedPrefix(run, canvas)
         self._active: list[Row] = []

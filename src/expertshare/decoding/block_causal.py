@@ -66,6 +66,7 @@ class CachedPrefix:
             live_BS=self._canvas.live_BC[at],
             mask_BSP=self._mask(rows),
             block_length=window.tokens_RL.shape[1],
+            masked_BS=window.masked_RL,
         )
         rooms = self.cache.rooms(numbers, [row.start for row in rows])
         output = self._run(kind, rows, inputs, rooms)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
 
+from expertshare.decoding.coreset_memory import CoresetMemory
 from expertshare.decoding.row import Row
 from expertshare.decoding.watching import Watcher
 from expertshare.measure.cost import ForwardKind, Turn
@@ -49,11 +50,13 @@ class Ledger(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AccountedModel:
-    """The model, how to run it, the ledger that every forward is written to, and who else is told, if anybody."""
+    """The model, how to run it, the ledger that every forward is written to, the coresets that last several forwards,
+    and who else is told, if anybody."""
 
     model: MoETransformer
     runtime: Runtime
     ledger: Ledger
+    memory: CoresetMemory
     watcher: Watcher | None = None
 
     def __call__(
@@ -64,7 +67,10 @@ class AccountedModel:
         past: Sequence[Past] | None = None,
     ) -> ForwardOutput:
         """One forward in which `rows` take part."""
-        output: ForwardOutput = self.model(inputs, self.runtime, past)
+        groups_per_row = inputs.tokens_BS.shape[1] // inputs.block_length
+        previous = self.memory.recall(kind, rows, groups_per_row)
+        output: ForwardOutput = self.model(replace(inputs, previous=previous), self.runtime, past)
+        self.memory.remember(kind, rows, output.routing.coresets)
         live_G = inputs.live_BS.reshape(-1, inputs.block_length).any(dim=1)
         self.ledger.record(
             kind,

@@ -35,6 +35,7 @@ class WholeCanvas:
             live_BS=live_RS,
             mask_BSP=None if all_live else live_RS.unsqueeze(1).expand(-1, length, -1),
             block_length=rows[0].geometry.block_length,
+            masked_BS=canvas.masked_BC[index, :length],
         )
         hidden_RSD = self._run("denoise", rows, inputs).hidden_BSD
         index_RL = canvas.window(rows).index_RL

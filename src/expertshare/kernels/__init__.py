@@ -4,12 +4,14 @@ from expertshare.kernels.attention import attend
 from expertshare.kernels.dense import head, linear, logits, swiglu
 from expertshare.kernels.door import AUTO, BACKENDS, Backend, moe_ffn, resolve_backend
 from expertshare.kernels.norm import Place, add_and_norm, normalised, rms_norm, turn_heads_cpu
+from expertshare.kernels.triton.selection import Selection, select_and_assign
 
 __all__ = [
     "AUTO",
     "BACKENDS",
     "Backend",
     "Place",
+    "Selection",
     "add_and_norm",
     "attend",
     "head",
@@ -19,6 +21,7 @@ __all__ = [
     "normalised",
     "resolve_backend",
     "rms_norm",
+    "select_and_assign",
     "swiglu",
     "turn_heads_cpu",
 ]

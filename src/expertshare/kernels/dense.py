@@ -11,6 +11,7 @@ from torch import Tensor
 from expertshare.kernels.cpu import moe_ffn_cpu
 from expertshare.kernels.projection import check_dense, linear_cpu
 from expertshare.kernels.quantised_head import quantised_head, quantised_logits
+from expertshare.kernels.triton.head import best_token_triton
 from expertshare.kernels.vocabulary import best_token, best_token_cpu
 from expertshare.types import ExpertBank, QuantisedWeight, RoutingPlan
 
@@ -44,9 +45,11 @@ def head(
 ) -> tuple[Tensor, Tensor]:
     """The most probable token of each row, int64 [R], and its probability, float32 [R]; `excluded` ids left out.
 
-    The probability is NaN where a logit is not finite. Ties go to the lower id. The backend "cpu" keeps no logits.
+    The probability is NaN where a logit is not finite. Ties go to the lower id. "cpu" and "triton" keep no logits.
     Raises ConfigError for what it cannot take.
     """
+    if backend == "triton":
+        return best_token_triton(hidden_RD, weight_VD, excluded)
     if isinstance(weight_VD, QuantisedWeight):
         return quantised_head(hidden_RD, weight_VD, excluded, backend=backend)
     if backend == "cpu":

@@ -16,16 +16,24 @@ from expertshare.kernels.cpu import moe_ffn_cpu
 from expertshare.kernels.grouped import moe_ffn_grouped
 from expertshare.kernels.quantise import dequantised_experts
 from expertshare.kernels.reference import moe_ffn_reference
+from expertshare.kernels.triton import check_available
+from expertshare.kernels.triton.experts import moe_ffn_triton
 from expertshare.types import Bank, ExpertBank, RoutingPlan
 
-Backend = Literal["grouped", "cpu", "reference"]
+Backend = Literal["grouped", "cpu", "triton", "reference"]
 
 BACKENDS: dict[str, Callable[[Tensor, RoutingPlan, ExpertBank], Tensor]] = {
     "grouped": moe_ffn_grouped,
     "cpu": moe_ffn_cpu,
+    "triton": moe_ffn_triton,
     "reference": moe_ffn_reference,
 }
 
+TAKES_CODES: dict[str, Callable[[Tensor, RoutingPlan, Bank], Tensor]] = {
+    "cpu": moe_ffn_cpu,
+    "triton": moe_ffn_triton,
+}
+"""Backends that multiply quantised weights as they are."""
 
 AUTO = "auto"
 _log = logging.getLogger(__name__)
@@ -35,7 +43,7 @@ def resolve_backend(name: str, device: torch.device) -> str:
     """The backend that `name` stands for on a device; "auto" is the fastest one for inference there.
 
     Where our own kernel would be the fastest but was not built, that is said once, in one line of the log. Raises
-    ConfigError for a name that does not exist and for "cpu" where it cannot run.
+    ConfigError for a name that does not exist and for "cpu" or "triton" where they cannot run.
     """
     if name == AUTO:
         if device.type != "cpu":
@@ -49,6 +57,8 @@ def resolve_backend(name: str, device: torch.device) -> str:
         raise ConfigError(f"unknown expert backend {name!r}. {nearest(name, [AUTO, *BACKENDS])}")
     if name == "cpu":
         native.library()
+    if name == "triton":
+        check_available()
     return name
 
 
@@ -61,14 +71,14 @@ def moe_ffn(x_TD: Tensor, plan: RoutingPlan, bank: Bank, *, backend: str = "grou
     """Run each token through the experts of its plan and mix the outputs with its weights.
 
     x_TD: float32 or bfloat16, same dtype as the bank unless that is quantised. Returns [T, D] in that dtype; sums are
-    float32. Of quantised experts "cpu" multiplies the codes (moe_ffn_cpu says how); the other backends widen those in
-    use to the tokens' dtype first, which is slow.
-    Raises ConfigError for a backend that does not exist, and for "cpu" where its library was not built.
+    float32. Of quantised experts "cpu" and "triton" multiply the codes (moe_ffn_cpu and moe_ffn_triton say how); the
+    other backends widen those in use to the tokens' dtype first, which is slow.
+    Raises ConfigError for a backend that does not exist, and for "cpu" or "triton" where they cannot run.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"unknown expert backend {backend!r}. {nearest(backend, BACKENDS)}")
     if isinstance(bank, ExpertBank):
         return BACKENDS[backend](x_TD, plan, bank)
-    if backend == "cpu":
-        return moe_ffn_cpu(x_TD, plan, bank)
+    if backend in TAKES_CODES:
+        return TAKES_CODES[backend](x_TD, plan, bank)
     return BACKENDS[backend](x_TD, *dequantised_experts(plan, bank, x_TD.dtype))

@@ -64,16 +64,16 @@ def shape_of(weight: Tensor | QuantisedWeight) -> tuple[int, ...]:
     return tuple(weight.shape) if isinstance(weight, Tensor) else (*weight.codes_ERC.shape[:-1], weight.depth)
 
 
-def check_layout(name: str, weight: Tensor | QuantisedWeight) -> None:
+def check_layout(name: str, weight: Tensor | QuantisedWeight, *, backend: str = "cpu") -> None:
     """Raises ConfigError unless the kernel can read every expert of the weights where they lie."""
     if isinstance(weight, QuantisedWeight):
         _check_groups(name, weight)
     for part, tensor in tensors_of(name, weight).items():
         if len(tensor) and not tensor[0].is_contiguous():
             raise ConfigError(
-                f"the expert backend 'cpu' reads weights where they lie and expects each expert of {part} contiguous, "
-                f"got strides {tensor.stride()} for shape {tuple(tensor.shape)}: make it contiguous once, when it is "
-                "loaded."
+                f"the expert backend {backend!r} reads weights where they lie and expects each expert of {part} "
+                f"contiguous, got strides {tensor.stride()} for shape {tuple(tensor.shape)}: make it contiguous once, "
+                "when it is loaded."
             )
         if tensor.data_ptr() % tensor.element_size() != 0:
             raise ConfigError(f"{part} is not aligned to its elements of {tensor.element_size()} bytes: clone it.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,20 +13,24 @@ from torch import Tensor, nn
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.errors import ConfigError
 from expertshare.experts import ResidentExperts
-from expertshare.kernels import moe_ffn
+from expertshare.kernels import moe_ffn, select_and_assign
 from expertshare.models.layers import SwiGLU
 from expertshare.models.runtime import Runtime
 from expertshare.native import ask_for_huge_pages
-from expertshare.routing import LayerStep, count_load, gate_scores, gate_takes, route, router_scores
-from expertshare.types import ExpertBank, Loan, RouterScores, RoutingPlan, RoutingPolicy
+from expertshare.routing import LayerStep, count_load, gate_scores, gate_takes, recipe_of, route, router_scores
+from expertshare.types import Coreset, ExpertBank, Loan, RouterScores, RoutingPlan, RoutingPolicy
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRouting:
-    """One layer's share of a RoutingTrace: load_E int64, group_experts_G int64."""
+    """One layer's share of a RoutingTrace: load_E int64, group_experts_G int64.
+
+    coreset: None where the native library chose it, which is never under a policy that needs to know of steps.
+    """
 
     load_E: Tensor
     group_experts_G: Tensor
+    coreset: Coreset | None = None
 
 
 def in_slots(plan: RoutingPlan, loan: Loan) -> RoutingPlan:
@@ -68,10 +72,22 @@ class Router(nn.Module):
         return router_scores(self(x_GLD), live_GL, spec, self.bias)
 
     def plan(
-        self, x_GLD: Tensor, live_GL: Tensor, policy: RoutingPolicy, spec: RouterSpec, *, compiled: bool
+        self,
+        x_GLD: Tensor,
+        live_GL: Tensor,
+        policy: RoutingPolicy,
+        spec: RouterSpec,
+        *,
+        backend: str,
+        masked_GL: Tensor | None = None,
+        previous: Coreset | None = None,
     ) -> tuple[RoutingPlan, LayerRouting]:
-        """Gate, selection and assignment of a layer, and what they ask of the experts; compiled: as for `scores`."""
-        if compiled:
+        """Gate, selection and assignment of a layer, and what they ask of the experts: for policies with a recipe under
+        "cpu" by the native library, under "triton" by kernels that need no word from the host; else by torch.
+
+        masked_GL, previous: for policies that need to know of steps, as in RouterScores and `route`.
+        """
+        if backend == "cpu":
             weight, bias = self._parameters["weight"], self._buffers["bias"]  # spares three calls of Module.__getattr__
             assert weight is not None
             step = self._steps.get(id(policy))
@@ -81,8 +97,13 @@ class Router(nn.Module):
             if routed is not None:
                 plan, load_E, unique_G = routed
                 return plan, LayerRouting(load_E, unique_G)
-        _, plan = route(self.scores(x_GLD, live_GL, spec, compiled=compiled), policy, spec)
-        return plan, LayerRouting(*count_load(plan, len(live_GL)))
+        scores = replace(self.scores(x_GLD, live_GL, spec, compiled=backend == "cpu"), masked_GL=masked_GL)
+        recipe = recipe_of(policy, spec) if backend == "triton" else None
+        if recipe is not None:
+            found = select_and_assign(scores, spec, recipe, group_limit=policy.group_limit)
+            return found.plan, LayerRouting(found.load_E, found.group_experts_G, found.coreset)
+        coreset, plan = route(scores, policy, spec, previous=previous)
+        return plan, LayerRouting(*count_load(plan, len(live_GL)), coreset)
 
     def _prepare(self, weight: Tensor, bias: Tensor | None, policy: RoutingPolicy, spec: RouterSpec) -> LayerStep:
         """A step for this policy, kept (with the policy, so that its id stays its own) while few others come."""
@@ -121,11 +142,23 @@ class MoE(nn.Module):
         )
         self.shared = SwiGLU(config.hidden_size, config.shared_hidden) if config.shared_hidden else None
 
-    def forward(self, x_GLD: Tensor, live_GL: Tensor, runtime: Runtime) -> tuple[Tensor, LayerRouting]:
-        """Returns the layer's output (same shape and dtype as the input) and what it asked of the experts."""
+    def forward(
+        self,
+        x_GLD: Tensor,
+        live_GL: Tensor,
+        runtime: Runtime,
+        masked_GL: Tensor | None = None,
+        previous: Coreset | None = None,
+    ) -> tuple[Tensor, LayerRouting]:
+        """Returns the layer's output (same shape and dtype as the input) and what it asked of the experts.
+
+        masked_GL, previous: as in ForwardInput, of this layer's groups.
+        """
         with runtime.timed("router"):
-            policy = runtime.policy_for(self.moe_layer, self.num_layers)
-            plan, routing = self.router.plan(x_GLD, live_GL, policy, self.spec, compiled=runtime.backend == "cpu")
+            policy, backend = runtime.policy_for(self.moe_layer, self.num_layers), runtime.backend
+            plan, routing = self.router.plan(
+                x_GLD, live_GL, policy, self.spec, backend=backend, masked_GL=masked_GL, previous=previous
+            )
         x_TD = x_GLD.flatten(0, 1)
         with runtime.timed("experts"):
             with self._borrow(plan, runtime) as loan:

@@ -12,7 +12,7 @@ from torch import Tensor
 from expertshare.kernels import Place
 from expertshare.measure.clock import PartClock
 from expertshare.routing import policy_at
-from expertshare.types import ExpertStore, RoutingPolicy
+from expertshare.types import Coreset, ExpertStore, RoutingPolicy
 
 _UNTIMED: AbstractContextManager[None] = nullcontext()
 
@@ -47,7 +47,8 @@ class ForwardInput:
 
     tokens_BS int64; positions_BS int64, absolute; live_BS bool, False for padding. mask_BSP bool [B, S, keys], True
     where a query may attend to a key, keys in the order of `Past.extended_by`; None where every query may attend to
-    every key. S is a multiple of block_length.
+    every key. S is a multiple of block_length. masked_BS: bool, positions that are still to be decided; None
+    where there are none. previous: per MoE layer, the coresets to keep (see `route`); None where all are selected.
     """
 
     tokens_BS: Tensor
@@ -55,6 +56,8 @@ class ForwardInput:
     live_BS: Tensor
     mask_BSP: Tensor | None
     block_length: int
+    masked_BS: Tensor | None = None
+    previous: tuple[Coreset | None, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +95,13 @@ class RoutingTrace:
     """What one forward asked of the experts, as tensors on the model's device (reading them synchronises).
 
     load_NE: int64, (token, expert) pairs per MoE layer and expert; an expert with any is active. group_experts_NG:
-    int64, unique experts of each sharing group.
+    int64, unique experts of each sharing group. coresets: what the groups agreed on, per MoE layer; None where
+    the native library chose it.
     """
 
     load_NE: Tensor
     group_experts_NG: Tensor
+    coresets: tuple[Coreset | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

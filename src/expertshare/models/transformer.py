@@ -46,7 +46,9 @@ class Layer(nn.Module):
         assert self.moe is not None
         length = inputs.block_length
         h_GLD = h_BSD.reshape(-1, length, h_BSD.shape[-1])
-        y_GLD, routing = self.moe(h_GLD, inputs.live_BS.reshape(-1, length), runtime)
+        masked_GL = None if inputs.masked_BS is None else inputs.masked_BS.reshape(-1, length)
+        previous = inputs.previous[self.moe.moe_layer] if inputs.previous else None
+        y_GLD, routing = self.moe(h_GLD, inputs.live_BS.reshape(-1, length), runtime, masked_GL, previous)
         return x_BSD + y_GLD.view(x_BSD.shape), new, routing
 
 
@@ -103,7 +105,9 @@ class MoETransformer(nn.Module):
 
 def _trace(routings: list[LayerRouting]) -> RoutingTrace:
     return RoutingTrace(
-        torch.stack([r.load_E for r in routings]), torch.stack([r.group_experts_G for r in routings])
+        torch.stack([r.load_E for r in routings]),
+        torch.stack([r.group_experts_G for r in routings]),
+        tuple(r.coreset for r in routings),
     )
 
 

@@ -138,6 +138,15 @@ def count_load(plan: RoutingPlan, num_groups: int) -> tuple[Tensor, Tensor]:
     return load[1:], used[:, 1:].sum(dim=1)
 
 
+def _renew(previous: Coreset, scores: RouterScores, policy: RoutingPolicy, spec: RouterSpec) -> Coreset:
+    """Select for the groups without members."""
+    has_one_G1 = previous.member_GE.any(dim=1, keepdim=True)
+    if bool(has_one_G1.all()):
+        return previous
+    chosen = policy.select(scores, spec, previous)
+    return Coreset(torch.where(has_one_G1, previous.member_GE, chosen.member_GE))
+
+
 def route(
     scores: RouterScores,
     policy: RoutingPolicy,
@@ -146,6 +155,9 @@ def route(
     previous: Coreset | None = None,
     expert_scale_E: Tensor | None = None,
 ) -> tuple[Coreset, RoutingPlan]:
-    """Select a coreset, then assign inside it: the whole of expert sharing, for inference and training alike."""
-    coreset = policy.select(scores, spec, previous)
+    """Select a coreset, then assign inside it: the whole of expert sharing, for inference and training alike.
+
+    previous: a group whose row has members keeps them; one whose row is empty selects anew.
+    """
+    coreset = policy.select(scores, spec) if previous is None else _renew(previous, scores, policy, spec)
     return coreset, assign(scores, coreset, spec, policy=policy, expert_scale_E=expert_scale_E)

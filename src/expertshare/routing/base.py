@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Self
 
+import torch
 from torch import Tensor
 
 from expertshare.config import GroupLimit, RouterSpec
@@ -14,6 +15,7 @@ from expertshare.routing.assign import everything
 from expertshare.types import Coreset, RouterScores
 
 Budget = int | float
+Voters = Literal["all", "masked"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +23,15 @@ class TokenPolicy:
     """A policy without a coreset: every expert stays available, a token may run fewer of them."""
 
     name: ClassVar[str]
+
+    @property
+    def reuse(self) -> None:
+        """There is no coreset to keep."""
+
+    @property
+    def needs_steps(self) -> bool:
+        """A token decides by itself."""
+        return False
 
     @property
     def group_limit(self) -> GroupLimit:
@@ -45,11 +56,33 @@ class CoresetPolicy:
     """A policy with a coreset: a token still runs K experts, all of them inside what its block agreed on.
 
     group_limit: "inside" applies the model's group-limited routing within the coreset (dMoE), "ignore" drops it there
-    (LLaDA2.2). Without expert groups both are the same.
+    (LLaDA2.2). Without expert groups both are the same. voters: whose scores choose the coreset. reuse: in how
+    many steps of a block decoding uses a coreset before it selects another; None is 1.
     """
 
     name: ClassVar[str]
     group_limit: GroupLimit = field(default="inside", metadata={"help": "group rule in the coreset: inside, ignore"})
+    voters: Voters = field(default="all", metadata={"help": "tokens that vote: all, masked"})
+    reuse: int | None = field(default=None, metadata={"help": "steps of a block that a coreset serves (default: 1)"})
+
+    def __post_init__(self) -> None:
+        if self.reuse is not None and self.reuse < 1:
+            raise PolicyError(f"{self.name}: reuse must be a number of steps, at least 1, got {self.reuse}")
+
+    @property
+    def needs_steps(self) -> bool:
+        """For `voters` or `reuse`."""
+        return self.voters == "masked" or (self.reuse or 1) > 1
+
+    def voting(self, scores: RouterScores) -> RouterScores:
+        """The scores with every token that does not vote taken for padding.
+
+        voters "masked": those still to be decided; a group without one (prefill, commit) lets all its tokens vote.
+        """
+        if self.voters == "all" or scores.masked_GL is None:
+            return scores
+        masked_GL = scores.live_GL & scores.masked_GL
+        return replace(scores, live_GL=torch.where(masked_GL.any(dim=1, keepdim=True), masked_GL, scores.live_GL))
 
     def keep(self, affinity_TK: Tensor) -> Tensor | None:
         """All K of them."""

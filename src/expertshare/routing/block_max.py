@@ -28,7 +28,7 @@ class BlockMax(CoresetPolicy):
     def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
         """The experts with the highest maximum."""
         size = resolve_budget(self.budget, spec, self.group_limit, self.name)
-        return Coreset(top_k_mask(highest(scores), size))
+        return Coreset(top_k_mask(highest(self.voting(scores)), size))
 
     def recipe(self, spec: RouterSpec) -> Recipe | None:
         """`select` in numbers."""

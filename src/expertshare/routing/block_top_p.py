@@ -41,7 +41,7 @@ class BlockTopP(CoresetPolicy):
 
     def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
         """The shortest prefix of the ranking that passes p."""
-        votes_GE, _ = election(scores, spec, self.ballots)
+        votes_GE, _ = election(self.voting(scores), spec, self.ballots)
         guard = spec.min_coreset_size(self.group_limit) if self.guard is None else self.guard
         return grow(shortest_prefix(votes_GE, self.top_p_experts), votes_GE, guard)
 

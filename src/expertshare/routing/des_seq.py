@@ -27,7 +27,7 @@ class DesSeq(CoresetPolicy):
 
     def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
         """Union of the ballots of the group's live tokens."""
-        votes_GE, union_GE = election(scores, spec, self.ballots, self.experts_per_vote)
+        votes_GE, union_GE = election(self.voting(scores), spec, self.ballots, self.experts_per_vote)
         return grow(union_GE, votes_GE, spec.min_coreset_size(self.group_limit))
 
     def recipe(self, spec: RouterSpec) -> Recipe | None:

@@ -28,7 +28,7 @@ class DesVote(CoresetPolicy):
     def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
         """The experts with the most votes."""
         size = resolve_budget(self.budget, spec, self.group_limit, self.name)
-        votes_GE, _ = election(scores, spec, self.ballots)
+        votes_GE, _ = election(self.voting(scores), spec, self.ballots)
         return Coreset(top_k_mask(votes_GE, size))
 
     def recipe(self, spec: RouterSpec) -> Recipe | None:

@@ -29,6 +29,15 @@ class Layerwise:
             raise PolicyError(f"{self.name}: expected a plain policy in every layer, got a layerwise one")
 
     @property
+    def reuse(self) -> None:
+        """Each layer follows its own."""
+
+    @property
+    def needs_steps(self) -> bool:
+        """Where any layer does."""
+        return any(policy.needs_steps for policy in self.layers)
+
+    @property
     def group_limit(self) -> GroupLimit:
         """The first layer's; each layer follows its own."""
         return self.layers[0].group_limit

@@ -31,7 +31,7 @@ class ProtectedVote(CoresetPolicy):
     def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
         """Rank by votes, the protected in front of all others, cut at the budget."""
         size = resolve_budget(self.budget, spec, self.group_limit, self.name)
-        votes_GE, protected_GE = election(scores, spec, self.ballots)
+        votes_GE, protected_GE = election(self.voting(scores), spec, self.ballots)
         return Coreset(top_k_mask(votes_GE, size, protected_GE))
 
     def recipe(self, spec: RouterSpec) -> Recipe | None:

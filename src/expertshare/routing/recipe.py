@@ -1,4 +1,4 @@
-"""A policy in a few numbers: what the native library needs to know to route a layer in one call.
+"""A policy in a few numbers: what the native library needs to know to route a layer in one call, and Triton in two.
 
 A recipe adds nothing to a policy: `select` and `keep` define it, and a recipe says the same again in terms that the
 library has (csrc/routing_step.h). One without a recipe is routed by its `select` and `keep`, in more calls.
@@ -6,35 +6,13 @@ library has (csrc/routing_step.h). One without a recipe is routed by its `select
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
-from typing import Literal, Protocol, cast
+from typing import Protocol, cast
 
 from expertshare.config import RouterSpec
-from expertshare.routing.ballots import Ballots
-from expertshare.types import RoutingPolicy
+from expertshare.types import Recipe, RoutingPolicy
 
-Ranking = Literal["all", "votes", "highest"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """How a coreset is made, and what a token keeps of its K experts inside it.
-
-    ranking: of the experts of a group, by the ballots' `tally` ("votes") or by `highest`; "all" shares no coreset. The
-    coreset is the `size` best, those in front before all others: the `num_firsts` best of every token (with "votes"),
-    or the shortest prefix of the ranking that passes `prefix_share`. front_is_whole: a front larger than `size` is not
-    cut. slots: a token keeps so many of its experts, None for all; of these it drops the lightest, up to `drop_share`.
-    """
-
-    ranking: Ranking = "all"
-    ballots: Ballots = "ungrouped"
-    size: int = 0
-    num_firsts: int = 0
-    prefix_share: float | None = None
-    front_is_whole: bool = False
-    slots: int | None = None
-    drop_share: float | None = None
+__all__ = ["HasRecipe", "Recipe", "recipe_of"]
 
 
 class HasRecipe(Protocol):
@@ -49,8 +27,13 @@ class HasRecipe(Protocol):
 
 
 def recipe_of(policy: RoutingPolicy, spec: RouterSpec) -> Recipe | None:
-    """The policy's recipe; None where it has none, or only one of a class whose `select` or `keep` it replaced."""
-    return cast(HasRecipe, policy).recipe(spec) if _is_own(type(policy)) else None
+    """The policy's recipe; None where it has none, or only one of a class whose `select` or `keep` it replaced.
+
+    None as well for a policy that needs to know of steps: the library is not told of them.
+    """
+    if policy.needs_steps or not _is_own(type(policy)):
+        return None
+    return cast(HasRecipe, policy).recipe(spec)
 
 
 @cache

@@ -10,6 +10,7 @@ from expertshare.config import ModelConfig
 from expertshare.errors import PolicyError, nearest
 from expertshare.routing.block_max import BlockMax
 from expertshare.routing.block_top_p import BlockTopP
+from expertshare.routing.coverage import Coverage
 from expertshare.routing.des_seq import DesSeq
 from expertshare.routing.des_vote import DesVote
 from expertshare.routing.layerwise import Layerwise
@@ -30,6 +31,7 @@ AnyPolicy = (
     | BlockTopP
     | BlockMax
     | ProtectedVote
+    | Coverage
 )
 # fmt: on
 

@@ -107,6 +107,7 @@ def _batch(
         live_BS=torch.ones_like(tokens_BS, dtype=torch.bool),
         mask_BSP=allowed.expand(len(samples), -1, -1),
         block_length=length,
+        masked_BS=torch.cat((masked_BS[:, tail], torch.zeros_like(masked_BS[:, head])), dim=1),
     )
     return TrainingBatch(
         inputs,

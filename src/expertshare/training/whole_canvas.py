@@ -69,6 +69,7 @@ def _batch(
         live_BS=live_BS,
         mask_BSP=live_BS.unsqueeze(1).expand(-1, size, -1),
         block_length=length,
+        masked_BS=masked_BS,
     )
     return TrainingBatch(inputs, clean_BS, weight_BS * learnt_BS)
 

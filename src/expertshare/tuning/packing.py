@@ -27,11 +27,12 @@ class Pack:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A block of a row of a pack: final tokens (snapshot None), or a snapshot's."""
+    """A block of a row of a pack: a snapshot's, or final tokens (snapshot None), or masks where decoding is not yet."""
 
     block: int
     tokens_L: Tensor
     snapshot: Snapshot | None
+    is_ahead: bool = False
 
 
 def pack(trajectories: Sequence[Trajectory], config: ModelConfig) -> list[Pack]:
@@ -72,7 +73,7 @@ def _full_rows(trajectory: Trajectory, config: ModelConfig) -> list[tuple[list[_
     rows: list[tuple[list[_Piece], int]] = []
     for snapshot in trajectory.snapshots:
         before = [_Piece(b, blocks[b], None) for b in range(snapshot.block)]
-        after = [_Piece(b, masks_L, None) for b in range(snapshot.block + 1, len(blocks))]
+        after = [_Piece(b, masks_L, None, is_ahead=True) for b in range(snapshot.block + 1, len(blocks))]
         own = _Piece(snapshot.block, snapshot.tokens_L, snapshot)
         rows.append(([*before, own, *after], trajectory.geometry.padding))
     return rows
@@ -85,13 +86,16 @@ def _stack(batch: Sequence[tuple[list[_Piece], int]], config: ModelConfig) -> Pa
     tokens = torch.full((len(batch), most, length), config.pad_id, device=device)
     block = torch.zeros(len(batch), most, dtype=torch.int64, device=device)
     is_snapshot, live = (torch.zeros(len(batch), most, dtype=torch.bool, device=device) for _ in range(2))
-    scored = torch.zeros(len(batch), most, length, dtype=torch.bool, device=device)
+    scored, masked = (torch.zeros(len(batch), most, length, dtype=torch.bool, device=device) for _ in range(2))
     padding = torch.tensor([pad for _, pad in batch], device=device).view(-1, 1, 1)
     for row, (pieces, _) in enumerate(batch):
         for place, piece in enumerate(pieces):
             tokens[row, place], block[row, place], live[row, place] = piece.tokens_L, piece.block, True
             if piece.snapshot is not None:
                 is_snapshot[row, place], scored[row, place] = True, piece.snapshot.written_L
+                masked[row, place] = piece.snapshot.masked_L
+            else:
+                masked[row, place] = piece.is_ahead
     canvas = block.unsqueeze(2) * length + torch.arange(length, device=device)
     live_BS = (live.unsqueeze(2) & (canvas >= padding)).flatten(1)
     sees = live.unsqueeze(1).expand(-1, most, -1)
@@ -107,6 +111,7 @@ def _stack(batch: Sequence[tuple[list[_Piece], int]], config: ModelConfig) -> Pa
             live_BS=live_BS,
             mask_BSP=mask_BSS,
             block_length=length,
+            masked_BS=masked.flatten(1),
         ),
         scored_BS=scored.flatten(1),
         groups_G=(live if _is_full(config) else is_snapshot).flatten(),

@@ -11,7 +11,7 @@ from weakref import WeakSet
 
 from torch import nn
 
-from expertshare.errors import ConfigError
+from expertshare.errors import ConfigError, PolicyError
 from expertshare.integrations.transformers.block_length import block_length_of
 from expertshare.integrations.transformers.calls import Call
 from expertshare.integrations.transformers.experts import OBSERVERS
@@ -53,6 +53,11 @@ def apply(
         )
     length = block_length_of(model, block_length)
     chosen = parse_policy(policy) if isinstance(policy, str) else policy
+    if chosen.needs_steps:
+        raise PolicyError(
+            "expected a policy without voters=masked and reuse, because a model of transformers does not say which "
+            f"tokens are masked nor which step of a block it is in, got {chosen!r}: leave these knobs out."
+        )
     policies = [policy_at(chosen, site.layer, site.num_layers).bind(site.rule.spec) for site in sites]
     for site in _one_of_each_kind(sites):
         verify(site)

@@ -44,3 +44,9 @@ def read_page() -> Mapping[str, PageFile]:
             content = entry.read_bytes()
             page[entry.name] = PageFile(content, _MEDIA_TYPES[suffix], f'"{sha256(content).hexdigest()[:32]}"')
     return page
+
+
+def page_paths() -> tuple[str, ...]:
+    """Where the page and its files are: what a browser has to get before it can ask for an API key. They tell nothing
+    of the model."""
+    return ("/", *(f"/live/{name}" for name in read_page()))

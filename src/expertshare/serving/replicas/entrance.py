@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Protocol
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -45,8 +45,11 @@ RUNNING = "running"
 """The state of replicas that answer."""
 
 
-def create_entrance(replicas: Replicas, door: Door, settings: ServerSettings) -> FastAPI:
-    """An application that asks `replicas` for everything but /health, /ready and /metrics."""
+def create_entrance(
+    replicas: Replicas, door: Door, settings: ServerSettings, *, open_paths: Iterable[str] = ()
+) -> FastAPI:
+    """An application that asks `replicas` for everything but /health, /ready and /metrics. open_paths: of theirs, that
+    need no API key either."""
     metrics = EntranceMetrics()
     # without an OpenAPI description of its own: the replicas' one is asked for like anything else
     app = FastAPI(title="expertshare", openapi_url=None, docs_url=None, redoc_url=None)
@@ -65,7 +68,7 @@ def create_entrance(replicas: Replicas, door: Door, settings: ServerSettings) ->
     for path in _PATHS:
         app.add_api_route(path, forward, methods=_METHODS, response_model=None)
     add_handlers(app)
-    app.add_middleware(Gate, settings=settings, metrics=metrics, open_paths=OPEN_PATHS)
+    app.add_middleware(Gate, settings=settings, metrics=metrics, open_paths=(*OPEN_PATHS, *open_paths))
     return app
 
 

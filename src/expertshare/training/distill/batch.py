@@ -96,13 +96,14 @@ def distill_batch(
     shape = (len(rows), num_blocks * length)
     tokens_BS, targets_BS = torch.full(shape, model.pad_id), torch.full(shape, model.pad_id)
     positions_BS, weights_BS = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
+    masked_BS = torch.zeros(shape, dtype=torch.bool)
     block_BN = torch.full((len(rows), num_blocks), -1)
     for index, (row, total) in enumerate(zip(rows, totals, strict=True)):
         size, tail = len(row.text_S), row.first * length
         noisy, clean = slice(0, size - tail), slice(num_noisy * length, num_noisy * length + size - length)
         tokens_BS[index, noisy] = row.text_S.masked_fill(row.masked_S, model.mask_id)[tail:]
         tokens_BS[index, clean] = row.text_S[: size - length]
-        targets_BS[index, noisy] = row.text_S[tail:]
+        targets_BS[index, noisy], masked_BS[index, noisy] = row.text_S[tail:], row.masked_S[tail:]
         weights_BS[index, noisy] = (row.weight_S * row.masked_S)[tail:]
         positions_BS[index, noisy], positions_BS[index, clean] = torch.arange(tail, size), torch.arange(size - length)
         block_BN[index, : total - row.first] = torch.arange(row.first, total)
@@ -113,6 +114,7 @@ def distill_batch(
         live_BS=(block_BN >= 0).repeat_interleave(length, dim=1),
         mask_BSP=_who_sees_whom(block_BN, num_noisy, length),
         block_length=length,
+        masked_BS=masked_BS,
     )
     return DistillBatch(inputs, targets_BS, weights_BS, num_noisy)
 

@@ -14,6 +14,7 @@ const comparison = new Comparison();
 const PATIENCE = 5000; // milliseconds
 
 let model = null;
+let attempts = 0; // to get the server's settings
 let running = null; // the AbortController of the trace on its way
 let names = ["", ""]; // policies of the trace that is shown
 let stopped = -Infinity; // when a trace was last stopped here
@@ -80,7 +81,11 @@ function work(on) {
 }
 
 async function start() {
-  if (model === null || by("start").disabled) return;
+  if (by("start").disabled) return;
+  if (model === null) {
+    begin(); // the server has not let us in yet
+    return;
+  }
   complain("");
   const asked = request();
   if (asked === null) return;
@@ -109,11 +114,16 @@ async function follow(asked, controller) {
   }
 }
 
+// Says what was wrong; where the server wants a key, the page asks for one.
+function refuse(error) {
+  if (error.status === 401) by("key-field").hidden = false;
+  complain(error.message, error.status === 401 ? by("key") : null);
+}
+
 function fail(error) {
   playbacks.forEach((playback) => playback.flush());
   stop("", "broken off");
-  if (error.status === 401) by("key-field").hidden = false;
-  complain(error.message, error.status === 401 ? by("key") : null);
+  refuse(error);
   if (!(error instanceof TraceError)) throw error;
 }
 
@@ -186,14 +196,17 @@ function facts({ name, num_parameters, num_moe_layers, num_experts, experts_per_
 }
 
 async function begin() {
+  const attempt = (attempts += 1);
   document.body.dataset.state = "loading";
   let given;
   try {
-    given = await settings();
+    given = await settings(by("key").value);
   } catch (error) {
-    complain(error.message);
+    if (attempt === attempts) refuse(error);
     return;
   }
+  if (attempt !== attempts) return; // another key has been tried meanwhile
+  complain("");
   const { limits } = given;
   model = given.model;
   offer(by("policy-a"), limits.policies, limits.policies[0]);

@@ -10,8 +10,7 @@ export class TraceError extends Error {
 // Calls onEvent with every event. Resolves when the server has sent the last one; rejects with a TraceError, or with
 // an AbortError once `signal` is aborted.
 export async function trace(request, { signal, key, onEvent }) {
-  const headers = { "Content-Type": "application/json" };
-  if (key) headers.Authorization = `Bearer ${key}`;
+  const headers = { "Content-Type": "application/json", ...bearer(key) };
   const response = await reach(() =>
     fetch("/live/trace", { method: "POST", headers, body: JSON.stringify(request), signal }),
   );
@@ -25,10 +24,14 @@ export async function trace(request, { signal, key, onEvent }) {
   if (!ended) throw new TraceError("The server stopped before the trace was complete. Its log says why.");
 }
 
-export async function settings() {
-  const response = await reach(() => fetch("/live/settings"));
+export async function settings(key) {
+  const response = await reach(() => fetch("/live/settings", { headers: bearer(key) }));
   if (!response.ok) throw new TraceError(await reason(response), response.status);
   return response.json();
+}
+
+function bearer(key) {
+  return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
 async function reach(ask) {

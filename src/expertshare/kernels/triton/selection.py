@@ -1,0 +1,184 @@
+"""Expert sharing on the GPU: scores to coreset to plan in two kernels, without a word to the host."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertshare.config import GroupLimit, RouterSpec
+from expertshare.errors import ConfigError
+from expertshare.kernels.triton.availability import check_devices
+from expertshare.kernels.triton.tiles import power_of_two
+from expertshare.types import Coreset, Recipe, RouterScores, RoutingPlan
+
+RANKINGS = {"all": 0, "votes": 1, "highest": 2}
+LANES_AT_A_TIME = 2048
+"""Scores that a program holds at once, as 64-bit keys: 8 tokens of 256 experts."""
+MOST_EXPERTS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a layer decided. load_E int64 [E]: (token, expert) pairs of each expert. group_experts_G int64 [G]: unique
+    experts of each sharing group."""
+
+    coreset: Coreset
+    plan: RoutingPlan
+    load_E: Tensor
+    group_experts_G: Tensor
+
+
+def select_and_assign(
+    scores: RouterScores,
+    spec: RouterSpec,
+    recipe: Recipe,
+    *,
+    group_limit: GroupLimit,
+    expert_scale_E: Tensor | None = None,
+) -> Selection:
+    """routing.route and routing.count_load for a policy that is written as a recipe: the same coreset and experts to
+    the bit, weights within the rounding of float32. For inference: weights have no gradient.
+
+    group_limit: of the plan, the policy's. Raises ConfigError for scores that are
+    not float32 or not where Triton runs.
+    """
+    choice, affinity, live = _checked(scores, spec)
+    found, used_GE = _allocated(choice, spec.top_k)
+    if len(choice) == 0:
+        found.plan.active_E.zero_()
+        found.load_E.zero_()
+        return found
+    _find_coresets(choice, live, spec, recipe, found, used_GE)
+    scale_E = None if expert_scale_E is None else expert_scale_E.float().contiguous()
+    _make_plan(choice, affinity, live, spec, recipe, _reach(spec, group_limit), scale_E, found, used_GE)
+    return found
+
+
+def _allocated(choice_GLE: Tensor, top_k: int) -> tuple[Selection, Tensor]:
+    """What the kernels write, and int32 [G, E] where they mark the experts that each group has used."""
+    groups, length, num_experts = choice_GLE.shape
+    device = choice_GLE.device
+    member_GE = torch.empty((groups, num_experts), dtype=torch.bool, device=device)
+    plan = RoutingPlan(
+        torch.empty((groups * length, top_k), dtype=torch.int64, device=device),
+        torch.empty((groups * length, top_k), dtype=torch.float32, device=device),
+        torch.empty(num_experts, dtype=torch.bool, device=device),
+    )
+    load_E = torch.empty(num_experts, dtype=torch.int64, device=device)
+    unique_G = torch.empty(groups, dtype=torch.int64, device=device)
+    used_GE = torch.empty((groups, num_experts), dtype=torch.int32, device=device)
+    return Selection(Coreset(member_GE), plan, load_E, unique_G), used_GE
+
+
+def _find_coresets(
+    choice: Tensor, live: Tensor, spec: RouterSpec, recipe: Recipe, found: Selection, used_GE: Tensor
+) -> None:
+    from expertshare.kernels.triton.device.coreset import coreset_kernel
+
+    groups, length, num_experts = choice.shape
+    reach = _reach(spec, "inside" if recipe.ballots == "grouped" else "ignore")
+    sizes = _lanes(num_experts, reach, length, most_tokens=16)
+    lanes = sizes["NGP"] * sizes["GSP"]
+    coreset_kernel[(groups,)](
+        choice,
+        live,
+        found.coreset.member_GE,
+        torch.empty((groups, lanes), dtype=torch.int64, device=choice.device),
+        used_GE,
+        found.group_experts_G,
+        found.plan.active_E,
+        found.load_E,
+        length,
+        recipe.size,
+        _bits(recipe.prefix_share or 0.0),
+        NUM_EXPERTS=num_experts,
+        TOP_K=spec.top_k,
+        RANKING=RANKINGS[recipe.ranking],
+        FRONT=recipe.num_firsts,
+        WHOLE_FRONT=recipe.front_is_whole,
+        HAS_SHARE=recipe.prefix_share is not None,
+        KEYS_AT_A_TIME=min(16, lanes),
+        **sizes,
+        num_warps=8,
+    )
+
+
+def _make_plan(
+    choice: Tensor,
+    affinity: Tensor,
+    live: Tensor,
+    spec: RouterSpec,
+    recipe: Recipe,
+    reach: tuple[int, int],
+    scale_E: Tensor | None,
+    found: Selection,
+    used_GE: Tensor,
+) -> None:
+    from expertshare.kernels.triton.device.plan import plan_kernel
+
+    groups, length, num_experts = choice.shape
+    sizes = _lanes(num_experts, reach, length, most_tokens=4)
+    plan_kernel[(groups, -(-length // sizes["TOKENS"]))](
+        choice,
+        affinity,
+        live,
+        found.coreset.member_GE,
+        affinity if scale_E is None else scale_E,
+        found.plan.expert_ids_TK,
+        found.plan.weights_TK,
+        found.plan.active_E,
+        found.load_E,
+        used_GE,
+        found.group_experts_G,
+        length,
+        spec.top_k if recipe.slots is None else recipe.slots,
+        _bits(recipe.drop_share or 0.0),
+        float(spec.scaling),
+        NUM_EXPERTS=num_experts,
+        TOP_K=spec.top_k,
+        TOP_KP=power_of_two(spec.top_k),
+        HAS_DROP=recipe.drop_share is not None,
+        RENORMALISE=spec.renormalise,
+        HAS_EXPERT_SCALE=scale_E is not None,
+        **sizes,
+        num_warps=4,
+    )
+
+
+def _checked(scores: RouterScores, spec: RouterSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Choice, affinity and live, laid out as the kernels read them."""
+    choice, affinity, live = scores.choice_GLE.detach(), scores.affinity_GLE.detach(), scores.live_GL
+    check_devices(choice, affinity, live)
+    if (choice.dtype, affinity.dtype, live.dtype) != (torch.float32, torch.float32, torch.bool):
+        raise ConfigError(
+            "selection expects choice and affinity in float32 and live in bool, got "
+            f"{choice.dtype}, {affinity.dtype} and {live.dtype}."
+        )
+    if choice.shape[-1] != spec.num_experts or spec.num_experts > MOST_EXPERTS:
+        raise ConfigError(
+            f"selection expects scores of {spec.num_experts} experts, at most {MOST_EXPERTS}, got {choice.shape[-1]}."
+        )
+    return choice.contiguous(), affinity.expand(choice.shape).contiguous(), live.expand(choice.shape[:2]).contiguous()
+
+
+def _reach(spec: RouterSpec, group_limit: GroupLimit) -> tuple[int, int]:
+    """Expert groups, and how many of them a token may reach: one of one where there is no limit."""
+    limited = group_limit == "inside" and spec.kept_groups < spec.num_groups
+    return (spec.num_groups, spec.kept_groups) if limited else (1, 1)
+
+
+def _lanes(num_experts: int, reach: tuple[int, int], length: int, *, most_tokens: int) -> dict[str, int]:
+    """How experts lie in lanes, and how many tokens a program takes at a time."""
+    num_groups, kept = reach
+    shape = {"NGP": power_of_two(num_groups), "GSP": power_of_two(num_experts // num_groups)}
+    at_a_time = max(1, LANES_AT_A_TIME // (shape["NGP"] * shape["GSP"]))
+    tokens = min(at_a_time, most_tokens, power_of_two(max(1, length)))
+    return {"NUM_GROUPS": num_groups, "KEPT": kept, **shape, "TOKENS": tokens}
+
+
+def _bits(number: float) -> int:
+    """The float64, as the integer with the same bits."""
+    return int(struct.unpack("<q", struct.pack("<d", number))[0])
