@@ -14,7 +14,7 @@ PROMPT := Tom has 12 apples. He finds 7 more. He sells 4. How many apples does T
 POLICIES := vanilla,des-seq,des-vote,block-top-p
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test quality bench report clean
+.PHONY: help demo test quality bench report docs clean
 
 help:
 	@echo 'make demo   generate with the reference model, with and without expert sharing, and draw what was saved'
@@ -22,6 +22,7 @@ help:
 	@echo 'make quality  accuracy and experts of every policy, the figures of README; a quarter of an hour'
 	@echo 'make bench  a few minutes of benchmarks on this machine, into build/bench/ (docs/performance.md)'
 	@echo 'make report  a page of the results in the repository, build/report/report.html (docs/report.md)'
+	@echo 'make docs   the documentation site, into build/site/'
 	@echo 'make clean  remove build products and caches (rm -r $(VENV) for the environment)'
 
 # The model and all inputs are in the repository; nothing is asked of a hub.
@@ -75,6 +76,11 @@ report: $(VENV)/runtime.stamp
 	@mkdir -p build
 	$(BIN)/expertshare report $(FIGURES:%=benchmarks/results/%.json) --out build/report
 
+# No network: neither to build the site nor to read it.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir build/site
+	@echo 'Open build/site/index.html'
+
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "expertshare needs Python 3.11 or newer, got " \
 		+ sys.version.split()[0] + "; name another one: make PYTHON=python3.12 ...")'
@@ -88,6 +94,11 @@ $(VENV)/runtime.stamp: $(INPUTS) | $(BIN)/python
 $(VENV)/dev.stamp: $(INPUTS) | $(BIN)/python
 	@echo 'Installing into $(VENV), tools for development included; the first time this takes a few minutes.'
 	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/runtime.stamp
+
+$(VENV)/docs.stamp: $(INPUTS) | $(BIN)/python
+	@echo 'Installing into $(VENV), with what builds the documentation.'
+	$(PIP_INSTALL) --editable '.[docs]'
 	@touch $@ $(VENV)/runtime.stamp
 
 clean:

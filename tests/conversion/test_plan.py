@@ -153,6 +153,9 @@ def test_a_recorded_generation_is_replayed(tmp_path: Path) -> None:
     assert len(record.forwards) == sum(run.cost.forwards.values())
     active = [list(map(len, layers)) for layers in record.forwards]
     assert active == [list(step.active_experts) for step in run.cost.steps]
+    pairs = [[sum(map(len, tokens)) for tokens in layers] for layers in record.tokens]
+    assert pairs == [list(step.pairs) for step in run.cost.steps]
+    assert {len(tokens) % config.block_length for layers in record.tokens for tokens in layers} == {0}
     sizes = sizes_of(tmp_path / "made")
     bound = parse_policy("vanilla").bind(config.router)
     base = sizes.dense_bytes + cache_bytes(sizes, positions=32, batch_size=1) + 8 * 400 * 16
@@ -183,6 +186,16 @@ def test_a_file_that_is_no_record_is_told(text: str, tmp_path: Path) -> None:
     bad = '{"routing_record":1,"num_layers":1,"num_experts":4}\n{"layers":[[4]]}'
     (tmp_path / "file").write_text(bad, encoding="utf-8")
     with pytest.raises(InputError, match="line 2"):
+        read_record(tmp_path / "file")
+    head, older = bad.splitlines()[0], '{"layers":[[3]]}'
+    (tmp_path / "file").write_text(f"{head}\n{older}\n", encoding="utf-8")
+    assert read_record(tmp_path / "file").tokens == ()
+    for tokens in ("[[[3],[2]]]", "[[3]]", "[[[3]],[[3]]]", "3"):
+        (tmp_path / "file").write_text(f'{head}\n{{"layers":[[3]],"tokens":{tokens}}}\n', encoding="utf-8")
+        with pytest.raises(InputError, match="line 2"):
+            read_record(tmp_path / "file")
+    (tmp_path / "file").write_text(f'{head}\n{older}\n{{"layers":[[3]],"tokens":[[[3]]]}}\n', encoding="utf-8")
+    with pytest.raises(InputError, match="1 of 2 forwards"):
         read_record(tmp_path / "file")
 
 

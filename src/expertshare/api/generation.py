@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from expertshare.measure.cost import Cost
 from expertshare.measure.environment import capture_environment, peak_memory_bytes, versions
 from expertshare.measure.memory import MemoryWatch
 from expertshare.measure.report import Report
+from expertshare.models import LoadedModel
 from expertshare.routing import knobs, native_policy, parse_policy
 from expertshare.tuning import PolicyFile
 from expertshare.types import RoutingPolicy
@@ -120,8 +121,9 @@ def generate(
     policy: `name` or `name:knob=value,...`, by default the one that the checkpoint was trained with; or a policy file
     (load_policy). chat: None uses the chat template where there is one. store: how the experts of a converted model
     are kept, as StoreOptions or as the memory for them ("3GiB", "mmap"), by default "all". on_block hears of every
-    block as it is committed. memory: a watch that runs already. record_routing: a file for the experts of every
-    forward, which `plan` can replay. decoding: the fields of DecodingOptions, e.g. gen_length=64, threshold=0.9.
+    block as it is committed. memory: a watch that runs already. record_routing: a file for the experts of every token
+    of every forward, which `plan` and `simulate` can replay. decoding: the fields of DecodingOptions, e.g.
+    gen_length=64, threshold=0.9.
 
     Raises a subclass of ExpertShareError for anything unusable.
     """
@@ -133,7 +135,7 @@ def generate(
         ids = encode_prompts(loaded, texts, chat)
         bound = for_model(wanted, loaded) if wanted is not None else native_policy(loaded.config)
         with (
-            RoutingRecorder(Path(record_routing)) if record_routing is not None else nullcontext() as recorder,
+            _recorder(record_routing, loaded) as recorder,
             opened(loaded, store, Setup(batch_size=batch_size, backend=backend, chat=chat)) as setup,
         ):
             setup = replace(setup, recorder=recorder)
@@ -146,3 +148,12 @@ def generate(
         peak_memory_bytes=peak_memory_bytes(loaded.model.device),
         peak_anonymous_bytes=watch.peak_anonymous_bytes,
     )
+
+
+def _recorder(
+    path: str | Path | None, loaded: LoadedModel
+) -> AbstractContextManager[RoutingRecorder] | AbstractContextManager[None]:
+    if path is None:
+        return nullcontext()
+    config = loaded.config
+    return RoutingRecorder(Path(path), num_layers=config.num_moe_layers, num_experts=config.router.num_experts)

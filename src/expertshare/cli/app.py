@@ -21,6 +21,7 @@ from expertshare.cli import (
     plan,
     report,
     serve,
+    simulate,
     tasks,
     train,
     tune,
@@ -43,6 +44,7 @@ app.command("convert", epilog=convert.EXAMPLE)(convert.convert)
 app.command("make-checkpoint", epilog=make_checkpoint.EXAMPLE)(make_checkpoint.make_checkpoint)
 app.command("serve", epilog=serve.EXAMPLE)(serve.serve)
 app.command("plan", epilog=plan.EXAMPLE)(plan.plan)
+app.command("simulate", epilog=simulate.EXAMPLE)(simulate.simulate)
 app.command("tasks", epilog=tasks.EXAMPLE)(tasks.tasks)
 app.command("train", epilog=train.EXAMPLE)(train.train)
 app.command("distill", epilog=distill.EXAMPLE)(distill.distill)

@@ -54,7 +54,7 @@ def generate(
     ] = False,
     report: Annotated[Path | None, typer.Option(help="Write a JSON report with the cost of every forward.")] = None,
     record_routing: Annotated[
-        Path | None, typer.Option(help="Write the experts of every forward, for `expertshare plan --trace`.")
+        Path | None, typer.Option(help="Write the experts of every token, for --trace of `plan` and `simulate`.")
     ] = None,
     *,
     decoding: DecodingFlags,

@@ -10,11 +10,9 @@ from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError
 from expertshare.experts import SlabStore, StoreOptions
 from expertshare.experts.recording import RoutingRecorder
-from expertshare.experts.resident import ResidentStore
 from expertshare.kernels import AUTO, resolve_backend
 from expertshare.models import LoadedModel, Runtime, describe, encode_prompt
-from expertshare.models.moe import MoE
-from expertshare.types import ExpertStore, RoutingPolicy
+from expertshare.types import RoutingPolicy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +21,7 @@ class Setup:
 
     batch_size: prompts decoded together; a coreset is still per block and prompt. backend: a name of
     expertshare.kernels.BACKENDS, or "auto" for the fastest on the model's device. store: for a converted model, and how
-    it was opened. recorder: is told which experts every forward borrows.
+    it was opened. recorder: is told which experts every token of a forward runs.
     """
 
     batch_size: int = 1
@@ -42,18 +40,9 @@ class Setup:
         return Runtime(
             policy=policy,
             backend=resolve_backend(self.backend, loaded.model.device),
-            store=self._lender(loaded),
+            store=self.store,
             bytes_per_expert=loaded.layout.format.expert_bytes if loaded.layout else None,
-        )
-
-    def _lender(self, loaded: LoadedModel) -> ExpertStore | None:
-        """The store, or the model's own experts where somebody wants to be told what is borrowed."""
-        if self.recorder is None:
-            return self.store
-        own = [m.experts for m in loaded.model.modules() if isinstance(m, MoE) and m.experts is not None]
-        config = loaded.config
-        return self.recorder.around(
-            self.store or ResidentStore(own), num_layers=config.num_moe_layers, num_experts=config.router.num_experts
+            on_plan=self.recorder.hear if self.recorder else None,
         )
 
     def to_json(self, loaded: LoadedModel, options: DecodingOptions) -> dict[str, Any]:

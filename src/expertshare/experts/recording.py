@@ -1,62 +1,67 @@
-"""A record of which experts every forward asked for, layer by layer: what a cache can be simulated on.
+"""A record of which experts every forward asked for, layer by layer: what caches and clusters can be simulated on.
 
 A file of JSON lines. The first is {"routing_record": 1, "num_layers": N, "num_experts": E}; every other is one forward,
-{"layers": [[ids of MoE layer 0], [ids of MoE layer 1], ...]}, ids ascending, in the order in which forwards ran.
+{"layers": [[ids of MoE layer 0], [ids of MoE layer 1], ...], "tokens": [[[ids of token 0], ...] of MoE layer 0, ...]},
+in the order in which forwards ran. Ids of a layer ascend, those of a token are best first; a padded token has none, so
+that blocks stay whole. Records of earlier versions lack `tokens`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from torch import Tensor
-
 from expertshare.errors import InputError
-from expertshare.types import ExpertStore, Loan
+from expertshare.types import RoutingPlan
 
 VERSION = 1
+
+TokenExperts = tuple[tuple[int, ...], ...]
+"""Of one layer: the experts of each token."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingRecord:
-    """forwards: for each, the ids that every MoE layer used."""
+    """forwards: for each, the ids that every MoE layer used. tokens: for each, per layer, the ids of every token; empty
+    where a record does not have them."""
 
     num_layers: int
     num_experts: int
     forwards: tuple[tuple[tuple[int, ...], ...], ...]
+    tokens: tuple[tuple[TokenExperts, ...], ...] = ()
 
 
 class RoutingRecorder:
-    """Writes a record while a model runs. Use as `with RoutingRecorder(path) as recorder`, then lend through `around`.
+    """Writes a record while a model runs: `with RoutingRecorder(path, num_layers=N, num_experts=E) as recorder`, then
+    `Runtime(on_plan=recorder.hear)`.
 
-    Raises InputError where the file cannot be written.
+    A forward is on record once its last layer has been heard of. Raises InputError where the file cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, num_layers: int, num_experts: int) -> None:
+        self._path, self._num_layers, self._num_experts = path, num_layers, num_experts
         self._file: TextIO | None = None
-        self._begun = False
+        self._layers: list[list[int]] = []
+        self._tokens: list[list[list[int]]] = []
 
-    def around(self, store: ExpertStore, *, num_layers: int, num_experts: int) -> ExpertStore:
-        """The same store, with everything that is borrowed from it on record."""
-        if not self._begun:
-            self._write({"routing_record": VERSION, "num_layers": num_layers, "num_experts": num_experts})
-            self._begun = True
-        return _RecordedStore(store, self, num_layers)
-
-    def write_forward(self, layers: Sequence[Sequence[int]]) -> None:
-        """Put one forward on record."""
-        self._write({"layers": layers})
+    def hear(self, layer: int, plan: RoutingPlan) -> None:
+        """The plan of MoE layer `layer`, in the order in which layers run. Waits for the device."""
+        if layer == 0:
+            self._layers, self._tokens = [], []  # an interrupted forward leaves nothing
+        tokens = [[e for e in ids if e >= 0] for ids in plan.expert_ids_TK.tolist()]
+        self._layers.append(sorted({e for ids in tokens for e in ids}))
+        self._tokens.append(tokens)
+        if layer == self._num_layers - 1:
+            self._write({"layers": self._layers, "tokens": self._tokens})
 
     def __enter__(self) -> Self:
         try:
             self._file = self._path.open("w", encoding="utf-8")
         except OSError as error:
             raise InputError(f"{self._path} cannot be written ({error.strerror}): choose another file") from error
+        self._write({"routing_record": VERSION, "num_layers": self._num_layers, "num_experts": self._num_experts})
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -66,25 +71,6 @@ class RoutingRecorder:
     def _write(self, value: dict[str, Any]) -> None:
         assert self._file is not None  # entered
         self._file.write(json.dumps(value, separators=(",", ":")) + "\n")
-
-
-class _RecordedStore:
-    """An ExpertStore that tells a recorder. A forward is on record once its last layer has asked."""
-
-    def __init__(self, store: ExpertStore, recorder: RoutingRecorder, num_layers: int) -> None:
-        self._store, self._recorder, self._num_layers = store, recorder, num_layers
-        self._layers: list[list[int]] = []
-
-    @contextmanager
-    def borrow(self, layer: int, active_E: Tensor) -> Iterator[Loan]:
-        """What the store lends."""
-        if layer == 0:
-            self._layers = []  # an interrupted forward leaves nothing
-        self._layers.append(active_E.nonzero().flatten().tolist())
-        with self._store.borrow(layer, active_E) as loan:
-            yield loan
-        if layer == self._num_layers - 1:
-            self._recorder.write_forward(self._layers)
 
 
 def read_record(path: Path) -> RoutingRecord:
@@ -105,7 +91,14 @@ def read_record(path: Path) -> RoutingRecord:
     )
     if not forwards:
         raise InputError(f"{path} holds no forward: record a generation to its end")
-    return RoutingRecord(num_layers, num_experts, forwards)
+    tokens = tuple(
+        _tokens(value, layers, path, number)
+        for number, (value, layers) in enumerate(zip(values[1:], forwards, strict=True), 2)
+        if "tokens" in value
+    )
+    if tokens and len(tokens) != len(forwards):
+        raise InputError(f"{path}: only {len(tokens)} of {len(forwards)} forwards have tokens; record it again")
+    return RoutingRecord(num_layers, num_experts, forwards, tokens)
 
 
 def _object(line: str, path: Path, number: int) -> dict[str, Any]:
@@ -133,3 +126,22 @@ def _forward(
             "generation again"
         )
     return tuple(tuple(ids) for ids in layers)
+
+
+def _tokens(
+    value: dict[str, Any], layers: tuple[tuple[int, ...], ...], path: Path, number: int
+) -> tuple[TokenExperts, ...]:
+    """Those of a forward whose layers have been read; together they are the layers' ids."""
+    found = value["tokens"]
+    if (
+        not isinstance(found, list)
+        or len(found) != len(layers)
+        or not all(isinstance(tokens, list) and all(isinstance(ids, list) for ids in tokens) for tokens in found)
+        or len({len(tokens) for tokens in found}) != 1
+        or any({e for ids in tokens for e in ids} != set(used) for tokens, used in zip(found, layers, strict=True))
+    ):
+        raise InputError(
+            f"{path}, line {number}: expected `tokens` to hold, for each of {len(layers)} layers, the experts of every "
+            "token, together those of `layers`; record the generation again"
+        )
+    return tuple(tuple(tuple(ids) for ids in tokens) for tokens in found)

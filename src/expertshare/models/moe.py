@@ -159,6 +159,8 @@ class MoE(nn.Module):
             plan, routing = self.router.plan(
                 x_GLD, live_GL, policy, self.spec, backend=backend, masked_GL=masked_GL, previous=previous
             )
+        if runtime.on_plan is not None:
+            runtime.on_plan(self.moe_layer, plan)
         x_TD = x_GLD.flatten(0, 1)
         with runtime.timed("experts"):
             with self._borrow(plan, runtime) as loan:

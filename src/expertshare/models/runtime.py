@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,7 +13,10 @@ from torch import Tensor
 from expertshare.kernels import Place
 from expertshare.measure.clock import PartClock
 from expertshare.routing import policy_at
-from expertshare.types import Coreset, ExpertStore, RoutingPolicy
+from expertshare.types import Coreset, ExpertStore, RoutingPlan, RoutingPolicy
+
+PlanListener = Callable[[int, RoutingPlan], None]
+"""Is told the plan of an MoE layer, 0-based among MoE layers, before its experts run."""
 
 _UNTIMED: AbstractContextManager[None] = nullcontext()
 
@@ -23,7 +27,7 @@ class Runtime:
 
     policy: bound to the model's router. backend: name of the expert computation; "cpu" computes dense layers and the
     head by our own kernel too. store: where experts live, None for the model's own parameters; bytes_per_expert: of one
-    in the store, where it is not in the model's dtype. clock: adds up time by part if given.
+    in the store, where it is not in the model's dtype. clock: adds up time by part if given. on_plan: hears every plan.
     """
 
     policy: RoutingPolicy
@@ -31,6 +35,7 @@ class Runtime:
     store: ExpertStore | None = None
     bytes_per_expert: int | None = None
     clock: PartClock | None = None
+    on_plan: PlanListener | None = None
 
     def policy_for(self, layer: int, num_layers: int) -> RoutingPolicy:
         """What decides in MoE layer `layer` of `num_layers`."""
