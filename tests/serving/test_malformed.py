@@ -10,7 +10,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import not_a_server_error
 
-from .server import Served
+from .server import Serve, Served
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "a"}
@@ -125,6 +125,19 @@ def test_paths_methods_and_types_that_are_not_there(served: Served) -> None:
     assert "POST" in check_allowed(http.get(CHAT))
     check_refused(http.delete("/v1/models"), 405)
     check_refused(http.post(CHAT, content=b"a=b", headers={"content-type": "application/x-www-form-urlencoded"}), 400)
+
+
+def test_a_mistake_of_the_server_is_no_window_into_it(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the secret of line 5")
+
+    served = serve()
+    monkeypatch.setattr("expertshare.serving.completions.Completions._check", fail)
+    reply = served.http().post(CHAT, json=chat())
+    assert check_refused(reply, 500)["type"] == "server_error"
+    assert "secret" not in reply.text
+    counted = 'expertshare_requests_total{path="/v1/chat/completions",status="500"} 1.0'
+    assert counted in served.http().get("/metrics").text
 
 
 def check_allowed(reply: Any) -> str:

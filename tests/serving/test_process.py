@@ -90,6 +90,7 @@ def rest(stream: Any) -> str:
     return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_what_runs_and_refuses_what_comes(reference: LoadedModel) -> None:
     expected = alone(reference, PROMPTS[0], gen_length=64, threshold=0.99).answers[0].text
     with started("--gen-length", "64", "--threshold", "0.99", forward_s=0.2) as server:
@@ -118,6 +119,7 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes(reference: LoadedMode
         assert expected.splitlines()[0] not in logged
 
 
+@pytest.mark.slow
 def test_a_drain_has_an_end_and_ctrl_c_its_status() -> None:
     """What is not finished then is told so; prompts are logged where that was asked for."""
     flags = ("--threshold", "none", "--gen-length", "512", "--drain-timeout", "0.3", "--log-prompts")

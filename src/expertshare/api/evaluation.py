@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from expertshare.api.loading import DecodingValue, Model, decoding_options, for_model, listed, load
+from expertshare.cluster import require_ray
 from expertshare.errors import ConfigError
 from expertshare.evaluation import (
     Evaluation,
@@ -41,6 +42,8 @@ def evaluate(
     allow_code: bool = False,
     processes: int = 1,
     threads: int = 1,
+    ray: bool = False,
+    ray_address: str | None = None,
     backend: str = AUTO,
     dtype: str | torch.dtype | None = None,
     chat: bool | None = None,
@@ -52,8 +55,11 @@ def evaluate(
 
     tasks: generated kinds (arith, math, ...) and benchmarks (gsm8k, ...; these need expertshare[eval]). preset:
     settings of a paper; what is given here goes before it. seed: of items, examples and sampling. threads: of each
-    process. See docs/evaluation.md. Raises a subclass of ExpertShareError for anything unusable.
+    process. ray: the processes are Ray's (extra `ray`), at ray_address, in RAY_ADDRESS, or started for this. See
+    docs/evaluation.md. Raises a subclass of ExpertShareError for anything unusable.
     """
+    if ray or ray_address is not None:
+        require_ray()
     chosen = find_preset(preset) if preset is not None else None
     check_task_names(tasks)
     wanted = listed(policies)
@@ -79,6 +85,7 @@ def evaluate(
         dtype=loaded.model.dtype,
         processes=processes,
         threads=threads,
+        ray=(ray_address or "") if ray or ray_address is not None else None,
         identity={"allow_code": allow_code, "harness": harness_version(tasks)},
         config={"preset": chosen.to_json() if chosen else None, "limit": limit, "shots": sources.shots},
     )

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import logging.config
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+from fastapi import FastAPI
 
+from expertshare import native
 from expertshare.api.loading import DecodingValue, Model, decoding_options, for_model, load, opened
 from expertshare.evaluation import Setup
 from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
+from expertshare.models.source import read_json, read_optional_json, resolve_source
+from expertshare.models.table import family_of
+from expertshare.models.tokenizer import load_tokenizer, token_ids
 from expertshare.routing import native_policy, parse_policy
-from expertshare.serving import Engine, EngineLimits, OfferedPolicies
+from expertshare.serving import Engine, EngineLimits, OfferedPolicies, ServerSettings
+from expertshare.serving.live import page_paths
+from expertshare.serving.logs import log_config
+from expertshare.serving.replicas import Door, ReplicaPlan, ReplicaScale, create_entrance, replicas_on_ray
 from expertshare.tuning import PolicyFile
 from expertshare.types import RoutingPolicy
 
@@ -58,3 +70,52 @@ def opened_engine(
             yield engine
         finally:
             engine.close()  # before its store
+
+
+@contextmanager
+def opened_entrance(
+    model: str | Path,
+    scale: ReplicaScale,
+    settings: ServerSettings,
+    *,
+    page: bool = False,
+    threads: int | None = None,
+    limits: EngineLimits | None = None,
+    drain_timeout_s: float = 30.0,
+    log_level: str = "INFO",
+    **engine: Any,
+) -> Iterator[tuple[FastAPI, Door]]:
+    """An application in front of several engines, each in a process of Ray's, and what drains it. Needs the extra
+    `ray`, too.
+
+    page: show the live page. threads: of each replica, by default an equal share of the cores. engine: as
+    `opened_engine` takes it. The processes end with the body. Raises ConfigError.
+    """
+    path = resolve_source(model)
+    _check_policies(path, engine.get("policy"), engine.get("policies"))
+    limits = limits or EngineLimits()
+    logging.config.dictConfig(log_config(log_level))
+    plan = ReplicaPlan(
+        # a hub id stays one: other machines have their own copies
+        open_engine=partial(opened_engine, path.resolve() if Path(model).exists() else model, limits=limits, **engine),
+        settings=replace(settings, model_name=settings.model_name or path.resolve().name, api_key=None),
+        page=page,
+        threads=scale.threads(threads, native.usable_cores()),
+        log_level=log_level,
+    )
+    application = f"expertshare-{plan.settings.model_name}"
+    with replicas_on_ray(plan, scale, limits, name=application, drain_timeout_s=drain_timeout_s) as replicas:
+        door = Door()
+        yield create_entrance(replicas, door, settings, open_paths=page_paths() if page else ()), door
+
+
+def _check_policies(
+    path: Path, policy: str | RoutingPolicy | PolicyFile | None, policies: Sequence[str] | None
+) -> None:
+    """What a replica would object to after Ray and the model have been started and loaded, and that several times."""
+    raw = read_json(path / "config.json")
+    generation = read_optional_json(path / "generation_config.json")
+    config = family_of(raw).parse_config(raw, generation, token_ids(load_tokenizer(path)))
+    wanted = parse_policy(policy) if isinstance(policy, str) else policy
+    chosen = wanted.policy if isinstance(wanted, PolicyFile) else wanted
+    OfferedPolicies.read(config.router, chosen or native_policy(config), policies)

@@ -15,6 +15,7 @@ from expertshare import api
 from expertshare.cli.console import people, print_json
 from expertshare.cli.evaluation_tables import cost_table, summary_table, task_table
 from expertshare.cli.option_groups import DecodingFlags, with_option_groups
+from expertshare.cli.ray_flags import RayAddressFlag, RayFlag
 from expertshare.evaluation import PRESETS
 
 EXAMPLE = (
@@ -51,6 +52,8 @@ def evaluate(
     ] = False,
     processes: Annotated[int, typer.Option(help="Processes that answer, each with the model loaded.")] = 1,
     threads: Annotated[int, typer.Option(help="Threads of each process.")] = 1,
+    ray: RayFlag = False,
+    ray_address: RayAddressFlag = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's.")] = None,
     backend: Annotated[str, typer.Option(help="Expert computation: auto, cpu, grouped or reference.")] = "auto",
     chat: Annotated[
@@ -79,6 +82,8 @@ def evaluate(
             allow_code=allow_code,
             processes=processes,
             threads=threads,
+            ray=ray,
+            ray_address=ray_address,
             dtype=dtype,
             backend=backend,
             chat=chat,

@@ -6,11 +6,12 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from expertshare.cli.option_groups import DecodingFlags, KnobFlags, StoreFlags, with_option_groups
+from expertshare.cli.ray_flags import RayAddressFlag, RayFlag, scale_out
 from expertshare.cli.threads import ThreadsFlag, set_threads
 
 EXAMPLE = "Example: expertshare serve path/to/model --policy des-vote --budget 16 --port 8000"
@@ -53,6 +54,12 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's.")] = None,
     backend: Annotated[str, typer.Option(help="Expert computation: auto, cpu, grouped or reference.")] = "auto",
     threads: ThreadsFlag = None,
+    replicas: Annotated[int, scale_out(help="Processes with the model; more than one needs the extra `ray`.")] = 1,
+    max_replicas: Annotated[
+        int | None, scale_out(help="Start up to so many while there is more to do. Default: as --replicas.")
+    ] = None,
+    ray: RayFlag = False,
+    ray_address: RayAddressFlag = None,
     *,
     decoding: DecodingFlags,
     knobs: KnobFlags,
@@ -61,13 +68,14 @@ def serve(
     """Serve a model over HTTP, as OpenAI's API does, batching requests continuously. Decoding flags are the defaults of
     requests."""
     # not above: every other verb works without the extra
-    from expertshare.api.serving import opened_engine
+    from expertshare.api.serving import opened_engine, opened_entrance
     from expertshare.serving import EngineLimits, ServerSettings, create_app, page_routes
     from expertshare.serving import serve as serve_app
     from expertshare.serving.live import page_paths
     from expertshare.serving.logs import checked_level
+    from expertshare.serving.replicas import ReplicaScale
 
-    set_threads(threads)
+    scale = ReplicaScale(replicas=replicas, max_replicas=max_replicas, wanted=ray, address=ray_address)
     level = checked_level(log_level)
     limits = EngineLimits(max_batch=max_batch, max_queue=max_queue, timeout_s=timeout, max_context=max_context)
     settings = ServerSettings(
@@ -78,19 +86,26 @@ def serve(
         max_choices=max_choices,
         log_prompts=log_prompts,
     )
-    with opened_engine(
-        model,
-        policy=knobs.policy(policy, policy_file),
-        policies=None if policies is None else [policies],
-        backend=backend,
-        dtype=dtype,
-        store=storage.options(),
-        limits=limits,
+    shown = api_key is None if page is None else page
+    engine: dict[str, Any] = {
+        "policy": knobs.policy(policy, policy_file),
+        "policies": None if policies is None else [policies],
+        "backend": backend,
+        "dtype": dtype,
+        "store": storage.options(),
+        "limits": limits,
         **decoding.options(),
-    ) as engine:
-        shown = api_key is None if page is None else page
-        routers = [page_routes(engine, model_name)] if shown else []
-        app = create_app(engine, settings, extra_routers=routers, open_paths=page_paths() if shown else ())
-        ended_by = serve_app(app, engine, host=host, port=port, drain_timeout_s=drain_timeout, log_level=level)
+    }
+    listen = partial(serve_app, host=host, port=port, drain_timeout_s=drain_timeout, log_level=level)
+    if scale.on_ray:
+        engine |= {"drain_timeout_s": drain_timeout, "log_level": level}
+        with opened_entrance(model, scale, settings, page=shown, threads=threads, **engine) as (app, door):
+            ended_by = listen(app, door)
+    else:
+        set_threads(threads)
+        with opened_engine(model, **engine) as one:
+            routers = [page_routes(one, model_name)] if shown else []
+            app = create_app(one, settings, extra_routers=routers, open_paths=page_paths() if shown else ())
+            ended_by = listen(app, one)
     if ended_by == signal.SIGINT:
         sys.exit(130)

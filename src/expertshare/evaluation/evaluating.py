@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ import torch
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError
 from expertshare.evaluation.items import EvalItem, TaskSource
+from expertshare.evaluation.model_files import model_sha256
 from expertshare.evaluation.pool import solve_here, solve_in_processes
+from expertshare.evaluation.ray_pool import solve_on_ray
 from expertshare.evaluation.run_directory import ITEMS, REPORT, RunDirectory, check_known
 from expertshare.evaluation.setup import Setup
 from expertshare.evaluation.solving import Job, Solved, Solver, SolverSetup
@@ -27,9 +28,6 @@ from expertshare.routing.labels import policy_label
 from expertshare.types import RoutingPolicy
 
 SCHEMA_VERSION = 1
-DOCUMENTS = frozenset({".md", ".jsonl", ".png"})
-"""Files beside a model that change nothing about it."""
-
 ProgressListener = Callable[[str, int, int], None]
 NoticeListener = Callable[[str], None]
 
@@ -37,6 +35,7 @@ NoticeListener = Callable[[str], None]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationSettings:
     """How an evaluation is run. threads: of each process. config: more that belongs in run.json (preset, limit, ...).
+    ray: the processes are Ray's: at this address, or anywhere it is found or can be started ("").
 
     What is in `identity` decides, with the model, policies, items and decoding, whether a directory holds the same
     evaluation.
@@ -47,6 +46,7 @@ class EvaluationSettings:
     dtype: torch.dtype | None = None
     processes: int = 1
     threads: int = 1
+    ray: str | None = None
     identity: Mapping[str, Any]
     config: Mapping[str, Any]
 
@@ -114,7 +114,7 @@ def evaluate_sources(
         progress = _Progress(keys, done, on_progress)
         remaining = [entry for entry, key in zip(plan, keys, strict=True) if key not in done]
         lines = list(opened.lines)
-        answers = _answers(solver, [job for _, job in remaining], settings.processes)
+        answers = _answers(solver, [job for _, job in remaining], settings)
         for (source, job), solved in zip(remaining, answers, strict=True):
             line = _line(source, job, solved, labels[job.policy])
             directory.append(line)
@@ -138,10 +138,14 @@ def bind_policies(policies: Sequence[RoutingPolicy], loaded: LoadedModel) -> tup
     return tuple(dict.fromkeys([vanilla.bind(loaded.config.router), *bound]))
 
 
-def _answers(solver: Solver, jobs: Sequence[Job], processes: int) -> Iterator[Solved]:
-    if processes == 1 or len(jobs) < 2:
+def _answers(solver: Solver, jobs: Sequence[Job], settings: EvaluationSettings) -> Iterator[Solved]:
+    processes = min(settings.processes, len(jobs))
+    if settings.ray is not None and jobs:
+        sha256 = model_sha256(solver.setup.model)
+        return solve_on_ray(solver.setup, jobs, processes, sha256=sha256, address=settings.ray or None)
+    if processes <= 1:
         return solve_here(solver, jobs)
-    return solve_in_processes(solver.setup, jobs, min(processes, len(jobs)))
+    return solve_in_processes(solver.setup, jobs, processes)
 
 
 def _line(source: TaskSource, job: Job, solved: Solved, label: str) -> dict[str, Any]:
@@ -195,17 +199,6 @@ def _describe(
         "config": {**resolved, **settings.config},
         "environment": capture_environment(loaded.model.device).to_json(),
     }
-
-
-def model_sha256(path: Path) -> str:
-    """Hash of every file of a model's directory, names included; documents and hidden files aside."""
-    total = hashlib.sha256()
-    for name in sorted(os.listdir(path)):
-        file = path / name
-        if file.is_file() and not name.startswith(".") and file.suffix not in DOCUMENTS:
-            with file.open("rb") as opened:
-                total.update(f"{name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
 
 
 def _tell(dropped: int, done: int, total: int, out: Path, listener: NoticeListener) -> None:

@@ -7,11 +7,12 @@ import pickle
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Protocol
 
 import torch
 
@@ -32,10 +33,26 @@ def solve_here(solver: Solver, jobs: Iterable[Job]) -> Iterator[Solved]:
         yield solved
 
 
+class Worker(Protocol):
+    """Somebody who answers one job at a time."""
+
+    def ask(self, job: Job) -> Solved:
+        """Send one job and wait for its answer. Raises ExpertShareError."""
+        ...
+
+    def end(self) -> None:
+        """Stop, whatever is being done; `ask` then fails in its thread."""
+        ...
+
+
 def solve_in_processes(setup: SolverSetup, jobs: Iterable[Job], processes: int) -> Iterator[Solved]:
     """Answer in `processes` others. Raises what a job raised there, or EvaluationError if a process died."""
-    workers = [_Worker(setup) for _ in range(processes)]
-    free: SimpleQueue[_Worker] = SimpleQueue()
+    return solve_with([_Process(setup) for _ in range(processes)], jobs)
+
+
+def solve_with(workers: Sequence[Worker], jobs: Iterable[Job]) -> Iterator[Solved]:
+    """Let every worker answer whatever is next, and end them all. Raises what one of them raises."""
+    free: SimpleQueue[Worker] = SimpleQueue()
     for worker in workers:
         free.put(worker)
 
@@ -46,12 +63,12 @@ def solve_in_processes(setup: SolverSetup, jobs: Iterable[Job], processes: int) 
         finally:
             free.put(worker)
 
-    executor = ThreadPoolExecutor(processes)
+    executor = ThreadPoolExecutor(len(workers))
     waiting: deque[Future[Solved]] = deque()
     try:
         for job in jobs:
             waiting.append(executor.submit(ask, job))
-            if len(waiting) >= AHEAD * processes:
+            if len(waiting) >= AHEAD * len(workers):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -59,11 +76,11 @@ def solve_in_processes(setup: SolverSetup, jobs: Iterable[Job], processes: int) 
         for future in waiting:
             future.cancel()
         for worker in workers:
-            worker.end()  # before the threads: they wait for the processes
+            worker.end()  # before the threads: they wait for the workers
         executor.shutdown()
 
 
-class _Worker:
+class _Process:
     """One process and the conversation with it."""
 
     def __init__(self, setup: SolverSetup) -> None:

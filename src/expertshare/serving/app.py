@@ -88,7 +88,7 @@ def create_app(
     app.include_router(_openai_routes(completions))
     for router in extra_routers:
         app.include_router(router)
-    _add_handlers(app)
+    add_handlers(app)
     app.add_middleware(Gate, settings=settings, metrics=metrics, open_paths=(*OPEN_PATHS, *open_paths))
     return app
 
@@ -143,7 +143,8 @@ def _state_routes(engine: Engine, metrics: ServerMetrics) -> APIRouter:
     return router
 
 
-def _add_handlers(app: FastAPI) -> None:
+def add_handlers(app: FastAPI) -> None:
+    """Every error becomes a refusal as OpenAI's clients know it, and none tells how the server is made."""
     @app.exception_handler(ExpertShareError)
     async def refuse(_request: Request, error: ExpertShareError) -> Response:
         return refusal_of(error).response()

@@ -15,7 +15,7 @@ from expertshare.serving.answer_text import AnswerText
 from expertshare.serving.codec import Codec
 from expertshare.serving.engine import Engine
 from expertshare.serving.event_stream import DONE, EventStream, as_event, unless_left
-from expertshare.serving.gate import NOTES
+from expertshare.serving.gate import LEFT, NOTES
 from expertshare.serving.metrics import ServerMetrics
 from expertshare.serving.orders import Order
 from expertshare.serving.refusals import Refusal, refusal_of
@@ -88,7 +88,7 @@ class Completions:
         finally:
             end()
         if texts is None:
-            return Response(status_code=499)  # to nobody
+            return Response(status_code=LEFT)  # to nobody
         self._remember(request, answer=texts)
         return JSONResponse(form.whole(running.choices, texts))
 

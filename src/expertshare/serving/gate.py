@@ -8,26 +8,35 @@ import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+from prometheus_client import Counter, Histogram
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from expertshare.serving.logs import log
-from expertshare.serving.metrics import ServerMetrics
 from expertshare.serving.refusals import Refusal
 from expertshare.serving.settings import ServerSettings
 
 NOTES = "expertshare.notes"
 """Where in the scope a route puts what the log should say of the request."""
+LEFT = 499
+"""Status in logs and metrics of a client that left before it was answered."""
 _CLOSE = {"Connection": "close"}  # of a body that was not read to its end
+
+
+class RequestMetrics(Protocol):
+    """requests: by path and status; seconds: by path."""
+
+    requests: Counter
+    seconds: Histogram
 
 
 class Gate:
     """ASGI middleware. open_paths: need no key."""
 
     def __init__(
-        self, app: ASGIApp, *, settings: ServerSettings, metrics: ServerMetrics, open_paths: Iterable[str]
+        self, app: ASGIApp, *, settings: ServerSettings, metrics: RequestMetrics, open_paths: Iterable[str]
     ) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
         self._open_paths = frozenset(open_paths)
@@ -42,7 +51,9 @@ class Gate:
         try:
             self._check_key(scope)
             replay = await self._with_body(scope, receive)
-            if replay is not None:
+            if replay is None:
+                passage.status = LEFT
+            else:
                 await self._app(scope, replay, passage.send)
         except Refusal as refusal:
             await refusal.response()(scope, receive, passage.send)
@@ -111,13 +122,14 @@ class Gate:
 
 @dataclass(slots=True)
 class _Passage:
-    """One request: its number, when it began, and the status that was sent (499: none)."""
+    """One request: its number, when it began, and the status that was sent (500: an error that nobody foresaw is on its
+    way past the gate)."""
 
     scope: Scope
     inner: Send
     number: str = field(default_factory=lambda: uuid.uuid4().hex)
     began: float = field(default_factory=time.monotonic)
-    status: int = 499
+    status: int = 500
 
     def __post_init__(self) -> None:
         self.scope[NOTES] = {}

@@ -5,23 +5,54 @@ from __future__ import annotations
 import socket
 import threading
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from fastapi import FastAPI
 
 from expertshare.errors import InputError
-from expertshare.serving.engine import Engine
 from expertshare.serving.logs import log, log_config
 
 _LAST_BYTES_S = 5
 """For responses whose rows are finished to reach their clients."""
 
 
+class Drainable(Protocol):
+    """What a server lets finish before it ends: an engine, or the door to several."""
+
+    @property
+    def state(self) -> str:
+        """In a word, for the log."""
+        ...
+
+    @property
+    def num_waiting(self) -> int:
+        """Answers that have not begun."""
+        ...
+
+    @property
+    def num_running(self) -> int:
+        """Answers that have."""
+        ...
+
+    def drain(self) -> None:
+        """Take nothing new."""
+        ...
+
+    def wait_until_idle(self, timeout_s: float) -> bool:
+        """Whether everything is finished, after `timeout_s` seconds at most."""
+        ...
+
+    def close(self) -> None:
+        """End what is left."""
+        ...
+
+
 class DrainingServer(uvicorn.Server):
     """On the first SIGTERM or SIGINT: new requests get 503, what runs is finished (for `drain_timeout_s` at most), then
     the server ends. On the second it ends at once. signal_number: the first one."""
 
-    def __init__(self, config: uvicorn.Config, engine: Engine, drain_timeout_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, engine: Drainable, drain_timeout_s: float) -> None:
         super().__init__(config)
         self._engine, self._drain_timeout_s = engine, drain_timeout_s
         self.signal_number: int | None = None
@@ -54,7 +85,7 @@ class DrainingServer(uvicorn.Server):
 
 def serve(
     app: FastAPI,
-    engine: Engine,
+    engine: Drainable,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
