@@ -90,7 +90,10 @@ def main() -> None:
             rows += measured(model, experts, options)
     if options.json and rows:
         settings = {key: str(value) for key, value in vars(options).items() if key not in ("folder", "json")}
-        report = {"settings": settings, "environment": capture_environment().to_json(), "rows": rows}
+        passed = [row["pass_at_1"]["code_pro"][0] for row in rows]
+        summary = {"code_pro_least": min(passed), "code_pro_most": max(passed)}
+        environment = capture_environment().to_json()
+        report = {"settings": settings, "environment": environment, "summary": summary, "rows": rows}
         options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
