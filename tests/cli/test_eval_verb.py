@@ -17,6 +17,10 @@ from cli.conftest import Run
 from expertshare import api
 from expertshare.evaluation import generated
 from expertshare.evaluation.run_directory import ITEMS, REPORT, RUN
+from expertshare.models import load_model
+from expertshare.routing import Layerwise, make_policy
+from expertshare.tuning import PolicyFile
+from expertshare.tuning.policy_file import model_facts
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "models" / "reference"
@@ -51,6 +55,30 @@ def test_a_run_leaves_its_configuration_items_and_report(checkpoint: Path, run: 
     assert all(set(x["unique_experts"]) == {"prefill", "denoise", "commit"} for x in items)
     for word in ("vanilla", "arith", "Not judged", "capped"):
         assert word in done.err
+
+
+def test_a_policy_file_is_a_policy_for_the_model_that_it_was_made_for(
+    checkpoint: Path, run: Run, tmp_path: Path
+) -> None:
+    path, out = tmp_path / "policy.json", tmp_path / "run"
+    layers = (make_policy("vanilla"),) * (load_model(str(checkpoint)).config.num_moe_layers - 1)
+    policy = Layerwise(layers=(*layers, make_policy("des-vote", {"budget": 8})))
+
+    def write(model: Path) -> None:
+        facts = model_facts(load_model(str(model)))
+        PolicyFile(policy=policy, certified=False, model=facts, evidence={"claim": "made by hand"}).write(path)
+
+    write(checkpoint)
+    arguments = ("--tasks", "arith", "--limit", "2", "--gen-length", "16", "--policies", "vanilla")
+    arguments = (*arguments, "--policy-file", path)
+    done = run("eval", checkpoint, *arguments, "--out", out, "--json")
+    assert done.code == 0, done.err
+    assert len(lines(out)) == 4
+    assert json.loads(done.out)["policies"][1].startswith("layerwise(")
+    write(REFERENCE)
+    done = run("eval", checkpoint, *arguments, "--out", tmp_path / "other", "--json")
+    assert done.code == 2
+    assert "another model" in done.err or "fingerprint" in done.err
 
 
 @pytest.mark.slow
