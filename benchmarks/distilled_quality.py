@@ -109,7 +109,7 @@ def main() -> None:
         )
         _print(rows[-1])
     if given.json is not None:
-        config = {key: str(value) for key, value in vars(given).items()}
+        config = {key: str(value) for key, value in vars(given).items() if key != "json"}
         report = {"config": config, "environment": capture_environment().to_json(), "rows": rows}
         given.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

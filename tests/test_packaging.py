@@ -20,7 +20,7 @@ from expertshare.tasks import TASKS, read_prompts, score_many, split_of
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-MACHINE_PATH = re.compile(r"/(?:work|root|farm|home)/[A-Za-z]|file:/{2}")
+MACHINE_PATH = re.compile(r"/(?:work|root|farm|home|opt|tmp|mnt)/[A-Za-z]|file:/{2}")
 REGISTRY = re.compile(r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|--(?:extra-)?index-url")
 
 
