@@ -61,6 +61,12 @@ class Engine {
     es_status run(const es_heads &whole);
 
    private:
+    template <class Run>
+    es_status locked(int num_threads, es_team team, Run run);
+    template <class Whole, class Run>
+    es_status in_parts(const Whole &whole, Index at_a_time, Run run);
+    template <class Piece, class Whole, class Kernel>
+    es_status at_once(const Whole &whole, const Kernel *kernels);
     Pool *own_threads(int num_threads, es_team team);
     static void before_fork();
     static void after_fork_in_parent();
@@ -125,101 +131,106 @@ const char *row_of(const void *rows, Index row, Index depth, int32_t is_bfloat16
     return static_cast<const char *>(rows) + row * depth * (is_bfloat16 ? 2 : 4);
 }
 
+Index width(const es_layer &whole) { return whole.hidden; }
+template <class Whole>
+Index width(const Whole &whole) {
+    return whole.depth;
+}
+
+// run(compute): `compute` runs a piece of work in the threads of this call.
+template <class Run>
+es_status Engine::locked(int num_threads, es_team team, Run run) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Pool *pool = own_threads(num_threads, team);
+    return run([=](auto &piece) { compute(piece, pool, num_threads, team); });
+}
+
+// run(part, first token, compute) for so many tokens at a time: a part is the whole with its number of tokens and `x`
+// set.
+template <class Whole, class Run>
+es_status Engine::in_parts(const Whole &whole, Index at_a_time, Run run) {
+    return locked(whole.num_threads, whole.team, [&](auto compute) {
+        for (Index token = 0; token < whole.num_tokens; token += at_a_time) {
+            Whole part = whole;
+            part.num_tokens = std::min<Index>(at_a_time, whole.num_tokens - token);
+            part.x = row_of(whole.x, token, width(whole), whole.is_bfloat16);
+            const es_status status = run(part, token, compute);
+            if (status != ES_OK) return status;
+        }
+        return ES_OK;
+    });
+}
+
 es_status Engine::run(const es_layer &whole) {
     const Kernels *to_hidden = kernels_for(whole.isa, whole.is_bfloat16 != 0, whole.gate_up);
     const Kernels *to_out = kernels_for(whole.isa, whole.is_bfloat16 != 0, whole.down);
     if (to_hidden == nullptr || to_out == nullptr) return ES_UNSUPPORTED_ISA;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    Pool *pool = own_threads(whole.num_threads, whole.team);
-    for (Index token = 0; token < whole.num_tokens; token += kTokensAtATime) {
-        es_layer part = whole;
-        part.num_tokens = std::min<Index>(kTokensAtATime, whole.num_tokens - token);
-        part.x = row_of(whole.x, token, whole.hidden, whole.is_bfloat16);
+    return in_parts(whole, kTokensAtATime, [&](es_layer &part, Index token, auto compute) {
         part.y = const_cast<char *>(row_of(whole.y, token, whole.hidden, whole.is_bfloat16));
         part.ids = whole.ids + token * whole.top_k;
         part.weights = whole.weights + token * whole.top_k;
         ExpertLayer layer(part, *to_hidden, *to_out, arena_);
         if (!layer.ids_in_range()) return ES_BAD_EXPERT_ID;
-        compute(layer, pool, whole.num_threads, whole.team);
-    }
-    return ES_OK;
+        compute(layer);
+        return ES_OK;
+    });
 }
 
 es_status Engine::run(const es_gate &whole) {
     const AffinityKernels *kernels = affinity_kernels_for(whole.isa);
     if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    Pool *pool = own_threads(whole.num_threads, whole.team);
-    for (Index token = 0; token < whole.num_tokens; token += Affinity::kTokensAtATime) {
-        es_gate part = whole;
-        part.num_tokens = std::min<Index>(Affinity::kTokensAtATime, whole.num_tokens - token);
-        part.x = row_of(whole.x, token, whole.depth, whole.is_bfloat16);
+    return in_parts(whole, Affinity::kTokensAtATime, [&](es_gate &part, Index token, auto compute) {
         part.affinity = whole.affinity + token * whole.num_experts;
         part.choice = whole.choice == nullptr ? nullptr : whole.choice + token * whole.num_experts;
         Affinity affinity(part, *kernels, arena_);
-        compute(affinity, pool, whole.num_threads, whole.team);
-    }
-    return ES_OK;
+        compute(affinity);
+        return ES_OK;
+    });
 }
 
 es_status Engine::run(const es_step &whole) {
     const AffinityKernels *kernels = affinity_kernels_for(whole.gate.isa);
     if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    Pool *pool = own_threads(whole.gate.num_threads, whole.gate.team);
-    const Index at_a_time = RoutingStep::groups_at_a_time(whole);
-    for (Index group = 0; group < whole.groups; group += at_a_time) {
-        const Index num_groups = std::min<Index>(at_a_time, whole.groups - group);
-        RoutingStep step(whole, *kernels, group, num_groups, arena_, step_arena_, ranking_);
-        compute(step, pool, whole.gate.num_threads, whole.gate.team);
-    }
-    RoutingStep::count(whole);
-    return ES_OK;
+    return locked(whole.gate.num_threads, whole.gate.team, [&](auto compute) {
+        const Index at_a_time = RoutingStep::groups_at_a_time(whole);
+        for (Index group = 0; group < whole.groups; group += at_a_time) {
+            const Index num_groups = std::min<Index>(at_a_time, whole.groups - group);
+            RoutingStep step(whole, *kernels, group, num_groups, arena_, step_arena_, ranking_);
+            compute(step);
+        }
+        RoutingStep::count(whole);
+        return ES_OK;
+    });
 }
 
 es_status Engine::run(const es_dense &whole) {
     const Kernels *kernels = kernels_for(whole.isa, whole.is_bfloat16 != 0);
     if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    Pool *pool = own_threads(whole.num_threads, whole.team);
-    for (Index token = 0; token < whole.num_tokens; token += kTokensAtATime) {
-        es_dense part = whole;
-        part.num_tokens = std::min<Index>(kTokensAtATime, whole.num_tokens - token);
-        part.x = row_of(whole.x, token, whole.depth, whole.is_bfloat16);
+    return in_parts(whole, kTokensAtATime, [&](es_dense &part, Index token, auto compute) {
         part.y = const_cast<char *>(row_of(whole.y, token, whole.num_rows, whole.is_bfloat16));
         Linear linear(part, *kernels, arena_);
-        compute(linear, pool, whole.num_threads, whole.team);
-    }
-    return ES_OK;
+        compute(linear);
+        return ES_OK;
+    });
 }
 
 es_status Engine::run(const es_head &whole) {
     const Kernels *kernels = kernels_for(whole.isa, whole.is_bfloat16 != 0);
     if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    Pool *pool = own_threads(whole.num_threads, whole.team);
-    for (Index token = 0; token < whole.num_tokens; token += kTokensAtATime) {
-        es_head part = whole;
-        part.num_tokens = std::min<Index>(kTokensAtATime, whole.num_tokens - token);
-        part.x = row_of(whole.x, token, whole.depth, whole.is_bfloat16);
+    return in_parts(whole, kTokensAtATime, [&](es_head &part, Index token, auto compute) {
         part.ids = whole.ids + token;
         part.probabilities = whole.probabilities + token;
         Head head(part, *kernels, arena_);
-        compute(head, pool, whole.num_threads, whole.team);
-    }
-    return ES_OK;
+        compute(head);
+        return ES_OK;
+    });
 }
 
 es_status Engine::run(const es_quantised_head &whole) {
     const Kernels *floats = kernels_for(whole.isa, whole.is_bfloat16 != 0);
     const PackedKernels *packed = packed_kernels_for(whole.isa);
     if (floats == nullptr || packed == nullptr) return ES_UNSUPPORTED_ISA;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    Pool *pool = own_threads(whole.num_threads, whole.team);
-    for (Index token = 0; token < whole.num_tokens; token += kTokensAtATime) {
-        es_quantised_head part = whole;
-        part.num_tokens = std::min<Index>(kTokensAtATime, whole.num_tokens - token);
-        part.x = row_of(whole.x, token, whole.depth, whole.is_bfloat16);
+    return in_parts(whole, kTokensAtATime, [&](es_quantised_head &part, Index token, auto compute) {
         if (whole.logits != nullptr) {
             part.logits = const_cast<char *>(row_of(whole.logits, token, whole.vocabulary, whole.is_bfloat16));
         } else {
@@ -227,39 +238,38 @@ es_status Engine::run(const es_quantised_head &whole) {
             part.probabilities = whole.probabilities + token;
         }
         QuantisedHead head(part, *packed, *floats, arena_);
-        compute(head, pool, whole.num_threads, whole.team);
-    }
-    return ES_OK;
+        compute(head);
+        return ES_OK;
+    });
 }
 
 es_status Engine::run(const es_attention &whole) {
     const Kernels *kernels = kernels_for(whole.isa, whole.is_bfloat16 != 0);
     if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    Pool *pool = own_threads(whole.num_threads, whole.team);
-    Attention attention(whole, *kernels, arena_);
-    compute(attention, pool, whole.num_threads, whole.team);
-    return ES_OK;
+    return locked(whole.num_threads, whole.team, [&](auto compute) {
+        Attention attention(whole, *kernels, arena_);
+        compute(attention);
+        return ES_OK;
+    });
+}
+
+// A piece that needs no scratch.
+template <class Piece, class Whole, class Kernel>
+es_status Engine::at_once(const Whole &whole, const Kernel *kernels) {
+    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
+    return locked(whole.num_threads, whole.team, [&](auto compute) {
+        Piece piece(whole, *kernels);
+        compute(piece);
+        return ES_OK;
+    });
 }
 
 es_status Engine::run(const es_norm &whole) {
-    const NormKernels *kernels = norm_kernels_for(whole.isa, whole.is_bfloat16 != 0);
-    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    Pool *pool = own_threads(whole.num_threads, whole.team);
-    Norm norm(whole, *kernels);
-    compute(norm, pool, whole.num_threads, whole.team);
-    return ES_OK;
+    return at_once<Norm>(whole, norm_kernels_for(whole.isa, whole.is_bfloat16 != 0));
 }
 
 es_status Engine::run(const es_heads &whole) {
-    const NormKernels *kernels = norm_kernels_for(whole.isa, whole.is_bfloat16 != 0);
-    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    Pool *pool = own_threads(whole.num_threads, whole.team);
-    Heads heads(whole, *kernels);
-    compute(heads, pool, whole.num_threads, whole.team);
-    return ES_OK;
+    return at_once<Heads>(whole, norm_kernels_for(whole.isa, whole.is_bfloat16 != 0));
 }
 
 // -1 where the environment names an instruction set: what the name means, and what is wrong with it, Python knows.

@@ -1,6 +1,6 @@
 #include "head.h"
 
-#include <cmath>
+#include "chunk_bests.h"
 
 namespace expertshare {
 namespace {
@@ -20,7 +20,8 @@ Head::Head(const es_head &head, const Kernels &kernels, Arena &arena)
 }
 
 void Head::take(const Sums &sums) {
-    exclude(sums);
+    exclude_rows(head_.excluded, head_.num_excluded,
+                 {sums.first_row, sums.num_rows, sums.num_tokens, sums.out, sums.stride});
     for (Index m = 0; m < sums.num_tokens; m++) {
         Best best = kernels_.choose(sums.out + m * sums.stride, sums.num_rows);
         best.index += static_cast<int>(sums.first_row);
@@ -28,33 +29,10 @@ void Head::take(const Sums &sums) {
     }
 }
 
-void Head::exclude(const Sums &sums) const {
-    for (Index i = 0; i < head_.num_excluded; i++) {
-        const Index row = head_.excluded[i] - sums.first_row;
-        if (row < 0 || row >= sums.num_rows) continue;
-        for (Index m = 0; m < sums.num_tokens; m++) {
-            float &logit = sums.out[m * sums.stride + row];
-            if (std::isfinite(logit)) logit = kExcluded;  // what is not must still be told
-        }
-    }
-}
-
 void Head::finish(int worker) {
-    drain(merge_, worker, [this](Index token, Index) { merge(token); });
-}
-
-void Head::merge(Index token) const {
-    const Best *bests = bests_ + token * num_chunks_;
-    Best best = bests[0];
-    for (Index chunk = 1; chunk < num_chunks_; chunk++) {
-        if (bests[chunk].logit > best.logit) best = bests[chunk];
-    }
-    double sum = 0.0;
-    for (Index chunk = 0; chunk < num_chunks_; chunk++) {
-        sum += static_cast<double>(bests[chunk].sum * std::exp(bests[chunk].logit - best.logit));
-    }
-    head_.ids[token] = best.index;
-    head_.probabilities[token] = static_cast<float>(1.0 / sum);
+    drain(merge_, worker, [this](Index token, Index) {
+        merge_bests(bests_ + token * num_chunks_, num_chunks_, head_.ids + token, head_.probabilities + token);
+    });
 }
 
 }  // namespace expertshare

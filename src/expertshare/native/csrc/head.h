@@ -15,8 +15,6 @@ class Head final : public RowPass {
    private:
     void take(const Sums &sums) override;
     void finish(int worker) override;
-    void exclude(const Sums &sums) const;
-    void merge(Index token) const;
 
     const es_head &head_;
     Best *bests_ = nullptr;  // [num_tokens, num_chunks]

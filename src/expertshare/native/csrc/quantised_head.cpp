@@ -1,7 +1,8 @@
 #include "quantised_head.h"
 
 #include <algorithm>
-#include <cmath>
+
+#include "chunk_bests.h"
 
 namespace expertshare {
 namespace {
@@ -50,7 +51,9 @@ void QuantisedHead::run(int worker) {
                tokens_ + token * token_stride_);
     });
     drain(chunks_, worker, [this, worker](Index chunk, Index next) { compute(worker, chunk, next); });
-    drain(merge_, worker, [this](Index token, Index) { merge(token); });
+    drain(merge_, worker, [this](Index token, Index) {
+        merge_bests(bests_ + token * num_chunks_, num_chunks_, head_.ids + token, head_.probabilities + token);
+    });
 }
 
 Index QuantisedHead::rows_of(Index chunk) const { return std::min(kChunkRows, head_.vocabulary - chunk * kChunkRows); }
@@ -76,7 +79,9 @@ void QuantisedHead::compute(int worker, Index chunk, Index next_chunk) {
 
 void QuantisedHead::take(Index chunk, float *logits) {
     const Index first = chunk * kChunkRows, count = rows_of(chunk);
-    if (head_.logits == nullptr) exclude(first, count, logits);
+    if (head_.logits == nullptr) {
+        exclude_rows(head_.excluded, head_.num_excluded, {first, count, head_.num_tokens, logits, kLogitStride});
+    }
     for (Index token = 0; token < head_.num_tokens; token++) {
         const float *of_token = logits + token * kLogitStride;
         if (head_.logits != nullptr) {
@@ -88,31 +93,6 @@ void QuantisedHead::take(Index chunk, float *logits) {
         best.index += static_cast<int>(first);
         bests_[token * num_chunks_ + chunk] = best;
     }
-}
-
-void QuantisedHead::exclude(Index first_row, Index num_rows, float *logits) const {
-    for (Index i = 0; i < head_.num_excluded; i++) {
-        const Index row = head_.excluded[i] - first_row;
-        if (row < 0 || row >= num_rows) continue;
-        for (Index token = 0; token < head_.num_tokens; token++) {
-            float &logit = logits[token * kLogitStride + row];
-            if (std::isfinite(logit)) logit = kExcluded;  // what is not must still be told
-        }
-    }
-}
-
-void QuantisedHead::merge(Index token) const {
-    const Best *bests = bests_ + token * num_chunks_;
-    Best best = bests[0];
-    for (Index chunk = 1; chunk < num_chunks_; chunk++) {
-        if (bests[chunk].logit > best.logit) best = bests[chunk];
-    }
-    double sum = 0.0;
-    for (Index chunk = 0; chunk < num_chunks_; chunk++) {
-        sum += static_cast<double>(bests[chunk].sum * std::exp(bests[chunk].logit - best.logit));
-    }
-    head_.ids[token] = best.index;
-    head_.probabilities[token] = static_cast<float>(1.0 / sum);
 }
 
 }  // namespace expertshare

@@ -24,8 +24,6 @@ class QuantisedHead final : public Work {
     PackedRows block(Index first_row) const;
     void compute(int worker, Index chunk, Index next_chunk);
     void take(Index chunk, float *logits);
-    void exclude(Index first_row, Index num_rows, float *logits) const;
-    void merge(Index token) const;
     Index rows_of(Index chunk) const;
 
     const es_quantised_head &head_;
