@@ -10,6 +10,7 @@ from torch import Tensor
 
 from expertshare.decoding.block_causal import CachedPrefix
 from expertshare.decoding.canvas import Canvas, Window
+from expertshare.decoding.captured_blocks import CapturedBlocks
 from expertshare.decoding.commit_rule import holds_eos, schedule, tokens_to_edit, tokens_to_write
 from expertshare.decoding.coreset_memory import CoresetMemory
 from expertshare.decoding.forwards import AccountedModel, Forwards, Ledger
@@ -17,7 +18,7 @@ from expertshare.decoding.full_attention import WholeCanvas
 from expertshare.decoding.geometry import RowGeometry
 from expertshare.decoding.options import DecodingOptions
 from expertshare.decoding.results import BlockResult, FinishReason
-from expertshare.decoding.row import Row
+from expertshare.decoding.row import Row, StepState
 from expertshare.decoding.sampling import draw, propose
 from expertshare.decoding.watching import Watcher
 from expertshare.errors import NumericsError
@@ -42,10 +43,11 @@ class RowBatch:
         self._eos_ids = torch.tensor(model.config.eos_ids, dtype=torch.int64, device=model.device)
         self.canvas = canvas
         memory = CoresetMemory(runtime.policy, model.config.num_moe_layers)
-        run = AccountedModel(model, runtime, ledger, memory, watcher)
+        self._run = run = AccountedModel(model, runtime, ledger, memory, watcher)
         full = model.config.attention == "full"
         self.forwards: Forwards = WholeCanvas(run, canvas) if full else CachedPrefix(run, canvas)
         self._active: list[Row] = []
+        self._captured: CapturedBlocks | None = None
 
     @property
     def num_rows(self) -> int:
@@ -58,18 +60,36 @@ class RowBatch:
             self.forwards.prefill(rows)
         self._active = [*self._active, *rows]
 
+    def step_by_replay(self, captured: CapturedBlocks) -> None:
+        """Take all steps to come by replays. To be said before any row has started; those that do start together."""
+        self._captured = captured
+        self.forwards = CachedPrefix(self._run, self.canvas, captured.cache)
+
     def step(self) -> list[BlockResult]:
         """One denoising step of every unfinished row; returns the blocks that it completed."""
-        rows, window = self._active, self.canvas.window(self._active)
+        rows = self._active
+        if self._captured is not None:
+            states = self._captured.step(rows, self._run)
+            self._check_states(rows, states)
+        else:
+            states = self._ordinary_step(rows)
+        done = self._done(rows, states)
+        going_on = [row for row, finish in done if finish is None]
+        if self._captured is not None:
+            self._captured.commit(going_on, rows, self._run)
+        else:
+            self.forwards.commit(going_on)
+        return [self._close(row, finish) for row, finish in done]
+
+    def _ordinary_step(self, rows: Sequence[Row]) -> list[StepState]:
+        window = self.canvas.window(rows)
         hidden_RLD = self.forwards.denoise(rows)
         tokens_RL, confidence_RL = self._propose(rows, window, hidden_RLD)
         write_RL = self._choose(rows, window, tokens_RL, confidence_RL)
         self.canvas.write(window, tokens_RL, write_RL)
         if self._watcher is not None:
             self._watcher.hear_step(rows, self.canvas.window(rows), confidence_RL)
-        done = self._done(rows, write_RL)
-        self.forwards.commit([row for row, finish in done if finish is None])
-        return [self._close(row, finish) for row, finish in done]
+        return self._states(rows, write_RL)
 
     def _propose(self, rows: Sequence[Row], window: Window, hidden_RLD: Tensor) -> tuple[Tensor, Tensor]:
         """A token and its confidence for each position that may change; elsewhere the old token and -inf."""
@@ -120,7 +140,7 @@ class RowBatch:
     def _choose(self, rows: Sequence[Row], window: Window, tokens_RL: Tensor, confidence_RL: Tensor) -> Tensor:
         """Which positions take their proposed token: masks by the commit rule, decided ones by the editing
         rule."""
-        least = [_least(row) for row in rows]
+        least = [row.least_tokens for row in rows]
         threshold_R1 = self._threshold(rows, lambda options: options.threshold)
         write_RL = tokens_to_write(confidence_RL, window.masked_RL, least, threshold_R1)
         if all(row.options.editing_threshold is None for row in rows):
@@ -138,19 +158,22 @@ class RowBatch:
         shown = [float("inf") if value is None else value for value in values]
         return torch.tensor(shown, dtype=torch.float32, device=self._model.device).unsqueeze(1)
 
-    def _done(self, rows: Sequence[Row], write_RL: Tensor) -> list[tuple[Row, FinishReason | None]]:
-        """Count the step, and find the rows whose block is decided, with why the row is finished, if it
-        is."""
+    def _states(self, rows: Sequence[Row], write_RL: Tensor) -> list[StepState]:
         window = self.canvas.window(rows)
         eos_R = holds_eos(torch.isin(window.tokens_RL, self._eos_ids), window.masked_RL, window.answer_RL)
-        state = torch.stack((window.masked_RL.any(dim=1), write_RL.any(dim=1), eos_R), dim=1).tolist()
+        flags = torch.stack((window.masked_RL.any(dim=1), write_RL.any(dim=1), eos_R), dim=1).tolist()
+        return [StepState(True, *of_row) for of_row in flags]
+
+    def _done(self, rows: Sequence[Row], states: Sequence[StepState]) -> list[tuple[Row, FinishReason | None]]:
+        """Count the step, and find the rows whose block is decided, with why the row is finished, if it
+        is."""
         done: list[tuple[Row, FinishReason | None]] = []
-        for row, (has_masks, changed, eos) in zip(rows, state, strict=True):
+        for row, state in zip(rows, states, strict=True):
             row.steps += 1
             row.post_steps += not row.has_masks
-            row.has_masks = has_masks
-            if self._is_decided(row, changed=changed, eos=eos):
-                done.append((row, self._finish(row, eos=eos)))
+            row.has_masks = state.has_masks
+            if self._is_decided(row, changed=state.changed, eos=state.eos):
+                done.append((row, self._finish(row, eos=state.eos)))
         return done
 
     def _is_decided(self, row: Row, *, changed: bool, eos: bool) -> bool:
@@ -170,7 +193,7 @@ class RowBatch:
 
     def _close(self, row: Row, finish: FinishReason | None) -> BlockResult:
         """Read the row's block out and move the row on, or out of the batch."""
-        ids = [] if row.ended else self.canvas.answer(row)
+        ids = [] if row.ended else (self._captured or self.canvas).answer(row)
         eos = next((place for place, token in enumerate(ids) if token in self._model.config.eos_ids), len(ids))
         row.ended = row.ended or eos < len(ids)
         result = BlockResult(
@@ -191,12 +214,20 @@ class RowBatch:
         if finite_C.all():
             return
         candidate = int(finite_C.logical_not().nonzero()[0])
-        row = rows[int(wanted_RL.nonzero()[candidate, 0])]
-        raise NumericsError(
-            f"expected finite logits, got NaN or infinity for row {row.number}, block {row.answer_block}, "
-            f"step {row.steps}. Check the checkpoint, or run in float32.",
-            row=row.number,
-        )
+        raise _not_finite(rows[int(wanted_RL.nonzero()[candidate, 0])])
+
+    def _check_states(self, rows: Sequence[Row], states: Sequence[StepState]) -> None:
+        for row, state in zip(rows, states, strict=True):
+            if not state.finite:
+                raise _not_finite(row)
+
+
+def _not_finite(row: Row) -> NumericsError:
+    return NumericsError(
+        f"expected finite logits, got NaN or infinity for row {row.number}, block {row.answer_block}, "
+        f"step {row.steps}. Check the checkpoint, or run in float32.",
+        row=row.number,
+    )
 
 
 def make_row(
@@ -219,10 +250,3 @@ def make_row(
 def _sampling(options: DecodingOptions) -> tuple[object, ...]:
     """What has to be equal for rows to be sampled in one go."""
     return options.temperature, options.top_k, options.top_p, options.filtered_confidence
-
-
-def _least(row: Row) -> int:
-    """Fewest tokens to write in the row's next step."""
-    if row.options.editing_threshold is not None and row.options.threshold is not None:
-        return 1
-    return row.schedule[min(row.steps, len(row.schedule) - 1)]

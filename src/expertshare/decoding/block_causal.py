@@ -20,10 +20,13 @@ class CachedPrefix:
     tokens only: full prompt blocks from the prefill, decoded blocks from a forward of their own after their
     last token."""
 
-    def __init__(self, run: AccountedModel, canvas: Canvas) -> None:
+    def __init__(self, run: AccountedModel, canvas: Canvas, cache: KeyValueCache | None = None) -> None:
+        """cache: one that holds no row; by default of its own."""
         self._run, self._canvas = run, canvas
         model = run.model
-        self.cache = KeyValueCache(model.config, num_rows=0, capacity=0, dtype=model.dtype, device=model.device)
+        self.cache = cache or KeyValueCache(
+            model.config, num_rows=0, capacity=0, dtype=model.dtype, device=model.device
+        )
         self._mask_RLP: Tensor | None = None
         self._mask_is_for: list[int] = []
 

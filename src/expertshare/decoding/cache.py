@@ -71,6 +71,14 @@ class KeyValueCache:
             for tensor in (layer.keys_BHSD, layer.values_BHSD):
                 tensor[first:, :, :capacity] = 0  # whatever a row before left there, it is finite now
 
+    def clear(self) -> None:
+        """Hold no row, and nothing of those that were held; memory stays."""
+        self._held = []
+        for layer in self._memory:
+            for tensor in (layer.keys_BHSD, layer.values_BHSD):
+                tensor.zero_()
+        self._narrow()
+
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all other rows; `rows` in the order in which they are held. Those behind a gap move up."""
         if list(rows) == self._held:

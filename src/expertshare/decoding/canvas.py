@@ -70,10 +70,10 @@ class Canvas:
         return cls(*(tensor.to(device) for tensor in canvas))
 
     @classmethod
-    def empty(cls, device: torch.device) -> Canvas:
-        """Without a row, for `paste`."""
+    def empty(cls, device: torch.device, size: tuple[int, int] = (0, 0)) -> Canvas:
+        """Rows and positions that are all dead: none for `paste`, which makes room."""
         kinds = (torch.int64, torch.bool, torch.bool, torch.bool, torch.bool, torch.int64)
-        return cls(*(torch.zeros((0, 0), dtype=kind, device=device) for kind in kinds))
+        return cls(*(torch.zeros(size, dtype=kind, device=device) for kind in kinds))
 
     def paste(self, index: int, sheet: Canvas) -> None:
         """Put the one row of `sheet` down as row `index`, whatever was there; the canvas grows where it has to. What

@@ -21,17 +21,18 @@ def schedule(block_length: int, steps: int) -> tuple[int, ...]:
 
 
 def tokens_to_write(
-    confidence_RL: Tensor, masked_RL: Tensor, least: Sequence[int], threshold: float | Tensor | None
+    confidence_RL: Tensor, masked_RL: Tensor, least: Sequence[int] | Tensor, threshold: float | Tensor | None
 ) -> Tensor:
     """Masked positions to fill: those with confidence strictly above `threshold`, or the `least[r]` most
     confident ones where fewer pass (exactly those where there is no threshold); ties go to the lower
     position.
 
-    confidence_RL: float32, any value where not masked. threshold: one for all rows or a tensor [R, 1], infinity for a
-    row without one. Returns bool [R, L], inside masked_RL; at least one per row that has a mask.
+    confidence_RL: float32, any value where not masked. least: one number for each row, or a tensor [R, 1]. threshold:
+    one for all rows or a tensor [R, 1], infinity for a row without one. Returns bool [R, L], inside masked_RL; at least
+    one per row that has a mask.
     """
     confidence_RL = confidence_RL.masked_fill(~masked_RL, float("-inf"))
-    least_R1 = torch.tensor(least, device=masked_RL.device).unsqueeze(1)
+    least_R1 = least if isinstance(least, Tensor) else torch.tensor(least, device=masked_RL.device).unsqueeze(1)
     best_RL = masked_RL & (_ranks(confidence_RL) < least_R1)
     if threshold is None:
         return best_RL

@@ -11,7 +11,9 @@ import torch
 
 from expertshare.decoding.batch import RowBatch, make_row
 from expertshare.decoding.canvas import Canvas
+from expertshare.decoding.captured_steps import CapturedSteps
 from expertshare.decoding.geometry import check_prompts, lay_out
+from expertshare.decoding.graphs import Graphs, graphs_of
 from expertshare.decoding.options import DecodingOptions
 from expertshare.decoding.results import BlockResult, Generation, join_blocks
 from expertshare.decoding.watching import Watcher
@@ -23,13 +25,18 @@ from expertshare.models.transformer import MoETransformer
 
 
 class BlockDecoder:
-    """Decodes prompts with one model, one runtime and one set of options; holds no state of its own."""
+    """Decodes prompts with one model, one runtime and one set of options; holds no state of its own but captured steps,
+    which serve one batch after another."""
 
-    def __init__(self, model: MoETransformer, runtime: Runtime, options: DecodingOptions) -> None:
-        """Raises PolicyError or InputError for a policy or options that the model cannot work with."""
+    def __init__(
+        self, model: MoETransformer, runtime: Runtime, options: DecodingOptions, *, graphs: Graphs | None = None
+    ) -> None:
+        """graphs: how steps are captured, by default as the model's device does it, if it can. Raises PolicyError or
+        InputError for a policy or options that the model cannot work with."""
         self.model = model
         self.runtime = replace(runtime, policy=runtime.policy.bind(model.config.router))
         self.options = options.resolve(model.config)
+        self.steps = CapturedSteps(model, self.runtime, self.options, graphs or graphs_of(model.device))
 
     def blocks(
         self,
@@ -75,6 +82,7 @@ class BlockStream(RowBatch, Iterator[BlockResult]):
         ]
         canvas = Canvas.lay(prompts, geometries, mask_id=config.mask_id, device=model.device)
         super().__init__(model, runtime, self._ledger, canvas, watcher)
+        self._steps, self._uncaptured_because = decoder.steps, decoder.steps.why_not(watched=watcher is not None)
         self._started = False
         self._ready: deque[BlockResult] = deque()
         self._results: list[list[BlockResult]] = [[] for _ in prompts]
@@ -100,10 +108,23 @@ class BlockStream(RowBatch, Iterator[BlockResult]):
         with torch.no_grad():
             if not self._started:
                 self._started = True
+                self._capture()
                 self.start(self._rows)
             self._ready.extend(self.step())
+            if self._captured is not None and not self._active:
+                self._steps.give_back(self._captured)
         self._elapsed_s += time.perf_counter() - start
         return bool(self._ready)
+
+    def _capture(self) -> None:
+        if self._uncaptured_because is not None:
+            return
+        lent = self._steps.lend(self._rows)
+        if isinstance(lent, str):
+            self._uncaptured_because = lent
+            return
+        lent.begin(self.canvas, self._rows)
+        self.step_by_replay(lent)
 
     @property
     def elapsed_s(self) -> float:
@@ -122,6 +143,7 @@ class BlockStream(RowBatch, Iterator[BlockResult]):
             cost=self.cost(),
             elapsed_s=self._elapsed_s,
             seconds_by_part=PartClock(spent).shares(self._elapsed_s),
+            uncaptured_because=self._uncaptured_because,
         )
 
 

@@ -12,7 +12,7 @@ from expertshare.decoding.coreset_memory import CoresetMemory
 from expertshare.decoding.row import Row
 from expertshare.decoding.watching import Watcher
 from expertshare.measure.cost import ForwardKind, Turn
-from expertshare.models.runtime import ForwardInput, ForwardOutput, Past, Runtime
+from expertshare.models.runtime import ForwardInput, ForwardOutput, Past, RoutingTrace, Runtime
 from expertshare.models.transformer import MoETransformer
 
 
@@ -72,15 +72,19 @@ class AccountedModel:
         output: ForwardOutput = self.model(replace(inputs, previous=previous), self.runtime, past)
         self.memory.remember(kind, rows, output.routing.coresets)
         live_G = inputs.live_BS.reshape(-1, inputs.block_length).any(dim=1)
+        self.account(kind, rows, output.routing, live_G)
+        return output
+
+    def account(self, kind: ForwardKind, rows: Sequence[Row], routing: RoutingTrace, live_G: Tensor) -> None:
+        """Note a forward in which `rows` took part, whoever ran it. live_G: as in Ledger."""
         self.ledger.record(
             kind,
             [row.turn(kind) for row in rows],
-            load_NE=output.routing.load_NE,
-            group_experts_NG=output.routing.group_experts_NG,
+            load_NE=routing.load_NE,
+            group_experts_NG=routing.group_experts_NG,
             live_G=live_G,
         )
         if self.watcher is not None:
-            self.watcher.hear_forward(kind, rows, output.routing)
+            self.watcher.hear_forward(kind, rows, routing)
         for row in rows:
             row.forwards += 1
-        return output

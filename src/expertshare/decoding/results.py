@@ -46,12 +46,17 @@ class RowResult:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Generation:
     """The answers of a batch, what they cost in experts, and the seconds spent, in all and by part of the
-    model."""
+    model.
+
+    uncaptured_because: why its steps were not replays of a captured one, None where they were; the time of replays is
+    no part's, and so counts as "other".
+    """
 
     rows: tuple[RowResult, ...]
     cost: Cost
     elapsed_s: float
     seconds_by_part: Mapping[str, float]
+    uncaptured_because: str | None = None
 
 
 def join_blocks(blocks: list[BlockResult]) -> RowResult:

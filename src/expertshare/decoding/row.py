@@ -11,6 +11,17 @@ from expertshare.decoding.options import DecodingOptions
 from expertshare.measure.cost import ForwardKind, Turn
 
 
+@dataclass(frozen=True, slots=True)
+class StepState:
+    """What a step came to in a row's block. finite: all that was proposed; has_masks: some of it is still undecided;
+    changed: some of it was written; eos: the answer surely ends in it."""
+
+    finite: bool
+    has_masks: bool
+    changed: bool
+    eos: bool
+
+
 @dataclass(slots=True, kw_only=True)
 class Row:
     """Where a row is: its current block (an index on its canvas) and what happened in that block so far.
@@ -49,6 +60,13 @@ class Row:
     def on_last_block(self) -> bool:
         """Whether nothing comes after the current block."""
         return self.block == self.geometry.num_blocks - 1
+
+    @property
+    def least_tokens(self) -> int:
+        """Fewest tokens to write in the next step."""
+        if self.options.editing_threshold is not None and self.options.threshold is not None:
+            return 1
+        return self.schedule[min(self.steps, len(self.schedule) - 1)]
 
     def turn(self, kind: ForwardKind) -> Turn:
         """This row's part in a forward of that kind, for the ledger."""

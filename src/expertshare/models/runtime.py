@@ -28,6 +28,7 @@ class Runtime:
     policy: bound to the model's router. backend: name of the expert computation; "cpu" computes dense layers and the
     head by our own kernel too. store: where experts live, None for the model's own parameters; bytes_per_expert: of one
     in the store, where it is not in the model's dtype. clock: adds up time by part if given. on_plan: hears every plan.
+    graphs: decoding may capture its steps in graphs, on a device that has them.
     """
 
     policy: RoutingPolicy
@@ -36,6 +37,7 @@ class Runtime:
     bytes_per_expert: int | None = None
     clock: PartClock | None = None
     on_plan: PlanListener | None = None
+    graphs: bool = True
 
     def policy_for(self, layer: int, num_layers: int) -> RoutingPolicy:
         """What decides in MoE layer `layer` of `num_layers`."""
