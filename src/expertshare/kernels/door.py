@@ -16,7 +16,7 @@ from expertshare.kernels.cpu import moe_ffn_cpu
 from expertshare.kernels.grouped import moe_ffn_grouped
 from expertshare.kernels.quantise import dequantised_experts
 from expertshare.kernels.reference import moe_ffn_reference
-from expertshare.kernels.triton import check_available
+from expertshare.kernels.triton import check_available, interpreted
 from expertshare.kernels.triton.experts import moe_ffn_triton
 from expertshare.types import Bank, ExpertBank, RoutingPlan
 
@@ -59,6 +59,13 @@ def resolve_backend(name: str, device: torch.device) -> str:
         native.library()
     if name == "triton":
         check_available()
+    runs_on = {"cpu": "cpu", "triton": "cpu" if interpreted() else "cuda"}.get(name, device.type)
+    if device.type != runs_on:
+        why = " (TRITON_INTERPRET is set)" if name == "triton" and interpreted() else ""
+        raise ConfigError(
+            f"the backend {name!r} expects a model on the device {runs_on!r}{why}, got one on {device.type!r}: use "
+            f"--device {runs_on}, or the backend 'auto'."
+        )
     return name
 
 

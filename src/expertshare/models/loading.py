@@ -23,6 +23,7 @@ from expertshare.models.checkpoint import (
     read_headers,
     read_tensors,
 )
+from expertshare.models.devices import usable_device
 from expertshare.models.family import Place
 from expertshare.models.moe import Router, lay_side_by_side
 from expertshare.models.quantised_vocabulary import QuantisedVocabulary, quantised_places
@@ -58,11 +59,12 @@ def load_model(
     """Load a directory or a hub id. dtype: float32 or bfloat16, by default the checkpoint's own.
 
     Of a directory that `expertshare convert` wrote, everything but the experts is loaded. Routers stay in float32
-    whatever the dtype. A float16 checkpoint is computed in float32 unless told otherwise.
+    whatever the dtype. A float16 checkpoint is computed in float32 unless told otherwise. device: cpu or cuda.
     Raises InputError, ConfigError or CheckpointError, each naming the file, key or tensor.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+    device = usable_device(device)
     path = resolve_source(source)
     raw = read_json(path / "config.json")
     family = family_of(raw)
