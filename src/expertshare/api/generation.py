@@ -70,6 +70,8 @@ class Generated:
             "tokens_per_s": self.run.tokens_per_s,
             "elapsed_s": self.run.elapsed_s,
             "seconds_by_part": dict(self.run.seconds_by_part),
+            "captured": self.run.uncaptured_because is None,
+            "uncaptured_because": self.run.uncaptured_because,
             "peak_memory_bytes": self.peak_memory_bytes,
             "peak_anonymous_bytes": self.peak_anonymous_bytes,
             **self.run.memory_json(),
@@ -109,6 +111,8 @@ def generate(
     batch_size: int = 1,
     backend: str = AUTO,
     dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    graphs: bool = True,
     chat: bool | None = None,
     store: str | StoreOptions | None = None,
     on_block: BlockListener | None = None,
@@ -119,7 +123,8 @@ def generate(
     """Answer one prompt or several under an expert-sharing policy.
 
     policy: `name` or `name:knob=value,...`, by default the one that the checkpoint was trained with; or a policy file
-    (load_policy). chat: None uses the chat template where there is one. store: how the experts of a converted model
+    (load_policy). device: cpu (the default) or cuda. graphs: on a GPU steps may be captured and replayed (docs/gpu.md).
+    chat: None uses the chat template where there is one. store: how the experts of a converted model
     are kept, as StoreOptions or as the memory for them ("3GiB", "mmap"), by default "all". on_block hears of every
     block as it is committed. memory: a watch that runs already. record_routing: a file for the experts of every token
     of every forward, which `plan` and `simulate` can replay. decoding: the fields of DecodingOptions, e.g.
@@ -131,12 +136,12 @@ def generate(
     wanted = parse_policy(policy) if isinstance(policy, str) else policy
     texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     with memory or MemoryWatch() as watch:
-        loaded = load(model, dtype=dtype, store=store)
+        loaded = load(model, dtype=dtype, store=store, device=device)
         ids = encode_prompts(loaded, texts, chat)
         bound = for_model(wanted, loaded) if wanted is not None else native_policy(loaded.config)
         with (
             _recorder(record_routing, loaded) as recorder,
-            opened(loaded, store, Setup(batch_size=batch_size, backend=backend, chat=chat)) as setup,
+            opened(loaded, store, Setup(batch_size=batch_size, backend=backend, chat=chat, graphs=graphs)) as setup,
         ):
             setup = replace(setup, recorder=recorder)
             run = answer_prompts(loaded, ids, bound, options, setup=setup, on_block=on_block)

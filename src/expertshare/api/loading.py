@@ -15,6 +15,7 @@ from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.evaluation import Setup, parse_policies
 from expertshare.experts import ExpertMemory, StoreOptions, has_expert_layout, open_store
 from expertshare.models import LoadedModel, ModelFacts, describe, load_model
+from expertshare.models.devices import usable_device
 from expertshare.models.source import resolve_source
 from expertshare.tasks import PromptRecord
 from expertshare.tuning import PolicyFile, check_model
@@ -26,14 +27,25 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load(
-    model: Model, *, dtype: str | torch.dtype | None = None, store: str | StoreOptions | None = None
+    model: Model,
+    *,
+    dtype: str | torch.dtype | None = None,
+    store: str | StoreOptions | None = None,
+    device: str | torch.device | None = None,
 ) -> LoadedModel:
     """A model from a directory or hub id; one that is loaded is passed through. dtype: by default the checkpoint's.
+    device: cpu (the default) or cuda; one that is loaded has to be there.
 
     store: how its experts will be kept; a model that `expertshare convert` did not write is then refused. So is, before
     its weights are read, a model that does not fit into memory; experts in a store count if it is said which.
     """
+    where = usable_device(device or "cpu")
     if isinstance(model, LoadedModel):
+        if device is not None and model.model.device.type != where.type:
+            raise ConfigError(
+                f"expected a model on the device {where.type!r}, got one that is loaded on {model.model.device}: leave "
+                "the device out, or load the model there"
+            )
         return model
     path = resolve_source(model)
     if store is not None and not has_expert_layout(path):
@@ -42,8 +54,8 @@ def load(
         if dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {dtype!r}. {nearest(dtype, DTYPES)}")
         dtype = DTYPES[dtype]
-    check_fits(path, _store_options(store).memory if store is not None else None, dtype=dtype)
-    return load_model(model, dtype=dtype)
+    check_fits(path, _store_options(store).memory if store is not None else None, dtype=dtype, device=where)
+    return load_model(model, dtype=dtype, device=where)
 
 
 def info(model: Model) -> ModelFacts:

@@ -38,6 +38,7 @@ def opened_engine(
     policies: Sequence[str] | None = None,
     backend: str = AUTO,
     dtype: str | torch.dtype | None = None,
+    device: str | None = None,
     chat: bool | None = None,
     store: str | StoreOptions | None = None,
     limits: EngineLimits | None = None,
@@ -52,7 +53,7 @@ def opened_engine(
     """
     options = decoding_options(decoding)
     wanted = parse_policy(policy) if isinstance(policy, str) else policy
-    loaded = load(model, dtype=dtype, store=store)
+    loaded = load(model, dtype=dtype, store=store, device=device)
     default = for_model(wanted, loaded) if wanted is not None else native_policy(loaded.config)
     offered = OfferedPolicies.read(loaded.config.router, default, policies)
     with opened(loaded, store, Setup(backend=backend, chat=chat)) as setup:

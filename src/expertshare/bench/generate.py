@@ -11,7 +11,7 @@ import torch
 
 from expertshare import native
 from expertshare.bench.cases import Case
-from expertshare.bench.forward import forward_backends
+from expertshare.bench.forward import CPU, forward_backends
 from expertshare.bench.machine import dtype_name
 from expertshare.bench.peer_decoding import decode_with_peer
 from expertshare.bench.peer_models import IMPLEMENTATIONS, build_peer
@@ -21,10 +21,13 @@ from expertshare.config import ModelConfig
 from expertshare.decoding import BlockDecoder, DecodingOptions, Generation
 from expertshare.decoding.geometry import check_prompts
 from expertshare.errors import InputError
+from expertshare.kernels import resolve_backend
 from expertshare.models import MoETransformer, Runtime
 from expertshare.types import RoutingPolicy
 
 Tokens = list[tuple[int, ...]]
+WITHOUT_GRAPHS = "triton-no-graphs"
+"""The contender that launches kernel by kernel what `triton` replays."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +66,10 @@ class Decoding:
         """Cost of the last call."""
         forwards = sum(part.cost.forwards["denoise"] for part in self.last)
         unique = sum(part.cost.unique_experts["denoise"] * part.cost.forwards["denoise"] for part in self.last)
+        reasons = [part.uncaptured_because for part in self.last if part.uncaptured_because is not None]
         return {
+            "captured": not reasons,
+            "uncaptured_because": reasons[0] if reasons else None,
             "unique_experts": unique / forwards if forwards else 0.0,
             "denoise_forwards": forwards,
             "seconds_by_part": {
@@ -121,6 +127,7 @@ def random_subject(
     dtype: torch.dtype,
     seed: int,
     memory_bytes: int,
+    device: torch.device = CPU,
 ) -> Subject:
     """A random model of a case's widths and random prompts of whole blocks. It has no end-of-text token, so that
     every answer has its full length."""
@@ -131,9 +138,22 @@ def random_subject(
     prompts = torch.randint(config.vocab_size, shape, generator=generator)
     prompts[prompts == config.mask_id] = config.mask_id - 1 if config.mask_id else 1
     options = DecodingOptions(gen_length=gen_length, threshold=threshold, seed=seed)
-    return Subject(
-        name=name, model=random_model(config, dtype, seed), prompts=prompts.tolist(), options=options, case=case
-    )
+    model = random_model(config, dtype, seed).to(device)
+    return Subject(name=name, model=model, prompts=prompts.tolist(), options=options, case=case)
+
+
+def generate_backends(names: Sequence[str] | None, device: torch.device) -> list[str]:
+    """As forward_backends, and on a GPU `triton` a second time, without graphs."""
+    if names is None:
+        chosen = forward_backends(None, device)
+        return chosen if device.type == "cpu" else [chosen[0], WITHOUT_GRAPHS, *chosen[1:]]
+    found = forward_backends([name for name in names if name != WITHOUT_GRAPHS] or None, device)
+    return [name for name in names if name == WITHOUT_GRAPHS or name in found]
+
+
+def _runtime(backend: str, policy: RoutingPolicy, device: torch.device) -> Runtime:
+    name = resolve_backend("triton" if backend == WITHOUT_GRAPHS else backend, device)
+    return Runtime(policy=policy, backend=name, graphs=backend != WITHOUT_GRAPHS)
 
 
 def bench_generate(
@@ -158,10 +178,11 @@ def bench_generate(
     peers_join = case is not None and config.attention == "block_causal"
     calls: dict[tuple[str, str, int], Decoding | PeerDecoding] = {}
     with torch.no_grad():
-        for backend in forward_backends(backends):
+        for backend in generate_backends(backends, subject.model.device):
             if backend not in IMPLEMENTATIONS:
                 for label, policy in policies.items():
-                    decoder = BlockDecoder(subject.model, Runtime(policy=policy, backend=backend), subject.options)
+                    runtime = _runtime(backend, policy, subject.model.device)
+                    decoder = BlockDecoder(subject.model, runtime, subject.options)
                     for size in batch_sizes:
                         calls[backend, label, size] = Decoding(decoder, subject.prompts, size)
             elif peers_join:
@@ -176,7 +197,7 @@ def bench_generate(
     points = [_point(subject.name, key, call, seconds["\n".join(map(str, key))], calls) for key, call in calls.items()]
     _add_ratios(points)
     reason = native.unavailable_reason()
-    absent = reason is not None and "cpu" in (backends or ("cpu",))
+    absent = reason is not None and "cpu" in (backends or (subject.model.device.type,))
     return {
         "generations": points,
         "left_out": [{"backend": "cpu", "policy": None, "reason": reason}] if absent else [],

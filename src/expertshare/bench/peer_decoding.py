@@ -39,9 +39,9 @@ def decode_with_peer(
     cache = peer_cache(peer, ())
     answer: list[int] = []
     if prompt:
-        _forward(peer, cache, torch.tensor([list(prompt)]), 0, block_length)
+        _forward(peer, cache, torch.tensor([list(prompt)], device=peer.device), 0, block_length)
     for start in range(len(prompt), len(prompt) + gen_length, block_length):
-        block_1L = torch.full((1, block_length), config.mask_id)
+        block_1L = torch.full((1, block_length), config.mask_id, device=peer.device)
         while bool((masked_L := block_1L[0] == config.mask_id).any()):
             logits_LV = _forward(peer, cache, block_1L, start, block_length)[0]
             cache.crop(-block_length)
@@ -61,6 +61,6 @@ def decode_with_peer(
 def _forward(peer: PreTrainedModel, cache: DynamicCache, tokens_1S: Tensor, start: int, block_length: int) -> Tensor:
     """Whole blocks from position `start` on, which see themselves and everything before them."""
     end = start + tokens_1S.shape[1]
-    queries_S, keys_P = torch.arange(start, end), torch.arange(end)
+    queries_S, keys_P = torch.arange(start, end, device=peer.device), torch.arange(end, device=peer.device)
     mask_SP = queries_S.unsqueeze(1) // block_length >= keys_P // block_length
     return peer_logits(peer, tokens_1S, queries_S.unsqueeze(0), mask_SP.unsqueeze(0), cache)

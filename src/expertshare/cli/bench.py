@@ -188,6 +188,7 @@ def generate(
     threshold: Annotated[float, typer.Option(help="Commit tokens more probable than this.")] = 0.95,
     batch_sizes: Annotated[str, typer.Option(help="Prompts decoded together, e.g. 1,4,16.")] = "1",
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")] = None,
+    device: DeviceFlag = "cpu",
     backends: BackendsFlag = None,
     repeats: RepeatsFlag = 3,
     threads: ThreadsFlag = None,
@@ -203,9 +204,10 @@ def generate(
     _prepare(report, plot, threads, repeats)
     if limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}")
+    on = device_named(device)
     chosen, sizes = policies_by_label(policies), counts("--batch-sizes", batch_sizes) or (1,)
     if case is None:
-        subject = loaded_subject(model, prompts, limit, dtype, gen_length, threshold, seed)
+        subject = loaded_subject(model, prompts, limit, dtype, gen_length, threshold, seed, on)
     else:
         subject = random_subject(
             case,
@@ -217,10 +219,11 @@ def generate(
             threshold=threshold,
             dtype=dtype_named(dtype or "bfloat16"),
             seed=seed,
-            memory_bytes=memory_limit_bytes(memory),
+            memory_bytes=gpu_memory_bytes(memory) if on.type == "cuda" else memory_limit_bytes(memory),
+            device=on,
         )
     console = people(as_json=as_json)
-    machine = _measure(console)
+    machine = _measure(console, on)
     found = bench_generate(
         subject, chosen, names(backends), batch_sizes=sizes, repeats=repeats, on_progress=_progress()
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from expertshare import api
 from expertshare.bench import Subject
 from expertshare.decoding import DecodingOptions
@@ -12,11 +14,18 @@ from expertshare.tasks import read_prompts
 
 
 def loaded_subject(
-    model: str, prompts: Path, limit: int, dtype: str | None, gen_length: int, threshold: float, seed: int
+    model: str,
+    prompts: Path,
+    limit: int,
+    dtype: str | None,
+    gen_length: int,
+    threshold: float,
+    seed: int,
+    device: torch.device,
 ) -> Subject:
     """The model and the first `limit` prompts of the file, encoded."""
     records = read_prompts(prompts)[:limit]
-    loaded = api.load(model, dtype=dtype)
+    loaded = api.load(model, dtype=dtype, device=device)
     loaded.model.requires_grad_(False)
     return Subject(
         name=str(loaded.path),

@@ -117,12 +117,13 @@ def forward_tables(found: Found) -> list[Table]:
 
 def generate_tables(found: Found) -> list[Table]:
     """Every contender."""
-    columns = ["batch", "tokens/s", "range", "unique", "x grouped", "x vanilla", "same %", "peer %"]
+    columns = ["graph", "batch", "tokens/s", "range", "unique", "x grouped", "x vanilla", "same %", "peer %"]
     table = _table(f"Whole answers, {PEERS_TITLE}", ["backend", "policy"], [*columns, "runs"])
     for point in found["generations"]:
         table.add_row(
             point["backend"],
             point["policy"],
+            {None: "-", True: "yes", False: "no"}[point.get("captured")],
             str(point["batch_size"]),
             f"{point['tokens_per_s']:.1f}",
             "-".join(f"{rate:.1f}" for rate in point["tokens_per_s_range"]),

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from expertshare import api
+from expertshare.cli.backend_flags import BackendFlag, DeviceFlag
 from expertshare.cli.console import megabytes, people, print_json, store_summary
 from expertshare.cli.option_groups import DecodingFlags, KnobFlags, StoreFlags, with_option_groups
 from expertshare.cli.streaming import AnswerPrinter
@@ -44,7 +45,11 @@ def generate(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's.")] = None,
-    backend: Annotated[str, typer.Option(help="Expert computation: auto, cpu, grouped or reference.")] = "auto",
+    device: DeviceFlag = "cpu",
+    backend: BackendFlag = "auto",
+    graphs: Annotated[
+        bool, typer.Option("--graphs/--no-graphs", help="On a GPU, with --backend triton: replay captured steps.")
+    ] = True,
     threads: ThreadsFlag = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="Use the chat template, or not. Default: if there is one.")
@@ -71,13 +76,14 @@ def generate(
     chosen = knobs.policy(policy, policy_file)
     store = storage.options()
     with MemoryWatch() as memory:
-        loaded = api.load(model, dtype=dtype, store=store)
+        loaded = api.load(model, dtype=dtype, store=store, device=device)
         result = api.generate(
             loaded,
             texts,
             policy=chosen,
             batch_size=batch_size,
             backend=backend,
+            graphs=graphs,
             chat=chat,
             store=store,
             on_block=_printer(loaded, texts, as_json=as_json).hear,
@@ -145,6 +151,9 @@ def _summary(result: api.Generated) -> str:
     if result.peak_anonymous_bytes is not None:
         memory += f" ({megabytes(result.peak_anonymous_bytes)} without file pages)"
     lines = [f"{speed}; {run.steps} steps, {run.forwards} forwards; {memory}", f"time: {shares}"]
+    if result.device.type != "cpu":
+        why = run.uncaptured_because
+        lines.append("steps: " + ("replayed from a graph" if why is None else f"launched one by one: {why}"))
     if run.expert_store is not None:
         lines.append(store_summary(run.expert_store))
     return "\n".join(lines)

@@ -10,9 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from expertshare.cli.backend_flags import BackendFlag, DeviceFlag
 from expertshare.cli.option_groups import DecodingFlags, KnobFlags, StoreFlags, with_option_groups
 from expertshare.cli.ray_flags import RayAddressFlag, RayFlag, scale_out
 from expertshare.cli.threads import ThreadsFlag, set_threads
+from expertshare.errors import ConfigError
 
 EXAMPLE = "Example: expertshare serve path/to/model --policy des-vote --budget 16 --port 8000"
 _http = partial(typer.Option, rich_help_panel="Server")
@@ -52,7 +54,8 @@ def serve(
         typer.Option(help="Policies that requests may name: names (any knobs) or settings, with commas. Default: all."),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's.")] = None,
-    backend: Annotated[str, typer.Option(help="Expert computation: auto, cpu, grouped or reference.")] = "auto",
+    device: DeviceFlag = "cpu",
+    backend: BackendFlag = "auto",
     threads: ThreadsFlag = None,
     replicas: Annotated[int, scale_out(help="Processes with the model; more than one needs the extra `ray`.")] = 1,
     max_replicas: Annotated[
@@ -76,6 +79,8 @@ def serve(
     from expertshare.serving.replicas import ReplicaScale
 
     scale = ReplicaScale(replicas=replicas, max_replicas=max_replicas, wanted=ray, address=ray_address)
+    if scale.on_ray and device != "cpu":
+        raise ConfigError(f"expected --device cpu with replicas on Ray, got {device}: serve one GPU by one process.")
     level = checked_level(log_level)
     limits = EngineLimits(max_batch=max_batch, max_queue=max_queue, timeout_s=timeout, max_context=max_context)
     settings = ServerSettings(
@@ -91,6 +96,7 @@ def serve(
         "policy": knobs.policy(policy, policy_file),
         "policies": None if policies is None else [policies],
         "backend": backend,
+        "device": device,
         "dtype": dtype,
         "store": storage.options(),
         "limits": limits,

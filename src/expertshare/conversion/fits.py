@@ -21,23 +21,28 @@ def check_fits(
     dtype: torch.dtype | None = None,
     dense_is_loaded: bool = False,
     available_bytes: int | None = None,
+    device: torch.device | None = None,
 ) -> None:
     """Raise ExpertMemoryError unless the weights of a model directory fit into memory, with what would fit instead.
 
     memory: where experts of a converted model are to live; None leaves them out. Other models have theirs in memory.
     dtype: to load in. dense_is_loaded: only the experts of a converted model are still to come. available_bytes: by
-    default what the system and the control group have left; nothing is refused where neither says. Reads headers only;
-    raises CheckpointError for a directory that is no model.
+    default what the system and the control group have left, or the `device`, if that is a GPU; nothing is refused where
+    nobody says. Reads headers only; raises CheckpointError for a directory that is no model.
     """
-    available = usable_memory_bytes() if available_bytes is None else available_bytes
+    on_gpu = device is not None and device.type == "cuda"
+    if available_bytes is None:
+        available_bytes = torch.cuda.mem_get_info(device)[0] if on_gpu else usable_memory_bytes()
+    available = available_bytes
     converted = has_expert_layout(path)
     weights = loaded_bytes(read_headers(path, DENSE if converted else WEIGHTS).values(), dtype)
     own = 0 if dense_is_loaded else weights
     experts = _expert_bytes(path, memory) if converted and memory is not None else 0
     if available is None or own + experts <= available:
         return
+    whose = "the GPU's memory" if on_gpu else "memory"
     raise ExpertMemoryError(
-        f"the weights of {path} need {format_size(own + experts)} of memory, but {_rounded_down(available)} can be "
+        f"the weights of {path} need {format_size(own + experts)} of {whose}, but {_rounded_down(available)} can be "
         "had. " + _advice(path, converted=converted, room=available - own, experts=experts)
     )
 

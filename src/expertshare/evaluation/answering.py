@@ -35,7 +35,8 @@ class PolicyRun:
     """All answers under `policy` (bound to the model's router: every knob concrete), in the order of the prompts.
 
     expert_store: what was asked of the store, None without one. storage_bytes_read: by the process meanwhile, whatever
-    for; None where the system does not say.
+    for; None where the system does not say. uncaptured_because: why steps were not replayed from a graph, None
+    where all were.
     """
 
     policy: RoutingPolicy
@@ -46,6 +47,7 @@ class PolicyRun:
     seconds_by_part: Mapping[str, float]
     expert_store: StoreStatistics | None = None
     storage_bytes_read: int | None = None
+    uncaptured_because: str | None = None
 
     def memory_json(self) -> dict[str, Any]:
         """What the run asked of the expert store and of the storage, by the names of docs/contracts.md."""
@@ -116,6 +118,7 @@ def answer_prompts(
         seconds_by_part=_join_seconds([part.seconds_by_part for part in parts]),
         expert_store=setup.store.statistics() if setup.store is not None else None,
         storage_bytes_read=_more_than(read_before),
+        uncaptured_because=next((why for part in parts if (why := part.uncaptured_because) is not None), None),
     )
 
 

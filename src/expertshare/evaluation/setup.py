@@ -21,7 +21,8 @@ class Setup:
 
     batch_size: prompts decoded together; a coreset is still per block and prompt. backend: a name of
     expertshare.kernels.BACKENDS, or "auto" for the fastest on the model's device. store: for a converted model, and how
-    it was opened. recorder: is told which experts every token of a forward runs.
+    it was opened. recorder: is told which experts every token of a forward runs. graphs: a GPU may replay
+    captured steps.
     """
 
     batch_size: int = 1
@@ -30,6 +31,7 @@ class Setup:
     store: SlabStore | None = None
     store_options: StoreOptions | None = None
     recorder: RoutingRecorder | None = None
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int) or self.batch_size < 1:
@@ -43,6 +45,7 @@ class Setup:
             store=self.store,
             bytes_per_expert=loaded.layout.format.expert_bytes if loaded.layout else None,
             on_plan=self.recorder.hear if self.recorder else None,
+            graphs=self.graphs,
         )
 
     def to_json(self, loaded: LoadedModel, options: DecodingOptions) -> dict[str, Any]:

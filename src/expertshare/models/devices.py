@@ -16,7 +16,7 @@ def usable_device(device: str | torch.device) -> torch.device:
     except RuntimeError as error:
         raise ConfigError(f"unknown device {str(device)!r}. {nearest(str(device), DEVICES)}") from error
     if found.type not in DEVICES:
-        raise ConfigError(f"expected a model on the CPU or on a GPU of NVIDIA, got device {str(device)!r}: use cpu or cuda")
+        raise ConfigError(f"expected the CPU or a GPU of NVIDIA, got the device {str(device)!r}: use cpu or cuda.")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             "expected a GPU, because device 'cuda' was asked for, but torch sees none (torch.cuda.is_available() is "
