@@ -39,7 +39,7 @@ def in_slots(plan: RoutingPlan, loan: Loan) -> RoutingPlan:
         return plan
     ids_TK, slot_of_E = plan.expert_ids_TK, loan.slot_of_E
     slots_TK = torch.where(ids_TK < 0, ids_TK, slot_of_E[ids_TK.clamp(min=0)])
-    num_slots = loan.bank.down_EDF.shape[0] if isinstance(loan.bank, ExpertBank) else loan.bank.down.codes_ERC.shape[0]
+    num_slots = loan.bank.down_EDF.shape[0] if isinstance(loan.bank, ExpertBank) else loan.bank.down.codes_EPC.shape[0]
     active_S = torch.zeros(num_slots, dtype=torch.bool, device=ids_TK.device)
     active_S[slot_of_E[plan.active_E]] = True
     return RoutingPlan(slots_TK, plan.weights_TK, active_S)
