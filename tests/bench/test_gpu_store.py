@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +16,7 @@ from experts.conversion import convert
 from experts.streams import SimulatedTransfer
 from expertshare.api import loading
 from expertshare.bench.bus import bus_bandwidth
+from expertshare.decoding import DecodingOptions
 from expertshare.errors import ConfigError
 from expertshare.experts import ExpertMemory, open_store, opening, read_manifest
 from expertshare.kernels.triton import interpreted, unavailable_reason
@@ -38,6 +40,7 @@ def stand_ins(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "gpu_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(script, "gpu_facts", lambda _: {"name": "a card"})
     monkeypatch.setattr(script, "bus_bandwidth", lambda _: 1e9)
+    monkeypatch.setattr(script, "DecodingOptions", partial(DecodingOptions, steps_per_block=4))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
     monkeypatch.setattr(opening, "CudaTransfer", lambda _: SimulatedTransfer())
