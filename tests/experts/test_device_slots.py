@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,12 @@ from hypothesis import strategies as st
 from expertshare.errors import CheckpointError, ConfigError, ExpertMemoryError
 from expertshare.experts import BudgetedStore, DeviceSlots, ExpertLayout
 from expertshare.experts.device_slots import NUM_STAGED
+from expertshare.experts.reading import ReadTeam
 from expertshare.experts.slab_file import LayerFile
 from expertshare.types import ExpertBank, Loan
 
 from .conversion import FORM, random_model, random_slabs
-from .streams import PACES, SimulatedTransfer
+from .streams import PACES, Point, SimulatedTransfer
 
 LAYERS, EXPERTS = 3, 6
 SLAB = FORM.slab_bytes
@@ -225,3 +227,71 @@ def test_a_closed_store_says_so_and_lent_memory_outlives_it(model: tuple[Path, E
     assert (reader.read, reader.wrong) == (2, 0)
     with pytest.raises(ConfigError, match="closed"), store.borrow(0, members(1)):
         pass
+
+
+def test_what_the_host_keeps_is_brought_by_the_borrowing_thread_at_once(
+    model: tuple[Path, ExpertLayout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfer = SimulatedTransfer("all late")
+    reader = Reader(transfer)
+    with opened(model, 4, transfer, kept=LAYERS * EXPERTS, prefetch=False) as store:
+        for layer in range(LAYERS):
+            for experts in ((0, 1, 2), (3, 4, 5)):
+                with store.borrow(layer, members(*experts)):
+                    pass
+        store.reset()
+        monkeypatch.setattr(ReadTeam, "submit", lambda *_: pytest.fail("queued"))
+        walk(store, reader)
+        total = store.statistics().total
+    transfer.finish()
+    assert (reader.wrong, total.reads, total.stall_s) == (0, 0, 0.0)
+    assert total.copies == total.requests - (total.hits or 0) > 0
+
+
+@pytest.mark.parametrize("kept", [0, LAYERS * EXPERTS])
+def test_ctrl_c_at_any_call_leaves_no_slot_with_the_wrong_bytes(model: tuple[Path, ExpertLayout], kept: int) -> None:
+    class Interrupted(SimulatedTransfer):
+        """The borrowing thread is interrupted before, or after, every tenth of its calls."""
+
+        calls = 0
+
+        def interrupt(self, before: bool) -> None:
+            if threading.current_thread() is threading.main_thread():
+                self.calls += before
+                if self.calls % 10 == 0 and before == (self.calls % 20 == 0):
+                    raise KeyboardInterrupt
+
+        def copy(self, slot_B: torch.Tensor, staged_B: torch.Tensor, *, after: Point) -> Point:
+            self.interrupt(True)
+            copied = super().copy(slot_B, staged_B, after=after)
+            self.interrupt(False)
+            return copied
+
+        def computed(self) -> Point:
+            self.interrupt(True)
+            point = super().computed()
+            self.interrupt(False)
+            return point
+
+        def computation_waits(self, copied: Point) -> None:
+            self.interrupt(True)
+            super().computation_waits(copied)
+            self.interrupt(False)
+
+    for pace in PACES:
+        transfer = Interrupted(pace)
+        reader = Reader(transfer)
+        interrupts = 0
+        with opened(model, 5, transfer, kept=kept) as store:
+            for turn in range(200):
+                layer, active_E = turn % LAYERS, members(turn % EXPERTS, (turn * 5 + 1) % EXPERTS, (turn * 3) % EXPERTS)
+                try:
+                    with store.borrow(layer, active_E) as loan:
+                        reader.read_later(loan, layer, active_E)
+                except KeyboardInterrupt:
+                    interrupts += 1
+            assert not any(len(lease.slots) for lease in store._leases)
+        transfer.finish()
+        assert reader.wrong == 0
+        assert interrupts > 10
+        assert reader.read > 100

@@ -22,7 +22,7 @@ from expertshare.experts.layout import ExpertLayout, open_layers
 from expertshare.experts.reading import ReadTeam, SlabRead
 from expertshare.experts.sizes import format_size
 from expertshare.experts.slab import SlabFormat
-from expertshare.experts.slot_memory import HostSlots, SlotMemory
+from expertshare.experts.slot_memory import HostSlots, Moved, SlotMemory
 from expertshare.experts.slots import SlotTable
 from expertshare.experts.statistics import StoreStatistics, fresh_counts
 from expertshare.types import Loan
@@ -217,10 +217,13 @@ class BudgetedStore:
             self._fetch(slot, following, int(missing[index]), ahead=True)
 
     def _fetch(self, slot: int, layer: int, expert: int, *, ahead: bool) -> None:
-        """Start bringing an expert into a slot that nobody uses."""
+        """Start bringing an expert into a slot that nobody uses; one that is at hand is there when this returns."""
         self._table.place(slot, layer, expert, ahead=ahead)
-        from_file = partial(self._files[layer].read_into, expert)
-        read = SlabRead(self._slots.bringing(slot, layer, expert, from_file))
+        bring = self._slots.bringing(slot, layer, expert, partial(self._files[layer].read_into, expert))
+        if self._slots.at_hand(layer, expert):
+            self._note(slot, bring())
+            return
+        read = SlabRead(bring)
         self._pending[slot] = read  # before it is queued: an interrupt must not leave a read that nobody knows
         self._team.submit(read)
 
@@ -228,6 +231,8 @@ class BudgetedStore:
         """Wait for the bytes of a lent slot. Raises the error of its read."""
         if slot not in self._pending:  # its read was skipped, or an interrupt came between placing and reading
             self._fetch(slot, layer, expert, ahead=False)
+            if self._table.ready_S[slot]:
+                return
         read = self._finish(slot)
         if read.error is not None:
             raise read.error
@@ -246,13 +251,17 @@ class BudgetedStore:
         if not read.done:
             return
         if read.moved is not None:
-            self._table.ready_S[slot] = True
-            count = self._counts[self._table.layer_S[slot]]
-            count.reads += read.moved.read
-            count.copies += read.moved.copied
+            self._note(slot, read.moved)
         else:  # whoever needs the expert reads it again, and hears of the error if it lasts
             self._table.clear(slot)
         del self._pending[slot]
+
+    def _note(self, slot: int, moved: Moved) -> None:
+        """A slot has its expert."""
+        self._table.ready_S[slot] = True
+        count = self._counts[self._table.layer_S[slot]]
+        count.reads += moved.read
+        count.copies += moved.copied
 
     def _unwanted(self) -> set[int]:
         """Slots that are being filled for nobody who waits."""

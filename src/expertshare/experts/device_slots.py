@@ -50,6 +50,10 @@ class DeviceSlots(Generic[T]):
         """See SlotMemory."""
         return partial(self._bring, slot, (layer, expert), read, self._transfer.computed())
 
+    def at_hand(self, layer: int, expert: int) -> bool:
+        """Whether the host keeps it."""
+        return (layer, expert) in self._kept
+
     def lend(self, slots: Ints) -> None:
         """Computation waits for those that have been copied since they were last lent."""
         for slot in slots.tolist():

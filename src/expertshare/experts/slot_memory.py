@@ -29,7 +29,8 @@ class Moved:
 class SlotMemory(Protocol):
     """Slots in some memory, as a bank to compute with. Which expert goes into which slot is decided elsewhere.
 
-    Everything is called by the thread that borrows, but what `bringing` returns: reader threads run that.
+    Everything is called by the thread that borrows, but what `bringing` returns: reader threads run that, unless the
+    expert is at hand.
     """
 
     @property
@@ -40,6 +41,10 @@ class SlotMemory(Protocol):
     def bringing(self, slot: int, layer: int, expert: int, read: ReadInto) -> Callable[[], Moved]:
         """What brings an expert into a slot that nobody has borrowed now. Computation that was issued before this call
         may still be reading the slot; none that is issued later does before `lend`."""
+        ...
+
+    def at_hand(self, layer: int, expert: int) -> bool:
+        """Whether bringing it takes no reading, and so no time of the thread that does it."""
         ...
 
     def lend(self, slots: Ints) -> None:
@@ -71,6 +76,11 @@ class HostSlots:
         del layer, expert
         size = self._slab_bytes
         return partial(_read, read, self._memory[slot * size : (slot + 1) * size])
+
+    def at_hand(self, layer: int, expert: int) -> bool:
+        """What is not in a slot is in a file."""
+        del layer, expert
+        return False
 
     def lend(self, slots: Ints) -> None:
         """Nothing has to be waited for."""
