@@ -75,7 +75,6 @@ def summary(made: PolicyRun, bus: float) -> dict[str, Any]:
         "elapsed_s": made.elapsed_s,
         "token_ids": list(made.answers[0].token_ids),
         "unique_experts": made.cost.unique_experts["denoise"],
-        "seconds_by_part": dict(made.seconds_by_part),
         **{key: store[key] for key in ("slots", "slot_bytes", "hit_rate", "bytes_read", "bytes_copied", "stall_s")},
         "bus_bytes_per_s": bus,
         "share_of_bus": store["bytes_copied"] / made.elapsed_s / bus,
