@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from expertshare import api
 from expertshare.cli.console import people, print_json
 from expertshare.cli.evaluation_tables import cost_table, summary_table, task_table
-from expertshare.cli.option_groups import DecodingFlags, with_option_groups
+from expertshare.cli.option_groups import DecodingFlags, StoreFlags, with_option_groups
 from expertshare.cli.ray_flags import RayAddressFlag, RayFlag
 from expertshare.evaluation import PRESETS
 
@@ -64,6 +64,7 @@ def evaluate(
     ] = False,
     *,
     decoding: DecodingFlags,
+    storage: StoreFlags,
 ) -> None:
     """Ask every item of the tasks under every policy; say what is right, what that costs, and how sure it is.
 
@@ -87,6 +88,7 @@ def evaluate(
             dtype=dtype,
             backend=backend,
             chat=chat,
+            store=storage.options(),
             on_progress=bars.hear,
             on_notice=lambda notice: typer.echo(notice, err=True),
             **_given(context, decoding),
