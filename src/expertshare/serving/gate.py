@@ -76,8 +76,6 @@ class Gate:
 
     async def _with_body(self, scope: Scope, receive: Receive) -> Receive | None:
         """A `receive` that gives the whole body at once; None where the client has left before its end."""
-        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            return receive
         most = self._settings.max_body_bytes
         told = Headers(scope=scope).get("content-length", "0")
         if told.isdecimal() and int(told[:20]) > most:
