@@ -20,7 +20,7 @@ from expertshare.serving.metrics import ServerMetrics
 from expertshare.serving.orders import Order
 from expertshare.serving.refusals import Refusal, refusal_of
 from expertshare.serving.replies import ReplyForm
-from expertshare.serving.requests import ChatRequest, CompletionRequest
+from expertshare.serving.requests import LONGEST_QUOTE, ChatRequest, CompletionRequest
 from expertshare.serving.running_request import Choice, RunningRequest
 from expertshare.serving.settings import ServerSettings
 
@@ -128,9 +128,8 @@ class Completions:
 
     def unknown_model(self, name: str) -> Refusal:
         """The refusal of a model that is not served."""
-        return Refusal(
-            404, f"unknown model {name!r}: this server has {self.model_name!r}", param="model", code="model_not_found"
-        )
+        message = f"unknown model {name[:LONGEST_QUOTE]!r}: this server has {self.model_name!r}"
+        return Refusal(404, message, param="model", code="model_not_found")
 
     def _too_many(self, param: str) -> Refusal:
         return Refusal(400, f"at most {self._settings.max_choices} answers at once: ask for fewer", param=param)
@@ -149,6 +148,7 @@ class Completions:
         for prompt in prompts:
             self._check_length(prompt, param)
             options = self._options(asked, len(prompt))
+            self._check_context(len(prompt), options.gen_length, param)
             for number in range(count):
                 seed = (options.seed + number) % LARGEST_SEED
                 order = Order(prompt=tuple(prompt), options=replace(options, seed=seed), policy=policy)
@@ -163,6 +163,18 @@ class Completions:
             raise Refusal(
                 400,
                 f"the prompt has {len(prompt)} tokens, and this server takes {most}: shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def _check_context(self, prompt_tokens: int, gen_length: int, param: str) -> None:
+        """Before the decoder does: it would not name it as clients do."""
+        total, most = prompt_tokens + gen_length, self._engine.max_context
+        if total > most:
+            raise Refusal(
+                400,
+                f"the prompt has {prompt_tokens} tokens; with {gen_length} to generate that is {total}, and this "
+                f"server takes {most}: shorten the prompt, or ask for less",
                 param=param,
                 code="context_length_exceeded",
             )
