@@ -138,7 +138,7 @@ def _state_routes(engine: Engine, metrics: ServerMetrics) -> APIRouter:
     @router.get("/metrics", response_model=None)
     async def show_metrics() -> Response:
         """For Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
 
