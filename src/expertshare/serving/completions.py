@@ -36,6 +36,11 @@ class Completions:
         self._engine, self._codec, self._settings, self._metrics = engine, codec, settings, metrics
         self.model_name = model_name
 
+    @property
+    def _most_choices(self) -> int:
+        """Answers of one request: as the operator says, and never more than could be queued."""
+        return min(self._settings.max_choices, self._engine.most_at_once)
+
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""
         self._check(asked)
@@ -50,7 +55,7 @@ class Completions:
         """POST /v1/completions."""
         self._check(asked)
         given = asked.prompts
-        if len(given) > self._settings.max_choices:
+        if len(given) > self._most_choices:
             raise self._too_many("prompt")
         try:
             prompts = [await self._codec.encode_text(p) if isinstance(p, str) else p for p in given]
@@ -121,7 +126,7 @@ class Completions:
     def _check(self, asked: ChatRequest | CompletionRequest) -> None:
         if asked.model != self.model_name:
             raise self.unknown_model(asked.model)
-        if asked.n is not None and asked.n > self._settings.max_choices:
+        if asked.n is not None and asked.n > self._most_choices:
             raise self._too_many("n")
         if asked.stream_options is not None and not asked.stream:
             raise Refusal(400, "stream_options need stream: true; leave them out, or stream", param="stream_options")
@@ -132,7 +137,7 @@ class Completions:
         return Refusal(404, message, param="model", code="model_not_found")
 
     def _too_many(self, param: str) -> Refusal:
-        return Refusal(400, f"at most {self._settings.max_choices} answers at once: ask for fewer", param=param)
+        return Refusal(400, f"at most {self._most_choices} answers at once: ask for fewer", param=param)
 
     def _choices(
         self, asked: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[int]], param: str
@@ -142,7 +147,7 @@ class Completions:
         except PolicyError as error:
             raise refusal_of(error, "expert_policy") from error
         count = asked.n or 1
-        if count * len(prompts) > self._settings.max_choices:
+        if count * len(prompts) > self._most_choices:
             raise self._too_many("n")
         choices = []
         for prompt in prompts:
