@@ -44,6 +44,7 @@ OTHERS = [
     (("plan", "MODEL", "--tokens-per-step", "nan"), "tokens per step must be at least 1, got nan"),
     (("convert", "MODEL", "OUT", "--shard-size", "1GB"), "--shard-size belongs to --to huggingface"),
     (("train", "MODEL/config.json"), "expected a folder"),
+    (("distill", "MODEL", "--out", "OUT", "--policy", "skip", "--threads", "0"), "threads must be at least 1"),
     (("train", "OUT", "--hidden", "5"), "hidden must be a multiple of 64, got 5"),
     (("serve", "MODEL", "--drain-timeout", "-1"), "drain-timeout must be"),
     (("serve", "MODEL", "--drain-timeout", "nan"), "drain-timeout must be"),
