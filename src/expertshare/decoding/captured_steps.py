@@ -8,6 +8,7 @@ from expertshare.decoding.captured_blocks import BlockShape, CapturedBlocks
 from expertshare.decoding.graphs import Graphs
 from expertshare.decoding.options import DecodingOptions
 from expertshare.decoding.row import Row
+from expertshare.experts.whole import ResidentSlabs
 from expertshare.models.runtime import Runtime
 from expertshare.models.transformer import MoETransformer
 from expertshare.routing import policy_at, recipe_of
@@ -48,7 +49,7 @@ class CapturedSteps:
                 runtime.backend != "triton"
             ),
             "full attention runs the whole canvas, which has no cache": config.attention == "full",
-            "experts come from a store": runtime.store is not None,
+            "experts come and go in a store": runtime.store is not None and not isinstance(runtime.store, ResidentSlabs),
             "the experts of every token are recorded": runtime.on_plan is not None,
             "a watcher hears of every forward": watched,
             "tokens are sampled, or restricted ones judged": not self._options.takes_the_best,
