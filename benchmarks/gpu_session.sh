@@ -10,7 +10,7 @@ unset TRITON_INTERPRET
 export HF_HUB_OFFLINE=1
 mkdir -p "$results"
 
-# Correct first: the tests of the kernels, compiled, bfloat16 and captured graphs among them.
+# Correct first: the tests of the kernels, compiled, bfloat16, captured forwards and whole answers by replays among them.
 $python -m pytest -q -m cuda tests/kernels/triton
 
 # Selection: under 20 us a layer inside the graph.
@@ -29,3 +29,9 @@ $python -m expertshare bench experts --device cuda --case llada2.0-mini --tokens
 $python -m expertshare bench forward --device cuda --case llada2.0-mini --layers 20 --repeats 50 \
     --policies vanilla,des-vote:budget=15,block-top-p --report "$results/gpu-forward-mini.json" \
     --plot "$results/gpu-forward-mini.png"
+
+# Whole answers of 20 layers, each step a replay or launched kernel by kernel, and the plain loop over transformers.
+$python -m expertshare bench generate --device cuda --case llada2.0-mini --layers 20 --limit 4 --gen-length 128 \
+    --batch-sizes 1,4 --policies vanilla,des-vote:budget=15 --repeats 5 \
+    --backends triton,triton-no-graphs,grouped,transformers-grouped-mm --report "$results/gpu-generate-mini.json" \
+    --plot "$results/gpu-generate-mini.png"

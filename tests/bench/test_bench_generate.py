@@ -10,7 +10,7 @@ import torch
 from expertshare.bench import Subject, bench_generate, find_case, random_subject
 from expertshare.bench.generate import same_tokens
 from expertshare.bench.peer_decoding import decode_with_peer
-from expertshare.errors import InputError
+from expertshare.errors import ConfigError, InputError
 from expertshare.routing import parse_policy
 
 
@@ -66,6 +66,28 @@ def _decoder(subject: Subject):  # type: ignore[no-untyped-def]
     from expertshare.models import Runtime
 
     return BlockDecoder(subject.model, Runtime(policy=parse_policy("vanilla")), subject.options)
+
+
+def test_on_a_gpu_replays_run_beside_launches_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from expertshare.bench import generate
+
+    cuda = torch.device("cuda")
+    assert generate.generate_backends(None, cuda)[:3] == ["triton", "triton-no-graphs", "grouped"]
+    assert generate.generate_backends(["triton-no-graphs"], cuda) == ["triton-no-graphs"]
+    assert "triton-no-graphs" not in generate.generate_backends(None, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="unknown backend 'triton-graphs'"):
+        generate.generate_backends(["triton-graphs"], cuda)
+    monkeypatch.setattr(generate, "resolve_backend", lambda name, device: name)
+    runtimes = [generate._runtime(name, parse_policy("vanilla"), cuda) for name in ("triton", "triton-no-graphs")]
+    assert [(runtime.backend, runtime.graphs) for runtime in runtimes] == [("triton", True), ("triton", False)]
+
+
+def test_points_say_whether_steps_were_replayed() -> None:
+    (point,) = bench_generate(_subject(), {"vanilla": parse_policy("vanilla")}, ["grouped"], repeats=1, warmup=0)[
+        "generations"
+    ]
+    assert point["captured"] is False
+    assert "graphs are a GPU's" in point["uncaptured_because"]
 
 
 def test_positions_that_only_one_answer_has_count_as_different() -> None:

@@ -77,7 +77,7 @@ def test_everybody_takes_part_on_the_device_that_it_is_made_for() -> None:
     assert contenders(["triton"], CPU)["triton"].absent(CPU) == "runs on cuda only"
 
 
-@pytest.mark.parametrize("verb", ["experts", "forward"])
+@pytest.mark.parametrize("verb", ["experts", "forward", "generate"])
 def test_asking_for_cuda_without_a_gpu_is_a_clear_error(
     verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -33,6 +33,8 @@ def test_json_is_the_one_line_on_stdout(checkpoint: Path, run: Run) -> None:
     assert 0 < value["unique_experts"]["denoise"] <= 8
     assert value["forwards"] > value["steps"] > 0
     assert value["peak_memory_bytes"] > 1_000_000
+    assert value["captured"] is False
+    assert "graphs are a GPU's" in value["uncaptured_because"]
     loaded = load_model(checkpoint)
     assert loaded.tokenizer is not None
     assert value["text"] == decode_answer(loaded.tokenizer, value["token_ids"])

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cli.conftest import Run
 from expertshare import api
@@ -36,6 +37,7 @@ GENERATE = [
     (("--seed", "-1"), "seed must be"),
     (("--dtype", "float23"), "Did you mean 'float32'?"),
     (("--backend", "groupd"), "Did you mean 'grouped'?"),
+    (("--device", "gpu"), "unknown device 'gpu'"),
     (("--prompts", "x.jsonl"), "got --prompt and --prompts: choose one"),
     (("--report", "missing-directory/report.json"), "expected a path that can be written"),
     (("--threads", str(10**12)), "threads must be at most"),
@@ -92,6 +94,32 @@ def test_prompt_files_that_python_cannot_read(checkpoint: Path, run: Run, tmp_pa
     assert done.code == 2
     assert done.err.startswith("error: ")
     assert len(done.err) < 500
+
+
+@pytest.mark.parametrize("verb", [("generate", "--prompt", "hello"), ("serve", "--port", "0")])
+def test_a_gpu_that_is_not_there(
+    checkpoint: Path, run: Run, monkeypatch: pytest.MonkeyPatch, verb: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = run(verb[0], checkpoint, *verb[1:], "--device", "cuda")
+    assert (done.code, done.out) == (2, "")
+    assert "expected a GPU, because device 'cuda' was asked for, but torch sees none" in " ".join(done.err.split())
+
+
+def test_triton_on_the_cpu(checkpoint: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("expertshare.kernels.door.check_available", lambda: None)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    done = run("generate", checkpoint, "--prompt", "hello", "--backend", "triton")
+    assert done.code == 2
+    said = "the backend 'triton' expects a model on the device 'cuda', got one on 'cpu': use --device cuda"
+    assert said in " ".join(done.err.split())
+
+
+def test_several_replicas_do_not_share_a_gpu(checkpoint: Path, run: Run) -> None:
+    done = run("serve", checkpoint, "--device", "cuda", "--replicas", "2")
+    assert done.code == 2
+    assert "expected --device cpu with replicas on Ray, got cuda" in " ".join(done.err.split())
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n"])

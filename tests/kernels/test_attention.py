@@ -11,7 +11,7 @@ from torch import Tensor
 from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.kernels import attend
-from expertshare.kernels.attention import attend_cpu
+from expertshare.kernels.attention import _attend_folded, attend_cpu
 
 from .conftest import ISAS
 
@@ -43,6 +43,15 @@ def scene(shape: tuple[int, ...], dtype: torch.dtype, masked: bool = False) -> S
     mask = torch.rand(batch, length, keys, generator=generator) < 0.6
     mask[..., keys // 2] = True
     return q, k, v, mask if masked else None
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_heads_as_more_queries_attend_to_the_same(shape: tuple[int, ...]) -> None:
+    q, k, v, mask = scene(shape, torch.float32, masked=True)
+    assert mask is not None
+    expected = formula(q, k, v, mask)
+    found = _attend_folded(q, k, v, mask)
+    assert (found - expected).abs().max() <= TOLERANCE[torch.float32] * expected.abs().max()
 
 
 def formula(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

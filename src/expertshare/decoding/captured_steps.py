@@ -49,7 +49,7 @@ class CapturedSteps:
                 runtime.backend != "triton"
             ),
             "full attention runs the whole canvas, which has no cache": config.attention == "full",
-            "experts come and go in a store": runtime.store is not None and not isinstance(runtime.store, ResidentSlabs),
+            "experts come and go in a store": not isinstance(runtime.store, ResidentSlabs | None),
             "the experts of every token are recorded": runtime.on_plan is not None,
             "a watcher hears of every forward": watched,
             "tokens are sampled, or restricted ones judged": not self._options.takes_the_best,
