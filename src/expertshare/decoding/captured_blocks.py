@@ -13,17 +13,15 @@ from torch import Tensor
 
 from expertshare.decoding.cache import KeyValueCache
 from expertshare.decoding.canvas import Canvas
-from expertshare.decoding.commit_rule import holds_eos, tokens_to_edit, tokens_to_write
 from expertshare.decoding.forwards import AccountedModel
 from expertshare.decoding.graphs import Graphs
 from expertshare.decoding.row import Row, StepState
+from expertshare.kernels.triton.commit import FLAGS, commit_triton
 from expertshare.measure.cost import ForwardKind
-from expertshare.models.runtime import ForwardInput, LayerKeyValues, RoutingTrace, Runtime
+from expertshare.models.runtime import ForwardInput, ForwardOutput, LayerKeyValues, RoutingTrace, Runtime
 from expertshare.models.transformer import MoETransformer
 
 _START, _LEAST, _ON, _PLACE = range(4)
-_FLAGS = 4
-"""Of a row in a report, before its tokens: finite, has masks, changed, eos."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +86,7 @@ class CapturedBlocks:
     A step is one replay and one wait, for the report. One pair of graphs serves every block of every answer that fits
     into the shape: attention sees the whole cache through a mask, which the device makes from the blocks' starts.
     Equal to the steps of RowBatch up to the rounding of attention; nothing is written in a step that is not finite.
+    Policies that need to know of steps are not for it: a forward is not told what is undecided.
     """
 
     def __init__(self, model: MoETransformer, runtime: Runtime, graphs: Graphs, shape: BlockShape) -> None:
@@ -106,7 +105,7 @@ class CapturedBlocks:
         num_layers, num_experts = model.config.num_moe_layers, model.config.router.num_experts
         self._load_NE = torch.zeros((num_layers, num_experts), dtype=torch.int64, device=device)
         self._unique_NR = torch.zeros((num_layers, shape.num_rows), dtype=torch.int64, device=device)
-        self._report_RX = torch.zeros((shape.num_rows, _FLAGS + shape.block_length), dtype=torch.int64, device=device)
+        self._report_RX = torch.zeros((shape.num_rows, FLAGS + shape.block_length), dtype=torch.int64, device=device)
         # one each: the host may write the commit's while the step's is still on its way
         self._step_control, self._commit_control = (Control(graphs, shape.num_rows, device) for _ in range(2))
         self._read: list[list[int]] = []
@@ -132,7 +131,7 @@ class CapturedBlocks:
         self._replay_step()
         self._account("denoise", self._step_control, rows, run)
         self._read = self._graphs.read(self._report_RX).tolist()
-        told = [self._read[row.index][:_FLAGS] for row in rows]
+        told = [self._read[row.index][:FLAGS] for row in rows]
         return [StepState(*map(bool, flags)) for flags in told]
 
     def commit(self, rows: Sequence[Row], standing: Sequence[Row], run: AccountedModel) -> None:
@@ -145,7 +144,7 @@ class CapturedBlocks:
     def answer(self, row: Row) -> list[int]:
         """What the row's current block adds to the answer, by the last report."""
         start, end = (index - row.start for index in row.geometry.answer_span(row.block))
-        return self._read[row.index][_FLAGS:][start:end]
+        return self._read[row.index][FLAGS:][start:end]
 
     def _account(self, kind: ForwardKind, control: Control, rows: Sequence[Row], run: AccountedModel) -> None:
         """Asked of the device behind the replay, while that runs."""
@@ -161,12 +160,11 @@ class CapturedBlocks:
         results = [self._load_NE, self._unique_NR, self._report_RX]
         return [*canvas, *memory, *said, self._thresholds_R2, self._edited_R1, self._eos_ids, *results]
 
-    def _forward(self, control: Control) -> tuple[Tensor, Tensor, Tensor]:
-        """Where the blocks lie, what of them is undecided, and their hidden states."""
+    def _forward(self, control: Control) -> Tensor:
+        """Hidden states of the current blocks."""
         length, device = self.shape.block_length, self._model.device
         on_R1 = control.column(_ON) > 0
         index_RL = control.column(_START) + torch.arange(length, device=device)
-        masked_RL = self._canvas.masked_BC.gather(1, index_RL) & on_R1
         seen_R1C = (torch.arange(self.shape.capacity, device=device) <= index_RL[:, -1:]).unsqueeze(1)
         inputs = ForwardInput(
             tokens_BS=self._canvas.tokens_BC.gather(1, index_RL),
@@ -174,38 +172,28 @@ class CapturedBlocks:
             live_BS=on_R1.expand(-1, length),
             mask_BSP=seen_R1C.expand(-1, length, -1),
             block_length=length,
-            masked_BS=masked_RL,
         )
         rows_R1 = torch.arange(self.shape.num_rows, device=device).unsqueeze(1)
         rooms = [FixedRoom(layer, rows_R1, index_RL) for layer in self._layers]
-        output = self._model(inputs, self._runtime, rooms)
+        output: ForwardOutput = self._model(inputs, self._runtime, rooms)
         self._load_NE.copy_(output.routing.load_NE)
         self._unique_NR.copy_(output.routing.group_experts_NG)
-        return index_RL, masked_RL, output.hidden_BSD
+        return output.hidden_BSD
 
     def _commit(self) -> None:
         self._forward(self._commit_control)
 
     def _step(self) -> None:
-        index_RL, masked_RL, hidden_RLD = self._forward(self._step_control)
-        canvas, control = self._canvas, self._step_control
-        tokens_RL = canvas.tokens_BC.gather(1, index_RL)
-        open_RL = ~canvas.frozen_BC.gather(1, index_RL) & (control.column(_ON) > 0)
-        wanted_RL = torch.where(self._edited_R1, open_RL, masked_RL)
-        excluded = [self._model.config.mask_id]
+        hidden_RLD = self._forward(self._step_control)
+        excluded, size = [self._model.config.mask_id], hidden_RLD.shape[:2]
         best_T, sure_T = self._model.best_tokens(hidden_RLD.flatten(0, 1), excluded, backend=self._runtime.backend)
-        finite_R = (sure_T.view(wanted_RL.shape).isfinite() | ~wanted_RL).all(dim=1)
-        proposed_RL = torch.where(wanted_RL, best_T.view(wanted_RL.shape), tokens_RL)
-        confidence_RL = sure_T.view(wanted_RL.shape).masked_fill(~wanted_RL, float("-inf"))
-        threshold_R1, editing_R1 = torch.split(self._thresholds_R2, 1, dim=1)
-        write_RL = tokens_to_write(confidence_RL, masked_RL, control.column(_LEAST), threshold_R1)
-        editable_RL = open_RL & ~masked_RL
-        write_RL = write_RL | tokens_to_edit(confidence_RL, proposed_RL, tokens_RL, editable_RL, editing_R1)
-        write_RL = write_RL & finite_R.all()
-        tokens_RL, masked_RL = torch.where(write_RL, proposed_RL, tokens_RL), masked_RL & ~write_RL
-        canvas.tokens_BC.scatter_(1, index_RL, tokens_RL)
-        canvas.masked_BC.scatter_(1, index_RL, masked_RL)
-        eos_RL = (tokens_RL.unsqueeze(2) == self._eos_ids).any(dim=2)
-        eos_R = holds_eos(eos_RL, masked_RL, canvas.answer_BC.gather(1, index_RL))
-        flags_R4 = torch.stack((finite_R, masked_RL.any(dim=1), write_RL.any(dim=1), eos_R), dim=1)
-        self._report_RX.copy_(torch.cat((flags_R4.to(torch.int64), tokens_RL), dim=1))
+        canvas = self._canvas
+        commit_triton(
+            (canvas.tokens_BC, canvas.masked_BC, canvas.frozen_BC, canvas.answer_BC),
+            self._step_control.numbers_R4,
+            self._thresholds_R2,
+            self._edited_R1,
+            (best_T.view(size), sure_T.view(size)),
+            self._eos_ids,
+            self._report_RX,
+        )

@@ -19,17 +19,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from expertshare.kernels.triton.device import coreset, experts, head, plan
+from expertshare.kernels.triton.device import commit, coreset, experts, head, plan
 from expertshare.kernels.triton.tiles import tiles_for
 
 POINTERS = {
-    "*fp32": ("affinity", "best", "choice", "expert_scale", "out", "probability", "total", "weights"),
-    "*i64": ("found", "ids", "keys", "load", "unique"),
+    "*fp32": (
+        *("affinity", "best", "choice", "expert_scale", "out", "probability", "sure", "thresholds", "total", "weights"),
+    ),
+    "*i64": ("control", "eos", "found", "ids", "keys", "load", "proposed", "report", "tokens", "unique"),
     "*i32": ("count", "excluded", "first", "order", "token", "used"),
-    "*i1": ("active", "live", "member"),
+    "*i1": ("active", "answer", "edited", "frozen", "live", "masked", "member"),
 }
 TYPES = {f"{name}_ptr": kind for kind, names in POINTERS.items() for name in names} | {
-    **dict.fromkeys(("length", "size", "slots", "num_pairs", "num_rows"), "i32"),
+    **dict.fromkeys(("capacity", "length", "size", "slots", "num_pairs", "num_rows"), "i32"),
     **dict.fromkeys(("share_bits", "drop_bits", "codes_stride", "scales_stride", "minima_stride"), "i64"),
     "scaling": "fp32",
 }
@@ -122,7 +124,11 @@ def rest() -> dict[str, dict[str, int]]:
     types = {**TYPES, "y_ptr": "*bf16"}
     mix = {**MINI, "DEPTH": 2048, "BN": 1024}
     best = {"NUM_TILES": 2456, "TILES": 1024}
+    block = {"LENGTH": 32, "LP": 32}
+    rule = {**block, "NUM_EOS": 1, "RP": 4, "AT_A_TIME": 16}
     return {
+        "finite": described(compiled(commit.finite_kernel, types, block, warps=1)),
+        "commit": described(compiled(commit.commit_kernel, types, rule, warps=4)),
         "schedule": described(compiled(experts.schedule_kernel, types, {"PAIRS": 256}, warps=4)),
         "mix": described(compiled(experts.mix_kernel, types, mix, warps=4)),
         "best of tiles": described(compiled(head.best_of_tiles_kernel, types, best, warps=4)),
