@@ -12,7 +12,7 @@ from expertshare.bench.cases import Case
 from expertshare.bench.contenders import Contender, Run
 from expertshare.bench.fit import fit_latency
 from expertshare.bench.gpu import MOST_TURNS, GpuTimes, GpuYardstick, take_turns_on_gpu
-from expertshare.bench.machine import CACHE_FACTOR, Machine, Peaks, Yardstick, dtype_name
+from expertshare.bench.machine import CACHE_FACTOR, CpuYardstick, Machine, Peaks, Yardstick, dtype_name
 from expertshare.bench.oracle import QUANTISED_TOLERANCE, TOLERANCES, expected_output, relative_error
 from expertshare.bench.stage import ExpertsSettings, Stage, banks_of, expert_bytes, stage_of
 from expertshare.bench.timing import Spread, interleave, spread
@@ -70,11 +70,11 @@ def bench_experts(
     }
 
 
-def _yardstick(machine: Machine, settings: ExpertsSettings) -> Yardstick | GpuYardstick:
+def _yardstick(machine: Machine, settings: ExpertsSettings) -> Yardstick:
     size = 2 * CACHE_FACTOR * machine.cache_bytes
     if settings.device.type == "cuda":
         return GpuYardstick(settings.dtype, buffer_bytes=size, device=settings.device)
-    return Yardstick(settings.dtype, buffer_bytes=size)
+    return CpuYardstick(settings.dtype, buffer_bytes=size)
 
 
 def _kept(
@@ -95,7 +95,7 @@ def _point(
     banks: Mapping[str | None, Sequence[Bank]],
     present: Mapping[str, Contender],
     runs: Mapping[str, Run],
-    yardstick: Yardstick | GpuYardstick,
+    yardstick: Yardstick,
     machine: Machine,
     settings: ExpertsSettings,
     tokens: int,
