@@ -15,6 +15,9 @@ from torch import Tensor
 
 from expertshare.config import GroupLimit, RouterSpec
 
+PANEL_ROWS = 16
+"""Rows of quantised experts that lie interleaved: the lanes of a vector of 512 bits."""
+
 
 @dataclass(frozen=True, slots=True)
 class RouterScores:
@@ -121,25 +124,38 @@ class ExpertBank:
 
 @dataclass(frozen=True, slots=True)
 class QuantisedWeight:
-    """One projection of every expert as small integers: [E, rows, depth] in the notation below.
+    """One projection of every expert as small integers: P panels of PANEL_ROWS rows, each row of `depth` weights.
 
-    Eight bits: codes_ERC int8 [E, rows, depth], w = scale * code; scales float32 [E, rows, 1].
-    Four bits: codes_ERC uint8 [E, rows, depth / 2], two codes 0..15 a byte, packed within each group
-    (kernels/quantise); scales float16 [E, rows, depth / group_size]; w = scale * (code - 8), or scale * code + minimum
-    where `minima`, of the shape and dtype of scales, is given. Rows of an expert are contiguous; experts may lie apart.
-    An embedding or a head is one such matrix, without the dimension of experts.
+    Eight bits: codes_EPC int8 [E, P, 16 * depth], w = scale * code; scales_EPG float32 [E, P, 16].
+    Four bits: codes_EPC uint8 [E, P, 8 * depth], two codes 0..15 a byte; scales_EPG float16
+    [E, P, depth / group_size * 16], the 16 rows of a group side by side; w = scale * (code - 8), or
+    scale * code + minimum where `minima`, of the shape and dtype of scales, is given.
+    kernels/quantise says how codes lie in a panel. An expert is contiguous; experts may lie apart.
     """
 
-    codes_ERC: Tensor
-    scales_ERG: Tensor
-    minima_ERG: Tensor | None
+    codes_EPC: Tensor
+    scales_EPG: Tensor
+    minima_EPG: Tensor | None
     bits: int
     group_size: int
 
     @property
+    def rows(self) -> int:
+        """Output features."""
+        return self.codes_EPC.shape[-2] * PANEL_ROWS
+
+    @property
     def depth(self) -> int:
         """Input features of a row."""
-        return self.codes_ERC.shape[-1] * 8 // self.bits
+        return self.codes_EPC.shape[-1] * 8 // (self.bits * PANEL_ROWS)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedRows:
+    """An embedding or a head as int8, row by row: w = scale * code. codes int8 [V, D], scales float32 [V, 1]."""
+
+    codes_VD: Tensor
+    scales_V1: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

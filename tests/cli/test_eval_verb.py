@@ -81,6 +81,26 @@ def test_a_policy_file_is_a_policy_for_the_model_that_it_was_made_for(
     assert "another model" in done.err or "fingerprint" in done.err
 
 
+@pytest.mark.parametrize(
+    "flags", [(), ("--expert-memory", "mmap"), ("--expert-memory", "163840", "--no-prefetch", "--processes", "2")]
+)
+def test_a_converted_model_scores_as_the_one_that_it_was_made_from(
+    checkpoint: Path, run: Run, tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    assert run("convert", checkpoint, tmp_path / "experts").code == 0
+    arguments = ("--tasks", "arith", "--policies", POLICIES, "--limit", "2", "--gen-length", "16")
+    done = run("eval", tmp_path / "experts", *arguments, *flags, "--out", tmp_path / "converted", "--json")
+    assert done.code == 0, done.err
+    plain = run("eval", checkpoint, *arguments, "--out", tmp_path / "plain", "--json")
+    assert (tmp_path / "converted" / ITEMS).read_bytes() == (tmp_path / "plain" / ITEMS).read_bytes()
+    assert json.loads(done.out)["rows"] == json.loads(plain.out)["rows"]
+    store = json.loads((tmp_path / "converted" / RUN).read_text())["config"]["expert_store"]
+    assert store["memory"] == (flags[1] if flags else "all")
+    refused = run("eval", checkpoint, *arguments, "--expert-memory", "mmap", "--out", tmp_path / "other")
+    assert refused.code == 2
+    assert "expert layout" in refused.err
+
+
 @pytest.mark.slow
 def test_processes_do_not_change_the_items_and_a_second_call_asks_nothing(
     checkpoint: Path, run: Run, tmp_path: Path

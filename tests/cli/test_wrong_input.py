@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,17 @@ GENERATE = [
     (("--backend", "groupd"), "Did you mean 'grouped'?"),
     (("--prompts", "x.jsonl"), "got --prompt and --prompts: choose one"),
     (("--report", "missing-directory/report.json"), "expected a path that can be written"),
+    (("--threads", str(10**12)), "threads must be at most"),
+]
+OTHERS = [
+    (("plan", "MODEL", "--tokens-per-step", "nan"), "tokens per step must be at least 1, got nan"),
+    (("convert", "MODEL", "OUT", "--shard-size", "1GB"), "--shard-size belongs to --to huggingface"),
+    (("train", "MODEL/config.json"), "expected a folder"),
+    (("distill", "MODEL", "--out", "OUT", "--policy", "skip", "--threads", "0"), "threads must be at least 1"),
+    (("train", "OUT", "--hidden", "5"), "hidden must be a multiple of 64, got 5"),
+    (("serve", "MODEL", "--drain-timeout", "-1"), "drain-timeout must be"),
+    (("serve", "MODEL", "--drain-timeout", "nan"), "drain-timeout must be"),
+    (("serve", "MODEL", "--host", "a" * 70 + ".x"), "cannot listen on aaa"),
 ]
 
 
@@ -45,6 +58,40 @@ def test_generate_refuses(checkpoint: Path, run: Run, arguments: tuple[str, ...]
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("error: ")
     assert message in done.err
+
+
+@pytest.mark.parametrize(("arguments", "message"), OTHERS)
+def test_other_verbs_refuse(
+    checkpoint: Path, run: Run, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    done = run(*(text.replace("MODEL", str(checkpoint)).replace("OUT", str(tmp_path / "out")) for text in arguments))
+    assert done.code == 2
+    assert done.err.startswith("error: ")
+    assert message in done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [("-",), ("--prompts", "-")])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_stdin_that_is_no_utf_8(
+    checkpoint: Path, run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], errors: str
+) -> None:
+    given = io.BytesIO(b'{"prompt": "caf\xe9"}')
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(given, encoding="utf-8", errors=errors))
+    done = run("generate", checkpoint, *arguments)
+    assert done.code == 2
+    assert "UTF-8" in done.err
+
+
+@pytest.mark.parametrize(
+    "line", ['{"prompt": "\\ud800"}', '{"prompt": ' + "9" * 5000 + "}", '{"prompt": ' + "[" * 10**5]
+)
+def test_prompt_files_that_python_cannot_read(checkpoint: Path, run: Run, tmp_path: Path, line: str) -> None:
+    (tmp_path / "p.jsonl").write_text(line)
+    done = run("generate", checkpoint, "--prompts", tmp_path / "p.jsonl")
+    assert done.code == 2
+    assert done.err.startswith("error: ")
+    assert len(done.err) < 500
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n"])

@@ -348,10 +348,10 @@ def test_quantised_experts_are_lent_as_they_lie(tmp_path: Path) -> None:
                 for expert in experts:
                     slot = int(loan.slot_of_E[expert])
                     for found, right in ((loan.bank.gate_up, expected.gate_up), (loan.bank.down, expected.down)):
-                        assert torch.equal(found.codes_ERC[slot], right.codes_ERC[expert])
-                        assert found.minima_ERG is not None
-                        assert right.minima_ERG is not None
-                        for a, b in ((found.scales_ERG, right.scales_ERG), (found.minima_ERG, right.minima_ERG)):
+                        assert torch.equal(found.codes_EPC[slot], right.codes_EPC[expert])
+                        assert found.minima_EPG is not None
+                        assert right.minima_EPG is not None
+                        for a, b in ((found.scales_EPG, right.scales_EPG), (found.minima_EPG, right.minima_EPG)):
                             assert torch.equal(a[slot].view(torch.int16), b[expert].view(torch.int16))
 
 

@@ -192,7 +192,9 @@ def test_the_command_line_compares_at_one_budget(
     assert report["peak_anonymous_bytes"] > 0
 
 
-@pytest.mark.parametrize("flags", [["--expert-memory", "1GiB"], ["--direct-io"], ["--expert-memory", "mmap"]])
+@pytest.mark.parametrize(
+    "flags", [["--expert-memory", "1GiB"], ["--direct-io"], ["--expert-memory", "mmap"], ["--host-memory", "all"]]
+)
 def test_a_model_that_is_not_converted_is_refused_before_loading(
     flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +203,18 @@ def test_a_model_that_is_not_converted_is_refused_before_loading(
         main(["generate", str(REFERENCE), "--prompt", PROMPT, *flags])
     assert left.value.code == 2
     assert "expertshare convert" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [("all", "the model is on the CPU"), ("mmap", "host memory: expected a size")]
+)
+def test_host_memory_is_refused_without_a_gpu(
+    converted: Path, given: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["generate", str(converted), "--prompt", PROMPT, "--expert-memory", "1MiB", "--host-memory", given])
+    assert left.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_watch_sees_memory_that_came_and_went() -> None:

@@ -100,7 +100,7 @@ def test_a_bank_of_floats_and_one_of_codes() -> None:
     bank = four.bank(torch.zeros(2, four.slab_bytes, dtype=torch.uint8))
     assert isinstance(bank, QuantisedBank)
     assert (bank.gate_up.bits, bank.gate_up.group_size, bank.gate_up.depth) == (4, 64, 128)
-    assert bank.down.minima_ERG is not None
+    assert bank.down.minima_EPG is not None
 
 
 @pytest.mark.parametrize(

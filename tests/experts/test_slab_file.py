@@ -115,8 +115,8 @@ def test_other_versions_and_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "experts.safetensors"
     write(path, random_slabs())
     raw = path.read_bytes()
-    path.write_bytes(raw.replace(b'"expertshare_experts": "1"', b'"expertshare_experts": "2"', 1))
-    with pytest.raises(CheckpointError, match="version 2 of the expert layout, expected 1"):
+    path.write_bytes(raw.replace(b'"expertshare_experts": "2"', b'"expertshare_experts": "1"', 1))
+    with pytest.raises(CheckpointError, match="version 1 of the expert layout, expected 2 for int8: convert"):
         LayerFile(path)
     path.write_bytes(raw.replace(b'"expertshare_experts"', b'"somebody_elses_fact"', 1))
     with pytest.raises(CheckpointError, match="holds no experts in slabs"):

@@ -56,8 +56,9 @@ def test_settings_come_from_the_environment_and_are_off_without_a_policy() -> No
     assert read_settings({"EXPERTSHARE_POLICY": "des-vote", "EXPERTSHARE_BLOCK_LENGTH": "batch"}) == EngineSettings(
         "des-vote", 0
     )
-    with pytest.raises(InputError, match="EXPERTSHARE_BLOCK_LENGTH"):
-        read_settings({"EXPERTSHARE_POLICY": "des-vote", "EXPERTSHARE_BLOCK_LENGTH": "0"})
+    for length in ("0", "²", "-5", ""):
+        with pytest.raises(InputError, match="EXPERTSHARE_BLOCK_LENGTH"):
+            read_settings({"EXPERTSHARE_POLICY": "des-vote", "EXPERTSHARE_BLOCK_LENGTH": length})
     with pytest.raises(PolicyError, match="one forward alone"):
         read_settings({"EXPERTSHARE_POLICY": "des-vote:voters=masked"})
     with pytest.raises(PolicyError, match="Did you mean"):

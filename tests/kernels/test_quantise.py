@@ -16,6 +16,7 @@ from expertshare.kernels.quantise import (
     dequantised_experts,
     quantise,
     quantise_bank,
+    quantise_rows,
     scheme_named,
     unpack,
 )
@@ -33,16 +34,19 @@ schemes = pytest.mark.parametrize("scheme", SCHEMES.values(), ids=list(SCHEMES))
 
 
 def codes_of(weight: QuantisedWeight) -> Tensor:
-    """One integer per weight, unpacked by a loop over bytes."""
+    """One integer per weight, each from its own place, by the formula of docs/expert-layout.md."""
+    row, feature = torch.arange(weight.rows).view(-1, 1), torch.arange(weight.depth).view(1, -1)
+    half = weight.group_size // 2
+    byte = feature if weight.bits == 8 else feature // weight.group_size * half + feature % half
+    panels = weight.codes_EPC[..., row // 16, byte // 4 * 64 + row % 16 * 4 + byte % 4].long()
     if weight.bits == 8:
-        return weight.codes_ERC.long()
-    flat = weight.codes_ERC.reshape(-1, weight.group_size // 2).tolist()
-    codes = [[byte % 16 for byte in group] + [byte // 16 for byte in group] for group in flat]
-    return torch.tensor(codes).view(*weight.codes_ERC.shape[:-1], weight.depth)
+        return panels
+    return torch.where(feature % weight.group_size < half, panels % 16, panels // 16)
 
 
 def per_weight(weight: QuantisedWeight, per_group: Tensor) -> Tensor:
-    return per_group.double().repeat_interleave(weight.group_size, dim=-1)
+    row, feature = torch.arange(weight.rows).view(-1, 1), torch.arange(weight.depth).view(1, -1)
+    return per_group[..., row // 16, feature // weight.group_size * 16 + row % 16].double()
 
 
 @given(
@@ -58,10 +62,10 @@ def test_every_weight_is_within_half_a_step(
     """Weights whose code is not the last on its side: those are cut off, which the search for a scale may want."""
     scheme = SCHEMES[name]
     generator = torch.Generator().manual_seed(seed)
-    weight = ((torch.randn(3, 5, 128, generator=generator) + offset) * size).to(dtype)
+    weight = ((torch.randn(3, 16, 128, generator=generator) + offset) * size).to(dtype)
     made = quantise(weight, scheme)
     codes = codes_of(made)
-    step = per_weight(made, made.scales_ERG).abs()
+    step = per_weight(made, made.scales_EPG).abs()
     lowest, highest = (-127, 127) if scheme.bits == 8 else (0, 15)
     assert codes.min() >= lowest
     assert codes.max() <= highest
@@ -73,10 +77,10 @@ def test_every_weight_is_within_half_a_step(
 
 @schemes
 def test_dequantised_by_the_definition(scheme: Scheme) -> None:
-    made = quantise(torch.randn(2, 6, 128), scheme)
-    codes, scales = codes_of(made).double(), per_weight(made, made.scales_ERG)
-    if made.minima_ERG is not None:
-        expected = codes * scales + per_weight(made, made.minima_ERG)
+    made = quantise(torch.randn(2, 32, 128), scheme)
+    codes, scales = codes_of(made).double(), per_weight(made, made.scales_EPG)
+    if made.minima_EPG is not None:
+        expected = codes * scales + per_weight(made, made.minima_EPG)
     else:
         expected = scales * (codes if scheme.bits == 8 else codes - 8)
     torch.testing.assert_close(dequantise(made).double(), expected, rtol=1e-6, atol=1e-7)
@@ -85,12 +89,12 @@ def test_dequantised_by_the_definition(scheme: Scheme) -> None:
 
 @schemes
 def test_tensors_are_those_of_the_layout(scheme: Scheme) -> None:
-    made = quantise(torch.randn(3, 6, 192), scheme)
-    parts = {"codes": made.codes_ERC, "scales": made.scales_ERG, "minima": made.minima_ERG}
+    made = quantise(torch.randn(3, 32, 192), scheme)
+    parts = {"codes": made.codes_EPC, "scales": made.scales_EPG, "minima": made.minima_EPG}
     got = {name: (tuple(part.shape[1:]), part.dtype) for name, part in parts.items() if part is not None}
-    assert got == scheme.layout(6, 192)
-    assert scheme.num_bytes(6, 192) * 3 == sum(part.nbytes for part in parts.values() if part is not None)
-    assert (made.bits, made.depth) == (scheme.bits, 192)
+    assert got == scheme.panels(32, 192)
+    assert scheme.num_bytes(32, 192) * 3 == sum(part.nbytes for part in parts.values() if part is not None)
+    assert (made.bits, made.rows, made.depth) == (scheme.bits, 32, 192)
 
 
 def test_four_bits_take_about_an_eighth_of_float32() -> None:
@@ -101,28 +105,38 @@ def test_four_bits_take_about_an_eighth_of_float32() -> None:
 def test_codes_of_a_group_by_hand() -> None:
     """Weights 0, 1 .. 31 of a group in steps of one: the lowest is the minimum, and halves lie half a group apart."""
     group = torch.arange(32) % 16
-    made = quantise(group[None].float(), SCHEMES["32 with minima"], clips=(1.0,))
-    assert made.codes_ERC.tolist() == [[code * 17 for code in range(16)]]
-    assert (made.scales_ERG.item(), made.minima_ERG.item()) == (1.0, 0.0)  # type: ignore[union-attr]
-    assert torch.equal(unpack(made.codes_ERC, 32)[0].long(), group)
+    made = quantise(group.expand(16, -1).float(), SCHEMES["32 with minima"], clips=(1.0,))
+    assert made.codes_EPC.tolist() == [[17 * (4 * quad + i) for quad in range(4) for _ in range(16) for i in range(4)]]
+    assert made.scales_EPG.tolist() == [[1.0] * 16]
+    assert made.minima_EPG is not None
+    assert not made.minima_EPG.any()
+    assert torch.equal(unpack(torch.arange(16, dtype=torch.uint8)[None] * 17, 32)[0].long(), group)
+
+
+def test_rows_of_a_panel_lie_by_turns() -> None:
+    """Row r of 16 rows in steps of r: its four codes follow those of row r - 1, and its scale its scale."""
+    weight = torch.arange(1.0, 17.0).view(16, 1) * torch.tensor([[127.0, 1.0, 2.0, 3.0] * 4])
+    made = quantise(weight, SCHEMES["int8"])
+    assert made.codes_EPC.tolist() == [[127, 1, 2, 3] * 64]
+    assert made.scales_EPG.tolist() == [[float(row) for row in range(1, 17)]]
 
 
 def test_ties_go_to_even() -> None:
-    made = quantise(torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]]), SCHEMES["int8"])
-    assert made.codes_ERC.tolist() == [[127, 0, 2, 2, 0, -2]]
+    made = quantise_rows(torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]]))
+    assert made.codes_VD.tolist() == [[127, 0, 2, 2, 0, -2]]
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_the_largest_weight_is_kept_without_loss(sign: float) -> None:
     """Eight steps from zero there is one code only: the scale has the sign that gives it to the largest weight."""
-    weight = torch.zeros(1, 32)
+    weight = torch.zeros(16, 32)
     weight[0, 5], weight[0, 6] = sign * 0.5, -sign * 0.25
     assert torch.equal(dequantise(quantise(weight, SCHEMES["int4"])), weight)
 
 
 @schemes
 def test_searching_for_a_scale_never_errs_more(scheme: Scheme) -> None:
-    weight = torch.randn(20, 256, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(1))
     searched, plain = quantise(weight, scheme), quantise(weight, scheme, clips=(1.0,))
     errors = [float((dequantise(made) - weight).norm()) for made in (searched, plain)]
     assert errors[0] < errors[1] * (1 if scheme.bits == 4 else 1.0001)
@@ -130,7 +144,7 @@ def test_searching_for_a_scale_never_errs_more(scheme: Scheme) -> None:
 
 @schemes
 def test_zeros_stay_zeros(scheme: Scheme) -> None:
-    weight = torch.randn(2, 4, 128)
+    weight = torch.randn(2, 16, 128)
     weight[0, 1] = 0
     weight[1, 3, :64] = 0
     restored = dequantise(quantise(weight, scheme))
@@ -140,12 +154,12 @@ def test_zeros_stay_zeros(scheme: Scheme) -> None:
 
 @schemes
 def test_large_weights_are_quantised_in_parts(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(3, 7, 128)
+    weight = torch.randn(3, 16, 128)
     whole = quantise(weight, scheme)
     monkeypatch.setattr("expertshare.kernels.quantise._WEIGHTS_AT_A_TIME", 300)
     parts = quantise(weight, scheme)
-    assert torch.equal(whole.codes_ERC, parts.codes_ERC)
-    assert torch.equal(whole.scales_ERG, parts.scales_ERG)
+    assert torch.equal(whole.codes_EPC, parts.codes_EPC)
+    assert torch.equal(whole.scales_EPG, parts.scales_EPG)
 
 
 @schemes
@@ -159,15 +173,17 @@ def test_weights_that_are_not_finite(scheme: Scheme, value: float) -> None:
 
 def test_weights_beyond_float16_scales() -> None:
     with pytest.raises(NumericsError, match="use int8"):
-        quantise(torch.full((1, 32), 1e6), SCHEMES["int4"])
-    assert torch.equal(dequantise(quantise(torch.full((1, 32), 1e6), SCHEMES["int8"])), torch.full((1, 32), 1e6))
+        quantise(torch.full((16, 32), 1e6), SCHEMES["int4"])
+    assert torch.equal(dequantise(quantise(torch.full((16, 32), 1e6), SCHEMES["int8"])), torch.full((16, 32), 1e6))
 
 
 @pytest.mark.parametrize(
     ("message", "make"),
     [
-        ("groups of 32: .*int8", lambda: quantise(torch.ones(2, 48), SCHEMES["int4"])),
-        ("rows of 48 weights", lambda: quantise(torch.ones(2, 48), SCHEMES["64"])),
+        ("groups of 32: .*int8", lambda: quantise(torch.ones(16, 48), SCHEMES["int4"])),
+        ("rows of 48 weights", lambda: quantise(torch.ones(16, 48), SCHEMES["64"])),
+        ("multiples of 16, got 8 rows of 64", lambda: quantise(torch.ones(8, 64), SCHEMES["int4"])),
+        ("multiples of 16, got 16 rows of 40", lambda: quantise(torch.ones(16, 40), SCHEMES["int8"])),
         ("float32 or bfloat16", lambda: quantise(torch.ones(2, 64).half(), SCHEMES["int4"])),
         ("rows, depth", lambda: quantise(torch.ones(64), SCHEMES["int4"])),
         ("group_size=16", lambda: Scheme(bits=4, group_size=16)),

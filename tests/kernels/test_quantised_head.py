@@ -12,9 +12,9 @@ from torch import Tensor
 from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.kernels import head, logits
-from expertshare.kernels.quantise import Scheme, quantise
+from expertshare.kernels.quantise import quantise_rows
 from expertshare.kernels.quantised_head import embed_rows
-from expertshare.types import QuantisedWeight
+from expertshare.types import QuantisedRows
 
 from .conftest import ISAS
 
@@ -23,7 +23,6 @@ pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = [(1, 5, 8), (1, 2, 1), (7, 33, 5), (65, 700, 129), (32, 1111, 256), (13, 64, 31), (2, 257, 384)]  # R, V, D
-INT8 = Scheme(bits=8)
 
 
 @pytest.fixture(params=ISAS)
@@ -32,14 +31,14 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-def scene(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, QuantisedWeight, Tensor]:
+def scene(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, QuantisedRows, Tensor]:
     """Hidden states, codes, and what the codes stand for, float64 [V, D], by the definition of a symmetric row."""
     num_rows, vocabulary, depth = shape
     generator = torch.Generator().manual_seed(sum(shape))
     hidden_RD = torch.randn(num_rows, depth, generator=generator).to(dtype)
     weight_VD = torch.randn(vocabulary, depth, generator=generator) * 3 / depth**0.5
-    weight = quantise(weight_VD, INT8)
-    return hidden_RD, weight, weight.codes_ERC.double() * weight.scales_ERG.double()
+    weight = quantise_rows(weight_VD)
+    return hidden_RD, weight, weight.codes_VD.double() * weight.scales_V1.double()
 
 
 def rounded_to_spans(hidden_RD: Tensor) -> Tensor:
@@ -120,7 +119,7 @@ def test_backends_are_near_the_weights_that_were_rounded(backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden_RD = torch.randn(40, 256, generator=generator)
     weight_VD = torch.randn(6000, 256, generator=generator) / 16
-    weight = quantise(weight_VD, INT8)
+    weight = quantise_rows(weight_VD)
     found_RV, exact_RV = logits(hidden_RD, weight, backend=backend), hidden_RD @ weight_VD.T
     assert (found_RV - exact_RV).norm() < 0.015 * exact_RV.norm()
     tokens_R, probability_R = head(hidden_RD, weight, [], backend=backend)
@@ -140,14 +139,13 @@ def test_embeddings_are_the_rows_asked_for(dtype: torch.dtype) -> None:
 @needs_native
 def test_what_the_kernel_cannot_take_is_refused() -> None:
     hidden_RD, weight, _ = scene((2, 40, 64), torch.float32)
-    int4 = quantise(torch.randn(40, 64), Scheme(bits=4, group_size=32))
     cases = [
-        (hidden_RD, int4, "int8"),
+        (hidden_RD, replace(weight, codes_VD=weight.codes_VD.view(torch.uint8)), "codes of head in torch.int8"),
         (hidden_RD.double(), weight, "float32 or bfloat16"),
         (hidden_RD[:, :63], weight, r"\[R, 64\]"),
-        (hidden_RD, replace(weight, scales_ERG=weight.scales_ERG[1:]), r"scales \[V, 1\]"),
-        (hidden_RD, replace(weight, scales_ERG=weight.scales_ERG.bfloat16()), "scales"),
-        (hidden_RD, replace(weight, codes_ERC=weight.codes_ERC.T.contiguous().T), "contiguous"),
+        (hidden_RD, replace(weight, scales_V1=weight.scales_V1[1:]), r"scales \[V, 1\]"),
+        (hidden_RD, replace(weight, scales_V1=weight.scales_V1.bfloat16()), "scales"),
+        (hidden_RD, replace(weight, codes_VD=weight.codes_VD.T.contiguous().T), "contiguous"),
         (hidden_RD.clone().requires_grad_(), weight, "no gradients"),
     ]
     for features, given, reason in cases:

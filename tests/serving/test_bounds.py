@@ -57,6 +57,16 @@ def test_a_full_queue_answers_429_with_retry_after(serve: Serve) -> None:
     assert len(replies) == 2
 
 
+@pytest.mark.parametrize("more", [{"n": 3}, {"n": 4, "stream": True}])
+def test_what_never_fits_is_refused_and_not_put_off(serve: Serve, more: dict[str, Any]) -> None:
+    """A client would take 429 for an invitation to ask again, for ever."""
+    served = serve(limits=EngineLimits(max_batch=1, max_queue=1))
+    refused = served.http().post("/v1/chat/completions", json={**ASK, **more})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "n")
+    assert "at most 2 answers at once" in refused.json()["error"]["message"]
+    assert served.http().post("/v1/chat/completions", json={**ASK, "n": 2}).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_takes_its_work_with_it(serve: Serve, slowly: Slowly, stream: bool) -> None:
     served = serve(**STEADY)

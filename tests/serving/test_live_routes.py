@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
 
+from fastapi import FastAPI
+
 from expertshare.errors import ConfigError, NumericsError, PolicyError
-from expertshare.serving.live import Event, LiveLimits, page_paths
+from expertshare.serving.live import Event, LiveLimits, live_routes, page_paths
 
 from .live import FACTS, StubSource, ask, begin, parse, served, serving, wait_for
 
@@ -162,6 +165,63 @@ def test_a_client_that_leaves_ends_its_trace() -> None:
         wait_for(source.closed.is_set)
         source.allow()
         wait_for(lambda: ask(port, "/live/trace", ASKED).status == 200)
+
+
+async def traced(app: FastAPI, on_body: Callable[[bytes, bool], Awaitable[None]]) -> int:
+    """The status of a trace whose client hears of every piece of the body, and whether more is to come."""
+    unread, status = [{"type": "http.request", "body": json.dumps(ASKED).encode(), "more_body": False}], 0
+
+    async def receive() -> Any:
+        return unread.pop() if unread else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        nonlocal status
+        status = message.get("status", status)
+        if message["type"] == "http.response.body":
+            await on_body(message.get("body", b""), message.get("more_body", False))
+
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/live/trace", "query_string": b"", "headers": headers}
+    await asyncio.wait_for(app(scope, receive, send), 10)
+    return status
+
+
+async def take(_body: bytes, _more: bool) -> None:
+    """As a client that is quick."""
+
+
+def test_whoever_has_read_a_trace_to_its_end_can_ask_for_another_at_once(source: StubSource) -> None:
+    app, later = FastAPI(), []
+    app.include_router(live_routes(source))
+
+    async def ask_again(_body: bytes, more: bool) -> None:
+        if not more:
+            later.append(await traced(app, take))
+
+    assert asyncio.run(traced(app, ask_again)) == 200
+    assert later == [200]
+
+
+def test_a_client_that_takes_nothing_gives_up_its_trace(source: StubSource) -> None:
+    app = FastAPI()
+    app.include_router(live_routes(source, limits=LiveLimits(send_timeout_s=0.1)))
+
+    async def stall(body: bytes, _more: bool) -> None:
+        if body:
+            await asyncio.Event().wait()
+
+    async def both() -> None:
+        assert await traced(app, stall) == 200
+        await asyncio.to_thread(wait_for, lambda: asyncio.run(traced(app, take)) == 200)
+
+    asyncio.run(both())
+
+
+def test_a_trace_that_does_not_begin_in_time_is_refused() -> None:
+    with served(StubSource(script=lambda: iter(SCRIPT)), LiveLimits(max_seconds=0.1)) as port:
+        reply = ask(port, "/live/trace", ASKED)
+        assert (reply.status, reply.error["type"]) == (408, "timeout_error")
+        assert "longer than the 0.1 s" in reply.error["message"]
 
 
 def _begun(source: StubSource, port: int) -> tuple[Any, Any]:

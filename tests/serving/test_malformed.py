@@ -108,13 +108,30 @@ def test_bodies_that_are_no_requests(served: Served, path: str, body: bytes) -> 
         (TEXT, text(best_of=2), "best_of"),
         (TEXT, text(suffix="b"), "suffix"),
         (TEXT, text(logprobs=3), "logprobs"),
+        (TEXT, text(logprobs=0), "logprobs"),
+        (TEXT, text(best_of=True), "best_of"),
+        (CHAT, chat(model="x" * 10_000), "model"),
+        (CHAT, {**chat(), "x" * 10_000: 5}, "x" * 200),
     ],
 )
 def test_requests_that_cannot_be_answered(served: Served, path: str, body: Any, param: str) -> None:
     reply = served.http().post(
         path, content=json.dumps(body).encode("ascii"), headers={"content-type": "application/json"}
     )
-    assert check_refused(reply, 400)["param"] == param
+    assert check_refused(reply, 404 if param == "model" and "model" in body else 400)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(CHAT, chat(max_tokens=1022)), (CHAT, chat(max_tokens=10**30)), (TEXT, text(prompt=[5] * 1024))],
+)
+def test_what_is_too_long_for_the_context_has_the_code_that_clients_look_for(
+    served: Served, path: str, body: Any
+) -> None:
+    error = check_refused(served.http().post(path, json=body), 400)
+    assert error["code"] == "context_length_exceeded"
+    assert "prompt 1" not in error["message"]
+    assert "gen_length" not in error["message"]
 
 
 def test_paths_methods_and_types_that_are_not_there(served: Served) -> None:

@@ -104,6 +104,26 @@ def test_the_entrance_keeps_the_bounds(here: Here) -> None:
     assert (busy.status_code, busy.headers["retry-after"], busy.json()["error"]["code"]) == (429, "1", "queue_full")
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "POST"])
+def test_no_method_brings_more_than_the_longest_body(here: Here, method: str) -> None:
+    async def endless() -> AsyncGenerator[bytes]:
+        while True:
+            yield b"x" * 1000
+
+    here.asked.clear()
+    (refused,) = asked(here, (method, "/v1/models", {"content": endless()}), max_body_bytes=5000)
+    assert refused.status_code == 413
+    assert not here.asked
+
+
+def test_a_replica_is_asked_for_the_path_that_was_asked_for(here: Here) -> None:
+    here.asked.clear()
+    more = {"headers": {"host": "one/v1/completions?"}}  # must not become a part of the path, which the gate has seen
+    replies = asked(here, *(("GET", path, more) for path in ("/v1/models/a%3Fb%23c", "/v1/models")))
+    assert [call.path for call in here.asked] == ["/v1/models/a?b#c", "/v1/models"]
+    assert "unknown model 'a?b#c'" in replies[0].json()["error"]["message"]
+
+
 def test_losses_are_retried_once_and_counted(here: Here) -> None:
     here.fails = [ReplicaLostError("gone")]
     retried, metrics = asked(here, CHAT, ("GET", "/metrics", {}))

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from expertshare.api.loading import DecodingValue, Model, decoding_options, for_model, listed, load
+from expertshare.api.loading import DecodingValue, Model, decoding_options, for_model, listed, load, opened
 from expertshare.cluster import require_ray
-from expertshare.errors import ConfigError
 from expertshare.evaluation import (
     Evaluation,
     EvaluationSettings,
@@ -23,6 +22,7 @@ from expertshare.evaluation import (
 )
 from expertshare.evaluation.comparison import ProgressListener
 from expertshare.evaluation.evaluating import NoticeListener
+from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
 from expertshare.tuning import PolicyFile
 from expertshare.types import RoutingPolicy
@@ -47,6 +47,7 @@ def evaluate(
     backend: str = AUTO,
     dtype: str | torch.dtype | None = None,
     chat: bool | None = None,
+    store: str | StoreOptions | None = None,
     on_progress: ProgressListener | None = None,
     on_notice: NoticeListener | None = None,
     **decoding: DecodingValue,
@@ -55,8 +56,9 @@ def evaluate(
 
     tasks: generated kinds (arith, math, ...) and benchmarks (gsm8k, ...; these need expertshare[eval]). preset:
     settings of a paper; what is given here goes before it. seed: of items, examples and sampling. threads: of each
-    process. ray: the processes are Ray's (extra `ray`), at ray_address, in RAY_ADDRESS, or started for this. See
-    docs/evaluation.md. Raises a subclass of ExpertShareError for anything unusable.
+    process. ray: the processes are Ray's (extra `ray`), at ray_address, in RAY_ADDRESS, or started for this. store: how
+    each process keeps the experts of a converted model, as for `generate`. See docs/evaluation.md. Raises a
+    subclass of ExpertShareError for anything unusable.
     """
     if ray or ray_address is not None:
         require_ray()
@@ -73,24 +75,20 @@ def evaluate(
         chat=chat if chat is not None or chosen is None else chosen.chat,
         allow_code=allow_code,
     )
-    loaded = load(model, dtype=dtype)
-    if loaded.layout is not None:
-        raise ConfigError(
-            f"expected a checkpoint in Hugging Face layout, got {loaded.path} in the expert layout, which `eval` "
-            "cannot run yet: name the checkpoint that it was converted from, or convert it back"
-        )
-    settings = EvaluationSettings(
-        options=decoding_options(merged),
-        setup=Setup(backend=backend, chat=sources.chat),
-        dtype=loaded.model.dtype,
-        processes=processes,
-        threads=threads,
-        ray=(ray_address or "") if ray or ray_address is not None else None,
-        identity={"allow_code": allow_code, "harness": harness_version(tasks)},
-        config={"preset": chosen.to_json() if chosen else None, "limit": limit, "shots": sources.shots},
-    )
+    loaded = load(model, dtype=dtype, store=store)
     chosen_policies = [for_model(policy, loaded) for policy in wanted]
-    made = make_sources(tasks, sources, loaded)
-    return evaluate_sources(
-        loaded, made, chosen_policies, settings, Path(out), on_progress=on_progress, on_notice=on_notice
-    )
+    with opened(loaded, store, Setup(backend=backend, chat=sources.chat)) as setup:
+        settings = EvaluationSettings(
+            options=decoding_options(merged),
+            setup=setup,
+            dtype=loaded.model.dtype,
+            processes=processes,
+            threads=threads,
+            ray=(ray_address or "") if ray or ray_address is not None else None,
+            identity={"allow_code": allow_code, "harness": harness_version(tasks)},
+            config={"preset": chosen.to_json() if chosen else None, "limit": limit, "shots": sources.shots},
+        )
+        made = make_sources(tasks, sources, loaded)
+        return evaluate_sources(
+            loaded, made, chosen_policies, settings, Path(out), on_progress=on_progress, on_notice=on_notice
+        )

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import torch
 
-from expertshare.conversion.fits import check_fits
+from expertshare.conversion.fits import check_fits, check_pinned_fits
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.evaluation import Setup, parse_policies
 from expertshare.experts import ExpertMemory, StoreOptions, has_expert_layout, open_store
+from expertshare.experts.opening import check_options
 from expertshare.models import LoadedModel, ModelFacts, describe, load_model
 from expertshare.models.source import resolve_source
 from expertshare.tasks import PromptRecord
@@ -59,11 +60,11 @@ def opened(loaded: LoadedModel, wanted: str | StoreOptions | None, setup: Setup)
             raise _not_converted(loaded.path)
         yield setup
         return
-    if loaded.model.device.type != "cpu":
-        raise ConfigError(f"expected a model on the CPU, whose memory expert stores lend, got {loaded.model.device}")
-    options = _store_options(wanted)
-    check_fits(loaded.path, options.memory, dense_is_loaded=True)
-    with open_store(loaded.path, loaded.layout, options) as store:
+    options, device = _store_options(wanted), loaded.model.device
+    check_options(options, device)
+    check_fits(loaded.path, options.memory, dense_is_loaded=True, device=device)
+    check_pinned_fits(loaded.path, options)
+    with open_store(loaded.path, loaded.layout, options, device) as store:
         yield replace(setup, store=store, store_options=options)
 
 
@@ -74,7 +75,7 @@ def _store_options(wanted: str | StoreOptions | None) -> StoreOptions:
 def _not_converted(model: str | Path) -> ConfigError:
     return ConfigError(
         f"expected a model in the expert layout, because an expert store was asked for, got {model}: run `expertshare "
-        "convert` first, or leave out --expert-memory, --direct-io and --no-prefetch"
+        "convert` first, or leave out --expert-memory, --host-memory, --direct-io and --no-prefetch"
     )
 
 

@@ -36,7 +36,8 @@ def store_summary(statistics: StoreStatistics) -> str:
     if statistics.kind == "mmap":
         return f"experts: mapped, {total.requests:,} borrowed"
     room = f"{statistics.slots:,} slots of {megabytes(statistics.slot_bytes)} MB"
-    read = f"{megabytes(total.reads * statistics.slot_bytes)} MB read, {total.stall_s:.2f} s waited"
+    copied = f", {megabytes(total.copies * statistics.slot_bytes)} MB copied to the GPU" if total.copies else ""
+    read = f"{megabytes(total.reads * statistics.slot_bytes)} MB read{copied}, {total.stall_s:.2f} s waited"
     return f"experts: {room}; {percent(total.hit_rate)} % of {total.requests:,} there; {read}"
 
 

@@ -19,6 +19,7 @@ EXAMPLE = (
     "(and back: expertshare convert path/to/converted path/to/model --to huggingface)"
 )
 LAYOUTS = ("experts", "huggingface")
+SHARD_SIZE = "5GB"
 
 
 def convert(
@@ -28,7 +29,7 @@ def convert(
     group_size: Annotated[int | None, typer.Option(help="Weights per scale with int4: 32 or 64.")] = None,
     quantise_embeddings: Annotated[str, typer.Option(help="Embedding and head: none or int8.")] = "none",
     to: Annotated[str, typer.Option(help="Layout to write: experts or huggingface.")] = "experts",
-    shard_size: Annotated[str, typer.Option(help="Largest file with --to huggingface.")] = "5GB",
+    shard_size: Annotated[str | None, typer.Option(help="Largest file with --to huggingface; default: 5GB.")] = None,
     check: Annotated[bool, typer.Option("--verify", help="Read everything back and compare checksums.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line on stdout.")] = False,
 ) -> None:
@@ -40,6 +41,8 @@ def convert(
             "the Hugging Face layout is written as the source was: leave out --quantise, --group-size and "
             "--quantise-embeddings"
         )
+    if to == "experts" and shard_size is not None:
+        raise InputError("--shard-size belongs to --to huggingface: leave it out")
     with bytes_progress() as on_progress:
         if to == "experts":
             done = convert_model(
@@ -51,7 +54,7 @@ def convert(
                 on_progress=on_progress,
             )
         else:
-            done = restore(source, out, max_shard_bytes=parse_size(shard_size), on_progress=on_progress)
+            done = restore(source, out, max_shard_bytes=parse_size(shard_size or SHARD_SIZE), on_progress=on_progress)
         verified = verify(out, on_progress) if check else None
     size = sum(path.stat().st_size for path in done.path.iterdir())
     people(as_json=as_json).print(_told(done, size, verified), soft_wrap=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 from random import Random
 from typing import Annotated
 
-import torch
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from expertshare.cli.console import people, print_json
+from expertshare.cli.threads import set_threads
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError, nearest
 from expertshare.models import load_model
@@ -84,7 +84,7 @@ def distill(
     Answers that do not end within --gen-length are left out. Finished models are used with the same --policy.
     """
     if threads is not None:
-        torch.set_num_threads(threads)
+        set_threads(threads)
     config = DistillConfig(
         policy=policy,
         start_policy=start_policy,

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from expertshare import api
+from expertshare.cli.bars import Bars
 from expertshare.cli.console import people, print_json
 from expertshare.cli.evaluation_tables import cost_table, summary_table, task_table
-from expertshare.cli.option_groups import DecodingFlags, with_option_groups
+from expertshare.cli.option_groups import DecodingFlags, StoreFlags, with_option_groups
 from expertshare.cli.ray_flags import RayAddressFlag, RayFlag
 from expertshare.evaluation import PRESETS
 
@@ -64,12 +61,13 @@ def evaluate(
     ] = False,
     *,
     decoding: DecodingFlags,
+    storage: StoreFlags,
 ) -> None:
     """Ask every item of the tasks under every policy; say what is right, what that costs, and how sure it is.
 
     RUN_DIR gets run.json, items.jsonl (a line per answer) and report.json. --seed is of items, examples and sampling.
     """
-    with _Bars() as bars:
+    with Bars() as bars:
         evaluation = api.evaluate(
             model,
             [name.strip() for name in tasks.split(",") if name.strip()],
@@ -87,6 +85,7 @@ def evaluate(
             dtype=dtype,
             backend=backend,
             chat=chat,
+            store=storage.options(),
             on_progress=bars.hear,
             on_notice=lambda notice: typer.echo(notice, err=True),
             **_given(context, decoding),
@@ -112,26 +111,3 @@ def _source(context: typer.Context, parameter: str) -> str | None:
     """By name: typer may bring a click of its own, whose values are not equal to those of the installed one."""
     found = context.get_parameter_source(parameter)
     return found.name if found is not None else None
-
-
-class _Bars(AbstractContextManager["_Bars"]):
-    """A progress bar for each task on stderr, on a terminal only."""
-
-    def __init__(self) -> None:
-        console = Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, disable=not sys.stderr.isatty())
-        self._bars: dict[str, TaskID] = {}
-
-    def __enter__(self) -> _Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def hear(self, task: str, done: int, total: int) -> None:
-        """So many answers of a task are there."""
-        if task not in self._bars:
-            self._bars[task] = self._progress.add_task(task, total=total)
-        self._progress.update(self._bars[task], completed=done)

@@ -107,7 +107,10 @@ def _read_texts(source: str | None, prompt: str | None, prompts: str | None) -> 
         return [record.prompt for record in read_prompts(sys.stdin if prompts == "-" else prompts)]
     if source is None and sys.stdin.isatty():
         raise InputError("expected a prompt, got none: use --prompt TEXT, --prompts FILE, or - to type it")
-    return [sys.stdin.read().removesuffix("\n")]
+    try:
+        return [sys.stdin.read().removesuffix("\n")]
+    except UnicodeDecodeError as error:
+        raise InputError(f"expected UTF-8 text on stdin, got {error.reason}; re-encode it") from error
 
 
 def _printer(loaded: LoadedModel, texts: list[str], *, as_json: bool) -> AnswerPrinter:

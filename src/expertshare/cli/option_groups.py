@@ -182,6 +182,14 @@ class StoreFlags:
             rich_help_panel=STORE_PANEL,
         ),
     ] = None
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="On a GPU with --expert-memory SIZE: pinned memory of the host for experts, a size or all.",
+            rich_help_panel=STORE_PANEL,
+        ),
+    ] = None
     direct_io: Annotated[
         bool, typer.Option("--direct-io", help="Read experts past the page cache.", rich_help_panel=STORE_PANEL)
     ] = False
@@ -207,10 +215,14 @@ class StoreFlags:
 
     def options(self) -> StoreOptions | None:
         """The store that was asked for; None where nothing was. Raises InputError for an unreadable size."""
-        if self.expert_memory is None and not self.direct_io and self.prefetch:
+        if self == StoreFlags():
             return None
-        memory = ExpertMemory.parse(self.expert_memory or "all")
-        return StoreOptions(memory=memory, direct=self.direct_io, prefetch=self.prefetch)
+        return StoreOptions(
+            memory=ExpertMemory.parse(self.expert_memory or "all"),
+            direct=self.direct_io,
+            prefetch=self.prefetch,
+            host_memory=None if self.host_memory is None else ExpertMemory.parse_host(self.host_memory),
+        )
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from functools import partial
@@ -13,6 +14,7 @@ import typer
 from expertshare.cli.option_groups import DecodingFlags, KnobFlags, StoreFlags, with_option_groups
 from expertshare.cli.ray_flags import RayAddressFlag, RayFlag, scale_out
 from expertshare.cli.threads import ThreadsFlag, set_threads
+from expertshare.errors import InputError
 
 EXAMPLE = "Example: expertshare serve path/to/model --policy des-vote --budget 16 --port 8000"
 _http = partial(typer.Option, rich_help_panel="Server")
@@ -77,6 +79,8 @@ def serve(
 
     scale = ReplicaScale(replicas=replicas, max_replicas=max_replicas, wanted=ray, address=ray_address)
     level = checked_level(log_level)
+    if not 0 <= drain_timeout < math.inf:
+        raise InputError(f"drain-timeout must be a finite number of seconds, 0 or more, got {drain_timeout}")
     limits = EngineLimits(max_batch=max_batch, max_queue=max_queue, timeout_s=timeout, max_context=max_context)
     settings = ServerSettings(
         model_name=model_name,

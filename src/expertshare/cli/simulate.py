@@ -235,7 +235,7 @@ def _demands(steps: list[float] | None, count: int, demand: Demand) -> list[Dema
 
 def _counts(text: str) -> list[int]:
     parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise InputError(f"expected --gpus as whole numbers above 0, parted by commas, got {text!r}")
     return sorted({int(part) for part in parts})
 

@@ -17,10 +17,15 @@ ThreadsFlag = Annotated[
 ]
 
 
+MOST_THREADS = 1024
+
+
 def set_threads(asked: int | None) -> None:
-    """Torch's threads, in which our kernels compute too. Raises InputError for fewer than 1."""
+    """Torch's threads, in which our kernels compute too. Raises InputError for fewer than 1 or too many."""
     if asked is not None and asked < 1:
         raise InputError(f"threads must be at least 1, got {asked}")
+    if asked is not None and asked > MOST_THREADS:
+        raise InputError(f"threads must be at most {MOST_THREADS}, got {asked}")
     if asked is not None:
         torch.set_num_threads(asked)
     elif not os.environ.get("OMP_NUM_THREADS"):

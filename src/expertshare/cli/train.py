@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from expertshare.cli.threads import ThreadsFlag, set_threads
+from expertshare.errors import InputError
 from expertshare.training.config import TrainingConfig
 from expertshare.training.loop import StepResult
 from expertshare.training.run import RunPaths, prepare, run
@@ -40,6 +41,10 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line on stdout.")] = False,
 ) -> None:
     """Train a small model (8 experts per token) on the generated tasks, from recorded seeds."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"expected a folder, or the name of one to be made, got the file {folder}: choose another")
+    if hidden < 1 or hidden % 64:
+        raise InputError(f"hidden must be a multiple of 64, got {hidden}")
     set_threads(threads)
     config = TrainingConfig(
         steps=steps,

@@ -10,8 +10,11 @@ from expertshare.conversion.machine_memory import usable_memory_bytes
 from expertshare.conversion.sizes import loaded_bytes
 from expertshare.errors import ExpertMemoryError
 from expertshare.experts.layout import DENSE, has_expert_layout, read_manifest
+from expertshare.experts.opening import StoreOptions, num_kept
 from expertshare.experts.sizes import ExpertMemory, format_size
 from expertshare.models.checkpoint import WEIGHTS, read_headers
+
+_CPU = torch.device("cpu")
 
 
 def check_fits(
@@ -21,25 +24,54 @@ def check_fits(
     dtype: torch.dtype | None = None,
     dense_is_loaded: bool = False,
     available_bytes: int | None = None,
+    device: torch.device = _CPU,
 ) -> None:
     """Raise ExpertMemoryError unless the weights of a model directory fit into memory, with what would fit instead.
 
     memory: where experts of a converted model are to live; None leaves them out. Other models have theirs in memory.
     dtype: to load in. dense_is_loaded: only the experts of a converted model are still to come. available_bytes: by
-    default what the system and the control group have left; nothing is refused where neither says. Reads headers only;
-    raises CheckpointError for a directory that is no model.
+    default what the system and the control group, or a GPU, have left; nothing is refused where nobody says. Reads
+    headers only; raises CheckpointError for a directory that is no model.
     """
-    available = usable_memory_bytes() if available_bytes is None else available_bytes
+    available = _left_on(device) if available_bytes is None else available_bytes
     converted = has_expert_layout(path)
     weights = loaded_bytes(read_headers(path, DENSE if converted else WEIGHTS).values(), dtype)
     own = 0 if dense_is_loaded else weights
     experts = _expert_bytes(path, memory) if converted and memory is not None else 0
     if available is None or own + experts <= available:
         return
+    advice = _advice(path, converted=converted, room=available - own, experts=experts)
     raise ExpertMemoryError(
-        f"the weights of {path} need {format_size(own + experts)} of memory, but {_rounded_down(available)} can be "
-        "had. " + _advice(path, converted=converted, room=available - own, experts=experts)
+        f"the weights of {path} need {format_size(own + experts)} of {_memory_of(device)}, but "
+        f"{_rounded_down(available)} can be had. {advice}"
     )
+
+
+def check_pinned_fits(path: Path, options: StoreOptions, available_bytes: int | None = None) -> None:
+    """Raise ExpertMemoryError unless the host has room for the experts that a store beside a GPU keeps there. Pinned
+    memory is taken when the store is opened, and cannot be swapped out."""
+    layout = read_manifest(path)
+    needed = num_kept(layout, options) * layout.format.slab_bytes
+    available = usable_memory_bytes() if available_bytes is None else available_bytes
+    if available is not None and needed > available:
+        raise ExpertMemoryError(
+            f"--host-memory would pin {format_size(needed)} of the host's memory, but {_rounded_down(available)} can "
+            "be had: lower it"
+        )
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Memory of a GPU that torch can still have: what is free, and what it holds without using it."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
+def _left_on(device: torch.device) -> int | None:
+    return usable_memory_bytes() if device.type == "cpu" else free_device_bytes(device)
+
+
+def _memory_of(device: torch.device) -> str:
+    return "memory" if device.type == "cpu" else f"memory of {device}"
 
 
 def _expert_bytes(path: Path, memory: ExpertMemory) -> int:

@@ -51,7 +51,7 @@ class Workload:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if value < 1:
+            if not value >= 1:  # nor is nan
                 raise InputError(f"{name.replace('_', ' ')} must be at least 1, got {value}")
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from expertshare.kernels.quantise import from_panels, to_panels
 from expertshare.types import ExpertBank, QuantisedBank, QuantisedWeight, RoutingPlan
 
 
@@ -82,11 +83,9 @@ def _rolled_columns(values_PC: Tensor, shifts_P: Tensor) -> Tensor:
 
 
 def _moved(weight: QuantisedWeight, member: int, shift: int, *, halves: bool) -> QuantisedWeight:
-    def roll(values_ERX: Tensor) -> Tensor:
-        rows = values_ERX[member]
-        return (_roll_halves(rows, shift) if halves else rows.roll(shift, 0)).unsqueeze(0)
+    def roll(panels_EPX: Tensor) -> Tensor:
+        rows = from_panels(panels_EPX[member])
+        return to_panels(_roll_halves(rows, shift) if halves else rows.roll(shift, 0)).unsqueeze(0)
 
-    minima = None if weight.minima_ERG is None else roll(weight.minima_ERG)
-    return replace(
-        weight, codes_ERC=roll(weight.codes_ERC), scales_ERG=roll(weight.scales_ERG), minima_ERG=minima
-    )
+    minima = None if weight.minima_EPG is None else roll(weight.minima_EPG)
+    return replace(weight, codes_EPC=roll(weight.codes_EPC), scales_EPG=roll(weight.scales_EPG), minima_EPG=minima)

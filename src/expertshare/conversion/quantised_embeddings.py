@@ -9,7 +9,7 @@ from expertshare.conversion.source import ExpertSource
 from expertshare.conversion.tensor_file import DTYPES, TensorEntry
 from expertshare.errors import CheckpointError, ConfigError, NumericsError, nearest
 from expertshare.experts.layout import EMBEDDINGS
-from expertshare.kernels.quantise import quantise
+from expertshare.kernels.quantise import quantise_rows
 from expertshare.models.quantised_vocabulary import PARTS, SCHEME, is_vocabulary
 from expertshare.models.table import FAMILIES
 from expertshare.types import ExpertBank, QuantisedBank
@@ -54,10 +54,10 @@ class QuantisedEmbeddings:
         whole, part = self._parts[name]
         try:
             tensor = self._source.tensor(whole)
-            weight = quantise(tensor if tensor.dtype == DTYPES["BF16"] else tensor.float(), SCHEME)
+            weight = quantise_rows(tensor if tensor.dtype == DTYPES["BF16"] else tensor.float())
         except NumericsError as error:
             raise CheckpointError(f"{whole} cannot be quantised: {error}") from error
-        return weight.codes_ERC if part == "codes" else weight.scales_ERG
+        return weight.codes_VD if part == "codes" else weight.scales_V1
 
     def expert(self, moe_layer: int, expert: int) -> ExpertBank | QuantisedBank:
         """As the source has it."""

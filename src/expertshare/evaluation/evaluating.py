@@ -98,7 +98,9 @@ def evaluate_sources(
             options=settings.options,
             backend=settings.setup.backend,
             threads=settings.threads,
+            store=settings.setup.store_options,
         ),
+        store=settings.setup.store,
     )
     questions = [(source, item) for source in sources for item in source.items()]
     for _, item in questions:

@@ -68,7 +68,18 @@ def encode_prompts(loaded: LoadedModel, texts: Sequence[str], chat: bool | None)
     prompts: list[list[int]] = []
     for number, text in enumerate(texts, 1):
         try:
-            prompts.append(encode_prompt(loaded.tokenizer, text, chat=chat))
+            prompts.append(encode_prompt(loaded.tokenizer, _well_formed(text), chat=chat))
         except InputError as error:
             raise error if len(texts) == 1 else InputError(f"prompt {number}: {error}") from error
     return prompts
+
+
+def _well_formed(text: str) -> str:
+    """As the command line gives bytes that are no UTF-8, and JSON half of a pair, no tokenizer takes it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"expected UTF-8 text, got something else at character {error.start} of a prompt: re-encode it"
+        ) from error
+    return text

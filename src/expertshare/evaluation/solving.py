@@ -16,6 +16,7 @@ from expertshare.errors import InputError
 from expertshare.evaluation.answering import answer_prompts
 from expertshare.evaluation.items import EvalItem
 from expertshare.evaluation.setup import Setup, encode_prompts
+from expertshare.experts import SlabStore, StoreOptions, open_store
 from expertshare.measure.cost import FORWARD_KINDS, Cost
 from expertshare.models import LoadedModel, load_model
 from expertshare.types import RoutingPolicy
@@ -47,7 +48,8 @@ class Solved:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SolverSetup:
-    """All that another process needs to answer as this one would. dtype: None is the checkpoint's own."""
+    """All that another process needs to answer as this one would. dtype: None is the checkpoint's own. store: how
+    every process keeps the experts of a converted model (None: all of them in memory)."""
 
     model: Path
     dtype: torch.dtype | None
@@ -55,19 +57,25 @@ class SolverSetup:
     options: DecodingOptions
     backend: str
     threads: int
+    store: StoreOptions | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solver:
-    """A loaded model that answers jobs, one prompt at a time, so that no answer depends on what else is asked."""
+    """A loaded model that answers jobs, one prompt at a time, so that no answer depends on what else is asked.
+
+    store: the experts of a converted model, open; whoever opened it closes it.
+    """
 
     loaded: LoadedModel
     setup: SolverSetup
+    store: SlabStore | None = None
 
     @classmethod
     def load(cls, setup: SolverSetup) -> Solver:
-        """Load the model that `setup` names."""
-        return cls(loaded=load_model(setup.model, dtype=setup.dtype), setup=setup)
+        """Load the model that `setup` names, with a store that lasts as long as the process."""
+        loaded = load_model(setup.model, dtype=setup.dtype)
+        return cls(loaded=loaded, setup=setup, store=store_of(loaded, setup.store))
 
     def solve(self, job: Job) -> Solved:
         """Answer one job. Raises InputError or NumericsError."""
@@ -77,7 +85,7 @@ class Solver:
             encode_prompts(self.loaded, [item.prompt], item.chat),
             setup.policies[job.policy],
             options_for(item, setup.options, self.loaded.config),
-            setup=Setup(batch_size=1, backend=setup.backend, chat=item.chat),
+            setup=Setup(batch_size=1, backend=setup.backend, chat=item.chat, store=self.store),
         )
         [answer] = run.answers
         return Solved(
@@ -97,6 +105,13 @@ class Solver:
             check_prompts(prompts, options_for(item, self.setup.options, self.loaded.config), self.loaded.config)
         except InputError as error:
             raise InputError(f"task {item.task}, item {item.id}: {error}") from error
+
+
+def store_of(loaded: LoadedModel, options: StoreOptions | None) -> SlabStore | None:
+    """The experts of a converted model, by default all in memory; None for a model that has its own."""
+    if loaded.layout is None:
+        return None
+    return open_store(loaded.path, loaded.layout, options or StoreOptions())
 
 
 def options_for(item: EvalItem, options: DecodingOptions, config: ModelConfig) -> DecodingOptions:

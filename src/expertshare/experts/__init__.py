@@ -1,6 +1,7 @@
 """Expert stores: where the weights of experts live while a model runs, and the files that they come from."""
 
 from expertshare.experts.budgeted import BudgetedStore
+from expertshare.experts.device_slots import DeviceSlots
 from expertshare.experts.layout import ExpertLayout, has_expert_layout, read_manifest
 from expertshare.experts.opening import StoreOptions, open_store
 from expertshare.experts.resident import ResidentExperts
@@ -12,6 +13,7 @@ from expertshare.experts.whole import MappedStore, ResidentSlabs
 
 __all__ = [
     "BudgetedStore",
+    "DeviceSlots",
     "ExpertLayout",
     "ExpertMemory",
     "MappedStore",

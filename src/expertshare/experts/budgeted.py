@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Self
 from weakref import WeakSet
@@ -18,9 +19,10 @@ from expertshare.errors import ConfigError, ExpertMemoryError
 from expertshare.experts.eviction import needed_last
 from expertshare.experts.forecast import Ints, ReuseForecast
 from expertshare.experts.layout import ExpertLayout, open_layers
-from expertshare.experts.page_memory import allocate_slabs, as_memory
 from expertshare.experts.reading import ReadTeam, SlabRead
 from expertshare.experts.sizes import format_size
+from expertshare.experts.slab import SlabFormat
+from expertshare.experts.slot_memory import HostSlots, Moved, SlotMemory
 from expertshare.experts.slots import SlotTable
 from expertshare.experts.statistics import StoreStatistics, fresh_counts
 from expertshare.types import Loan
@@ -46,14 +48,22 @@ class BudgetedStore:
 
     Borrowed experts stay where they are. On a miss the expert goes that ReuseForecast expects to be needed last.
     prefetch: while a layer computes, read those of the next layer's last experts that are missing, each in the place
-    of one that is needed later. direct: read past the page cache (O_DIRECT).
+    of one that is needed later. direct: read past the page cache (O_DIRECT). memory: makes so many slots, by default in
+    the host's memory; with DeviceSlots the budget is memory of a GPU.
 
     An interrupt or a failed read leaves it consistent: a slot counts as filled only when all its bytes are there.
     Raises ExpertMemoryError where the budget does not hold one expert, and `borrow` where it does not hold a layer's.
     """
 
     def __init__(
-        self, directory: Path, layout: ExpertLayout, budget_bytes: int, *, prefetch: bool = True, direct: bool = False
+        self,
+        directory: Path,
+        layout: ExpertLayout,
+        budget_bytes: int,
+        *,
+        prefetch: bool = True,
+        direct: bool = False,
+        memory: Callable[[SlabFormat, int], SlotMemory] = HostSlots,
     ) -> None:
         slab_bytes = layout.format.slab_bytes
         num_slots = min(budget_bytes // slab_bytes, layout.num_layers * layout.num_experts)
@@ -63,10 +73,8 @@ class BudgetedStore:
                 f"{format_size(budget_bytes)}: raise --expert-memory"
             )
         self._layout, self._prefetch, self._pid = layout, prefetch, os.getpid()
-        slabs_SB = allocate_slabs(num_slots, slab_bytes)
+        self._slots = memory(layout.format, num_slots)
         self._files = open_layers(directory, layout, direct=direct)
-        self._memory = as_memory(slabs_SB)
-        self._bank = layout.format.bank(slabs_SB)
         self._table = SlotTable(num_slots, layout.num_layers, layout.num_experts)
         self._forecast = ReuseForecast(layout.num_layers, layout.num_experts)
         self._pending: dict[int, SlabRead] = {}
@@ -77,8 +85,10 @@ class BudgetedStore:
 
     @contextmanager
     def borrow(self, layer: int, active_E: Tensor) -> Iterator[Loan]:
-        """The active experts of a layer, in slots. Raises ExpertMemoryError or CheckpointError."""
+        """The active experts of a layer, in slots. Waits for active_E where that is on a device. Raises
+        ExpertMemoryError or CheckpointError."""
         self._check_usable()
+        active_E = active_E.cpu()
         member_E = active_E.numpy()
         lease = _Lease()
         try:
@@ -89,7 +99,7 @@ class BudgetedStore:
             slot_of_E[active_E] = torch.from_numpy(slots)
             if self._prefetch:
                 self._fetch_ahead(layer)
-            yield Loan(self._bank, slot_of_E)
+            yield Loan(self._slots.bank, self._slots.beside(slot_of_E))
         finally:
             lease.slots = _NONE
 
@@ -116,7 +126,7 @@ class BudgetedStore:
         for file in self._files:
             file.close()
         self._pending.clear()
-        del self._bank, self._memory
+        self._slots.close()
 
     def __enter__(self) -> Self:
         return self
@@ -148,6 +158,7 @@ class BudgetedStore:
         for slot, expert in zip(slots.tolist(), active.tolist(), strict=True):
             while not self._table.ready_S[slot]:
                 self._await(slot, layer, expert)
+        self._slots.lend(slots)
         self._table.ahead_S[slots] = False
         count.requests += len(active)
         count.prefetch_hits += ahead
@@ -206,10 +217,13 @@ class BudgetedStore:
             self._fetch(slot, following, int(missing[index]), ahead=True)
 
     def _fetch(self, slot: int, layer: int, expert: int, *, ahead: bool) -> None:
-        """Start reading an expert into a slot that nobody uses."""
-        size = self._layout.format.slab_bytes
+        """Start bringing an expert into a slot that nobody uses; one that is at hand is there when this returns."""
         self._table.place(slot, layer, expert, ahead=ahead)
-        read = SlabRead(self._files[layer], expert, self._memory[slot * size : (slot + 1) * size])
+        bring = self._slots.bringing(slot, layer, expert, partial(self._files[layer].read_into, expert))
+        if self._slots.at_hand(layer, expert):
+            self._note(slot, bring())
+            return
+        read = SlabRead(bring)
         self._pending[slot] = read  # before it is queued: an interrupt must not leave a read that nobody knows
         self._team.submit(read)
 
@@ -217,6 +231,8 @@ class BudgetedStore:
         """Wait for the bytes of a lent slot. Raises the error of its read."""
         if slot not in self._pending:  # its read was skipped, or an interrupt came between placing and reading
             self._fetch(slot, layer, expert, ahead=False)
+            if self._table.ready_S[slot]:
+                return
         read = self._finish(slot)
         if read.error is not None:
             raise read.error
@@ -234,12 +250,18 @@ class BudgetedStore:
         read = self._pending[slot]
         if not read.done:
             return
-        if read.error is None and not read.skipped:
-            self._table.ready_S[slot] = True
-            self._counts[self._table.layer_S[slot]].reads += 1
+        if read.moved is not None:
+            self._note(slot, read.moved)
         else:  # whoever needs the expert reads it again, and hears of the error if it lasts
             self._table.clear(slot)
         del self._pending[slot]
+
+    def _note(self, slot: int, moved: Moved) -> None:
+        """A slot has its expert."""
+        self._table.ready_S[slot] = True
+        count = self._counts[self._table.layer_S[slot]]
+        count.reads += moved.read
+        count.copies += moved.copied
 
     def _unwanted(self) -> set[int]:
         """Slots that are being filled for nobody who waits."""

@@ -11,12 +11,13 @@ from typing import Any
 
 from expertshare.errors import CheckpointError
 from expertshare.experts.slab import SlabFormat
-from expertshare.experts.slab_file import VERSION, LayerFile, LayerHeader, file_sha256, sync_directory
+from expertshare.experts.slab_file import LayerFile, LayerHeader, file_sha256, sync_directory
 
 MANIFEST = "expert_layout.json"
 DENSE = "dense.safetensors"
 """All tensors that are no expert's, under their Hugging Face names; shards have DENSE_INDEX beside them."""
 DENSE_INDEX = "dense.safetensors.index.json"
+VERSION = 1
 QUANTISED_EMBEDDINGS_VERSION = 2
 """Of a manifest that says how embeddings are stored, which a reader of version 1 would not know."""
 EMBEDDINGS = ("none", "int8")

@@ -1,43 +1,46 @@
-"""Slabs on their way from files into memory, by a few threads of which nobody else needs to know."""
+"""Slabs on their way from files into slots, by a few threads of which nobody else needs to know."""
 
 from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from queue import SimpleQueue
 
-from expertshare.experts.slab_file import LayerFile
+from expertshare.experts.slot_memory import Moved
 
 _Queue = SimpleQueue["SlabRead | None"]
 
 
 class SlabRead:
-    """One expert being read: run at most once, however often it is queued. Once queued it will be done, whatever is
-    interrupted: filled, skipped because nobody wants it any more, or with an error."""
+    """One expert being brought into its slot: run at most once, however often it is queued. Once queued it will be
+    done, whatever is interrupted: brought (`moved` says how), skipped because nobody wants it any more, or with an
+    error."""
 
-    def __init__(self, file: LayerFile, expert: int, memory: memoryview) -> None:
+    def __init__(self, bring: Callable[[], Moved]) -> None:
         self.error: BaseException | None = None
+        self.moved: Moved | None = None
         self.queued = False
         self.unwanted = False
         self.skipped = False
-        self._file, self._expert, self._memory = file, expert, memory
+        self._bring = bring
         self._claim = threading.Lock()
         self._done = threading.Event()
 
     @property
     def done(self) -> bool:
-        """Whether the memory is filled, or `skipped` or `error` says why not."""
+        """Whether the expert is in its slot, or `skipped` or `error` says why not."""
         return self._done.is_set()
 
     def run(self) -> None:
-        """Read, unless somebody else does."""
+        """Bring it, unless somebody else does."""
         if not self._claim.acquire(blocking=False):
             return
         try:
             if self.unwanted:
                 self.skipped = True
             else:
-                self._file.read_into(self._expert, self._memory)
+                self.moved = self._bring()
         except BaseException as error:  # carried to the thread that waits, whatever it is
             self.error = error
         finally:

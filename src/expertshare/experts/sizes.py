@@ -49,5 +49,19 @@ class ExpertMemory:
         except InputError as error:
             raise InputError(f"expert memory: {error}, or all, or mmap") from error
 
+    @staticmethod
+    def parse_host(text: str) -> ExpertMemory:
+        """Memory of the host beside a GPU, from `all` or a size; InputError for anything else."""
+        if text == "all":
+            return ExpertMemory(kind="all")
+        try:
+            return ExpertMemory(kind="budget", num_bytes=parse_size(text))
+        except InputError as error:
+            raise InputError(f"host memory: {error}, or all") from error
+
+    def slabs(self, slab_bytes: int, num_experts: int) -> int:
+        """How many of so many experts it holds."""
+        return {"all": num_experts, "mmap": 0, "budget": min(self.num_bytes // slab_bytes, num_experts)}[self.kind]
+
     def __str__(self) -> str:
         return str(self.num_bytes) if self.kind == "budget" else self.kind

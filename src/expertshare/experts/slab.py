@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from expertshare.errors import CheckpointError, ConfigError
-from expertshare.types import Bank, ExpertBank, QuantisedBank, QuantisedWeight
+from expertshare.types import PANEL_ROWS, Bank, ExpertBank, QuantisedBank, QuantisedWeight
 
 Scheme = Literal["none", "int8", "int4"]
 PAGE_BYTES = 4096
@@ -68,6 +68,11 @@ class SlabFormat:
             raise ConfigError(f"expected a dtype of bfloat16 or float32, got {self.dtype!r}")
         if min(self.hidden, self.inner) < 1:
             raise ConfigError(f"expected sizes of at least 1, got hidden {self.hidden} and inner {self.inner}")
+        if self.scheme != "none" and (self.hidden % PANEL_ROWS or self.inner % PANEL_ROWS):
+            raise ConfigError(
+                f"quantised experts lie in panels of {PANEL_ROWS} rows and expect multiples of {PANEL_ROWS}, got "
+                f"hidden {self.hidden} and inner {self.inner}: leave these experts unquantised"
+            )
         if self.scheme == "int4":
             self._check_groups()
         elif self.group_size or self.has_minima:
@@ -160,14 +165,17 @@ class SlabFormat:
         ):
             if self.scheme == "none":
                 yield projection, _DTYPES[self.dtype], rows, depth
-            elif self.scheme == "int8":
-                yield f"{projection}.codes_ERC", torch.int8, rows, depth
-                yield f"{projection}.scales_ERG", torch.float32, rows, 1
             else:
-                yield f"{projection}.codes_ERC", torch.uint8, rows, depth // 2
-                yield f"{projection}.scales_ERG", torch.float16, rows, depth // self.group_size
-                if self.has_minima:
-                    yield f"{projection}.minima_ERG", torch.float16, rows, depth // self.group_size
+                for part, (width, dtype) in self._columns(depth).items():
+                    yield f"{projection}.{part}", dtype, rows // PANEL_ROWS, width * PANEL_ROWS
+
+    def _columns(self, depth: int) -> dict[str, tuple[int, torch.dtype]]:
+        """What a row of `depth` weights has of each part of QuantisedWeight."""
+        if self.scheme == "int8":
+            return {"codes_EPC": (depth, torch.int8), "scales_EPG": (1, torch.float32)}
+        groups = depth // self.group_size, torch.float16
+        parts = {"codes_EPC": (depth // 2, torch.uint8), "scales_EPG": groups}
+        return {**parts, "minima_EPG": groups} if self.has_minima else parts
 
     def _view(self, slabs_SB: Tensor, part: Part) -> Tensor:
         bytes_SB = slabs_SB[:, part.offset : part.offset + part.num_bytes]
@@ -179,7 +187,7 @@ class SlabFormat:
         tensors = {name.removeprefix(prefix): view for name, view in views.items() if name.startswith(prefix)}
         depth = self.hidden if projection == "gate_up" else self.inner
         return QuantisedWeight(
-            **{"minima_ERG": None, **tensors}, bits=self.bits, group_size=self.group_size or depth  # type: ignore[arg-type]
+            **{"minima_EPG": None, **tensors}, bits=self.bits, group_size=self.group_size or depth  # type: ignore[arg-type]
         )
 
 

@@ -23,7 +23,8 @@ from torch import Tensor
 from expertshare.errors import CheckpointError, ConfigError
 from expertshare.experts.slab import PAGE_BYTES, SlabFormat
 
-VERSION = 1
+VERSIONS = {"none": 1, "int8": 2, "int4": 2}
+"""Of a layer file, by its scheme. In version 1 quantised experts lay row by row; since 2 they lie in panels."""
 _MAX_HEADER_BYTES = 1 << 24
 
 
@@ -46,7 +47,7 @@ class LayerHeader:
         tensors = {
             "__metadata__": {
                 "format": "pt",
-                "expertshare_experts": str(VERSION),
+                "expertshare_experts": str(VERSIONS[self.format.scheme]),
                 "moe_layer": str(self.moe_layer),
                 "slab": json.dumps(self.format.to_json()),
             },
@@ -265,17 +266,17 @@ def _parse_header(raw: Any, path: Path) -> LayerHeader:
     version = metadata.get("expertshare_experts")
     if version is None:
         raise CheckpointError(f"{path} holds no experts in slabs: expected a file that `expertshare convert` wrote")
-    if version != str(VERSION):
-        raise CheckpointError(
-            f"{path} has version {version} of the expert layout, expected {VERSION}: convert the model again, or use "
-            "the release of expertshare that wrote it"
-        )
     try:
         form = SlabFormat.from_json(json.loads(metadata["slab"]), str(path))
         experts, slab_bytes = raw["slabs"]["shape"]
         header = LayerHeader(moe_layer=int(metadata["moe_layer"]), num_experts=int(experts), format=form)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a damaged header ({error!r}): copy or convert it again") from error
+    if version != str(VERSIONS[form.scheme]):
+        raise CheckpointError(
+            f"{path} has version {version} of the expert layout, expected {VERSIONS[form.scheme]} for {form.scheme}: "
+            "convert the model again, or use the release of expertshare that wrote it"
+        )
     if slab_bytes != form.slab_bytes:
         raise CheckpointError(f"{path}: expected slabs of {form.slab_bytes} bytes, got {slab_bytes}: convert it again")
     return header

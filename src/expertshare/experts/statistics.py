@@ -11,12 +11,14 @@ from typing import Any
 class LayerStatistics:
     """One MoE layer. requests: experts that were borrowed; hits: those that were there (None where the kernel, which
     keeps a mapping, does not say); prefetch_hits: those that were there, or on their way, only because they had been
-    fetched ahead; reads: slabs read for the layer, ahead or not; stall_s: time that `borrow` waited for reads."""
+    fetched ahead; reads: slabs read from files for the layer, ahead or not; copies: slabs copied to a device; stall_s:
+    time that `borrow` waited for reads, and for copies to be issued."""
 
     requests: int = 0
     hits: int | None = 0
     prefetch_hits: int = 0
     reads: int = 0
+    copies: int = 0
     stall_s: float = 0.0
 
     @property
@@ -46,6 +48,7 @@ class StoreStatistics:
             hits=None if None in hits else sum(count or 0 for count in hits),
             prefetch_hits=sum(layer.prefetch_hits for layer in self.layers),
             reads=sum(layer.reads for layer in self.layers),
+            copies=sum(layer.copies for layer in self.layers),
             stall_s=sum(layer.stall_s for layer in self.layers),
         )
 
@@ -58,6 +61,7 @@ class StoreStatistics:
             "slot_bytes": self.slot_bytes,
             **asdict(total),
             "bytes_read": total.reads * self.slot_bytes,
+            "bytes_copied": total.copies * self.slot_bytes,
             "hit_rate": total.hit_rate,
             "hit_rate_by_layer": [layer.hit_rate for layer in self.layers],
             "stall_s_by_layer": [layer.stall_s for layer in self.layers],
@@ -72,6 +76,7 @@ class LayerCount:
     hits: int = 0
     prefetch_hits: int = 0
     reads: int = 0
+    copies: int = 0
     stall_s: float = 0.0
 
     def freeze(self, *, hits_known: bool = True) -> LayerStatistics:

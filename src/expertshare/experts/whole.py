@@ -11,37 +11,43 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from expertshare.errors import ConfigError
+from expertshare.errors import ConfigError, ExpertMemoryError
 from expertshare.experts.layout import ExpertLayout, open_layers
 from expertshare.experts.page_memory import allocate_slabs, as_memory
+from expertshare.experts.sizes import format_size
 from expertshare.experts.slab_file import LayerFile
 from expertshare.experts.statistics import StoreStatistics, fresh_counts
 from expertshare.types import Bank, Loan
 
+_CPU = torch.device("cpu")
+
 
 class _WholeStore:
-    """A SlabStore in which expert e is row e of its layer's bank."""
+    """A SlabStore in which expert e is row e of its layer's bank. Requests are counted beside the bank: a device has
+    not to be waited for, and may run a captured graph."""
 
     kind = ""
 
-    def __init__(self, layout: ExpertLayout, banks: list[Bank]) -> None:
+    def __init__(self, layout: ExpertLayout, banks: list[Bank], device: torch.device = _CPU) -> None:
         self._layout, self._banks = layout, banks
         self._counts = fresh_counts(layout.num_layers)
+        with torch.inference_mode(False):  # whoever borrows may be in that mode, or not
+            self._asked_N = torch.zeros(layout.num_layers, dtype=torch.int64, device=device)
 
     @contextmanager
     def borrow(self, layer: int, active_E: Tensor) -> Iterator[Loan]:
         """The layer's whole bank."""
         if not self._banks:
             raise ConfigError("expected an open expert store, got one that was closed: open it again")
-        count, active = self._counts[layer], int(active_E.sum())
-        count.requests += active
-        count.hits += active
+        self._asked_N[layer] += active_E.sum()
         self._announce(layer, active_E)
         yield Loan(self._banks[layer])
 
     def statistics(self) -> StoreStatistics:
         """Since it was opened or last reset."""
         layout = self._layout
+        for count, asked in zip(self._counts, self._asked_N.tolist(), strict=True):
+            count.requests = count.hits = asked
         return StoreStatistics(
             kind=self.kind,
             slots=layout.num_layers * layout.num_experts,
@@ -52,6 +58,7 @@ class _WholeStore:
     def reset(self) -> None:
         """Count from zero."""
         self._counts = fresh_counts(self._layout.num_layers)
+        self._asked_N.zero_()
 
     def close(self) -> None:
         """Let the memory go; twice is fine. Banks that are still lent keep theirs."""
@@ -68,19 +75,23 @@ class _WholeStore:
 
 
 class ResidentSlabs(_WholeStore):
-    """Every expert in memory, read once when the store is opened. direct: past the page cache."""
+    """Every expert in memory, of the host or of a device, read once when the store is opened. direct: past the page
+    cache. Raises ExpertMemoryError where they do not fit."""
 
     kind = "all"
 
-    def __init__(self, directory: Path, layout: ExpertLayout, *, direct: bool = False) -> None:
+    def __init__(
+        self, directory: Path, layout: ExpertLayout, *, direct: bool = False, device: torch.device = _CPU
+    ) -> None:
         files = open_layers(directory, layout, direct=direct)
         try:
-            super().__init__(layout, [layout.format.bank(_read_all(file)) for file in files])
+            super().__init__(layout, [layout.format.bank(_moved(_read_all(file), device)) for file in files], device)
         finally:
             for file in files:
                 file.close()
         for count in self._counts:
             count.reads = layout.num_experts
+            count.copies = 0 if device.type == "cpu" else layout.num_experts
 
 
 class MappedStore(_WholeStore):
@@ -126,6 +137,16 @@ def _read_all(file: LayerFile) -> Tensor:
     for expert in range(file.header.num_experts):
         file.read_into(expert, memory[expert * size : (expert + 1) * size])
     return slabs_EB
+
+
+def _moved(slabs_EB: Tensor, device: torch.device) -> Tensor:
+    try:
+        return slabs_EB.to(device)
+    except torch.OutOfMemoryError as error:
+        raise ExpertMemoryError(
+            f"expected room for all experts on {device}, got none for {format_size(slabs_EB.numel())} more: give the "
+            "room that there is to --expert-memory, as a size"
+        ) from error
 
 
 def _mapped(file: LayerFile, pages: mmap.mmap) -> Tensor:

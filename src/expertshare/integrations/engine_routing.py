@@ -59,7 +59,7 @@ def read_settings(environment: Mapping[str, str] | None = None) -> EngineSetting
     length = values.get(BLOCK_VARIABLE, str(DEFAULT_BLOCK_LENGTH)).strip()
     if length == WHOLE_BATCH:
         return EngineSettings(policy, 0)
-    if not length.isdigit() or int(length) < 1:
+    if not length.isdecimal() or int(length) < 1:
         raise InputError(f"expected {BLOCK_VARIABLE} as a number of tokens or {WHOLE_BATCH!r}, got {length!r}")
     return EngineSettings(policy, int(length))
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from expertshare.errors import ConfigError
-from expertshare.types import Bank, ExpertBank, QuantisedWeight
+from expertshare.kernels.quantise import check_panels
+from expertshare.types import PANEL_ROWS, Bank, ExpertBank, QuantisedRows, QuantisedWeight
 
 
 class NativeWeight(Structure):
@@ -25,7 +26,7 @@ def native_weight(weight: Tensor | QuantisedWeight) -> NativeWeight:
     """Addresses and strides of weights that were checked; they must outlive it."""
     if isinstance(weight, Tensor):
         return NativeWeight(weight.data_ptr(), None, None, _stride_bytes(weight), 0, 0, weight.element_size() * 8, 0)
-    parts = (weight.codes_ERC, weight.scales_ERG, weight.minima_ERG)
+    parts = (weight.codes_EPC, weight.scales_EPG, weight.minima_EPG)
     return NativeWeight(
         *addresses(weight),
         *(0 if part is None else _stride_bytes(part) for part in parts),
@@ -36,8 +37,8 @@ def native_weight(weight: Tensor | QuantisedWeight) -> NativeWeight:
 
 def addresses(weight: QuantisedWeight) -> tuple[int, int, int | None]:
     """Where codes, scales and minima (None: there are none) lie."""
-    minima = weight.minima_ERG
-    return weight.codes_ERC.data_ptr(), weight.scales_ERG.data_ptr(), None if minima is None else minima.data_ptr()
+    minima = weight.minima_EPG
+    return weight.codes_EPC.data_ptr(), weight.scales_EPG.data_ptr(), None if minima is None else minima.data_ptr()
 
 
 def _stride_bytes(tensor: Tensor) -> int:
@@ -55,13 +56,15 @@ def tensors_of(name: str, weight: Tensor | QuantisedWeight) -> dict[str, Tensor]
     """Every tensor of one projection, by the name that an error gives it."""
     if isinstance(weight, Tensor):
         return {name: weight}
-    parts = {"codes": weight.codes_ERC, "scales": weight.scales_ERG, "minima": weight.minima_ERG}
+    parts = {"codes": weight.codes_EPC, "scales": weight.scales_EPG, "minima": weight.minima_EPG}
     return {f"{part} of {name}": tensor for part, tensor in parts.items() if tensor is not None}
 
 
 def shape_of(weight: Tensor | QuantisedWeight) -> tuple[int, ...]:
     """[experts, rows, depth]."""
-    return tuple(weight.shape) if isinstance(weight, Tensor) else (*weight.codes_ERC.shape[:-1], weight.depth)
+    if isinstance(weight, Tensor):
+        return tuple(weight.shape)
+    return *weight.codes_EPC.shape[:-2], weight.rows, weight.depth
 
 
 def check_layout(name: str, weight: Tensor | QuantisedWeight, *, backend: str = "cpu") -> None:
@@ -82,8 +85,8 @@ def check_layout(name: str, weight: Tensor | QuantisedWeight, *, backend: str = 
 def check_codes(name: str, weight: QuantisedWeight) -> None:
     """Raises ConfigError unless the number of bits is known and the dtypes are those of it."""
     of_bits = {8: (torch.int8, torch.float32), 4: (torch.uint8, torch.float16)}
-    dtypes = (weight.codes_ERC.dtype, *(t.dtype for t in (weight.scales_ERG, weight.minima_ERG) if t is not None))
-    if weight.bits not in of_bits or (weight.bits == 8 and weight.minima_ERG is not None):
+    dtypes = (weight.codes_EPC.dtype, *(t.dtype for t in (weight.scales_EPG, weight.minima_EPG) if t is not None))
+    if weight.bits not in of_bits or (weight.bits == 8 and weight.minima_EPG is not None):
         raise ConfigError(f"expected {name} in 4 bits, or in 8 without minima, got {weight.bits} bits.")
     code, scale = of_bits[weight.bits]
     if dtypes[0] != code or any(dtype != scale for dtype in dtypes[1:]):
@@ -93,11 +96,21 @@ def check_codes(name: str, weight: QuantisedWeight) -> None:
         )
 
 
+def check_rows(rows: QuantisedRows) -> None:
+    """Raises ConfigError unless an embedding or a head has int8 codes and float32 scales."""
+    if (rows.codes_VD.dtype, rows.scales_V1.dtype) != (torch.int8, torch.float32):
+        raise ConfigError(
+            "expected codes of head in torch.int8 with scales in torch.float32, got "
+            f"{rows.codes_VD.dtype} and {rows.scales_V1.dtype}: quantise with kernels.quantise.quantise_rows."
+        )
+
+
 def _check_groups(name: str, weight: QuantisedWeight) -> None:
+    check_panels(weight.rows, weight.depth)
     depth, group = weight.depth, weight.depth if weight.bits == 8 else weight.group_size
     if weight.bits == 4 and (group not in (32, 64) or depth % group):
         raise ConfigError(f"expected {name} in groups of 32 or 64 that divide its depth {depth}, got {group}.")
-    expected = (*weight.codes_ERC.shape[:-1], depth // max(1, group))
+    expected = (*weight.codes_EPC.shape[:-1], depth // max(1, group) * PANEL_ROWS)
     for part, tensor in tensors_of(name, weight).items():
         if not part.startswith("codes") and tuple(tensor.shape) != expected:
             raise ConfigError(f"expected shape {expected} for {part}, got {tuple(tensor.shape)}.")

@@ -5,6 +5,10 @@ which take as much (benchmarks/quantisation_error.py), and cost the kernel an in
 
 Codes of 4 bits lie two a byte within their group: byte j of a group of N holds code j in its low half and code
 j + N/2 in its high half, so that a kernel gets both runs of neighbours by one mask and one shift.
+
+Experts lie in panels of 16 rows: four bytes of the first row, the same four of the second, and so on; then the next
+four of each. So a vector of 16 lanes multiplies 16 rows by the same features of a token, and no sum has to be added up
+across lanes. An embedding or a head stays row by row, since single rows are read from it.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import torch
 from torch import Tensor
 
 from expertshare.errors import ConfigError, NumericsError, nearest
-from expertshare.types import ExpertBank, QuantisedBank, QuantisedWeight, RoutingPlan
+from expertshare.types import PANEL_ROWS, ExpertBank, QuantisedBank, QuantisedRows, QuantisedWeight, RoutingPlan
 
 # What the largest code stands for, over the largest weight of its group: the candidates for a scale. These take 4 % off
 # the error of an expert layer with Gaussian weights and 3 % off that of the reference model. With 0.9 among them the
@@ -52,10 +56,16 @@ class Scheme:
         return depth // (self.group_size or depth)
 
     def layout(self, rows: int, depth: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
-        """Shape and dtype of each tensor of one matrix: "codes", "scales" and unless symmetric "minima"."""
+        """Shape and dtype of each tensor of one matrix, row by row: "codes", "scales" and unless symmetric "minima"."""
         per_group = (rows, self.num_groups(depth)), torch.float32 if self.bits == 8 else torch.float16
         codes = (rows, depth * self.bits // 8), torch.int8 if self.bits == 8 else torch.uint8
         return {"codes": codes, "scales": per_group} | ({} if self.symmetric else {"minima": per_group})
+
+    def panels(self, rows: int, depth: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+        """The same in panels. Raises ConfigError unless rows and depth are multiples of PANEL_ROWS."""
+        check_panels(rows, depth)
+        tall = self.layout(rows, depth).items()
+        return {name: ((r // PANEL_ROWS, c * PANEL_ROWS), dtype) for name, ((r, c), dtype) in tall}
 
     def num_bytes(self, rows: int, depth: int) -> int:
         """Bytes of one matrix."""
@@ -77,13 +87,63 @@ def scheme_named(name: str) -> Scheme:
 
 @torch.no_grad()
 def quantise(weight: Tensor, scheme: Scheme, *, clips: tuple[float, ...] = CLIPS) -> QuantisedWeight:
-    """Round float32 or bfloat16 weights [..., rows, depth] to the nearest codes, ties to even.
+    """Round float32 or bfloat16 weights [..., rows, depth] to the nearest codes, ties to even, in panels.
 
     With 4 bits the scale of each group is the one among `clips` with the smallest squared error. Weights that are not
     cut off are off by at most half a scale. Uses a few MB besides the result, whatever the size of `weight`.
-    Raises ConfigError for another dtype or a depth that groups do not divide, NumericsError for NaN, infinity and
-    weights beyond the range of a float16 scale.
+    Raises ConfigError for another dtype, sizes that are no multiples of PANEL_ROWS or a depth that groups do not
+    divide, NumericsError for NaN, infinity and weights beyond the range of a float16 scale.
     """
+    made = _quantised_rows(weight, scheme, clips)
+    check_panels(*weight.shape[-2:])
+    codes, scales, minima = (None if part is None else to_panels(part) for part in made)
+    assert codes is not None
+    assert scales is not None
+    return QuantisedWeight(codes, scales, minima, scheme.bits, scheme.group_size or weight.shape[-1])
+
+
+@torch.no_grad()
+def quantise_rows(weight_VD: Tensor) -> QuantisedRows:
+    """An embedding or a head in int8, a scale a row. Raises as `quantise` does, for any sizes."""
+    codes_VD, scales_V1, _ = _quantised_rows(weight_VD, QUANTISATIONS["int8"], CLIPS)
+    return QuantisedRows(codes_VD, scales_V1)
+
+
+def check_panels(rows: int, depth: int) -> None:
+    """Raise ConfigError for a matrix that does not divide into panels."""
+    if rows < 1 or depth < 1 or rows % PANEL_ROWS or depth % PANEL_ROWS:
+        raise ConfigError(
+            f"experts are quantised in panels of {PANEL_ROWS} rows and expect sizes that are multiples of "
+            f"{PANEL_ROWS}, got {rows} rows of {depth} weights: leave them unquantised."
+        )
+
+
+def to_panels(rows: Tensor) -> Tensor:
+    """Codes [..., rows, bytes] or scales and minima [..., rows, groups] -> panels [..., rows / 16, 16 * columns].
+
+    Codes go by four bytes, scales one by one.
+    """
+    words = _words(rows)
+    *others, num_rows, columns = words.shape
+    by_panel = words.reshape(*others, num_rows // PANEL_ROWS, PANEL_ROWS, columns).transpose(-2, -1)
+    return by_panel.flatten(-2).contiguous().view(rows.dtype)
+
+
+def from_panels(panels: Tensor) -> Tensor:
+    """The inverse of `to_panels`."""
+    by_row = grouped(_words(panels), PANEL_ROWS).transpose(-2, -1)
+    return by_row.flatten(-3, -2).contiguous().view(panels.dtype)
+
+
+def _words(part: Tensor) -> Tensor:
+    """What stays together: four codes, or one scale."""
+    return part.contiguous().view(torch.int32) if part.element_size() == 1 else part
+
+
+def _quantised_rows(
+    weight: Tensor, scheme: Scheme, clips: tuple[float, ...]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and minima, row by row."""
     if weight.dtype not in (torch.float32, torch.bfloat16) or weight.dim() < 2:
         raise ConfigError(f"expected float32 or bfloat16 [..., rows, depth], got {weight.dtype} {tuple(weight.shape)}.")
     rows, depth = weight.shape[-2:]
@@ -96,8 +156,8 @@ def quantise(weight: Tensor, scheme: Scheme, *, clips: tuple[float, ...] = CLIPS
     at_a_time = max(1, _WEIGHTS_AT_A_TIME // depth)
     for first in range(0, len(flat_NR), at_a_time):
         part = slice(first, first + at_a_time)
-        _quantise_rows(flat_NR[part].float(), scheme, clips, {name: tensor[part] for name, tensor in into.items()})
-    return QuantisedWeight(made["codes"], made["scales"], made.get("minima"), scheme.bits, scheme.group_size or depth)
+        _fill_rows(flat_NR[part].float(), scheme, clips, {name: tensor[part] for name, tensor in into.items()})
+    return made["codes"], made["scales"], made.get("minima")
 
 
 def quantise_bank(bank: ExpertBank, scheme: Scheme) -> QuantisedBank:
@@ -107,13 +167,20 @@ def quantise_bank(bank: ExpertBank, scheme: Scheme) -> QuantisedBank:
 
 def dequantise(weight: QuantisedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weights that the codes stand for: [..., rows, depth]; computed in float32, rounded once to `dtype`."""
-    scales = weight.scales_ERG.float().unsqueeze(-1)
+    codes, scales = from_panels(weight.codes_EPC), from_panels(weight.scales_EPG).float()
     if weight.bits == 8:
-        return (weight.codes_ERC.float() * scales.squeeze(-1)).to(dtype)
-    codes = grouped(unpack(weight.codes_ERC, weight.group_size), weight.group_size).float()
-    minima = weight.minima_ERG
-    weights = (codes - 8) * scales if minima is None else codes * scales + minima.float().unsqueeze(-1)
+        return (codes.float() * scales).to(dtype)
+    values, scales = grouped(unpack(codes, weight.group_size), weight.group_size).float(), scales.unsqueeze(-1)
+    if weight.minima_EPG is None:
+        weights = (values - 8) * scales
+    else:
+        weights = values * scales + from_panels(weight.minima_EPG).float().unsqueeze(-1)
     return weights.flatten(-2).to(dtype)
+
+
+def dequantise_rows(rows: QuantisedRows, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the codes [..., D] with their scales [..., 1] stand for, in `dtype`."""
+    return (rows.codes_VD.float() * rows.scales_V1).to(dtype)
 
 
 def grouped(rows: Tensor, size: int) -> Tensor:
@@ -124,7 +191,7 @@ def grouped(rows: Tensor, size: int) -> Tensor:
 def dequantised_experts(plan: RoutingPlan, bank: QuantisedBank, dtype: torch.dtype) -> tuple[RoutingPlan, ExpertBank]:
     """A bank of the plan's active experts alone, and the plan with ids that count in it. Raises ConfigError for ids
     that the bank does not have."""
-    num_experts = len(bank.down.codes_ERC)
+    num_experts = len(bank.down.codes_EPC)
     ids_TK = plan.expert_ids_TK
     if ids_TK.numel() and not -1 <= int(ids_TK.min()) <= int(ids_TK.max()) < num_experts:
         raise ConfigError(f"expert ids must be -1 (unused) or 0 to {num_experts - 1}: the plan does not fit this bank.")
@@ -138,16 +205,13 @@ def dequantised_experts(plan: RoutingPlan, bank: QuantisedBank, dtype: torch.dty
 
 def only_expert(weight: QuantisedWeight, expert: int) -> QuantisedWeight:
     """One expert's matrix, without the dimension of experts."""
-    minima = None if weight.minima_ERG is None else weight.minima_ERG[expert]
-    return replace(
-        weight, codes_ERC=weight.codes_ERC[expert], scales_ERG=weight.scales_ERG[expert], minima_ERG=minima
-    )
+    return _chosen(weight, expert)
 
 
-def _chosen(weight: QuantisedWeight, experts_U: Tensor) -> QuantisedWeight:
-    minima = None if weight.minima_ERG is None else weight.minima_ERG[experts_U]
+def _chosen(weight: QuantisedWeight, experts: int | Tensor) -> QuantisedWeight:
+    minima = None if weight.minima_EPG is None else weight.minima_EPG[experts]
     return replace(
-        weight, codes_ERC=weight.codes_ERC[experts_U], scales_ERG=weight.scales_ERG[experts_U], minima_ERG=minima
+        weight, codes_EPC=weight.codes_EPC[experts], scales_EPG=weight.scales_EPG[experts], minima_EPG=minima
     )
 
 
@@ -157,7 +221,7 @@ def unpack(packed: Tensor, group_size: int) -> Tensor:
     return torch.cat((halves & 15, halves >> 4), dim=-1).flatten(-2)
 
 
-def _quantise_rows(rows_NR: Tensor, scheme: Scheme, clips: tuple[float, ...], into: dict[str, Tensor]) -> None:
+def _fill_rows(rows_NR: Tensor, scheme: Scheme, clips: tuple[float, ...], into: dict[str, Tensor]) -> None:
     """float32 [n, depth] into the n rows of each tensor of `into`."""
     largest = rows_NR.abs().amax()
     if not bool(largest.isfinite()):

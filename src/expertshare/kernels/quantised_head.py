@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from ctypes import POINTER, Structure, byref, c_int32, c_int64, c_void_p
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +11,11 @@ from torch import Tensor
 
 from expertshare import native
 from expertshare.errors import ConfigError
-from expertshare.kernels.native_weights import check_codes
+from expertshare.kernels.native_weights import check_rows
 from expertshare.kernels.projection import raise_for
-from expertshare.kernels.quantise import dequantise
+from expertshare.kernels.quantise import dequantise_rows
 from expertshare.kernels.vocabulary import best_token, check_excluded
-from expertshare.types import QuantisedWeight
+from expertshare.types import QuantisedRows
 
 ROWS_AT_A_TIME = 4096
 """Rows of the vocabulary that torch widens together: 32 MB at 2048 features in float32."""
@@ -33,14 +32,13 @@ class _QuantisedHead(Structure):
     )
 
 
-def embed_rows(tokens: Tensor, weight: QuantisedWeight, dtype: torch.dtype) -> Tensor:
+def embed_rows(tokens: Tensor, weight: QuantisedRows, dtype: torch.dtype) -> Tensor:
     """The embeddings of token ids [...]: [..., D] in `dtype`. Widens only the rows that are asked for."""
-    rows = replace(weight, codes_ERC=weight.codes_ERC[tokens], scales_ERG=weight.scales_ERG[tokens])
-    return dequantise(rows, dtype)
+    return dequantise_rows(QuantisedRows(weight.codes_VD[tokens], weight.scales_V1[tokens]), dtype)
 
 
 def quantised_head(
-    hidden_RD: Tensor, weight: QuantisedWeight, excluded: Sequence[int], *, backend: str
+    hidden_RD: Tensor, weight: QuantisedRows, excluded: Sequence[int], *, backend: str
 ) -> tuple[Tensor, Tensor]:
     """As `head` (kernels.dense) with int8 weights [V, D].
 
@@ -56,28 +54,28 @@ def quantised_head(
     return tokens_R, probability_R
 
 
-def quantised_logits(hidden_RD: Tensor, weight: QuantisedWeight, *, backend: str) -> Tensor:
+def quantised_logits(hidden_RD: Tensor, weight: QuantisedRows, *, backend: str) -> Tensor:
     """Scores of the whole vocabulary [R, V] in the dtype of hidden_RD, from which `quantised_head` chooses."""
     if backend != "cpu":
         return _logits_by_slices(hidden_RD, weight)
-    logits_RV = torch.empty(len(hidden_RD), len(weight.codes_ERC), dtype=hidden_RD.dtype)
+    logits_RV = torch.empty(len(hidden_RD), len(weight.codes_VD), dtype=hidden_RD.dtype)
     _run(hidden_RD, weight, (), logits_RV=logits_RV)
     return logits_RV
 
 
-def _logits_by_slices(hidden_RD: Tensor, weight: QuantisedWeight) -> Tensor:
-    return torch.cat([F.linear(hidden_RD, dequantise(part, hidden_RD.dtype)) for part in _slices(weight)], dim=-1)
+def _logits_by_slices(hidden_RD: Tensor, weight: QuantisedRows) -> Tensor:
+    return torch.cat([F.linear(hidden_RD, dequantise_rows(part, hidden_RD.dtype)) for part in _slices(weight)], dim=-1)
 
 
-def _slices(weight: QuantisedWeight) -> Iterator[QuantisedWeight]:
-    for first in range(0, len(weight.codes_ERC), ROWS_AT_A_TIME):
+def _slices(weight: QuantisedRows) -> Iterator[QuantisedRows]:
+    for first in range(0, len(weight.codes_VD), ROWS_AT_A_TIME):
         rows = slice(first, first + ROWS_AT_A_TIME)
-        yield replace(weight, codes_ERC=weight.codes_ERC[rows], scales_ERG=weight.scales_ERG[rows])
+        yield QuantisedRows(weight.codes_VD[rows], weight.scales_V1[rows])
 
 
 def _run(
     hidden_RD: Tensor,
-    weight: QuantisedWeight,
+    weight: QuantisedRows,
     excluded: Sequence[int],
     *,
     tokens_R: Tensor | None = None,
@@ -87,10 +85,10 @@ def _run(
     library = native.library()
     library.es_choose_quantised.argtypes = [POINTER(_QuantisedHead)]
     _check(hidden_RD, weight)
-    vocabulary, depth = weight.codes_ERC.shape
+    vocabulary, depth = weight.codes_VD.shape
     check_excluded(excluded, vocabulary)
     hidden_RD, excluded_X = hidden_RD.contiguous(), torch.tensor(excluded, dtype=torch.int64)
-    pointed = (hidden_RD, weight.codes_ERC, weight.scales_ERG, excluded_X, tokens_R, probability_R, logits_RV)
+    pointed = (hidden_RD, weight.codes_VD, weight.scales_V1, excluded_X, tokens_R, probability_R, logits_RV)
     head = _QuantisedHead(
         *(None if tensor is None else tensor.data_ptr() for tensor in pointed),
         len(hidden_RD),
@@ -105,9 +103,9 @@ def _run(
     raise_for(int(library.es_choose_quantised(byref(head))))
 
 
-def _check(hidden_RD: Tensor, weight: QuantisedWeight) -> None:
+def _check(hidden_RD: Tensor, weight: QuantisedRows) -> None:
     """Everything that would make the kernel read outside a tensor, or compute something else."""
-    codes, scales = weight.codes_ERC, weight.scales_ERG
+    codes, scales = weight.codes_VD, weight.scales_V1
     if torch.is_grad_enabled() and hidden_RD.requires_grad:
         raise ConfigError("the backend 'cpu' has no gradients: call it under torch.no_grad(), or use 'grouped'.")
     devices = {tensor.device.type for tensor in (hidden_RD, codes, scales)}
@@ -115,9 +113,7 @@ def _check(hidden_RD: Tensor, weight: QuantisedWeight) -> None:
         raise ConfigError(f"the backend 'cpu' expects tensors on the CPU, got {', '.join(sorted(devices))}.")
     if hidden_RD.dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"the backend 'cpu' expects features in float32 or bfloat16, got {hidden_RD.dtype}.")
-    if weight.bits != 8:
-        raise ConfigError(f"a quantised head is int8, got {weight.bits} bits: quantise it with Scheme(bits=8).")
-    check_codes("head", weight)
+    check_rows(weight)
     if codes.dim() != 2 or 0 in codes.shape or tuple(scales.shape) != (len(codes), 1):
         raise ConfigError(
             f"expected codes [V, D] with scales [V, 1], got {tuple(codes.shape)} and {tuple(scales.shape)}."

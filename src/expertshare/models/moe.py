@@ -18,7 +18,12 @@ from expertshare.models.layers import SwiGLU
 from expertshare.models.runtime import Runtime
 from expertshare.native import ask_for_huge_pages
 from expertshare.routing import LayerStep, count_load, gate_scores, gate_takes, recipe_of, route, router_scores
-from expertshare.types import Coreset, ExpertBank, Loan, RouterScores, RoutingPlan, RoutingPolicy
+from expertshare.types import Bank, Coreset, ExpertBank, Loan, RouterScores, RoutingPlan, RoutingPolicy
+
+_MOST_STEPS = 16
+"""Policies that a router is prepared for at once: those of a comparison, or of a server's requests."""
+_MOST_GROUPS = 1024
+"""Of torch's grouped product on a GPU: fewer than these. A store's slots may be more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +44,28 @@ def in_slots(plan: RoutingPlan, loan: Loan) -> RoutingPlan:
         return plan
     ids_TK, slot_of_E = plan.expert_ids_TK, loan.slot_of_E
     slots_TK = torch.where(ids_TK < 0, ids_TK, slot_of_E[ids_TK.clamp(min=0)])
-    num_slots = loan.bank.down_EDF.shape[0] if isinstance(loan.bank, ExpertBank) else loan.bank.down.codes_ERC.shape[0]
-    active_S = torch.zeros(num_slots, dtype=torch.bool, device=ids_TK.device)
-    active_S[slot_of_E[plan.active_E]] = True
-    return RoutingPlan(slots_TK, plan.weights_TK, active_S)
+    num_slots = loan.bank.down_EDF.shape[0] if isinstance(loan.bank, ExpertBank) else loan.bank.down.codes_EPC.shape[0]
+    # One more for inactive experts: a mask as an index would have the host ask a GPU how many there are.
+    active_S = torch.zeros(num_slots + 1, dtype=torch.bool, device=ids_TK.device)
+    active_S[torch.where(plan.active_E, slot_of_E, num_slots)] = True
+    return RoutingPlan(slots_TK, plan.weights_TK, active_S[:num_slots])
 
 
-_MOST_STEPS = 16
-"""Policies that a router is prepared for at once: those of a comparison, or of a server's requests."""
+def few_enough(plan: RoutingPlan, bank: Bank, backend: str, *, most: int = _MOST_GROUPS) -> tuple[RoutingPlan, Bank]:
+    """For torch's grouped product on a GPU, which refuses a bank of `most` rows: a copy of the plan's experts, and the
+    plan with their rows. Other plans and banks stay as they are."""
+    if backend != "grouped" or not isinstance(bank, ExpertBank) or len(bank.down_EDF) < most or bank.down_EDF.is_cpu:
+        return plan, bank
+    return _of_active(plan, bank)
+
+
+def _of_active(plan: RoutingPlan, bank: ExpertBank) -> tuple[RoutingPlan, ExpertBank]:
+    ids_TK, active_E = plan.expert_ids_TK, plan.active_E
+    rows_E = torch.where(active_E, active_E.cumsum(0) - 1, -1)
+    experts_U = active_E.nonzero().flatten()
+    rows_TK = torch.where(ids_TK < 0, ids_TK, rows_E[ids_TK.clamp(min=0)])
+    chosen = ExpertBank(bank.gate_up_EHD[experts_U], bank.down_EDF[experts_U])
+    return RoutingPlan(rows_TK, plan.weights_TK, torch.ones_like(experts_U, dtype=torch.bool)), chosen
 
 
 class Router(nn.Module):
@@ -164,7 +183,8 @@ class MoE(nn.Module):
         x_TD = x_GLD.flatten(0, 1)
         with runtime.timed("experts"):
             with self._borrow(plan, runtime) as loan:
-                y_TD = moe_ffn(x_TD, in_slots(plan, loan), loan.bank, backend=runtime.backend)
+                lent, bank = few_enough(in_slots(plan, loan), loan.bank, backend)
+                y_TD = moe_ffn(x_TD, lent, bank, backend=backend)
             if self.shared is not None:
                 y_TD = y_TD + self.shared(x_TD, backend=runtime.backend)
         return y_TD.view(x_GLD.shape), routing

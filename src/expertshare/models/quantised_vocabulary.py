@@ -11,7 +11,7 @@ from expertshare.errors import ConfigError
 from expertshare.kernels.quantise import QUANTISATIONS
 from expertshare.kernels.quantised_head import embed_rows
 from expertshare.models.family import Place
-from expertshare.types import QuantisedWeight
+from expertshare.types import QuantisedRows
 
 if TYPE_CHECKING:
     from expertshare.models.transformer import MoETransformer
@@ -34,9 +34,9 @@ class QuantisedVocabulary(nn.Module):
         self.dtype = dtype
 
     @property
-    def weight(self) -> QuantisedWeight:
+    def weight(self) -> QuantisedRows:
         """What the doors of the kernels take."""
-        return QuantisedWeight(self.codes, self.scales, None, SCHEME.bits, self.codes.shape[1])
+        return QuantisedRows(self.codes, self.scales)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Embeddings of token ids [...]: [..., D]."""

@@ -21,7 +21,7 @@ from expertshare.serving.gate import Gate
 from expertshare.serving.logs import LOGGER
 from expertshare.serving.metrics import ServerMetrics
 from expertshare.serving.refusals import Refusal, refusal_of
-from expertshare.serving.requests import ChatRequest, CompletionRequest
+from expertshare.serving.requests import LONGEST_QUOTE, ChatRequest, CompletionRequest
 from expertshare.serving.settings import ServerSettings
 
 OPEN_PATHS = ("/health", "/ready", "/metrics")
@@ -138,7 +138,7 @@ def _state_routes(engine: Engine, metrics: ServerMetrics) -> APIRouter:
     @router.get("/metrics", response_model=None)
     async def show_metrics() -> Response:
         """For Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
 
@@ -170,6 +170,6 @@ def _unusable(error: RequestValidationError) -> Refusal:
     if first["type"] == "json_invalid":
         return Refusal(400, "the body is not JSON: send a JSON object", code="invalid_json")
     place = [str(part) for part in first["loc"] if part != "body"]
-    where = ".".join(place)[:200]
+    where = ".".join(place)[:LONGEST_QUOTE]
     message = f"{where}: {first['msg']}" if where else f"the body: {first['msg']} (sent as application/json?)"
     return Refusal(400, message, param=place[0] if place else None, code="invalid_value")

@@ -20,7 +20,7 @@ from expertshare.serving.metrics import ServerMetrics
 from expertshare.serving.orders import Order
 from expertshare.serving.refusals import Refusal, refusal_of
 from expertshare.serving.replies import ReplyForm
-from expertshare.serving.requests import ChatRequest, CompletionRequest
+from expertshare.serving.requests import LONGEST_QUOTE, ChatRequest, CompletionRequest
 from expertshare.serving.running_request import Choice, RunningRequest
 from expertshare.serving.settings import ServerSettings
 
@@ -36,6 +36,11 @@ class Completions:
         self._engine, self._codec, self._settings, self._metrics = engine, codec, settings, metrics
         self.model_name = model_name
 
+    @property
+    def _most_choices(self) -> int:
+        """Answers of one request: as the operator says, and never more than could be queued."""
+        return min(self._settings.max_choices, self._engine.most_at_once)
+
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
         """POST /v1/chat/completions."""
         self._check(asked)
@@ -50,7 +55,7 @@ class Completions:
         """POST /v1/completions."""
         self._check(asked)
         given = asked.prompts
-        if len(given) > self._settings.max_choices:
+        if len(given) > self._most_choices:
             raise self._too_many("prompt")
         try:
             prompts = [await self._codec.encode_text(p) if isinstance(p, str) else p for p in given]
@@ -121,19 +126,18 @@ class Completions:
     def _check(self, asked: ChatRequest | CompletionRequest) -> None:
         if asked.model != self.model_name:
             raise self.unknown_model(asked.model)
-        if asked.n is not None and asked.n > self._settings.max_choices:
+        if asked.n is not None and asked.n > self._most_choices:
             raise self._too_many("n")
         if asked.stream_options is not None and not asked.stream:
             raise Refusal(400, "stream_options need stream: true; leave them out, or stream", param="stream_options")
 
     def unknown_model(self, name: str) -> Refusal:
         """The refusal of a model that is not served."""
-        return Refusal(
-            404, f"unknown model {name!r}: this server has {self.model_name!r}", param="model", code="model_not_found"
-        )
+        message = f"unknown model {name[:LONGEST_QUOTE]!r}: this server has {self.model_name!r}"
+        return Refusal(404, message, param="model", code="model_not_found")
 
     def _too_many(self, param: str) -> Refusal:
-        return Refusal(400, f"at most {self._settings.max_choices} answers at once: ask for fewer", param=param)
+        return Refusal(400, f"at most {self._most_choices} answers at once: ask for fewer", param=param)
 
     def _choices(
         self, asked: ChatRequest | CompletionRequest, prompts: Sequence[Sequence[int]], param: str
@@ -143,12 +147,13 @@ class Completions:
         except PolicyError as error:
             raise refusal_of(error, "expert_policy") from error
         count = asked.n or 1
-        if count * len(prompts) > self._settings.max_choices:
+        if count * len(prompts) > self._most_choices:
             raise self._too_many("n")
         choices = []
         for prompt in prompts:
             self._check_length(prompt, param)
             options = self._options(asked, len(prompt))
+            self._check_context(len(prompt), options.gen_length, param)
             for number in range(count):
                 seed = (options.seed + number) % LARGEST_SEED
                 order = Order(prompt=tuple(prompt), options=replace(options, seed=seed), policy=policy)
@@ -163,6 +168,18 @@ class Completions:
             raise Refusal(
                 400,
                 f"the prompt has {len(prompt)} tokens, and this server takes {most}: shorten it",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def _check_context(self, prompt_tokens: int, gen_length: int, param: str) -> None:
+        """Before the decoder does: it would not name it as clients do."""
+        total, most = prompt_tokens + gen_length, self._engine.max_context
+        if total > most:
+            raise Refusal(
+                400,
+                f"the prompt has {prompt_tokens} tokens; with {gen_length} to generate that is {total}, and this "
+                f"server takes {most}: shorten the prompt, or ask for less",
                 param=param,
                 code="context_length_exceeded",
             )

@@ -88,6 +88,11 @@ class Engine:
         return 1 if narrow and statistics is not None and statistics.kind == "budget" else self.limits.max_batch
 
     @property
+    def most_at_once(self) -> int:
+        """Rows that one call of `submit` can order: more would not even fit where nobody else is."""
+        return self.max_rows + self.limits.max_queue
+
+    @property
     def state(self) -> EngineState:
         """ "broken": its thread has ended by itself, and nothing will be decoded any more."""
         return self._state

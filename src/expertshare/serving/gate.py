@@ -8,14 +8,14 @@ import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from prometheus_client import Counter, Histogram
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from expertshare.serving.logs import log
 from expertshare.serving.refusals import Refusal
+from expertshare.serving.request_metrics import RequestMetrics
 from expertshare.serving.settings import ServerSettings
 
 NOTES = "expertshare.notes"
@@ -23,13 +23,6 @@ NOTES = "expertshare.notes"
 LEFT = 499
 """Status in logs and metrics of a client that left before it was answered."""
 _CLOSE = {"Connection": "close"}  # of a body that was not read to its end
-
-
-class RequestMetrics(Protocol):
-    """requests: by path and status; seconds: by path."""
-
-    requests: Counter
-    seconds: Histogram
 
 
 class Gate:
@@ -76,8 +69,6 @@ class Gate:
 
     async def _with_body(self, scope: Scope, receive: Receive) -> Receive | None:
         """A `receive` that gives the whole body at once; None where the client has left before its end."""
-        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            return receive
         most = self._settings.max_body_bytes
         told = Headers(scope=scope).get("content-length", "0")
         if told.isdecimal() and int(told[:20]) > most:

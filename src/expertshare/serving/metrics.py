@@ -4,42 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client import Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
 from expertshare.serving.engine import Engine
+from expertshare.serving.request_metrics import SECONDS, RequestMetrics
 
-_SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
-
-class ServerMetrics:
-    """One registry for one application, so that several can live in a process."""
+class ServerMetrics(RequestMetrics):
+    """Of a server with one engine."""
 
     def __init__(self, engine: Engine) -> None:
-        self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)
-        self._registry.register(_EngineCollector(engine))
-        self.requests = Counter(
-            "expertshare_requests", "Requests by path and status.", ["path", "status"], registry=self._registry
-        )
-        self.seconds = Histogram(
-            "expertshare_request_seconds",
-            "From the request to the last byte of the response.",
-            ["path"],
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
+        super().__init__()
+        self.registry.register(_EngineCollector(engine))
         self.first_block_seconds = Histogram(
             "expertshare_first_block_seconds",
             "From the request to its first committed block.",
-            buckets=_SECONDS,
-            registry=self._registry,
+            buckets=SECONDS,
+            registry=self.registry,
         )
-
-    def text(self) -> bytes:
-        """In Prometheus' text format."""
-        return generate_latest(self._registry)
 
 
 class _EngineCollector(Collector):

@@ -9,6 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from expertshare.serving.refusals import Refusal
 
 MAX_STOPS = 16
+LONGEST_QUOTE = 200
+"""Characters of what a client sent that an error says again."""
+
 HARMLESS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"})
 """Accepted and without effect: they say nothing about the answer."""
 
@@ -79,8 +82,9 @@ class _Sampling(_Strict):
             elif given is not None and name not in HARMLESS and not _is_neutral(name, given):
                 raise Refusal(
                     400,
-                    f"unsupported parameter: {name!r}. Leave it out; supported are {', '.join(cls.model_fields)}.",
-                    param=str(name),
+                    f"unsupported parameter: {name[:LONGEST_QUOTE]!r}. Leave it out; supported are "
+                    f"{', '.join(cls.model_fields)}.",
+                    param=name[:LONGEST_QUOTE],
                     code="unsupported_parameter",
                 )
         return kept
@@ -162,4 +166,7 @@ class CompletionRequest(_Sampling):
 
 
 def _is_neutral(name: str, given: Any) -> bool:
-    return any(given == neutral for neutral in NEUTRAL.get(name, ()))
+    """0 is no false: logprobs=0 asks for log probabilities."""
+    return any(
+        given == neutral and isinstance(given, bool) == isinstance(neutral, bool) for neutral in NEUTRAL.get(name, ())
+    )

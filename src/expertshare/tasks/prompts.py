@@ -39,7 +39,11 @@ def read_prompts(source: str | Path | TextIO) -> list[PromptRecord]:
 
 def _text(source: str | Path | TextIO) -> tuple[str, str]:
     if not isinstance(source, str | Path):
-        return getattr(source, "name", "<stream>"), source.read()
+        name = getattr(source, "name", "<stream>")
+        try:
+            return name, source.read()
+        except UnicodeDecodeError as error:
+            raise InputError(f"{name}: expected UTF-8 text, got {error.reason}; re-encode it") from error
     try:
         data = Path(source).read_bytes()
     except OSError as error:
@@ -60,6 +64,8 @@ def _record(line: str, place: str) -> PromptRecord:
         raise InputError(
             f"{place}: expected one JSON object, got invalid JSON ({error.msg}, column {error.colno})"
         ) from error
+    except (ValueError, RecursionError) as error:  # numbers too long, or too deep, for Python
+        raise InputError(f"{place}: expected one JSON object that can be read, got {error}") from error
     if not isinstance(value, dict):
         raise InputError(f'{place}: expected a JSON object with "prompt", got {_kind(value)}')
     for key in value:

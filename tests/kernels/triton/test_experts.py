@@ -30,9 +30,9 @@ def to(device: torch.device, x_TD: Tensor, plan: RoutingPlan, bank: Bank) -> tup
 
 
 def _moved(weight: QuantisedWeight, device: torch.device) -> QuantisedWeight:
-    minima = None if weight.minima_ERG is None else weight.minima_ERG.to(device)
+    minima = None if weight.minima_EPG is None else weight.minima_EPG.to(device)
     return replace(
-        weight, codes_ERC=weight.codes_ERC.to(device), scales_ERG=weight.scales_ERG.to(device), minima_ERG=minima
+        weight, codes_EPC=weight.codes_EPC.to(device), scales_EPG=weight.scales_EPG.to(device), minima_EPG=minima
     )
 
 

@@ -81,18 +81,19 @@ def _run(
 
 
 def _pointers(weight: Tensor | QuantisedWeight) -> tuple[Any, ...]:
-    """Codes, scales and minima, then the distance between experts in each. What is not there is never read."""
+    """Codes (four bytes of them as one number), scales and minima, then the distance between experts in each. What is
+    not there is never read."""
     if isinstance(weight, Tensor):
         return weight, weight, weight, weight.stride(0), 0, 0
-    minima = weight.scales_ERG if weight.minima_ERG is None else weight.minima_ERG
-    codes, scales = weight.codes_ERC, weight.scales_ERG
-    return codes, scales, minima, codes.stride(0), scales.stride(0), minima.stride(0)
+    minima = weight.scales_EPG if weight.minima_EPG is None else weight.minima_EPG
+    words, scales = weight.codes_EPC.view(torch.int32), weight.scales_EPG
+    return words, scales, minima, words.stride(0), scales.stride(0), minima.stride(0)
 
 
 def _kind(weight: Tensor | QuantisedWeight) -> dict[str, Any]:
     if isinstance(weight, Tensor):
-        return {"BITS": 0, "GROUP": 1, "HAS_MINIMA": False}
-    return {"BITS": weight.bits, "GROUP": weight.group_size, "HAS_MINIMA": weight.minima_ERG is not None}
+        return {"BITS": 0, "GROUP": 0, "HAS_MINIMA": False}
+    return {"BITS": weight.bits, "GROUP": weight.group_size, "HAS_MINIMA": weight.minima_EPG is not None}
 
 
 def _grid(tiles: Tiles, num_pairs: int, num_experts: int, columns: int, device: torch.device) -> tuple[int]:

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from expertshare.errors import ConfigError
-from expertshare.kernels.native_weights import check_codes
+from expertshare.kernels.native_weights import check_rows
 from expertshare.kernels.triton.availability import check_devices, interpreted
 from expertshare.kernels.triton.tiles import power_of_two, tiles_for
 from expertshare.kernels.vocabulary import check_excluded
-from expertshare.types import QuantisedWeight
+from expertshare.types import QuantisedRows
 
 TILES_AT_A_TIME = 1024
 
 
 def best_token_triton(
-    hidden_RD: Tensor, weight_VD: Tensor | QuantisedWeight, excluded: Sequence[int]
+    hidden_RD: Tensor, weight_VD: Tensor | QuantisedRows, excluded: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """As kernels.head: token int64 [R], the lowest of equals, and its probability float32 [R] without `excluded`.
 
@@ -53,7 +53,7 @@ def best_token_triton(
         num_rows,
         VOCABULARY=vocabulary,
         DEPTH=depth,
-        BITS=8 if isinstance(weight_VD, QuantisedWeight) else 0,
+        BITS=8 if isinstance(weight_VD, QuantisedRows) else 0,
         NUM_EXCLUDED=len(excluded),
         **tiles.launch(),
     )
@@ -71,11 +71,11 @@ def best_token_triton(
     return tokens_R, probability_R
 
 
-def _parts(weight_VD: Tensor | QuantisedWeight) -> tuple[Tensor, Tensor]:
+def _parts(weight_VD: Tensor | QuantisedRows) -> tuple[Tensor, Tensor]:
     """Codes and scales; a table of floats has no scales, and they are never read."""
     if isinstance(weight_VD, Tensor):
         return weight_VD, weight_VD
-    return weight_VD.codes_ERC, weight_VD.scales_ERG
+    return weight_VD.codes_VD, weight_VD.scales_V1
 
 
 @cache
@@ -84,16 +84,14 @@ def _on_device(excluded: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(excluded or (-1,), dtype=torch.int32, device=device)
 
 
-def _check(hidden_RD: Tensor, weight_VD: Tensor | QuantisedWeight) -> None:
+def _check(hidden_RD: Tensor, weight_VD: Tensor | QuantisedRows) -> None:
     codes, scales = _parts(weight_VD)
     check_devices(hidden_RD, codes, scales)
     if torch.is_grad_enabled() and (hidden_RD.requires_grad or codes.requires_grad):
         raise ConfigError("the backend 'triton' has no gradients: call it under torch.no_grad(), or use 'grouped'.")
-    if isinstance(weight_VD, QuantisedWeight):
-        if weight_VD.bits != 8:
-            raise ConfigError(f"a quantised head is int8, got {weight_VD.bits} bits: quantise it with Scheme(bits=8).")
-        check_codes("head", weight_VD)
-    floats = {hidden_RD.dtype} if isinstance(weight_VD, QuantisedWeight) else {hidden_RD.dtype, codes.dtype}
+    if isinstance(weight_VD, QuantisedRows):
+        check_rows(weight_VD)
+    floats = {hidden_RD.dtype} if isinstance(weight_VD, QuantisedRows) else {hidden_RD.dtype, codes.dtype}
     if len(floats) != 1 or hidden_RD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(
             "the backend 'triton' expects hidden states and head both in float32, bfloat16 or float16, got "

@@ -3,15 +3,16 @@
 
 #include <cstdint>
 
-#define EXPERTSHARE_ABI_VERSION 4
+#define EXPERTSHARE_ABI_VERSION 5
 
 extern "C" {
 
 // How another library runs `run(data)` once in each of num_threads threads, the caller among them: GOMP_parallel.
 typedef void (*es_team)(void (*run)(void *), void *data, unsigned num_threads, unsigned flags);
 
-// One projection of every expert: rows of `depth` weights, those of one expert contiguous. What the codes of 8 and 4 bits
-// stand for, and how they are packed, is said in types.py (QuantisedWeight) and kernels/quantise.py.
+// One projection of every expert: rows of `depth` weights, those of one expert contiguous. Codes of 8 and 4 bits, their
+// scales and minima lie in panels of 16 rows; what they stand for is said in types.py (QuantisedWeight) and
+// kernels/quantise.py.
 struct es_weight {
     const void *codes;      // float32, bfloat16, int8, or two codes of 4 bits a byte
     const void *scales;     // 8 bits: float32, one per row. 4 bits: float16, one per group of a row. Otherwise null

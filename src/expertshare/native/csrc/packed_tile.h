@@ -1,7 +1,5 @@
 // int8 rows dotted with quantised tokens, lanes along rows: 64 rows of a span of 128 features are rearranged once, four
-// features of each row side by side, and then meet all tokens. So the integers of a span become a float once for 16
-// rows, where lanes along features (quantised_tile.h) need it for each; the rearranging pays from about eight tokens on
-// and hides behind memory before.
+// features of each row side by side, as experts lie in memory already (panel_tile.h), and then meet all tokens.
 //
 // Every sum is: of each span the exact integer, as a float, fused times the token's scale into the sum of the spans
 // before it; at the end times the row's scale. The same bits with every instruction set.
@@ -20,18 +18,6 @@ using expertshare::PackedRows;
 
 using RowCodes = Format<8, 0, false>;
 constexpr Index kQuads = kSpan / 4, kQuadBytes = kPackedRows * 4;
-
-// As for experts; then the starts of all lanes in one, because lanes are rows here.
-template <class V, class Token>
-void encode_packed(const void *features, Index depth, void *row) {
-    encode_spans<V, RowCodes, Token>(features, depth, row);
-    Span *spans = static_cast<Span *>(row);
-    for (Index s = 0; s < num_spans(depth); s++) {
-        std::int32_t sum = 0;
-        for (Index lane = 0; lane < kLanes; lane++) sum += spans[s].start[lane];
-        spans[s].start[0] = sum;
-    }
-}
 
 // Four codes of each row side by side, by plain copies.
 inline void pack_by_copies(const char *const *rows, char *packed) {
@@ -110,7 +96,7 @@ void packed_rows(const PackedRows &w, Index depth, const void *const *x, Index n
 
 template <class V>
 constexpr expertshare::PackedKernels packed_kernels_of() {
-    return {span_row_bytes, encode_packed<V, float>, encode_packed<V, std::uint16_t>, packed_rows<V>};
+    return {span_row_bytes, encode_spans<V, RowCodes, float>, encode_spans<V, RowCodes, std::uint16_t>, packed_rows<V>};
 }
 
 }  // namespace

@@ -7,32 +7,22 @@
 
 namespace {
 
-constexpr Index kSpan = 128, kLanes = 16, kCodesOfLane = 4;
+constexpr Index kSpan = 128, kQuad = 4, kMostGroups = 4;
 
 template <int Bits, int Group, bool Minima>
 struct Format {
     static constexpr int kBits = Bits, kGroup = Group;  // weights that share a scale; 0: all of a row
     static constexpr bool kMinima = Minima;
+    static constexpr Index kRun = Group == 0 ? kSpan : Group;  // features of a span whose products are one integer
     static Index row_bytes(Index depth) { return depth * Bits / 8; }
     static Index scale_bytes(Index depth) { return Group == 0 ? 4 : depth / (Group == 0 ? 1 : Group) * 2; }
-    // Where feature i of a span lies among its codes: of each group of 4-bit weights, which are two a byte, the first
-    // half meets the low halves of the bytes, and the second half the high ones.
-    static Index place(Index i) {
-        if constexpr (Group == 0) {
-            return i;
-        } else {
-            constexpr Index half = Group / 2;
-            return i % Group / half * (kSpan / 2) + i / Group * half + i % half;
-        }
-    }
 };
 
-// Lane l of a vector of 16 sums adds up codes 4 l .. 4 l + 3 of either half of the span.
-struct alignas(64) Span {
+struct alignas(16) Span {
     std::int8_t codes[kSpan];
-    union {
-        std::int32_t start[kLanes];  // sums begin here: minus the code that stands for zero, times the codes of a lane
-        float sums[kLanes];          // with minima: scale times the codes of a lane
+    union {  // of each group
+        std::int32_t start[kMostGroups];  // sums begin here: minus the code that stands for zero, times the codes
+        float sums[kMostGroups];          // with minima: the codes
     };
     float scale;
 };
@@ -69,25 +59,19 @@ void quantise_span(const float *features, std::int32_t zero, Span &to) {
     const bool usable = bits >= kTooSmall && bits < kInfinity;
     const float inverse = usable ? 127.0f / largest : 0.0f;
     to.scale = bits >= kInfinity ? __builtin_nanf("") : usable ? largest / 127.0f : 0.0f;
-    std::int8_t codes[kSpan];
     for (Index i = 0; i < kSpan; i++) {
         const float shifted = features[i] * inverse + kShift;
         std::int32_t shifted_bits;
         std::memcpy(&shifted_bits, &shifted, sizeof shifted_bits);
-        codes[i] = static_cast<std::int8_t>(shifted_bits - kShiftBits);
+        to.codes[i] = static_cast<std::int8_t>(shifted_bits - kShiftBits);
     }
-    constexpr Index run = F::kGroup == 0 ? kSpan : F::kGroup / 2;
-    for (Index i = 0; i < kSpan; i += run) std::memcpy(to.codes + F::place(i), codes + i, run);
-    std::int32_t sums[kLanes];
-    for (Index lane = 0; lane < kLanes; lane++) {
-        const std::int8_t *low = to.codes + kCodesOfLane * lane, *high = low + kSpan / 2;
-        sums[lane] = (low[0] + low[1]) + (low[2] + low[3]) + (high[0] + high[1]) + (high[2] + high[3]);
-    }
-    for (Index lane = 0; lane < kLanes; lane++) {
+    for (Index group = 0; group < kSpan / F::kRun; group++) {
+        std::int32_t sum = 0;
+        for (Index i = 0; i < F::kRun; i++) sum += to.codes[group * F::kRun + i];
         if constexpr (F::kMinima) {
-            to.sums[lane] = to.scale * static_cast<float>(sums[lane]);
+            to.sums[group] = static_cast<float>(sum);
         } else {
-            to.start[lane] = -zero * sums[lane];
+            to.start[group] = -zero * sum;
         }
     }
 }

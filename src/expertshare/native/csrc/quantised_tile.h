@@ -1,197 +1,218 @@
-// Rows of quantised weights dotted with quantised tokens, 4 x M at a time in registers: codes are unpacked once for M
-// tokens, and every cache line of them comes from memory once.
+// Panels of quantised weights dotted with quantised tokens. A panel is 16 rows: of each line of 64 bytes the first four
+// codes are four features of the first row, and so on, so that lanes are rows, a token's four features meet a line by one
+// instruction, and a sum needs no adding up across lanes. With 4 bits the halves of a line's bytes are two such lines:
+// the low ones in the first half of their group of features, the high ones as far on in the second.
 //
-// Of each span of 128 features the products are summed as integers, in 16 lanes, and then become floats: times the
-// weights' scale, and fused times the tokens' scale into the sums. Since integers are exact and the order of floats is
-// fixed, every instruction set gets the same bits.
+// R panels meet M tokens at a time in registers: codes are unpacked once for M tokens, and every line comes from memory
+// once. Of each group of features the products are summed as integers, which become floats and go, times the weights'
+// scales, into the sum of a span, and that, times the token's scale, into the total; with 8 bits a row's scale comes last.
+// Since integers are exact and the order of floats is fixed, every instruction set gets the same bits.
 //
-// A vector type V gives: Ints and Floats of 16 lanes, zero(), load(ints), floats(ints), multiply(a, b), fma(a, b, acc),
-// all(float), lanes(floats); Codes, codes<bits>(bytes of a span), dot<bits>(ints, codes, tokens' codes), zero_of(bits);
-// spread<group>(float16 scales of a span): each in the lanes of its group; sum4; kMaxTokens.
+// A vector type V gives, for the 16 rows of a panel: Ints, all(int); Floats, all(float), floats(ints), multiply(a, b),
+// fma(a, b, acc), scales(float16), load, store; Codes, whole(line), low(line), high(line); token(codes);
+// dot<bits>(ints, codes, token); zero_of(bits); kPanels and kMaxTokens.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
+#include "panel_stream.h"
 #include "quantised_span.h"
 
 namespace {
 
-using expertshare::Rows;
+constexpr Index kStretchSpans = 4;  // of two panels: 16 KiB of int8
 
-constexpr Index kLineBytes = 64;
-constexpr Index kBlockRows = 4;
-constexpr Index kFetchAheadBytes = 16384;  // 4 to 128 KiB do as well
-
-// What to fetch while computing, block by block, spread over its spans as in tile.h.
-struct Ahead {
-    Rows from;
-    Index lines_per_span, scale_lines;  // of codes; of scales, at the beginning of a block
-};
-constexpr Ahead kNothingAhead = {{nullptr, nullptr, nullptr}, 0, 0};
-
-inline void fetch(const char *line, Index num_lines) {
-    for (Index i = 0; i < num_lines; i++) __builtin_prefetch(line + i * kLineBytes, 0, 3);
+template <class F>
+inline Strides strides_of(Index depth) {
+    return {kPanelRows * F::row_bytes(depth), kPanelRows * F::scale_bytes(depth)};
 }
 
-struct Strides {
-    Index codes, scales;  // bytes from one row to the next
-};
-
+// Sums of R panels by M tokens. Those of a span stay in registers, the totals of all spans in `out`.
 template <class V, class F, int R, int M>
-inline __attribute__((always_inline)) void add_span(typename V::Floats (&acc)[M][R], const Rows &w, Strides strides,
-                                                    const Span *const *tokens, Index span) {
-    constexpr int kScaleBytes = F::kGroup == 0 ? 0 : static_cast<int>(kSpan) / (F::kGroup == 0 ? 1 : F::kGroup) * 2;
-    for (int r = 0; r < R; r++) {
-        const typename V::Codes codes = V::template codes<F::kBits>(w.codes + r * strides.codes);
-        [[maybe_unused]] typename V::Floats scale, minimum;
-        if constexpr (kScaleBytes != 0) scale = V::template spread<F::kGroup>(w.scales + r * strides.scales);
-        if constexpr (F::kMinima) minimum = V::template spread<F::kGroup>(w.minima + r * strides.scales);
-        for (int m = 0; m < M; m++) {
-            const Span &token = tokens[m][span];
-            const typename V::Ints start = F::kMinima ? V::zero() : V::load(token.start);
-            typename V::Floats sums = V::floats(V::template dot<F::kBits>(start, codes, token.codes));
-            if constexpr (kScaleBytes != 0) sums = V::multiply(sums, scale);
-            acc[m][r] = V::fma(sums, V::all(token.scale), acc[m][r]);
-            if constexpr (F::kMinima) acc[m][r] = V::fma(minimum, V::lanes(token.sums), acc[m][r]);
-        }
-    }
-}
+struct Tile {
+    using Sums = typename V::Ints[M][R];
+    using Totals = typename V::Floats[M][R];
 
-// The last span of R rows, filled up with zeros, and where it lies.
-template <class F, int R>
-struct Tail {
-    static constexpr Index kScales = F::kGroup == 0 ? 1 : kSpan / (F::kGroup == 0 ? 1 : F::kGroup);
-    char codes[R][kSpan * F::kBits / 8] = {};
-    char scales[R][kScales * 2] = {};
-    char minima[R][kScales * 2] = {};
+    const Strides strides;
+    Rows w;
+    const Span *tokens[M];
+    Ahead<R> ahead;
+    float *const out;
+    const Index out_stride;
 
-    Tail(const Rows &w, Strides strides, Index features) {
+    // One line of each panel; `at` is where its features begin among a token's codes.
+    inline __attribute__((always_inline)) void add_line(Sums &sums, const char *line, Index at) {
+        typename V::Codes first[R], second[R];
+#pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            std::memcpy(codes[r], w.codes + r * strides.codes, static_cast<std::size_t>(F::row_bytes(features)));
-            if constexpr (F::kGroup == 0) continue;
-            const std::size_t bytes = static_cast<std::size_t>(F::scale_bytes(features));
-            std::memcpy(scales[r], w.scales + r * strides.scales, bytes);
-            if constexpr (F::kMinima) std::memcpy(minima[r], w.minima + r * strides.scales, bytes);
-        }
-    }
-    Rows rows() const { return {codes[0], scales[0], minima[0]}; }
-    static Strides strides() { return {sizeof codes[0], sizeof scales[0]}; }
-};
-
-inline Rows skip(const Rows &w, Strides strides, Index num_rows) {
-    const auto at = [num_rows](const char *from, Index stride) {
-        return from == nullptr ? nullptr : from + num_rows * stride;
-    };
-    return {at(w.codes, strides.codes), at(w.scales, strides.scales), at(w.minima, strides.scales)};
-}
-
-template <class V, class F, int R, int M>
-inline __attribute__((always_inline)) void store_sums(const typename V::Floats (&acc)[M][R], const char *row_scales,
-                                                      float *out, Index out_stride) {
-    for (int m = 0; m < M; m++) {
-        float sums[4];
-        float *to = R == 4 ? out + m * out_stride : sums;
-        V::sum4(acc[m][0], acc[m][R > 1 ? 1 : 0], acc[m][R > 2 ? 2 : 0], acc[m][R > 3 ? 3 : 0], to);
-        if constexpr (F::kGroup == 0) {
-            for (int r = 0; r < R; r++) {
-                float scale;
-                std::memcpy(&scale, row_scales + r * sizeof scale, sizeof scale);
-                to[r] *= scale;
+            const char *of_panel = line + r * strides.codes;
+            if constexpr (F::kBits == 8) {
+                first[r] = V::whole(of_panel);
+            } else {
+                first[r] = V::low(of_panel), second[r] = V::high(of_panel);
             }
         }
-        if constexpr (R != 4) std::memcpy(out + m * out_stride, sums, R * sizeof(float));
-    }
-}
-
-// Blocks of R rows, one after the other, for M tokens.
-template <class V, class F, int R, int M>
-void quantised_blocks(const Rows &from, Index num_blocks, Index depth, const void *const *x, float *out,
-                      Index out_stride, const Ahead &fetched) {
-    const Span *tokens[M];
-    for (int m = 0; m < M; m++) tokens[m] = static_cast<const Span *>(x[m]);
-    const Strides strides = {F::row_bytes(depth), F::scale_bytes(depth)};
-    const Index whole = depth / kSpan;
-    for (Index b = 0; b < num_blocks; b++, out += R) {
-        Rows w = skip(from, strides, b * R);
-        const Rows then = skip(fetched.from, strides, b * R);
-        fetch(then.scales, fetched.scale_lines);
-        if constexpr (F::kMinima) fetch(then.minima, fetched.scale_lines);
-        typename V::Floats acc[M][R];
+#pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-            for (int r = 0; r < R; r++) acc[m][r] = V::all(0.0f);
+            const auto token = V::token(tokens[m]->codes + at);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) sums[m][r] = V::template dot<F::kBits>(sums[m][r], first[r], token);
+            if constexpr (F::kBits == 4) {
+                const auto behind = V::token(tokens[m]->codes + at + F::kGroup / 2);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) sums[m][r] = V::template dot<F::kBits>(sums[m][r], second[r], behind);
+            }
         }
-        const char *row_scales = w.scales;
-        for (Index span = 0; span < whole; span++) {
-            fetch(then.codes + span * fetched.lines_per_span * kLineBytes, fetched.lines_per_span);
-            add_span<V, F, R, M>(acc, w, strides, tokens, span);
-            w.codes += F::row_bytes(kSpan);
-            if constexpr (F::kGroup != 0) w.scales += F::scale_bytes(kSpan);
-            if constexpr (F::kMinima) w.minima += F::scale_bytes(kSpan);
-        }
-        if (depth % kSpan != 0) {
-            const Tail<F, R> tail(w, strides, depth % kSpan);
-            add_span<V, F, R, M>(acc, tail.rows(), tail.strides(), tokens, whole);
-        }
-        store_sums<V, F, R, M>(acc, row_scales, out, out_stride);
     }
+
+    inline __attribute__((always_inline)) void sum_group(Sums &sums, Index group, Index lines) {
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            const typename V::Ints start = V::all(F::kMinima ? 0 : tokens[m]->start[group]);
+            for (int r = 0; r < R; r++) sums[m][r] = start;
+        }
+        for (Index line = 0; line < lines; line += kUnit) {
+            ahead.fetch();
+#pragma GCC unroll 4
+            for (Index i = 0; i < kUnit; i++) {
+                add_line(sums, w.codes + i * kLineBytes, group * F::kRun + (line + i) * kQuad);
+            }
+            w.codes += kUnit * kLineBytes;
+        }
+    }
+
+    // The sums of a group, as floats, times the scales of its weights.
+    inline __attribute__((always_inline)) void add_group(Totals &span, Index group) {
+        constexpr Index lines = kPanelRows * F::kRun * F::kBits / 8 / kLineBytes;
+        Sums sums;
+        sum_group(sums, group, lines);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) {
+            const typename V::Floats scale = V::scales(w.scales + r * strides.scales);
+            [[maybe_unused]] typename V::Floats minimum;
+            if constexpr (F::kMinima) minimum = V::scales(w.minima + r * strides.scales);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                span[m][r] = V::fma(V::floats(sums[m][r]), scale, span[m][r]);
+                if constexpr (F::kMinima) span[m][r] = V::fma(minimum, V::all(tokens[m]->sums[group]), span[m][r]);
+            }
+        }
+        w.scales += kPanelRows * sizeof(std::uint16_t);
+        if constexpr (F::kMinima) w.minima += kPanelRows * sizeof(std::uint16_t);
+    }
+
+    inline __attribute__((always_inline)) void add_span(Index features) {
+        Totals span;
+        if constexpr (F::kGroup == 0) {
+            Sums sums;
+            sum_group(sums, 0, features / kQuad);
+            for (int m = 0; m < M; m++) {
+                for (int r = 0; r < R; r++) span[m][r] = V::floats(sums[m][r]);
+            }
+        } else {
+            for (int m = 0; m < M; m++) {
+                for (int r = 0; r < R; r++) span[m][r] = V::all(0.0f);
+            }
+            for (Index group = 0; group < features / F::kRun; group++) add_group(span, group);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+#pragma GCC unroll 4
+            for (int r = 0; r < R; r++) {
+                float *total = out + m * out_stride + r * kPanelRows;
+                V::store(V::fma(span[m][r], V::all(tokens[m]->scale), V::load(total)), total);
+            }
+            tokens[m]++;
+        }
+    }
+
+    void add_spans(Index features) {
+        for (; features >= kSpan; features -= kSpan) add_span(kSpan);
+        if (features != 0) add_span(features);
+    }
+};
+
+// Adds `features` features from `w` on, which meet the tokens' spans x[m] + span and following, to `out`.
+template <class V, class F, int R, int M>
+void panels_tile(const Rows &w, Strides strides, const void *const *x, Index span, Index features, float *out,
+                 Index out_stride, const Ahead<R> &ahead) {
+    Tile<V, F, R, M> tile = {strides, w, {}, ahead, out, out_stride};
+    for (int m = 0; m < M; m++) tile.tokens[m] = static_cast<const Span *>(x[m]) + span;
+    tile.add_spans(features);
 }
 
-using Blocks = void (*)(const Rows &from, Index num_blocks, Index depth, const void *const *x, float *out,
-                        Index out_stride, const Ahead &fetched);
+template <int R>
+using PanelsTile = void (*)(const Rows &w, Strides strides, const void *const *x, Index span, Index features, float *out,
+                            Index out_stride, const Ahead<R> &ahead);
 
 template <class V, class F, int R, int M = V::kMaxTokens>
-Blocks blocks_for(Index num_tokens) {
+PanelsTile<R> tile_for(Index num_tokens) {
     if constexpr (M > 1) {
-        if (num_tokens < M) return blocks_for<V, F, R, M - 1>(num_tokens);
+        if (num_tokens < M) return tile_for<V, F, R, M - 1>(num_tokens);
     }
-    return quantised_blocks<V, F, R, M>;
+    return panels_tile<V, F, R, M>;
 }
 
-// Of many tokens several tiles, as evenly divided as it goes, meet each block: only the first meets it in memory.
-template <class V, class F, int R>
-void blocks_of_tiles(const Rows &w, Index num_blocks, Index depth, const void *const *x, Index num_tokens, float *out,
-                     Index out_stride, const Ahead &ahead) {
-    const Index num_tiles = (num_tokens + V::kMaxTokens - 1) / V::kMaxTokens;
-    if (num_tiles == 1) return blocks_for<V, F, R>(num_tokens)(w, num_blocks, depth, x, out, out_stride, ahead);
-    const Strides strides = {F::row_bytes(depth), F::scale_bytes(depth)};
-    for (Index b = 0; b < num_blocks; b++) {
-        Ahead part = {skip(ahead.from, strides, b * R), (ahead.lines_per_span + num_tiles - 1) / num_tiles,
-                      ahead.scale_lines};
-        for (Index i = 0; i < num_tiles; i++) {
-            const Index first = num_tokens * i / num_tiles, size = num_tokens * (i + 1) / num_tiles - first;
-            blocks_for<V, F, R>(size)(skip(w, strides, b * R), 1, depth, x + first,
-                                      out + first * out_stride + b * R, out_stride, part);
-            if (part.from.codes != nullptr) part.from.codes += depth / kSpan * part.lines_per_span * kLineBytes;
-            part.scale_lines = 0;
+template <class V>
+void fill(float *out, Index panels, Index num_tokens, Index out_stride) {
+    for (Index m = 0; m < num_tokens; m++) {
+        for (Index r = 0; r < panels; r++) V::store(V::all(0.0f), out + m * out_stride + r * kPanelRows);
+    }
+}
+
+template <class V>
+void scale_rows(const float *scales, float *out, Index panels, Index num_tokens, Index out_stride) {
+    for (Index m = 0; m < num_tokens; m++) {
+        for (Index r = 0; r < panels; r++) {
+            float *total = out + m * out_stride + r * kPanelRows;
+            V::store(V::multiply(V::load(total), V::load(scales + r * kPanelRows)), total);
         }
     }
 }
 
-inline Index lines_of(Index bytes) { return (bytes + kLineBytes - 1) / kLineBytes; }
+// Of many tokens several tiles, as evenly divided as it goes, meet the same R panels, a stretch of features at a time:
+// what the first tile has read is in the first cache for the others.
+template <class V, class F, int R>
+void panels_of_tiles(const Region &region, Index first_panel, Index depth, const void *const *x, Index num_tokens,
+                     float *out, Index out_stride) {
+    const Index num_tiles = (num_tokens + V::kMaxTokens - 1) / V::kMaxTokens;
+    const Index stretch = num_tiles == 1 ? depth : std::min(depth, kStretchSpans * kSpan);
+    Rows w = region.panel(first_panel);
+    Ahead<R> ahead = region.template ahead<R>(first_panel);
+    region.fetch_scales(first_panel + R, R, F::kMinima);
+    fill<V>(out, R, num_tokens, out_stride);
+    for (Index begin = 0; begin < depth; begin += stretch) {
+        const Index features = std::min(stretch, depth - begin);
+        for (Index i = 0; i < num_tiles; i++) {
+            const Index first = num_tokens * i / num_tiles, size = num_tokens * (i + 1) / num_tiles - first;
+            tile_for<V, F, R>(size)(w, region.strides, x + first, begin / kSpan, features, out + first * out_stride,
+                                    out_stride, ahead.turn(i, num_tiles));
+        }
+        w = skip(w, {kPanelRows * F::row_bytes(features), kPanelRows * F::scale_bytes(features)}, 1);
+        ahead.skip(kPanelRows * F::row_bytes(features) / kLineBytes);
+    }
+    if constexpr (F::kGroup == 0) {
+        const float *scales = reinterpret_cast<const float *>(region.panel(first_panel).scales);
+        scale_rows<V>(scales, out, R, num_tokens, out_stride);
+    }
+}
 
-// All blocks but the last few fetch what follows within these rows; those fetch the beginning of the next.
+// Rows that begin and end a panel. One panel after the other is one stream from memory; where tokens are many, arithmetic
+// counts more, and several panels share each load of a token.
 template <class V, class F>
 void quantised_rows(const Rows &w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
                     Index out_stride, const Rows &next) {
-    const Strides strides = {F::row_bytes(depth), F::scale_bytes(depth)};
-    const Index num_blocks = num_rows / kBlockRows, block_bytes = kBlockRows * strides.codes;
-    const Index distance = std::min(num_blocks, (kFetchAheadBytes + block_bytes - 1) / block_bytes);
-    const Index near = num_blocks - distance;
-    Ahead here = kNothingAhead, there = kNothingAhead;
-    if (next.codes != nullptr) {
-        const Index lines = (lines_of(block_bytes) + num_spans(depth) - 1) / num_spans(depth);
-        const Index scale_lines = lines_of(kBlockRows * strides.scales);
-        here = {skip(w, strides, distance * kBlockRows), lines, scale_lines};
-        there = {next, lines, scale_lines};
-    }
-    const auto run = [&](auto rows, Index first, Index count, const Ahead &ahead) {
-        constexpr int R = decltype(rows)::value;
-        blocks_of_tiles<V, F, R>(skip(w, strides, first), count, depth, x, num_tokens, out + first, out_stride, ahead);
+    const Region region = {w, next, strides_of<F>(depth), num_rows / kPanelRows};
+    Index first = 0;
+    const auto run = [&](auto panels) {
+        constexpr int R = decltype(panels)::value;
+        for (; first + R <= region.num_panels; first += R) {
+            panels_of_tiles<V, F, R>(region, first, depth, x, num_tokens, out + first * kPanelRows, out_stride);
+        }
     };
-    run(std::integral_constant<int, kBlockRows>{}, 0, near, here);
-    run(std::integral_constant<int, kBlockRows>{}, near * kBlockRows, distance, there);
-    run(std::integral_constant<int, 1>{}, num_blocks * kBlockRows, num_rows - num_blocks * kBlockRows, kNothingAhead);
+    if (num_tokens > V::kMaxTokens) run(std::integral_constant<int, V::kPanels>{});
+    run(std::integral_constant<int, 1>{});
 }
 
 template <class V, class F, class Token>

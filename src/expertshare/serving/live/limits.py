@@ -23,6 +23,7 @@ EXAMPLES = (
 class LiveLimits:
     """Bounds of one trace. policies: what can be chosen, as `expertshare generate --policy` takes it; the page starts
     with the first two. max_prompt_chars, max_tokens: longest prompt and answer. max_seconds: a trace is stopped then.
+    send_timeout_s: for a client to take an event; one that takes longer is given up.
     """
 
     policies: tuple[str, ...] = POLICIES_SHOWN
@@ -31,11 +32,12 @@ class LiveLimits:
     max_tokens: int = 256
     default_tokens: int = 64
     max_seconds: float = 300.0
+    send_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         if not self.policies:
             raise ConfigError("expected at least one policy for the live page, got none: name some, e.g. vanilla")
-        for name in ("max_prompt_chars", "max_tokens", "default_tokens", "max_seconds"):
+        for name in ("max_prompt_chars", "max_tokens", "default_tokens", "max_seconds", "send_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be greater than 0, got {getattr(self, name)}: raise it")
 

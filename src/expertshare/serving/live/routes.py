@@ -8,9 +8,10 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from expertshare.errors import ExpertShareError, InputError
+from expertshare.serving.event_stream import EventStream
 from expertshare.serving.live.limits import LiveLimits
 from expertshare.serving.live.page_files import HEADERS, PageFile, read_page
-from expertshare.serving.live.running_trace import Begin, RunningTrace, TraceResponse
+from expertshare.serving.live.running_trace import Begin, RunningTrace
 from expertshare.serving.live.trace_request import TraceRequest, schema
 from expertshare.serving.live.trace_source import TraceSource
 
@@ -55,6 +56,7 @@ def live_routes(source: TraceSource, *, limits: LiveLimits | None = None) -> API
         responses={
             200: {"description": "Events of the trace", "content": {"text/event-stream": {}}},
             400: {"description": "Unusable request", **_REFUSED},
+            408: {"description": "Not begun in time", **_REFUSED},
             413: {"description": "Body too large", **_REFUSED},
             415: {"description": "Body is not JSON", **_REFUSED},
             429: {"description": "Another trace is running", **_REFUSED},
@@ -87,7 +89,10 @@ async def _start(asked: TraceRequest, source: TraceSource, limits: LiveLimits, s
     running = RunningTrace(_begin(asked, source), slot=slot, seconds=limits.max_seconds)
     response: Response | None = None
     try:
-        response = TraceResponse(running, await running.next())
+        lines = running.lines(await running.next())
+        response = EventStream(lines, on_end=running.end, send_timeout_s=limits.send_timeout_s)
+    except TimeoutError:
+        return _refuse(408, "timeout_error", running.too_long)
     except ExpertShareError as error:
         return _refuse(400, "invalid_request_error", str(error))
     finally:

@@ -6,10 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-
-from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from expertshare.errors import ExpertShareError
 from expertshare.serving.live.trace_source import Event
@@ -28,14 +25,14 @@ class RunningTrace:
         self._deadline = asyncio.get_running_loop().time() + seconds
         self._seconds = seconds
         self._thread = ThreadPoolExecutor(1, "live-trace")
-        self._ended = False
+        self._ended: Future[None] | None = None
 
     async def next(self) -> Event | None:
         """The next event, None after the last. Raises what the source raises, TimeoutError behind the deadline."""
         async with asyncio.timeout_at(self._deadline):
             return await asyncio.get_running_loop().run_in_executor(self._thread, next, self._events, None)
 
-    async def lines(self, first: Event | None) -> AsyncIterator[str]:
+    async def lines(self, first: Event | None) -> AsyncIterator[bytes]:
         """`first` and all events behind it, as server-sent events. What goes wrong meanwhile is the last of them."""
         event = first
         while event is not None:
@@ -43,22 +40,27 @@ class RunningTrace:
             try:
                 event = await self.next()
             except TimeoutError:
-                message = f"the trace took longer than the {self._seconds:g} s that this server allows: ask for less"
-                yield as_server_sent({"type": "error", "message": message})
-                return
+                yield as_server_sent({"type": "error", "message": self.too_long})
+                break
             except ExpertShareError as error:
                 yield as_server_sent({"type": "error", "message": str(error)})
-                return
+                break
+        # before the client hears that this was all: it may ask for another trace at once
+        await asyncio.shield(asyncio.wrap_future(self.end()))
 
-    def end(self) -> None:
-        """Stop the work, at the latest after the step that is being decoded, then free the slot."""
-        if self._ended:
-            return
-        self._ended = True
-        self._stop.set()
-        # the one thread takes this up when it has left `next`, so that the generator is not closed while it runs
-        self._thread.submit(self._finish)
-        self._thread.shutdown(wait=False)
+    @property
+    def too_long(self) -> str:
+        """What to say behind the deadline."""
+        return f"the trace took longer than the {self._seconds:g} s that this server allows: ask for less"
+
+    def end(self) -> Future[None]:
+        """Stop the work, at the latest after the step that is being decoded, then free the slot; done when it is."""
+        if self._ended is None:
+            self._stop.set()
+            # the one thread takes this up when it has left `next`, so that the generator is not closed while it runs
+            self._ended = self._thread.submit(self._finish)
+            self._thread.shutdown(wait=False)
+        return self._ended
 
     def _finish(self) -> None:
         try:
@@ -72,21 +74,7 @@ def _events(begin: Begin, stop: threading.Event) -> Generator[Event, None, None]
     yield from begin(stop)
 
 
-class TraceResponse(StreamingResponse):
-    """A trace as a response. However sending ends, also before it began, the trace ends with it."""
-
-    def __init__(self, trace: RunningTrace, first: Event | None) -> None:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        super().__init__(trace.lines(first), media_type="text/event-stream", headers=headers)
-        self._trace = trace
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._trace.end()
-
-
-def as_server_sent(event: Event) -> str:
+def as_server_sent(event: Event) -> bytes:
     """One event of the protocol: its type by name, all of it as JSON on one line."""
-    return f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+    return f"event: {event['type']}\ndata: {data}\n\n".encode()

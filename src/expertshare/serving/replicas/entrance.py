@@ -58,7 +58,7 @@ def create_entrance(
     async def forward(request: Request) -> Response:
         call = Call(
             method=request.method,
-            path=request.url.path,
+            path=request.scope["path"],  # as the gate has seen it: a URL is put together with the Host header
             query=request.scope["query_string"],
             headers=tuple(request.scope["headers"]),
             body=await request.body(),

@@ -45,7 +45,7 @@ def head_kernel(
         inside,
         DEPTH,
         BITS,
-        1,
+        0,
         False,
         BM,
         BN,

@@ -26,11 +26,12 @@ def product(
 ):
     """float32 [BM, BN]: tokens, DEPTH features from x_ptr + x_at [BM] on, times the weights of rows `row` [BN].
 
-    codes_ptr: of one matrix. BITS 0: weights in the dtype of x. BITS 8: codes; a row's scale is applied to the sum.
-    BITS 4: two codes a byte within groups (kernels/quantise), widened in float32 and rounded to the dtype of x.
+    codes_ptr: of one matrix. BITS 0: weights in the dtype of x. BITS 8: codes row by row. Of both GROUP 0 means rows;
+    otherwise codes lie in panels (kernels/quantise), four in an int32, to which codes_ptr points. A row's scale of
+    8 bits is applied to the sum; codes of 4 bits are widened in float32 and rounded to the dtype of x.
     """
     if BITS == 4:
-        return _packed(
+        return _panels_of_4(
             x_ptr,
             x_at,
             x_exists,
@@ -46,25 +47,77 @@ def product(
             BN,
             BK,
         )
-    total = tl.zeros((BM, BN), tl.float32)
-    for begin in range(0, DEPTH, BK):
-        depth = begin + tl.arange(0, BK)
-        inside = depth < DEPTH
-        x = tl.load(x_ptr + x_at[:, None] + depth[None, :], mask=x_exists[:, None] & inside[None, :], other=0.0)
-        w_at = codes_ptr + row[None, :] * DEPTH + depth[:, None]
-        w = tl.load(w_at, mask=row_exists[None, :] & inside[:, None], other=0)
-        total = tl.dot(x, w.to(x.dtype), total, input_precision="ieee")
+    if BITS == 8 and GROUP > 0:
+        total = _panels_of_8(x_ptr, x_at, x_exists, codes_ptr, row, row_exists, DEPTH, BM, BN, BK)
+    else:
+        total = _rows(x_ptr, x_at, x_exists, codes_ptr, row, row_exists, DEPTH, BM, BN, BK)
     if BITS == 8:
         total = total * tl.load(scales_ptr + row, mask=row_exists, other=0.0)[None, :]
     return total
 
 
 @triton.jit
-def _packed(
+def _rows(
     x_ptr,
     x_at,
     x_exists,
-    codes_ptr,
+    w_ptr,
+    row,
+    row_exists,
+    DEPTH: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Weights, or codes without their scales, row by row."""
+    total = tl.zeros((BM, BN), tl.float32)
+    for begin in range(0, DEPTH, BK):
+        depth = begin + tl.arange(0, BK)
+        inside = depth < DEPTH
+        x = tl.load(x_ptr + x_at[:, None] + depth[None, :], mask=x_exists[:, None] & inside[None, :], other=0.0)
+        w_at = w_ptr + row[None, :] * DEPTH + depth[:, None]
+        w = tl.load(w_at, mask=row_exists[None, :] & inside[:, None], other=0)
+        total = tl.dot(x, w.to(x.dtype), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _panels_of_8(
+    x_ptr,
+    x_at,
+    x_exists,
+    words_ptr,
+    row,
+    row_exists,
+    DEPTH: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Byte b of word q of a row is its code 4 q + b, so that each b is a product over every fourth feature."""
+    WORDS: tl.constexpr = DEPTH // 4
+    total = tl.zeros((BM, BN), tl.float32)
+    first_of_row = row // 16 * (16 * WORDS) + row % 16
+    for begin in range(0, WORDS, BK // 4):
+        word = begin + tl.arange(0, BK // 4)
+        inside = word < WORDS
+        there = row_exists[None, :] & inside[:, None]
+        codes = tl.load(words_ptr + first_of_row[None, :] + word[:, None] * 16, mask=there, other=0)
+        x_ptrs = x_ptr + x_at[:, None] + word[None, :] * 4
+        x_there = x_exists[:, None] & inside[None, :]
+        for byte in tl.static_range(4):
+            x = tl.load(x_ptrs + byte, mask=x_there, other=0.0)
+            code = (codes << (24 - 8 * byte)) >> 24
+            total = tl.dot(x, code.to(x.dtype), total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _panels_of_4(
+    x_ptr,
+    x_at,
+    x_exists,
+    words_ptr,
     scales_ptr,
     minima_ptr,
     row,
@@ -76,30 +129,30 @@ def _packed(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The low halves of BK / 2 bytes, then the high ones: byte j of a group holds codes j and j + GROUP / 2."""
-    HALF: tl.constexpr = GROUP // 2
+    """Byte b of word q of a group holds its codes 4 q + b (low half) and GROUP / 2 + 4 q + b (high half)."""
+    WORDS: tl.constexpr = DEPTH // 8
+    STEP: tl.constexpr = BK // 8 if BK >= 128 else 16  # a product takes no fewer features
     total = tl.zeros((BM, BN), tl.float32)
-    for begin in range(0, DEPTH // 2, BK // 2):
-        byte = begin + tl.arange(0, BK // 2)
-        inside = byte < DEPTH // 2
+    panel = row // 16
+    lane = row % 16
+    for begin in range(0, WORDS, STEP):
+        word = begin + tl.arange(0, STEP)
+        inside = word < WORDS
         there = row_exists[None, :] & inside[:, None]
-        group = byte // HALF
-        packed = tl.load(codes_ptr + row[None, :] * (DEPTH // 2) + byte[:, None], mask=there, other=0)
-        of_group = row[None, :] * (DEPTH // GROUP) + group[:, None]
+        group = word // (GROUP // 8)
+        codes_at = (panel * (16 * WORDS) + lane)[None, :] + word[:, None] * 16
+        codes = tl.load(words_ptr + codes_at, mask=there, other=0)
+        of_group = (panel * (DEPTH // GROUP * 16) + lane)[None, :] + group[:, None] * 16
         scale = tl.load(scales_ptr + of_group, mask=there, other=0.0).to(tl.float32)
-        low = (packed & 15).to(tl.float32)
-        high = (packed >> 4).to(tl.float32)
+        least = -8.0 * scale
         if HAS_MINIMA:
             least = tl.load(minima_ptr + of_group, mask=there, other=0.0).to(tl.float32)
-            low = low * scale + least
-            high = high * scale + least
-        else:
-            low = (low - 8.0) * scale
-            high = (high - 8.0) * scale
-        x_low_at = x_ptr + x_at[:, None] + (group * GROUP + byte % HALF)[None, :]
+        x_ptrs = x_ptr + x_at[:, None] + (group * GROUP + word % (GROUP // 8) * 4)[None, :]
         x_there = x_exists[:, None] & inside[None, :]
-        x_low = tl.load(x_low_at, mask=x_there, other=0.0)
-        x_high = tl.load(x_low_at + HALF, mask=x_there, other=0.0)
-        total = tl.dot(x_low, low.to(x_low.dtype), total, input_precision="ieee")
-        total = tl.dot(x_high, high.to(x_high.dtype), total, input_precision="ieee")
+        for half in tl.static_range(2):
+            for byte in tl.static_range(4):
+                x = tl.load(x_ptrs + (half * (GROUP // 2) + byte), mask=x_there, other=0.0)
+                code = (codes >> (8 * byte + 4 * half)) & 15
+                weight = code.to(tl.float32) * scale + least
+                total = tl.dot(x, weight.to(x.dtype), total, input_precision="ieee")
     return total
