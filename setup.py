@@ -31,8 +31,6 @@ X86_FLAGS = {
     "quantised_avx2.cpp": [*AVX2, *AS_WRITTEN],
     "quantised_avx_vnni.cpp": [*AVX2, *AS_WRITTEN, "-mavxvnni"],
     "quantised_avx512_vnni.cpp": [*AVX512, *AS_WRITTEN, "-mavx512vnni"],
-    "packed_avx2.cpp": [*AVX2, *AS_WRITTEN],
-    "packed_avx512_vnni.cpp": [*AVX512, *AS_WRITTEN, "-mavx512vnni"],
     "affinity_avx2.cpp": AVX2,
     "affinity_avx512.cpp": AVX512,
     "affinity_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],

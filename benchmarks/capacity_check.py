@@ -59,7 +59,7 @@ def expert_layer() -> list[Check]:
 
 
 def forwards() -> list[Check]:
-    """Whole forwards of four layers and the head, and the routed experts in them, milliseconds."""
+    """Whole forwards of four layers and the head, milliseconds."""
     results = _results("forward-mini.json")
     card, found = _machine(results), []
     for each in results["forwards"]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from unseen_prompts import unseen_prompts
 
 from expertshare.decoding import DecodingOptions
 from expertshare.evaluation import (
@@ -33,13 +34,8 @@ from expertshare.evaluation import (
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, load_model
 from expertshare.routing import make_policy
-from expertshare.tasks import TASKS, PromptRecord, generate_items
+from expertshare.tasks import PromptRecord
 from expertshare.types import RoutingPolicy
-
-
-def _records(count: int, seed: int) -> list[PromptRecord]:
-    items = [item for task in TASKS for item in generate_items(task, split="test", count=count, seed=seed)]
-    return [PromptRecord(prompt=i.prompt, reference=i.reference, task=i.task, tests=i.tests) for i in items]
 
 
 def _answer(
@@ -95,7 +91,7 @@ def main() -> None:
     parser.add_argument("--skip-base", action="store_true", help="leave out BASE under the policies")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    records, setup = _records(given.count, given.seed), Setup(batch_size=given.batch_size)
+    records, setup = unseen_prompts(given.count, given.seed), Setup(batch_size=given.batch_size)
     models = {"base": load_model(given.base), "distilled": load_model(given.distilled)}
     vanilla, policies = make_policy("vanilla"), parse_policies([given.policies])
     reference = _answer(models["base"], records, vanilla, setup)

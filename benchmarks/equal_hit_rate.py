@@ -12,12 +12,11 @@ memory that the process really used beyond what the smallest of them used, are p
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from own_process import generated
 
 from expertshare.conversion.replay import most_at_once, replay
 from expertshare.experts import read_manifest
@@ -42,13 +41,8 @@ def slots_for(record: RoutingRecord, rate: float) -> int | None:
 
 def run_store(model: Path, slots: int, slab_bytes: int, policy: str, options: argparse.Namespace) -> dict[str, Any]:
     """Generate with a real store of so many slots, and what came of it."""
-    command = [sys.executable, "-m", "expertshare", "generate", str(model), "--prompt", options.confirm, "--json"]
-    command += ["--policy", policy, "--expert-memory", str(slots * slab_bytes)]
-    command += ["--gen-length", str(options.gen_length), "--threshold", "none"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"{policy} with {slots} slots: {done.stderr.strip().splitlines()[-1]}")
-    result = json.loads(done.stdout.strip().splitlines()[-1])
+    flags = ["--gen-length", str(options.gen_length), "--threshold", "none"]
+    result = generated(model, options.confirm, policy, str(slots * slab_bytes), flags)
     store = result["expert_store"]
     return {
         "slots": store["slots"],
@@ -106,8 +100,10 @@ def main() -> None:
     if options.confirm:
         confirm(points, options)
     if options.json:
-        told = {"model": options.model.name, "points": points, "environment": capture_environment().to_json()}
-        write_json(options.json, told)
+        confirmed = {"prompt": options.confirm, "policy": options.policy, "gen_length": options.gen_length}
+        settings = {"growth": GROWTH, **(confirmed if options.confirm else {})}
+        told = {"model": options.model.name, "settings": settings, "points": points}
+        write_json(options.json, {**told, "environment": capture_environment().to_json()})
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python benchmarks/expert_count.py build/expert-count --experts 16,32,64,128 --steps 600 --json out.json
 
 Everything but the number of experts is the same: samples, masks, steps, learning rates. Then each model answers unseen
-prompts of `code` and `code_pro` (self-invoking) under vanilla and under policies: pass@1 with its interval, unique
-experts of denoising forwards, steps, and tokens per second. Models that are trained already are used as they are.
-Close everything else first, for the tokens per second.
+prompts of `code` and `code_pro` (self-invoking) under vanilla and under policies. By task: pass@1 with its interval,
+unique experts of denoising forwards, tokens per second; of both together: steps. Models that are trained already are
+used as they are. Close everything else first, for the tokens per second.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from unseen_prompts import unseen_prompts
 
 from expertshare.decoding import DecodingOptions
 from expertshare.evaluation import Setup, answer_prompts, encode_prompts, judge, parse_policies, policy_label
 from expertshare.evaluation.statistics import proportion
 from expertshare.measure.environment import capture_environment
 from expertshare.models import load_model
-from expertshare.tasks import PromptRecord, generate_items
 from expertshare.training.config import TrainingConfig
 from expertshare.training.run import RunPaths, prepare, run
 
@@ -42,16 +42,11 @@ def trained(folder: Path, experts: int, config: TrainingConfig) -> Path:
 def measured(model: Path, experts: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per policy."""
     loaded, setup = load_model(model), Setup(batch_size=options.batch_size)
-    records = {
-        task: [
-            PromptRecord(prompt=i.prompt, reference=i.reference, task=i.task, tests=i.tests)
-            for i in generate_items(task, split="test", count=options.count, seed=options.seed)
-        ]
-        for task in TASKS
-    }
+    records = {task: unseen_prompts(options.count, options.seed, (task,)) for task in TASKS}
     rows = []
     for policy in parse_policies([options.policies]):
-        row: dict[str, Any] = {"experts": experts, "policy": policy_label(policy), "pass_at_1": {}, "steps": 0}
+        row: dict[str, Any] = {"experts": experts, "policy": policy_label(policy), "steps": 0}
+        row |= {"pass_at_1": {}, "unique_experts": {}, "tokens_per_s": {}}
         for task, mine in records.items():
             prompts = encode_prompts(loaded, [record.prompt for record in mine], setup.chat)
             with torch.no_grad():
@@ -59,9 +54,9 @@ def measured(model: Path, experts: int, options: argparse.Namespace) -> list[dic
             found = proportion([bool(verdict) for verdict in judge(mine, [answer.text for answer in answered.answers])])
             row["pass_at_1"][task] = [found.value, found.low, found.high]
             row["steps"] += answered.steps
-            row["unique_experts"] = answered.cost.unique_experts["denoise"]
+            row["unique_experts"][task] = answered.cost.unique_experts["denoise"]
             tokens = sum(len(answer.token_ids) for answer in answered.answers)
-            row["tokens_per_s"] = tokens / answered.elapsed_s
+            row["tokens_per_s"][task] = tokens / answered.elapsed_s
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows

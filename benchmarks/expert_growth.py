@@ -14,13 +14,11 @@ experts, found token by token.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from noisy_blocks import Bans, forward, noisy_blocks, right_answers
+from noisy_blocks import Bans, chosen_blocks, forward, read_options
 
 from expertshare.api import load
 from expertshare.config import RouterSpec
@@ -54,20 +52,11 @@ def differs_from_union(scores: RouterScores, spec: RouterSpec, experts_per_vote:
 
 def main() -> None:
     """Route, count, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--count", type=int, default=60, help="prompts of each task; right answers are used")
-    parser.add_argument("--blocks", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=2026)
-    parser.add_argument("--json", type=Path, required=True)
-    given = parser.parse_args()
+    given = read_options(__doc__ or "")
     loaded, environment = load(given.model, dtype="float32"), capture_environment()
     config, spec = loaded.config, loaded.config.router
-    answers = right_answers(loaded, given.count, given.seed)
-    order = np.random.default_rng(given.seed).permutation(len(answers))[: given.blocks]
-    generator = torch.Generator().manual_seed(given.seed)
     found, checks = [], []
-    for block in noisy_blocks([answers[i] for i in order], config, generator):
+    for block in chosen_blocks(loaded, given):
         layers = [Bans() for _ in range(config.num_moe_layers)]
         forward(loaded, block, layers, 1)
         for layer in layers:

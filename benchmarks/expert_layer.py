@@ -11,7 +11,6 @@ uses the next of several disjoint sets of experts, so that no cache serves the w
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -28,6 +27,8 @@ from expertshare import native
 from expertshare.kernels import moe_ffn
 from expertshare.kernels.native_weights import projections, tensors_of
 from expertshare.kernels.quantise import QUANTISATIONS, quantise_bank
+from expertshare.measure.environment import capture_environment
+from expertshare.measure.report import write_json
 from expertshare.types import Bank, ExpertBank, RoutingPlan
 
 TOKENS, TOP_K = 32, 8
@@ -292,7 +293,7 @@ def main() -> None:
                 )
     if options.json:
         results = {"machine": asdict(machine), "cases": [asdict(row) for row in rows]}
-        options.json.write_text(json.dumps(results, indent=2))
+        write_json(options.json, {"environment": capture_environment().to_json(), **results})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from expertshare.api import generate, load
+from expertshare.measure.environment import capture_environment
 from expertshare.measure.memory import anonymous_bytes
+from expertshare.measure.report import write_json
 from expertshare.plots.style import COLOURS, check_plot_path, frame, new_figure, save
 from expertshare.tasks.generation import generate_items
 
@@ -26,12 +28,16 @@ def main() -> None:
     parser.add_argument("--budget", default="2MB", help="memory for experts")
     parser.add_argument("--blocks", default=1000, type=int)
     parser.add_argument("--plot", required=True, type=Path)
+    parser.add_argument("--json", type=Path, help="write the memory after every block there")
     options = parser.parse_args()
     check_plot_path(options.plot)
     memory: list[int] = []
 
     def hear(_: object) -> None:
-        memory.append(anonymous_bytes() or 0)
+        now = anonymous_bytes()
+        if now is None:
+            raise SystemExit("this kernel does not say how much anonymous memory a process has (RssAnon): run on Linux")
+        memory.append(now)
         if len(memory) == options.blocks:
             raise EnoughBlocks
 
@@ -41,6 +47,10 @@ def main() -> None:
         generate(loaded, [item.prompt for item in items], policy="vanilla", store=options.budget, on_block=hear)
     settled = memory[len(memory) // 10]
     print(f"{len(memory)} blocks; after a tenth {settled / 1e6:.1f} MB, at the end {memory[-1] / 1e6:.1f} MB")
+    if options.json:
+        told = {"model": options.model.name, "budget": options.budget, "blocks": len(memory)}
+        told |= {"settled_bytes": settled, "end_bytes": memory[-1], "anonymous_bytes": memory}
+        write_json(options.json, {**told, "environment": capture_environment().to_json()})
     figure = new_figure(7.2, 3.0)
     axes = figure.add_subplot()
     axes.plot(range(1, len(memory) + 1), [m / 1e6 for m in memory], color=COLOURS[0])

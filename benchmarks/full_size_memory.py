@@ -5,19 +5,18 @@
 
 Every setting is a process of its own, `expertshare generate --expert-memory`, so that peak memory is its own; settings
 take turns, `--rounds` times. Experts are read past the page cache (--direct-io) unless --buffered. Close everything
-else first.
+else first. tokens_per_s counts the tokens of the answer; the prompt ends inside a block, so more are decided: `steps`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+from own_process import generated
 
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.report import write_json
@@ -28,15 +27,8 @@ PROMPT = "Tom has 12 apples. He finds 7 more. How many apples does Tom have now?
 
 def generate(model: Path, policy: str, budget: str, options: argparse.Namespace) -> dict[str, Any]:
     """The JSON line of one generation."""
-    command = [sys.executable, "-m", "expertshare", "generate", str(model), "--prompt", PROMPT, "--json"]
-    command += ["--policy", policy, "--expert-memory", budget, "--gen-length", str(options.gen_length)]
-    if not options.buffered:
-        command.append("--direct-io")
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"{policy} at {budget}: {done.stderr.strip().splitlines()[-1]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+    flags = ["--gen-length", str(options.gen_length), *([] if options.buffered else ["--direct-io"])]
+    return generated(model, PROMPT, policy, budget, flags)
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -53,6 +45,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "expert_bytes_read": store["bytes_read"],
         "stall_s": statistics.median(run["expert_store"]["stall_s"] for run in runs),
         "seconds_by_part": first["seconds_by_part"],
+        "steps": first["steps"],
         "forwards": first["forwards"],
         "tokens": len(first["token_ids"]),
     }
@@ -72,9 +65,10 @@ def parse() -> argparse.Namespace:
 
 def table_row(point: dict[str, Any]) -> str:
     """A line under HEADER."""
+    faster = point["faster_than_vanilla"]
     return (
         f"{point['model']:16} {point['budget']:8} {point['policy']:20} {point['tokens_per_s']:5.2f} "
-        f"{point['faster_than_vanilla'] or 0:9.2f}x {point['peak_anonymous_bytes'] / 2**30:9.2f} "
+        f"{'-' if faster is None else f'{faster:.2f}x':>10} {point['peak_anonymous_bytes'] / 2**30:9.2f} "
         f"{point['unique_experts']:7.1f} {100 * point['hit_rate']:7.1f} {point['expert_bytes_read'] / 1e9:8.1f} "
         f"{point['stall_s']:8.1f}"
     )

@@ -30,7 +30,8 @@ def main() -> None:
         speeds = [point["tokens_per_s"] for point in points]
         axes.barh(rows, speeds, color=COLOURS[index], label=name)
         for row, point in zip(rows, points, strict=True):
-            told = f" {point['tokens_per_s']:.2f}  ({point['faster_than_vanilla']:.1f}x)"
+            faster = point["faster_than_vanilla"]  # None where vanilla was not measured
+            told = f" {point['tokens_per_s']:.2f}" + ("" if faster is None else f"  ({faster:.1f}x)")
             axes.text(point["tokens_per_s"], row, told, va="center", fontsize=9, color=INK)
         labels += [f"{point['policy']}, {point['peak_anonymous_bytes'] / 2**30:.1f} GiB" for point in points]
     axes.set_yticks(range(len(labels)), labels, fontsize=9)

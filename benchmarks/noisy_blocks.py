@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
+from unseen_prompts import unseen_prompts
 
 from expertshare.config import GroupLimit, ModelConfig, RouterSpec
 from expertshare.decoding import DecodingOptions
@@ -15,7 +19,6 @@ from expertshare.evaluation import Setup, answer_prompts, encode_prompts, judge
 from expertshare.models import LoadedModel, Runtime
 from expertshare.models.runtime import ForwardInput
 from expertshare.routing import Layerwise, assign, everything, make_policy
-from expertshare.tasks import TASKS, PromptRecord, generate_items
 from expertshare.types import Coreset, RouterScores, RoutingPlan
 
 VANILLA = make_policy("vanilla")
@@ -68,11 +71,30 @@ class Bans:
         return ~self.banned_GE.repeat_interleave(tokens_per_group, dim=0).gather(1, ids_TK)
 
 
+def read_options(about: str) -> argparse.Namespace:
+    """The command line of a measurement of single blocks."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--count", type=int, default=60, help="prompts of each task; right answers are used")
+    parser.add_argument("--blocks", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--json", type=Path, required=True)
+    return parser.parse_args()
+
+
+def chosen_blocks(loaded: LoadedModel, options: argparse.Namespace) -> Iterator[NoisyBlock]:
+    """So many of the model's right answers, drawn by seed, each with its masks. A block whose answer got no mask is
+    left out, so that there can be fewer than --blocks."""
+    answers = right_answers(loaded, options.count, options.seed)
+    order = np.random.default_rng(options.seed).permutation(len(answers))[: options.blocks]
+    generator = torch.Generator().manual_seed(options.seed)
+    return noisy_blocks([answers[i] for i in order], loaded.config, generator)
+
+
 def right_answers(loaded: LoadedModel, count: int, seed: int) -> list[tuple[list[int], tuple[int, ...]]]:
     """Prompts of the test split (`count` of each task) as token ids, with the model's own answers where these are
     right, under vanilla routing."""
-    items = [item for task in TASKS for item in generate_items(task, split="test", count=count, seed=seed)]
-    records = [PromptRecord(prompt=i.prompt, reference=i.reference, task=i.task, tests=i.tests) for i in items]
+    records = unseen_prompts(count, seed)
     prompts = encode_prompts(loaded, [record.prompt for record in records], None)
     run = answer_prompts(loaded, prompts, VANILLA, DecodingOptions(gen_length=64), setup=Setup(batch_size=64))
     right = judge(records, [answer.text for answer in run.answers])

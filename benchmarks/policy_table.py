@@ -1,4 +1,4 @@
-"""Print what `compare --json` wrote as the Markdown table of README.
+"""Print what `compare --json` wrote as the Markdown table of docs/quality.md.
 
 Example: python benchmarks/policy_table.py benchmarks/results/policies.json
 """

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from expertshare.api import generate, load
 from expertshare.kernels.quantise import CLIPS, QUANTISATIONS, Scheme, dequantise, quantise
+from expertshare.measure.environment import capture_environment
+from expertshare.measure.report import write_json
 from expertshare.models.moe import MoE
 from expertshare.routing import POLICIES, route, router_scores
 from expertshare.types import ExpertBank, RoutingPlan
@@ -187,7 +189,7 @@ def main() -> None:
                 flush=True,
             )
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(options.json, {"environment": capture_environment().to_json(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -11,17 +11,16 @@ together), and of the mean over layers (one figure for each step).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from unseen_prompts import unseen_prompts
 
 from expertshare.api import compare, load
 from expertshare.evaluation import ComparedRun
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.report import Report
-from expertshare.tasks import TASKS, PromptRecord, generate_items
 
 
 def variation(values: np.ndarray) -> float:
@@ -58,11 +57,6 @@ def by_step(mean_S: np.ndarray, number_S: np.ndarray) -> list[dict[str, Any]]:
     return found
 
 
-def _records(count: int, seed: int) -> Sequence[PromptRecord]:
-    items = [item for task in TASKS for item in generate_items(task, split="test", count=count, seed=seed)]
-    return [PromptRecord(prompt=i.prompt, reference=i.reference, task=i.task, tests=i.tests) for i in items]
-
-
 def main() -> None:
     """Answer, count, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -73,7 +67,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, required=True)
     given = parser.parse_args()
     environment, loaded = capture_environment(), load(given.model)
-    comparison = compare(loaded, _records(given.count, given.seed), [given.policies], gen_length=64)
+    comparison = compare(loaded, unseen_prompts(given.count, given.seed), [given.policies], gen_length=64)
     num_experts = loaded.config.router.num_experts
     Report(
         command="steps-distribution",

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from unseen_prompts import unseen_prompts
 
 from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.decoding.forwards import Forwards
@@ -40,7 +41,7 @@ from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, load_model
 from expertshare.models.moe import MoE
 from expertshare.routing import Layerwise
-from expertshare.tasks import TASKS, PromptRecord, generate_items
+from expertshare.tasks import PromptRecord
 from expertshare.types import ExpertStore, Loan, RoutingPolicy
 
 VANILLA = "vanilla"
@@ -48,11 +49,6 @@ DECODINGS = {
     "confidence": DecodingOptions(gen_length=64),
     "8 steps": DecodingOptions(gen_length=64, threshold=None, steps_per_block=8),
 }
-
-
-def _records(count: int, seed: int) -> list[PromptRecord]:
-    items = [item for task in TASKS for item in generate_items(task, split="test", count=count, seed=seed)]
-    return [PromptRecord(prompt=i.prompt, reference=i.reference, task=i.task, tests=i.tests) for i in items]
 
 
 def read_policy(text: str) -> RoutingPolicy:
@@ -177,7 +173,7 @@ def _line(run: dict[str, Any], key: str) -> str:
 
 def _measure_all(report: dict[str, Any], table: Sequence[Sequence[str]], given: argparse.Namespace) -> None:
     """Every run of the table that the report does not hold; the file is written after each."""
-    records, setup = _records(given.count, given.seed), Setup(batch_size=given.batch_size)
+    records, setup = unseen_prompts(given.count, given.seed), Setup(batch_size=given.batch_size)
     model, runs = load_model(given.model), report["runs"]
     wanted = [(decoding, policy) for _, decoding, *pair in table for policy in (VANILLA, *reversed(pair))]
     for decoding, policy in dict.fromkeys(wanted):

@@ -16,14 +16,12 @@ and over (layer, expert), with weight and loss added up over all blocks.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from noisy_blocks import Bans, NoisyBlock, forward, noisy_blocks, right_answers
+from noisy_blocks import Bans, NoisyBlock, chosen_blocks, forward, read_options
 from scipy.stats import pearsonr, spearmanr
 
 from expertshare.api import load
@@ -107,19 +105,10 @@ def summary(rows: np.ndarray, names: Sequence[str], seed: int) -> dict[str, Any]
 
 def main() -> None:
     """Knock out, correlate, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--count", type=int, default=60, help="prompts of each task; right answers are used")
-    parser.add_argument("--blocks", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=2026)
-    parser.add_argument("--json", type=Path, required=True)
-    given = parser.parse_args()
+    given = read_options(__doc__ or "")
     loaded, environment = load(given.model, dtype="float32"), capture_environment()
-    answers = right_answers(loaded, given.count, given.seed)
-    order = np.random.default_rng(given.seed).permutation(len(answers))[: given.blocks]
-    generator = torch.Generator().manual_seed(given.seed)
     rows: dict[str, list[list[float]]] = {"replaced": [], "dropped": []}
-    for number, block in enumerate(noisy_blocks([answers[i] for i in order], loaded.config, generator)):
+    for number, block in enumerate(chosen_blocks(loaded, given)):
         weights = weights_by_expert(loaded, block)
         used = weights[:, :, 0] > 0
         for way, found in rows.items():

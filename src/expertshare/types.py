@@ -151,11 +151,20 @@ class QuantisedWeight:
 
 
 @dataclass(frozen=True, slots=True)
-class QuantisedRows:
-    """An embedding or a head as int8, row by row: w = scale * code. codes int8 [V, D], scales float32 [V, 1]."""
+class QuantisedTable:
+    """An embedding or a head as int8, in panels as QuantisedWeight: codes int8 [P, 16 * D], scales float32 [P, 16].
 
-    codes_VD: Tensor
-    scales_V1: Tensor
+    num_rows: V; rows behind it, which fill the last panel, are zeros.
+    """
+
+    codes_PC: Tensor
+    scales_PG: Tensor
+    num_rows: int
+
+    @property
+    def depth(self) -> int:
+        """Features of a row."""
+        return self.codes_PC.shape[-1] // PANEL_ROWS
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

@@ -141,8 +141,12 @@ def test_wrong_forgetful_failing_and_missing_contenders_are_named_not_timed(mach
 
         return fail
 
+    def unfit(banks: Sequence[ExpertBank], case: Case) -> Run:
+        raise ImportError("undefined symbol")
+
     entrants = {
         "torch": CONTENDERS["torch"],
+        "unfit": _entrant(unfit),
         "halved": _entrant(halved),
         "stale": _entrant(stale),
         "broken": _entrant(broken),
@@ -151,7 +155,8 @@ def test_wrong_forgetful_failing_and_missing_contenders_are_named_not_timed(mach
     found = bench_experts(TINY, entrants, machine, ExpertsSettings(unique=(9,), repeats=1, memory_bytes=10**8))
     assert [point["backend"] for point in found["cases"]] == ["torch"]
     reasons = {entry["backend"]: entry["reason"] for entry in found["left_out"]}
-    assert reasons.keys() == {"halved", "stale", "broken", "absent"}
+    assert reasons.keys() == {"unfit", "halved", "stale", "broken", "absent"}
+    assert reasons["unfit"] == "cannot be set up: undefined symbol"
     assert reasons["halved"].startswith("wrong: relative error 0.5")
     assert reasons["stale"].startswith("wrong")
     assert reasons["broken"] == "failed: no such instruction"

@@ -95,7 +95,10 @@ def test_grossly_wrong_logits_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> 
     settings = ForwardSettings(num_layers=3, context=0, unique=None, repeats=1, warmup=0)
     found = bench_forward("tiny", find_case("tiny"), VANILLA, ["cpu", "grouped"], settings)
     assert [point["backend"] for point in found["forwards"]] == ["grouped"]
-    assert [entry["backend"] for entry in found["left_out"] if entry["policy"]] == ["cpu"]
+    (entry,) = (entry for entry in found["left_out"] if entry["policy"])
+    assert entry["backend"] == "cpu"
+    assert entry["reason"].startswith("wrong: logits differ by ")
+    assert entry["reason"].endswith(" of their norm, allowed 0.5; not timed")
 
 
 def test_what_cannot_be_run_is_refused() -> None:

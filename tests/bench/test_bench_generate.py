@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,7 +48,19 @@ def test_peers_decode_the_same_tokens(threshold: float) -> None:
         assert points["grouped", "vanilla", size]["same_as_peer"] == {"transformers-grouped-mm": 1.0}
     assert points["grouped", "des-vote:budget=8", 1]["unique_experts"] <= 8
     assert points["grouped", "vanilla", 1]["faster_than"].keys() == {"transformers-grouped-mm", "vanilla"}
+    assert points["grouped", "vanilla", 2]["faster_than"].keys() == {"vanilla"}  # the peer has no batch of two
     json.dumps(found, allow_nan=False)
+
+
+def test_batches_do_not_change_the_mean_of_unique_experts() -> None:
+    """In float32 every batch decodes the same tokens, so its blocks use the same experts: 5 rows in batches of 1 and 4,
+    of which the last has one row."""
+    subject = replace(_subject(0.004), prompts=[[3 + row, *range(7, 22)] for row in range(5)])
+    found = bench_generate(subject, {"vanilla": parse_policy("vanilla")}, ["grouped"], batch_sizes=(1, 4), repeats=1)
+    one, four = found["generations"]
+    assert one["same_as_vanilla"] == four["same_as_vanilla"] == 1.0
+    assert four["denoise_forwards"] < one["denoise_forwards"]
+    assert four["unique_experts"] == pytest.approx(one["unique_experts"])
 
 
 def test_repetitions_that_differ_are_told() -> None:

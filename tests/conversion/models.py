@@ -12,35 +12,16 @@ from torch import Tensor
 
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.models import MoETransformer, initialise, save_model
+from tiny_models import tiny_config
 
-LLADA2 = ModelConfig(
-    family="llada2_moe",
+LLADA2 = tiny_config(
     vocab_size=300,
     hidden_size=64,
-    num_layers=3,
-    num_heads=2,
-    num_kv_heads=1,
     head_dim=32,
     rotary_dim=16,
-    rope_theta=1e4,
-    rms_norm_eps=1e-6,
-    num_dense_layers=1,
     dense_hidden=96,
     expert_hidden=32,
     shared_hidden=32,
-    router=RouterSpec(
-        num_experts=16,
-        top_k=4,
-        activation="sigmoid",
-        renormalise=True,
-        scaling=2.5,
-        num_groups=4,
-        kept_groups=2,
-        has_bias=True,
-    ),
-    attention="block_causal",
-    block_length=8,
-    max_positions=128,
     mask_id=299,
     eos_ids=(298,),
     pad_id=298,

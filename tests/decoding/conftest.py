@@ -22,6 +22,7 @@ from expertshare.models.runtime import (
 )
 from expertshare.models.transformer import MoETransformer, initialise
 from expertshare.routing import parse_policy
+from tiny_models import tiny_config
 
 MASK, EOS = 63, 62
 
@@ -29,34 +30,12 @@ MASK, EOS = 63, 62
 @pytest.fixture
 def config() -> ModelConfig:
     """LLaDA2 layout: dense first layer, sigmoid router with a bias and groups, a shared expert, block 8."""
-    return ModelConfig(
-        family="llada2_moe",
+    return tiny_config(
         vocab_size=64,
-        hidden_size=32,
-        num_layers=3,
         num_heads=4,
         num_kv_heads=2,
         head_dim=8,
         rotary_dim=4,
-        rope_theta=1e4,
-        rms_norm_eps=1e-6,
-        num_dense_layers=1,
-        dense_hidden=48,
-        expert_hidden=16,
-        shared_hidden=16,
-        router=RouterSpec(
-            num_experts=16,
-            top_k=4,
-            activation="sigmoid",
-            renormalise=True,
-            scaling=2.5,
-            num_groups=4,
-            kept_groups=2,
-            has_bias=True,
-        ),
-        attention="block_causal",
-        block_length=8,
-        max_positions=128,
         mask_id=MASK,
         eos_ids=(EOS,),
         pad_id=0,

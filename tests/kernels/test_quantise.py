@@ -16,7 +16,6 @@ from expertshare.kernels.quantise import (
     dequantised_experts,
     quantise,
     quantise_bank,
-    quantise_rows,
     scheme_named,
     unpack,
 )
@@ -122,8 +121,8 @@ def test_rows_of_a_panel_lie_by_turns() -> None:
 
 
 def test_ties_go_to_even() -> None:
-    made = quantise_rows(torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]]))
-    assert made.codes_VD.tolist() == [[127, 0, 2, 2, 0, -2]]
+    made = quantise(torch.tensor([127.0, 0.5, 1.5, 2.5] + [-0.5, -1.5] * 6).expand(16, 16), SCHEMES["int8"])
+    assert codes_of(made)[0].tolist() == [127, 0, 2, 2] + [0, -2] * 6
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

@@ -12,9 +12,8 @@ from torch import Tensor
 from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.kernels import head, logits
-from expertshare.kernels.quantise import quantise_rows
-from expertshare.kernels.quantised_head import embed_rows
-from expertshare.types import QuantisedRows
+from expertshare.kernels.quantise import quantise_table, table_rows
+from expertshare.types import QuantisedTable
 
 from .conftest import ISAS
 
@@ -22,7 +21,7 @@ needs_native = pytest.mark.skipif(not native.available(), reason=f"no native ker
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
 DTYPES = (torch.float32, torch.bfloat16)
-SHAPES = [(1, 5, 8), (1, 2, 1), (7, 33, 5), (65, 700, 129), (32, 1111, 256), (13, 64, 31), (2, 257, 384)]  # R, V, D
+SHAPES = [(1, 5, 16), (1, 2, 48), (7, 33, 80), (65, 700, 144), (32, 1111, 256), (13, 64, 32), (2, 257, 384)]  # R, V, D
 
 
 @pytest.fixture(params=ISAS)
@@ -31,14 +30,16 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-def scene(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, QuantisedRows, Tensor]:
+def scene(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, QuantisedTable, Tensor]:
     """Hidden states, codes, and what the codes stand for, float64 [V, D], by the definition of a symmetric row."""
     num_rows, vocabulary, depth = shape
     generator = torch.Generator().manual_seed(sum(shape))
     hidden_RD = torch.randn(num_rows, depth, generator=generator).to(dtype)
     weight_VD = torch.randn(vocabulary, depth, generator=generator) * 3 / depth**0.5
-    weight = quantise_rows(weight_VD)
-    return hidden_RD, weight, weight.codes_VD.double() * weight.scales_V1.double()
+    weight = quantise_table(weight_VD)
+    row, feature = torch.arange(vocabulary).view(-1, 1), torch.arange(depth).view(1, -1)
+    codes_VD = weight.codes_PC[row // 16, feature // 4 * 64 + row % 16 * 4 + feature % 4]
+    return hidden_RD, weight, codes_VD.double() * weight.scales_PG[row // 16, row % 16].double()
 
 
 def rounded_to_spans(hidden_RD: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ def test_backends_are_near_the_weights_that_were_rounded(backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden_RD = torch.randn(40, 256, generator=generator)
     weight_VD = torch.randn(6000, 256, generator=generator) / 16
-    weight = quantise_rows(weight_VD)
+    weight = quantise_table(weight_VD)
     found_RV, exact_RV = logits(hidden_RD, weight, backend=backend), hidden_RD @ weight_VD.T
     assert (found_RV - exact_RV).norm() < 0.015 * exact_RV.norm()
     tokens_R, probability_R = head(hidden_RD, weight, [], backend=backend)
@@ -129,10 +130,10 @@ def test_backends_are_near_the_weights_that_were_rounded(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_embeddings_are_the_rows_asked_for(dtype: torch.dtype) -> None:
-    _, weight, widened_VD = scene((1, 50, 24), dtype)
+    _, weight, widened_VD = scene((1, 50, 32), dtype)
     tokens_BS = torch.tensor([[3, 49, 3], [0, 7, 20]])
-    found = embed_rows(tokens_BS, weight, dtype)
-    assert found.shape == (2, 3, 24)
+    found = table_rows(weight, tokens_BS, dtype)
+    assert found.shape == (2, 3, 32)
     assert torch.equal(found, widened_VD[tokens_BS].float().to(dtype))
 
 
@@ -140,12 +141,13 @@ def test_embeddings_are_the_rows_asked_for(dtype: torch.dtype) -> None:
 def test_what_the_kernel_cannot_take_is_refused() -> None:
     hidden_RD, weight, _ = scene((2, 40, 64), torch.float32)
     cases = [
-        (hidden_RD, replace(weight, codes_VD=weight.codes_VD.view(torch.uint8)), "codes of head in torch.int8"),
+        (hidden_RD, replace(weight, codes_PC=weight.codes_PC.view(torch.uint8)), "codes of head in torch.int8"),
         (hidden_RD.double(), weight, "float32 or bfloat16"),
         (hidden_RD[:, :63], weight, r"\[R, 64\]"),
-        (hidden_RD, replace(weight, scales_V1=weight.scales_V1[1:]), r"scales \[V, 1\]"),
-        (hidden_RD, replace(weight, scales_V1=weight.scales_V1.bfloat16()), "scales"),
-        (hidden_RD, replace(weight, codes_VD=weight.codes_VD.T.contiguous().T), "contiguous"),
+        (hidden_RD, replace(weight, scales_PG=weight.scales_PG[1:]), "codes and scales of .* for 40 rows"),
+        (hidden_RD, replace(weight, num_rows=49), "for 49 rows"),
+        (hidden_RD, replace(weight, scales_PG=weight.scales_PG.bfloat16()), "scales"),
+        (hidden_RD, replace(weight, codes_PC=weight.codes_PC.T.contiguous().T), "contiguous"),
         (hidden_RD.clone().requires_grad_(), weight, "no gradients"),
     ]
     for features, given, reason in cases:

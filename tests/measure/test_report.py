@@ -12,7 +12,7 @@ import torch
 
 from expertshare.errors import InputError
 from expertshare.measure.environment import capture_environment, checkout_commit, peak_memory_bytes
-from expertshare.measure.report import Report, check_writable
+from expertshare.measure.report import Report, check_writable, write_json
 
 
 def example(results: object = None) -> Report:
@@ -44,6 +44,13 @@ def test_a_report_that_cannot_be_put_in_words_leaves_the_old_one(tmp_path: Path)
 def test_unwritable_paths(tmp_path: Path, place: str) -> None:
     with pytest.raises(InputError, match="expected a path that can be written"):
         check_writable(tmp_path / place)
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(InputError, match="can be written"):
+        write_json(tmp_path / "a.json", {"a": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_writable_path_is_left_alone(tmp_path: Path) -> None:

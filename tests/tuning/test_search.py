@@ -17,8 +17,7 @@ from expertshare.tuning.replay import Replayed
 from expertshare.tuning.search import Point, fronts_by_policy, pareto_front
 from expertshare.tuning.space import dials
 from expertshare.tuning.split import resolve_quality, split_prompts
-
-from .conftest import ROUTER
+from tiny_models import ROUTER
 
 
 def option(budget: int, divergence: float) -> LayerOption:

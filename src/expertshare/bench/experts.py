@@ -12,7 +12,7 @@ from expertshare.bench.cases import Case
 from expertshare.bench.contenders import Contender, Run
 from expertshare.bench.fit import fit_latency
 from expertshare.bench.gpu import MOST_TURNS, GpuTimes, GpuYardstick, take_turns_on_gpu
-from expertshare.bench.machine import CACHE_FACTOR, Machine, Peaks, Yardstick, dtype_name
+from expertshare.bench.machine import CACHE_FACTOR, CpuYardstick, Machine, Peaks, Yardstick, dtype_name
 from expertshare.bench.oracle import QUANTISED_TOLERANCE, TOLERANCES, expected_output, relative_error
 from expertshare.bench.stage import ExpertsSettings, Stage, banks_of, expert_bytes, stage_of
 from expertshare.bench.timing import Spread, interleave, spread
@@ -49,12 +49,14 @@ def bench_experts(
         for name, case in cases.items():
             on_progress(f"{name}: filling weights")
             banks = banks_of(case, machine, settings, present.values())
-            runs = {backend: e.build(banks[e.quantisation], case) for backend, e in present.items()}
+            runs, broken = _built(present, banks, case)
+            here = {backend: entrant for backend, entrant in present.items() if backend in runs}
+            left_out += [{"case": name, "unique": None, "backend": b, "reason": r} for b, r in broken.items()]
             for tokens in settings.tokens or (case.tokens,):
                 for unique in settings.unique or case.unique:
                     on_progress(f"{name}: {unique} unique experts, {tokens} tokens")
                     found, refused = _point(
-                        name, case, banks, present, runs, yardstick, machine, settings, tokens, unique
+                        name, case, banks, here, runs, yardstick, machine, settings, tokens, unique
                     )
                     points += found
                     left_out += refused
@@ -70,11 +72,29 @@ def bench_experts(
     }
 
 
-def _yardstick(machine: Machine, settings: ExpertsSettings) -> Yardstick | GpuYardstick:
+def _built(
+    present: Mapping[str, Contender], banks: Mapping[str | None, Sequence[Bank]], case: Case
+) -> tuple[dict[str, Run], dict[str, str]]:
+    """Who is ready to run, and why the others are not: an installed library need not fit this torch."""
+    runs: dict[str, Run] = {}
+    reasons: dict[str, str] = {}
+    for backend, entrant in present.items():
+        try:
+            runs[backend] = entrant.build(banks[entrant.quantisation], case)
+        except (ImportError, OSError, RuntimeError, AttributeError) as error:
+            reasons[backend] = f"cannot be set up: {_first_line(error)}"
+    return runs, reasons
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+
+
+def _yardstick(machine: Machine, settings: ExpertsSettings) -> Yardstick:
     size = 2 * CACHE_FACTOR * machine.cache_bytes
     if settings.device.type == "cuda":
         return GpuYardstick(settings.dtype, buffer_bytes=size, device=settings.device)
-    return Yardstick(settings.dtype, buffer_bytes=size)
+    return CpuYardstick(settings.dtype, buffer_bytes=size)
 
 
 def _kept(
@@ -95,7 +115,7 @@ def _point(
     banks: Mapping[str | None, Sequence[Bank]],
     present: Mapping[str, Contender],
     runs: Mapping[str, Run],
-    yardstick: Yardstick | GpuYardstick,
+    yardstick: Yardstick,
     machine: Machine,
     settings: ExpertsSettings,
     tokens: int,
@@ -194,7 +214,7 @@ class _Checker:
                 for index in (0, 1, 0)
             ]
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-            reasons[backend] = f"failed: {str(error).strip().splitlines()[0] if str(error).strip() else repr(error)}"
+            reasons[backend] = f"failed: {_first_line(error)}"
             return
         worst = max(found)
         errors[backend] = max(worst, errors.get(backend, 0.0))

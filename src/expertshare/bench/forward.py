@@ -158,9 +158,11 @@ def bench_forward(
         told |= {**timed, **own, **agreement[backend, label]}
         points.append({"case": name, "backend": backend, "policy": label, **told})
     _add_ratios(points)
+    limit = f"of their norm, allowed {GROSSLY_WRONG:g}; not timed"
     wrong = [
-        {"backend": backend, "policy": label, "reason": f"wrong: logits differ by {agreement[backend, label]}"}
-        for backend, label in calls.keys() - right.keys()
+        {"backend": key[0], "policy": key[1], "reason": f"wrong: logits differ by {found['difference']:.2g} {limit}"}
+        for key, found in agreement.items()
+        if key not in right
     ]
     absent = [
         {"backend": backend, "policy": None, "reason": reason}

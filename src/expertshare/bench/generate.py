@@ -63,15 +63,16 @@ class Decoding:
         self.tokens.append([row.token_ids for part in self.last for row in part.rows])
 
     def to_json(self) -> dict[str, Any]:
-        """Cost of the last call."""
-        forwards = sum(part.cost.forwards["denoise"] for part in self.last)
-        unique = sum(part.cost.unique_experts["denoise"] * part.cost.forwards["denoise"] for part in self.last)
+        """Cost of the last call. Unique experts: mean over blocks and layers, so that batches do not change it."""
+        forwards = [step for part in self.last for step in part.cost.steps if step.kind == "denoise"]
+        blocks = sum(step.groups for step in forwards)
+        unique = sum(step.groups * statistics.fmean(step.unique_experts) for step in forwards)
         reasons = [part.uncaptured_because for part in self.last if part.uncaptured_because is not None]
         return {
             "captured": not reasons,
             "uncaptured_because": reasons[0] if reasons else None,
-            "unique_experts": unique / forwards if forwards else 0.0,
-            "denoise_forwards": forwards,
+            "unique_experts": unique / blocks if blocks else 0.0,
+            "denoise_forwards": len(forwards),
             "seconds_by_part": {
                 part: sum(generation.seconds_by_part[part] for generation in self.last)
                 for part in self.last[0].seconds_by_part
@@ -252,15 +253,17 @@ def same_tokens(answers: Tokens, others: Tokens) -> float:
 
 
 def _add_ratios(points: list[dict[str, Any]]) -> None:
-    """Tokens per second against the peers, and against vanilla in the same backend and batch size."""
+    """Tokens per second against the peers, which decode one prompt at a time, and against vanilla in the same backend,
+    each at the same batch size only."""
     rates = {(point["backend"], point["policy"], point["batch_size"]): point["tokens_per_s"] for point in points}
     for point in points:
+        size = point["batch_size"]
         others = {
-            name: point["tokens_per_s"] / rates[name, "vanilla", 1]
+            name: point["tokens_per_s"] / rates[name, "vanilla", size]
             for name in IMPLEMENTATIONS
-            if (name, "vanilla", 1) in rates
+            if (name, "vanilla", size) in rates
         }
-        vanilla = rates.get((point["backend"], "vanilla", point["batch_size"]))
+        vanilla = rates.get((point["backend"], "vanilla", size))
         if vanilla:
             others["vanilla"] = point["tokens_per_s"] / vanilla
         point["faster_than"] = others

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from expertshare.bench.machine import CACHE_FACTOR, Machine, Peaks, dtype_name
+from expertshare.bench.machine import CACHE_FACTOR, Machine, Peaks, Yardstick, dtype_name
 from expertshare.errors import ConfigError
 from expertshare.kernels.triton import interpreted, unavailable_reason
 from expertshare.measure.environment import capture_environment
@@ -111,39 +110,19 @@ def gpu_seconds(walk: Walk) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
-class GpuYardstick:
-    """bench.machine.Yardstick on a GPU: a copy within its memory, bytes read and written counted, and a product."""
+class GpuYardstick(Yardstick):
+    """A pass copies half of a buffer within the card's memory: bytes read and written both count."""
 
     def __init__(self, dtype: torch.dtype, *, buffer_bytes: int, device: torch.device) -> None:
         self._buffer = torch.ones(buffer_bytes // 4, device=device)
         self._half = max(1, len(self._buffer) // 2)
-        shape = (GEMM_SIZE, GEMM_SIZE)
-        self._left, self._right = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
-        self._out = torch.empty(shape, device=device, dtype=dtype)
-        self._read_s: list[float] = []
-        self._multiply_s: list[float] = []
+        left, right = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device, dtype=dtype) for _ in range(2))
+        super().__init__(left, right, pass_bytes=2 * 4 * self._half)
 
     def read(self, turn: int) -> None:
-        """Copy one half of the buffer onto the other, the other way round than the turn before."""
+        """One half onto the other, the other way round than the turn before."""
         halves = self._buffer[: self._half], self._buffer[self._half : 2 * self._half]
         halves[turn % 2].copy_(halves[1 - turn % 2])
-
-    def multiply(self, turn: int) -> None:
-        """One large matrix product, the same every turn."""
-        del turn
-        torch.mm(self._left, self._right, out=self._out)
-
-    def note(self, read_s: Sequence[float], multiply_s: Sequence[float]) -> None:
-        """Keep the times of some copies and products."""
-        self._read_s += read_s
-        self._multiply_s += multiply_s
-
-    def peaks(self) -> Peaks:
-        """The limits that the median of all times stands for."""
-        return Peaks(
-            bytes_per_s=2 * 4 * self._half / statistics.median(self._read_s),
-            macs_per_s=GEMM_SIZE**3 / statistics.median(self._multiply_s),
-        )
 
 
 def measure_gpu(device: torch.device) -> Machine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from expertshare import native
 from expertshare.measure.environment import capture_environment
@@ -69,27 +71,24 @@ def measure_machine(
     )
 
 
-class Yardstick:
+class Yardstick(ABC):
     """One pass over memory and one matrix product, to be timed by turns with what they are compared with.
 
     On a shared machine bandwidth changes within seconds: a limit from the beginning of a run says little about its end.
     """
 
-    def __init__(
-        self, dtype: torch.dtype, *, buffer_bytes: int, gemm_shape: tuple[int, int, int] = GEMM_SHAPES[0]
-    ) -> None:
-        self._buffer = torch.ones(buffer_bytes // 4)
-        self._half = max(1, len(self._buffer) // 2)
-        m, k, n = gemm_shape
-        self._left, self._right = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype).T
-        self._out = torch.empty(m, n, dtype=dtype)
-        self._macs = m * k * n
+    def __init__(self, left: Tensor, right: Tensor, *, pass_bytes: int) -> None:
+        """left [m, k], right [k, n]: what is multiplied. pass_bytes: that one pass moves."""
+        self._left, self._right = left, right
+        self._out = torch.empty(len(left), right.shape[1], dtype=left.dtype, device=left.device)
+        self._macs = left.numel() * right.shape[1]
+        self._pass_bytes = pass_bytes
         self._read_s: list[float] = []
         self._multiply_s: list[float] = []
 
+    @abstractmethod
     def read(self, turn: int) -> None:
-        """Read half of the buffer, the other half than the turn before."""
-        self._buffer[turn % 2 * self._half :][: self._half].amax()
+        """One pass; `turn` decides over what."""
 
     def multiply(self, turn: int) -> None:
         """One large matrix product, the same every turn."""
@@ -104,9 +103,25 @@ class Yardstick:
     def peaks(self) -> Peaks:
         """The limits that the median of all times stands for."""
         return Peaks(
-            bytes_per_s=self._half * 4 / statistics.median(self._read_s),
+            bytes_per_s=self._pass_bytes / statistics.median(self._read_s),
             macs_per_s=self._macs / statistics.median(self._multiply_s),
         )
+
+
+class CpuYardstick(Yardstick):
+    """A pass reads half of a buffer."""
+
+    def __init__(
+        self, dtype: torch.dtype, *, buffer_bytes: int, gemm_shape: tuple[int, int, int] = GEMM_SHAPES[0]
+    ) -> None:
+        self._buffer = torch.ones(buffer_bytes // 4)
+        self._half = max(1, len(self._buffer) // 2)
+        m, k, n = gemm_shape
+        super().__init__(torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype).T, pass_bytes=4 * self._half)
+
+    def read(self, turn: int) -> None:
+        """The first half in even turns, else the second."""
+        self._buffer[turn % 2 * self._half :][: self._half].amax()
 
 
 def read_bandwidth(num_bytes: int, repeats: int = 7) -> float:

@@ -9,8 +9,8 @@ from expertshare.conversion.source import ExpertSource
 from expertshare.conversion.tensor_file import DTYPES, TensorEntry
 from expertshare.errors import CheckpointError, ConfigError, NumericsError, nearest
 from expertshare.experts.layout import EMBEDDINGS
-from expertshare.kernels.quantise import quantise_rows
-from expertshare.models.quantised_vocabulary import PARTS, SCHEME, is_vocabulary
+from expertshare.kernels.quantise import quantise_table, table_shapes
+from expertshare.models.quantised_vocabulary import PARTS, is_vocabulary
 from expertshare.models.table import FAMILIES
 from expertshare.types import ExpertBank, QuantisedBank
 
@@ -54,10 +54,10 @@ class QuantisedEmbeddings:
         whole, part = self._parts[name]
         try:
             tensor = self._source.tensor(whole)
-            weight = quantise_rows(tensor if tensor.dtype == DTYPES["BF16"] else tensor.float())
+            weight = quantise_table(tensor if tensor.dtype == DTYPES["BF16"] else tensor.float())
         except NumericsError as error:
             raise CheckpointError(f"{whole} cannot be quantised: {error}") from error
-        return weight.codes_VD if part == "codes" else weight.scales_V1
+        return weight.codes_PC if part == "codes" else weight.scales_PG
 
     def expert(self, moe_layer: int, expert: int) -> ExpertBank | QuantisedBank:
         """As the source has it."""
@@ -68,5 +68,5 @@ def _entries(entry: TensorEntry, names: set[str]) -> list[TensorEntry]:
     if entry.name not in names:
         return [entry]
     rows, depth = entry.shape
-    layout = SCHEME.layout(rows, depth)
+    layout = table_shapes(rows, depth)
     return [TensorEntry(f"{entry.name}.{part}", dtype, layout[part][0]) for part, dtype in PARTS.items()]

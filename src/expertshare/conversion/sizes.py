@@ -134,8 +134,13 @@ def _width(place: Place, width: int) -> int:
 
 
 def _parameters(config: ModelConfig, counts: Mapping[str, int]) -> int:
-    """Without scales, and without the embedding, unless it is the head too."""
-    kept = {entry: count for entry, count in counts.items() if not entry.endswith(".scales")}
+    """Without scales, rows that fill a panel, and the embedding, unless it is the head too."""
+    table = config.vocab_size * config.hidden_size
+    kept = {
+        entry: table if entry.endswith(".codes") else count
+        for entry, count in counts.items()
+        if not entry.endswith(".scales")
+    }
     return sum(n for entry, n in kept.items() if config.tie_embeddings or not entry.startswith("embed."))
 
 

@@ -18,8 +18,9 @@ DENSE = "dense.safetensors"
 """All tensors that are no expert's, under their Hugging Face names; shards have DENSE_INDEX beside them."""
 DENSE_INDEX = "dense.safetensors.index.json"
 VERSION = 1
-QUANTISED_EMBEDDINGS_VERSION = 2
-"""Of a manifest that says how embeddings are stored, which a reader of version 1 would not know."""
+QUANTISED_EMBEDDINGS_VERSION = 3
+"""Of a manifest that says how embeddings are stored, which a reader of version 1 would not know. In version 2 their
+codes lay row by row, since 3 in panels."""
 EMBEDDINGS = ("none", "int8")
 
 

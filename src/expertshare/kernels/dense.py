@@ -13,7 +13,7 @@ from expertshare.kernels.projection import check_dense, linear_cpu
 from expertshare.kernels.quantised_head import quantised_head, quantised_logits
 from expertshare.kernels.triton.head import best_token_triton
 from expertshare.kernels.vocabulary import best_token, best_token_cpu
-from expertshare.types import ExpertBank, QuantisedRows, RoutingPlan
+from expertshare.types import ExpertBank, QuantisedTable, RoutingPlan
 
 
 def linear(x: Tensor, weight_ND: Tensor, *, backend: str) -> Tensor:
@@ -41,7 +41,7 @@ def swiglu(x: Tensor, gate_up_HD: Tensor, down_DF: Tensor, *, backend: str) -> T
 
 
 def head(
-    hidden_RD: Tensor, weight_VD: Tensor | QuantisedRows, excluded: Sequence[int], *, backend: str
+    hidden_RD: Tensor, weight_VD: Tensor | QuantisedTable, excluded: Sequence[int], *, backend: str
 ) -> tuple[Tensor, Tensor]:
     """The most probable token of each row, int64 [R], and its probability, float32 [R]; `excluded` ids left out.
 
@@ -50,14 +50,14 @@ def head(
     """
     if backend == "triton":
         return best_token_triton(hidden_RD, weight_VD, excluded)
-    if isinstance(weight_VD, QuantisedRows):
+    if isinstance(weight_VD, QuantisedTable):
         return quantised_head(hidden_RD, weight_VD, excluded, backend=backend)
     if backend == "cpu":
         return best_token_cpu(hidden_RD, weight_VD, excluded)
     return best_token(F.linear(hidden_RD, weight_VD), excluded)
 
 
-def logits(hidden: Tensor, weight_VD: Tensor | QuantisedRows, *, backend: str) -> Tensor:
+def logits(hidden: Tensor, weight_VD: Tensor | QuantisedTable, *, backend: str) -> Tensor:
     """Scores of the whole vocabulary [..., V], in the dtype of `hidden` [..., D]. Raises ConfigError as `linear`."""
     if isinstance(weight_VD, Tensor):
         return linear(hidden, weight_VD, backend=backend)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from expertshare.errors import ConfigError
-from expertshare.kernels.quantise import check_panels
-from expertshare.types import PANEL_ROWS, Bank, ExpertBank, QuantisedRows, QuantisedWeight
+from expertshare.kernels.quantise import check_panels, table_shapes
+from expertshare.types import PANEL_ROWS, Bank, ExpertBank, QuantisedTable, QuantisedWeight
 
 
 class NativeWeight(Structure):
@@ -96,13 +96,26 @@ def check_codes(name: str, weight: QuantisedWeight) -> None:
         )
 
 
-def check_rows(rows: QuantisedRows) -> None:
-    """Raises ConfigError unless an embedding or a head has int8 codes and float32 scales."""
-    if (rows.codes_VD.dtype, rows.scales_V1.dtype) != (torch.int8, torch.float32):
+def check_table(table: QuantisedTable) -> None:
+    """Raises ConfigError unless an embedding or a head has int8 codes and float32 scales that fit each other, dense in
+    memory."""
+    codes, scales = table.codes_PC, table.scales_PG
+    if (codes.dtype, scales.dtype) != (torch.int8, torch.float32):
         raise ConfigError(
-            "expected codes of head in torch.int8 with scales in torch.float32, got "
-            f"{rows.codes_VD.dtype} and {rows.scales_V1.dtype}: quantise with kernels.quantise.quantise_rows."
+            f"expected codes of head in torch.int8 with scales in torch.float32, got {codes.dtype} and {scales.dtype}: "
+            "quantise with kernels.quantise.quantise_table."
         )
+    if table.num_rows < 1 or codes.dim() != 2:
+        raise ConfigError(f"expected codes of head [P, 16 * D], got {tuple(codes.shape)} for {table.num_rows} rows.")
+    shapes = table_shapes(table.num_rows, table.depth)
+    expected = (shapes["codes"][0], shapes["scales"][0])
+    if expected != (tuple(codes.shape), tuple(scales.shape)):
+        raise ConfigError(
+            f"expected codes and scales of {expected} for {table.num_rows} rows, got {tuple(codes.shape)} and "
+            f"{tuple(scales.shape)}."
+        )
+    if not (codes.is_contiguous() and scales.is_contiguous()) or scales.data_ptr() % 4 or codes.data_ptr() % 4:
+        raise ConfigError("expected codes and scales of head contiguous and aligned to 4 bytes: clone them.")
 
 
 def _check_groups(name: str, weight: QuantisedWeight) -> None:

@@ -8,18 +8,20 @@ j + N/2 in its high half, so that a kernel gets both runs of neighbours by one m
 
 Experts lie in panels of 16 rows: four bytes of the first row, the same four of the second, and so on; then the next
 four of each. So a vector of 16 lanes multiplies 16 rows by the same features of a token, and no sum has to be added up
-across lanes. An embedding or a head stays row by row, since single rows are read from it.
+across lanes. An embedding or a head in 8 bits lies so too, with rows of zeros at its end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from expertshare.errors import ConfigError, NumericsError, nearest
-from expertshare.types import PANEL_ROWS, ExpertBank, QuantisedBank, QuantisedRows, QuantisedWeight, RoutingPlan
+from expertshare.types import PANEL_ROWS, ExpertBank, QuantisedBank, QuantisedTable, QuantisedWeight, RoutingPlan
 
 # What the largest code stands for, over the largest weight of its group: the candidates for a scale. These take 4 % off
 # the error of an expert layer with Gaussian weights and 3 % off that of the reference model. With 0.9 among them the
@@ -103,10 +105,18 @@ def quantise(weight: Tensor, scheme: Scheme, *, clips: tuple[float, ...] = CLIPS
 
 
 @torch.no_grad()
-def quantise_rows(weight_VD: Tensor) -> QuantisedRows:
-    """An embedding or a head in int8, a scale a row. Raises as `quantise` does, for any sizes."""
+def quantise_table(weight_VD: Tensor) -> QuantisedTable:
+    """An embedding or a head in int8, a scale a row. Raises as `quantise` does, but takes any number of rows."""
+    num_rows, depth = weight_VD.shape
+    check_panels(PANEL_ROWS, depth)
     codes_VD, scales_V1, _ = _quantised_rows(weight_VD, QUANTISATIONS["int8"], CLIPS)
-    return QuantisedRows(codes_VD, scales_V1)
+    filling = (0, 0, 0, -num_rows % PANEL_ROWS)
+    return QuantisedTable(to_panels(F.pad(codes_VD, filling)), to_panels(F.pad(scales_V1, filling)), num_rows)
+
+
+def table_shapes(num_rows: int, depth: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+    """Shape and dtype of "codes" and "scales" of a QuantisedTable. Raises ConfigError as `quantise_table` does."""
+    return QUANTISATIONS["int8"].panels(num_rows + -num_rows % PANEL_ROWS, depth)
 
 
 def check_panels(rows: int, depth: int) -> None:
@@ -178,9 +188,20 @@ def dequantise(weight: QuantisedWeight, dtype: torch.dtype = torch.float32) -> T
     return weights.flatten(-2).to(dtype)
 
 
-def dequantise_rows(rows: QuantisedRows, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What the codes [..., D] with their scales [..., 1] stand for, in `dtype`."""
-    return (rows.codes_VD.float() * rows.scales_V1).to(dtype)
+def table_rows(table: QuantisedTable, rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What the codes of some rows [...] stand for: [..., D] in `dtype`. Reads those alone."""
+    panels = table.codes_PC.view(len(table.codes_PC), -1, PANEL_ROWS, 4)
+    panel, lane = rows // PANEL_ROWS, rows % PANEL_ROWS
+    codes = panels[panel, :, lane].flatten(-2)
+    return (codes.float() * table.scales_PG[panel, lane].unsqueeze(-1)).to(dtype)
+
+
+def table_slices(table: QuantisedTable, dtype: torch.dtype, rows_at_a_time: int) -> Iterator[Tensor]:
+    """The whole table, so many rows (whole panels) at a time, in `dtype`."""
+    for first in range(0, table.num_rows, rows_at_a_time):
+        panels = slice(first // PANEL_ROWS, (first + rows_at_a_time) // PANEL_ROWS)
+        widened = from_panels(table.codes_PC[panels]).float() * from_panels(table.scales_PG[panels])
+        yield widened[: table.num_rows - first].to(dtype)
 
 
 def grouped(rows: Tensor, size: int) -> Tensor:

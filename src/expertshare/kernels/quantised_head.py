@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, byref, c_int32, c_int64, c_void_p
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from expertshare import native
 from expertshare.errors import ConfigError
-from expertshare.kernels.native_weights import check_rows
+from expertshare.kernels.native_weights import check_table
 from expertshare.kernels.projection import raise_for
-from expertshare.kernels.quantise import dequantise_rows
+from expertshare.kernels.quantise import table_slices
 from expertshare.kernels.vocabulary import best_token, check_excluded
-from expertshare.types import QuantisedRows
+from expertshare.types import QuantisedTable
 
 ROWS_AT_A_TIME = 4096
 """Rows of the vocabulary that torch widens together: 32 MB at 2048 features in float32."""
@@ -32,13 +32,8 @@ class _QuantisedHead(Structure):
     )
 
 
-def embed_rows(tokens: Tensor, weight: QuantisedRows, dtype: torch.dtype) -> Tensor:
-    """The embeddings of token ids [...]: [..., D] in `dtype`. Widens only the rows that are asked for."""
-    return dequantise_rows(QuantisedRows(weight.codes_VD[tokens], weight.scales_V1[tokens]), dtype)
-
-
 def quantised_head(
-    hidden_RD: Tensor, weight: QuantisedRows, excluded: Sequence[int], *, backend: str
+    hidden_RD: Tensor, weight: QuantisedTable, excluded: Sequence[int], *, backend: str
 ) -> tuple[Tensor, Tensor]:
     """As `head` (kernels.dense) with int8 weights [V, D].
 
@@ -54,28 +49,23 @@ def quantised_head(
     return tokens_R, probability_R
 
 
-def quantised_logits(hidden_RD: Tensor, weight: QuantisedRows, *, backend: str) -> Tensor:
+def quantised_logits(hidden_RD: Tensor, weight: QuantisedTable, *, backend: str) -> Tensor:
     """Scores of the whole vocabulary [R, V] in the dtype of hidden_RD, from which `quantised_head` chooses."""
     if backend != "cpu":
         return _logits_by_slices(hidden_RD, weight)
-    logits_RV = torch.empty(len(hidden_RD), len(weight.codes_VD), dtype=hidden_RD.dtype)
+    logits_RV = torch.empty(len(hidden_RD), weight.num_rows, dtype=hidden_RD.dtype)
     _run(hidden_RD, weight, (), logits_RV=logits_RV)
     return logits_RV
 
 
-def _logits_by_slices(hidden_RD: Tensor, weight: QuantisedRows) -> Tensor:
-    return torch.cat([F.linear(hidden_RD, dequantise_rows(part, hidden_RD.dtype)) for part in _slices(weight)], dim=-1)
-
-
-def _slices(weight: QuantisedRows) -> Iterator[QuantisedRows]:
-    for first in range(0, len(weight.codes_VD), ROWS_AT_A_TIME):
-        rows = slice(first, first + ROWS_AT_A_TIME)
-        yield QuantisedRows(weight.codes_VD[rows], weight.scales_V1[rows])
+def _logits_by_slices(hidden_RD: Tensor, weight: QuantisedTable) -> Tensor:
+    slices = table_slices(weight, hidden_RD.dtype, ROWS_AT_A_TIME)
+    return torch.cat([F.linear(hidden_RD, part) for part in slices], dim=-1)
 
 
 def _run(
     hidden_RD: Tensor,
-    weight: QuantisedRows,
+    weight: QuantisedTable,
     excluded: Sequence[int],
     *,
     tokens_R: Tensor | None = None,
@@ -85,10 +75,10 @@ def _run(
     library = native.library()
     library.es_choose_quantised.argtypes = [POINTER(_QuantisedHead)]
     _check(hidden_RD, weight)
-    vocabulary, depth = weight.codes_VD.shape
+    vocabulary, depth = weight.num_rows, weight.depth
     check_excluded(excluded, vocabulary)
     hidden_RD, excluded_X = hidden_RD.contiguous(), torch.tensor(excluded, dtype=torch.int64)
-    pointed = (hidden_RD, weight.codes_VD, weight.scales_V1, excluded_X, tokens_R, probability_R, logits_RV)
+    pointed = (hidden_RD, weight.codes_PC, weight.scales_PG, excluded_X, tokens_R, probability_R, logits_RV)
     head = _QuantisedHead(
         *(None if tensor is None else tensor.data_ptr() for tensor in pointed),
         len(hidden_RD),
@@ -103,9 +93,9 @@ def _run(
     raise_for(int(library.es_choose_quantised(byref(head))))
 
 
-def _check(hidden_RD: Tensor, weight: QuantisedRows) -> None:
+def _check(hidden_RD: Tensor, weight: QuantisedTable) -> None:
     """Everything that would make the kernel read outside a tensor, or compute something else."""
-    codes, scales = weight.codes_VD, weight.scales_V1
+    codes, scales = weight.codes_PC, weight.scales_PG
     if torch.is_grad_enabled() and hidden_RD.requires_grad:
         raise ConfigError("the backend 'cpu' has no gradients: call it under torch.no_grad(), or use 'grouped'.")
     devices = {tensor.device.type for tensor in (hidden_RD, codes, scales)}
@@ -113,12 +103,6 @@ def _check(hidden_RD: Tensor, weight: QuantisedRows) -> None:
         raise ConfigError(f"the backend 'cpu' expects tensors on the CPU, got {', '.join(sorted(devices))}.")
     if hidden_RD.dtype not in (torch.float32, torch.bfloat16):
         raise ConfigError(f"the backend 'cpu' expects features in float32 or bfloat16, got {hidden_RD.dtype}.")
-    check_rows(weight)
-    if codes.dim() != 2 or 0 in codes.shape or tuple(scales.shape) != (len(codes), 1):
-        raise ConfigError(
-            f"expected codes [V, D] with scales [V, 1], got {tuple(codes.shape)} and {tuple(scales.shape)}."
-        )
-    if hidden_RD.dim() != 2 or hidden_RD.shape[1] != codes.shape[1]:
-        raise ConfigError(f"expected hidden states [R, {codes.shape[1]}], got shape {tuple(hidden_RD.shape)}.")
-    if not (codes.is_contiguous() and scales.is_contiguous()) or scales.data_ptr() % 4:
-        raise ConfigError("the backend 'cpu' expects codes and scales contiguous and scales aligned: clone them.")
+    check_table(weight)
+    if hidden_RD.dim() != 2 or hidden_RD.shape[1] != weight.depth:
+        raise ConfigError(f"expected hidden states [R, {weight.depth}], got shape {tuple(hidden_RD.shape)}.")

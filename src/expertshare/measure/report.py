@@ -48,10 +48,13 @@ def write_json(path: str | Path, value: Any) -> None:
     target = Path(path)
     try:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        Path(name).chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        Path(name).replace(target)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            Path(name).chmod(0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+            Path(name).replace(target)
+        finally:
+            Path(name).unlink(missing_ok=True)  # there is one only where something failed
     except OSError as error:
         raise _unwritable(target, error.strerror or str(error)) from error
 

@@ -41,7 +41,7 @@ def describe(loaded: LoadedModel) -> ModelFacts:
     config, spec = loaded.config, loaded.config.router
     tensors = {*loaded.model.parameters(), *loaded.model.buffers()}
     own_bytes = sum(t.numel() * t.element_size() for t in tensors)
-    codes = (m.codes.numel() for m in loaded.model.modules() if isinstance(m, QuantisedVocabulary))
+    codes = (m.num_rows * m.weight.depth for m in loaded.model.modules() if isinstance(m, QuantisedVocabulary))
     own_parameters = sum(p.numel() for p in loaded.model.parameters()) + sum(codes)
     num_experts, layout = config.num_moe_layers * spec.num_experts, loaded.layout
     per_expert = layout.format.expert_bytes if layout else config.num_expert_parameters * loaded.model.dtype.itemsize

@@ -8,39 +8,37 @@ import torch
 from torch import Tensor, nn
 
 from expertshare.errors import ConfigError
-from expertshare.kernels.quantise import QUANTISATIONS
-from expertshare.kernels.quantised_head import embed_rows
+from expertshare.kernels.quantise import table_rows, table_shapes
 from expertshare.models.family import Place
-from expertshare.types import QuantisedRows
+from expertshare.types import QuantisedTable
 
 if TYPE_CHECKING:
     from expertshare.models.transformer import MoETransformer
 
-SCHEME = QUANTISATIONS["int8"]
 PARTS = {"codes": "I8", "scales": "F32"}
 """The tensors that stand for one: its name in the file, with .codes and .scales, and their dtypes there."""
 _ENTRIES = ("embed.weight", "head.weight")
 
 
 class QuantisedVocabulary(nn.Module):
-    """codes int8 [V, D], scales float32 [V, 1]: buffers, since nothing trains them. dtype: of the embeddings."""
+    """The codes and scales of a QuantisedTable: buffers, since nothing trains them. dtype: of the embeddings."""
 
     def __init__(self, vocabulary: int, depth: int, dtype: torch.dtype) -> None:
         super().__init__()
-        for name, (shape, part) in SCHEME.layout(vocabulary, depth).items():
+        for name, (shape, part) in table_shapes(vocabulary, depth).items():
             self.register_buffer(name, torch.empty(shape, dtype=part))
         self.codes: Tensor
         self.scales: Tensor
-        self.dtype = dtype
+        self.num_rows, self.dtype = vocabulary, dtype
 
     @property
-    def weight(self) -> QuantisedRows:
+    def weight(self) -> QuantisedTable:
         """What the doors of the kernels take."""
-        return QuantisedRows(self.codes, self.scales)
+        return QuantisedTable(self.codes, self.scales, self.num_rows)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Embeddings of token ids [...]: [..., D]."""
-        return embed_rows(tokens, self.weight, self.dtype)
+        return table_rows(self.weight, tokens, self.dtype)
 
 
 def is_vocabulary(place: Place) -> bool:

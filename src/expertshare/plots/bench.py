@@ -60,8 +60,11 @@ def _draw_latency(axes: Axes, points: Sequence[Point], colours: Mapping[str, str
         axes.errorbar(
             x, y, yerr=[below, above], marker="o", markersize=4, linewidth=1.2, capsize=2, color=colour, label=backend
         )
-    bound = sorted({(point["unique"], point["bound_ms"]) for point in points})
-    axes.plot([x for x, _ in bound], [y for _, y in bound], "--", color=INK, linewidth=1.2, label="bound")
+    for form in sorted({point.get("quantisation") or "" for point in points}):
+        mine = [point for point in points if (point.get("quantisation") or "") == form]
+        bound = sorted({(point["unique"], point["bound_ms"]) for point in mine})
+        label, style = (f"bound of {form}", ":") if form else ("bound", "--")
+        axes.plot([x for x, _ in bound], [y for _, y in bound], style, color=INK, linewidth=1.2, label=label)
 
 
 def _draw_roofline(

@@ -85,7 +85,7 @@ TUNING = {
     "tested": [{**_VERIFIED, "passed": FLAG}],
     "tried": [_VERIFIED],
     "num_prompts": {"search": NUMBER, "certify": NUMBER},
-    "options": {"retain": NUMBER, "confidence": NUMBER},
+    "options": {"retain": NUMBER, "confidence": NUMBER, "policies?": (None, [TEXT])},
 }
 _BANDWIDTH = {"bandwidth_gb_per_s": NUMBER, "peak_gmac_per_s": NUMBER}
 BENCH_EXPERTS = {
@@ -99,6 +99,7 @@ BENCH_EXPERTS = {
             "ms": NUMBER,
             "ms_quartiles": Row(2),
             "bound_ms": NUMBER,
+            "quantisation?": (None, TEXT),
             "bytes": NUMBER,
             "macs": NUMBER,
             "gmac_per_s": NUMBER,

@@ -105,13 +105,16 @@ def tuning_table(tuned: Values) -> Table:
 
 
 def latency_table(cases: Sequence[Values]) -> Table:
-    """Milliseconds of an expert layer by unique experts, a column for each contender."""
+    """Milliseconds of an expert layer by unique experts, a column for each contender. The bound is that of weights
+    that are not quantised, where there are any."""
     backends = list(dict.fromkeys(case["backend"] for case in cases))
     places = list(dict.fromkeys((case["case"], case["tokens"], case["unique"]) for case in cases))
     found = {(case["case"], case["tokens"], case["unique"], case["backend"]): case for case in cases}
     rows = []
     for place in places:
-        bound = min(case["bound_ms"] for case in cases if (case["case"], case["tokens"], case["unique"]) == place)
+        here = [case for case in cases if (case["case"], case["tokens"], case["unique"]) == place]
+        plain = [case for case in here if case.get("quantisation") is None]
+        bound = min(case["bound_ms"] for case in plain or here)
         cells = [found.get((*place, backend)) for backend in backends]
         shown = [number(case["ms"] if case else None, 2) for case in cells]
         rows.append([place[0], f"{place[1]}", f"{place[2]}", number(bound, 2), *shown])

@@ -38,7 +38,7 @@ TYPES = {f"{name}_ptr": kind for kind, names in POINTERS.items() for name in nam
 MINI = {"NUM_EXPERTS": 256, "TOP_K": 8}
 GROUPED = {"NUM_GROUPS": 8, "KEPT": 4, "NGP": 8, "GSP": 32}
 FREE = {"NUM_GROUPS": 1, "KEPT": 1, "NGP": 1, "GSP": 256}
-CODES = {"bf16": ("*bf16", "*bf16", 0, 1), "int8": ("*i8", "*fp32", 8, 2048), "int4": ("*u8", "*fp16", 4, 32)}
+CODES = {"bf16": ("*bf16", "*bf16", 0, 1), "int8": ("*i32", "*fp32", 8, 2048), "int4": ("*i32", "*fp16", 4, 32)}
 
 
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], *, warps: int, stages: int = 3) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expertshare.errors import ConfigError
 from expertshare.kernels import head
-from expertshare.kernels.quantise import dequantise_rows, quantise_rows
+from expertshare.kernels.quantise import quantise_table, table_rows
 from expertshare.kernels.vocabulary import best_token
 
 
@@ -49,10 +49,10 @@ def test_any_number_of_rows(num_rows: int, device: torch.device) -> None:
 
 def test_an_int8_table(device: torch.device) -> None:
     weight = torch.randn(90, 48, generator=torch.Generator().manual_seed(5))
-    hidden, table = whole((5, 48), 4, 1), quantise_rows(weight)
-    on_device = replace(table, codes_VD=table.codes_VD.to(device), scales_V1=table.scales_V1.to(device))
+    hidden, table = whole((5, 48), 4, 1), quantise_table(weight)
+    on_device = replace(table, codes_PC=table.codes_PC.to(device), scales_PG=table.scales_PG.to(device))
     tokens, probability = head(hidden.to(device), on_device, [3], backend="triton")
-    right_tokens, right_probability = expected(hidden, dequantise_rows(table), [3])
+    right_tokens, right_probability = expected(hidden, table_rows(table, torch.arange(90)), [3])
     assert torch.equal(tokens.cpu(), right_tokens)
     torch.testing.assert_close(probability.cpu(), right_probability, rtol=1e-4, atol=1e-6)
 

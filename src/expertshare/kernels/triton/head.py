@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from expertshare.errors import ConfigError
-from expertshare.kernels.native_weights import check_rows
+from expertshare.kernels.native_weights import check_table
 from expertshare.kernels.triton.availability import check_devices, interpreted
 from expertshare.kernels.triton.tiles import power_of_two, tiles_for
 from expertshare.kernels.vocabulary import check_excluded
-from expertshare.types import QuantisedRows
+from expertshare.types import QuantisedTable
 
 TILES_AT_A_TIME = 1024
 
 
 def best_token_triton(
-    hidden_RD: Tensor, weight_VD: Tensor | QuantisedRows, excluded: Sequence[int]
+    hidden_RD: Tensor, weight_VD: Tensor | QuantisedTable, excluded: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """As kernels.head: token int64 [R], the lowest of equals, and its probability float32 [R] without `excluded`.
 
@@ -29,9 +29,9 @@ def best_token_triton(
     """
     from expertshare.kernels.triton.device.head import best_of_tiles_kernel, head_kernel
 
-    codes, scales = _parts(weight_VD)
     _check(hidden_RD, weight_VD)
-    vocabulary, depth = codes.shape
+    codes, scales = _parts(weight_VD)
+    vocabulary, depth = _size(weight_VD)
     check_excluded(excluded, vocabulary)
     num_rows, device = len(hidden_RD), hidden_RD.device
     tokens_R = torch.empty(num_rows, dtype=torch.int64, device=device)
@@ -53,7 +53,7 @@ def best_token_triton(
         num_rows,
         VOCABULARY=vocabulary,
         DEPTH=depth,
-        BITS=8 if isinstance(weight_VD, QuantisedRows) else 0,
+        BITS=8 if isinstance(weight_VD, QuantisedTable) else 0,
         NUM_EXCLUDED=len(excluded),
         **tiles.launch(),
     )
@@ -71,11 +71,18 @@ def best_token_triton(
     return tokens_R, probability_R
 
 
-def _parts(weight_VD: Tensor | QuantisedRows) -> tuple[Tensor, Tensor]:
-    """Codes and scales; a table of floats has no scales, and they are never read."""
+def _parts(weight_VD: Tensor | QuantisedTable) -> tuple[Tensor, Tensor]:
+    """Weights, or codes (four bytes of them as one number) and scales; those of floats are never read."""
     if isinstance(weight_VD, Tensor):
         return weight_VD, weight_VD
-    return weight_VD.codes_VD, weight_VD.scales_V1
+    return weight_VD.codes_PC.view(torch.int32), weight_VD.scales_PG
+
+
+def _size(weight_VD: Tensor | QuantisedTable) -> tuple[int, int]:
+    """Ids and features."""
+    if isinstance(weight_VD, Tensor):
+        return weight_VD.shape[0], weight_VD.shape[-1]
+    return weight_VD.num_rows, weight_VD.depth
 
 
 @cache
@@ -84,14 +91,13 @@ def _on_device(excluded: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(excluded or (-1,), dtype=torch.int32, device=device)
 
 
-def _check(hidden_RD: Tensor, weight_VD: Tensor | QuantisedRows) -> None:
-    codes, scales = _parts(weight_VD)
-    check_devices(hidden_RD, codes, scales)
-    if torch.is_grad_enabled() and (hidden_RD.requires_grad or codes.requires_grad):
+def _check(hidden_RD: Tensor, weight_VD: Tensor | QuantisedTable) -> None:
+    is_table = isinstance(weight_VD, QuantisedTable)
+    parts = (weight_VD.codes_PC, weight_VD.scales_PG) if isinstance(weight_VD, QuantisedTable) else (weight_VD,)
+    check_devices(hidden_RD, *parts)
+    if torch.is_grad_enabled() and (hidden_RD.requires_grad or parts[0].requires_grad):
         raise ConfigError("the backend 'triton' has no gradients: call it under torch.no_grad(), or use 'grouped'.")
-    if isinstance(weight_VD, QuantisedRows):
-        check_rows(weight_VD)
-    floats = {hidden_RD.dtype} if isinstance(weight_VD, QuantisedRows) else {hidden_RD.dtype, codes.dtype}
+    floats = {hidden_RD.dtype} if is_table else {hidden_RD.dtype, parts[0].dtype}
     if len(floats) != 1 or hidden_RD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(
             "the backend 'triton' expects hidden states and head both in float32, bfloat16 or float16, got "
@@ -99,9 +105,11 @@ def _check(hidden_RD: Tensor, weight_VD: Tensor | QuantisedRows) -> None:
         )
     if interpreted() and hidden_RD.dtype == torch.bfloat16:
         raise ConfigError("Triton's interpreter multiplies bfloat16 wrongly: use float32 or float16 there.")
-    if codes.dim() != 2 or hidden_RD.dim() != 2 or hidden_RD.shape[1] != codes.shape[1]:
+    if isinstance(weight_VD, QuantisedTable):
+        check_table(weight_VD)
+    if parts[0].dim() != 2 or hidden_RD.dim() != 2 or hidden_RD.shape[1] != _size(weight_VD)[1]:
         raise ConfigError(
-            f"expected hidden states [R, D] and a head [V, D], got {tuple(hidden_RD.shape)} and {tuple(codes.shape)}."
+            f"expected hidden states [R, D] and a head [V, D], got {tuple(hidden_RD.shape)} and {_size(weight_VD)}."
         )
-    if not (codes.is_contiguous() and scales.is_contiguous()):
+    if not parts[0].is_contiguous():
         raise ConfigError("the backend 'triton' expects the head contiguous: make it so once, when it is loaded.")

@@ -20,7 +20,6 @@
 #include "isa.h"
 #include "linear.h"
 #include "norm.h"
-#include "quantised_head.h"
 #include "routing_step.h"
 
 #define EXPERTSHARE_EXPORT __attribute__((visibility("default")))
@@ -208,37 +207,50 @@ es_status Engine::run(const es_dense &whole) {
     if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
     return in_parts(whole, kTokensAtATime, [&](es_dense &part, Index token, auto compute) {
         part.y = const_cast<char *>(row_of(whole.y, token, whole.num_rows, whole.is_bfloat16));
-        Linear linear(part, *kernels, arena_);
+        Linear linear(float_matrix(part, part.num_rows), part.y, {*kernels, *kernels}, arena_, part.num_threads);
         compute(linear);
         return ES_OK;
     });
+}
+
+template <class Whole>
+Head::Choice choice_of(const Whole &whole, Index token) {
+    return {whole.excluded, whole.num_excluded, whole.ids + token, whole.probabilities + token};
 }
 
 es_status Engine::run(const es_head &whole) {
     const Kernels *kernels = kernels_for(whole.isa, whole.is_bfloat16 != 0);
     if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
     return in_parts(whole, kTokensAtATime, [&](es_head &part, Index token, auto compute) {
-        part.ids = whole.ids + token;
-        part.probabilities = whole.probabilities + token;
-        Head head(part, *kernels, arena_);
+        Head head(float_matrix(part, part.vocabulary), choice_of(whole, token), {*kernels, *kernels}, arena_,
+                  part.num_threads);
         compute(head);
         return ES_OK;
     });
 }
 
+Matrix table_of(const es_quantised_head &part) {
+    const auto bytes = [](const void *from) { return static_cast<const char *>(from); };
+    return {part.x, {bytes(part.codes), bytes(part.scales), nullptr}, part.num_tokens, part.vocabulary, part.depth,
+            part.is_bfloat16 ? 2 : 4, part.depth, static_cast<Index>(sizeof(float))};
+}
+
 es_status Engine::run(const es_quantised_head &whole) {
     const Kernels *floats = kernels_for(whole.isa, whole.is_bfloat16 != 0);
-    const PackedKernels *packed = packed_kernels_for(whole.isa);
-    if (floats == nullptr || packed == nullptr) return ES_UNSUPPORTED_ISA;
+    es_weight table = {};
+    table.bits = 8;
+    const Kernels *products = kernels_for(whole.isa, whole.is_bfloat16 != 0, table);
+    if (floats == nullptr || products == nullptr) return ES_UNSUPPORTED_ISA;
+    const PassKernels kernels = {*products, *floats};
     return in_parts(whole, kTokensAtATime, [&](es_quantised_head &part, Index token, auto compute) {
         if (whole.logits != nullptr) {
-            part.logits = const_cast<char *>(row_of(whole.logits, token, whole.vocabulary, whole.is_bfloat16));
+            const char *y = row_of(whole.logits, token, whole.vocabulary, whole.is_bfloat16);
+            Linear linear(table_of(part), const_cast<char *>(y), kernels, arena_, part.num_threads);
+            compute(linear);
         } else {
-            part.ids = whole.ids + token;
-            part.probabilities = whole.probabilities + token;
+            Head head(table_of(part), choice_of(whole, token), kernels, arena_, part.num_threads);
+            compute(head);
         }
-        QuantisedHead head(part, *packed, *floats, arena_);
-        compute(head);
         return ES_OK;
     });
 }

@@ -69,8 +69,8 @@ struct es_head {
 // As es_head and es_dense with int8 weights: tokens are rounded to 8 bits with a scale per 128 features, as experts' are.
 struct es_quantised_head {
     const void *x;            // [num_tokens, depth]
-    const void *codes;        // int8 [vocabulary, depth]
-    const float *scales;      // [vocabulary]
+    const void *codes;        // int8 in panels of 16 rows, the last of them whole: [ceil(vocabulary / 16), 16 * depth]
+    const float *scales;      // [ceil(vocabulary / 16), 16]
     const int64_t *excluded;  // as in es_head, like ids and probabilities, which are left alone where logits is given
     int64_t *ids;
     float *probabilities;

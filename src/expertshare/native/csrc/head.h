@@ -10,13 +10,22 @@ namespace expertshare {
 // number of threads or tokens: so is the result.
 class Head final : public RowPass {
    public:
-    Head(const es_head &head, const Kernels &kernels, Arena &arena);
+    // The fields of es_head and es_quantised_head of these names.
+    struct Choice {
+        const int64_t *excluded;
+        Index num_excluded;
+        int64_t *ids;
+        float *probabilities;
+    };
+    Head(const Matrix &matrix, const Choice &choice, const PassKernels &kernels, Arena &arena, int num_threads);
 
    private:
     void take(const Sums &sums) override;
     void finish(int worker) override;
+    void exclude(const Sums &sums) const;
+    void merge(Index token);
 
-    const es_head &head_;
+    const Choice choice_;
     Best *bests_ = nullptr;  // [num_tokens, num_chunks]
     Queue merge_;
 };

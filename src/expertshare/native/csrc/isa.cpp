@@ -42,19 +42,18 @@ struct Isa {
     const Kernels *const *quantised;
     const AffinityKernels *const *affinity;
     const NormPair *const *norms;
-    const PackedKernels *const *packed;
 };
 
 const Isa isas[] = {
     {"avx512_bf16", has_avx512_bf16, &avx512_bf16_bfloat16, &avx512_float32, &quantised_avx512_vnni,
-     &avx512_bf16_affinity, &avx512_norms, &packed_avx512_vnni},
+     &avx512_bf16_affinity, &avx512_norms},
     {"avx512_vnni", has_avx512_vnni, &avx512_bfloat16, &avx512_float32, &quantised_avx512_vnni, &avx512_affinity,
-     &avx512_norms, &packed_avx512_vnni},
-    {"avx512", has_avx512, &avx512_bfloat16, &avx512_float32, &quantised_avx2, &avx512_affinity, &avx512_norms, &packed_avx2},
-    {"avx_vnni", has_avx_vnni, &avx2_bfloat16, &avx2_float32, &quantised_avx_vnni, &avx2_affinity, &avx2_norms, &packed_avx2},
-    {"avx2", has_avx2, &avx2_bfloat16, &avx2_float32, &quantised_avx2, &avx2_affinity, &avx2_norms, &packed_avx2},
+     &avx512_norms},
+    {"avx512", has_avx512, &avx512_bfloat16, &avx512_float32, &quantised_avx2, &avx512_affinity, &avx512_norms},
+    {"avx_vnni", has_avx_vnni, &avx2_bfloat16, &avx2_float32, &quantised_avx_vnni, &avx2_affinity, &avx2_norms},
+    {"avx2", has_avx2, &avx2_bfloat16, &avx2_float32, &quantised_avx2, &avx2_affinity, &avx2_norms},
     {"portable", always, &portable_bfloat16, &portable_float32, &quantised_portable, &portable_affinity,
-     &portable_norms, &packed_portable},
+     &portable_norms},
 };
 
 Format format_of(const es_weight &weight) {
@@ -74,8 +73,7 @@ bool isa_usable(int isa) {
     if (isa < 0 || isa >= num_isas()) return false;
     const Isa &known = isas[isa];
     return *known.bfloat16 != nullptr && *known.float32 != nullptr && *known.quantised != nullptr &&
-           *known.affinity != nullptr && *known.norms != nullptr && *known.packed != nullptr &&
-           known.on_this_processor();
+           *known.affinity != nullptr && *known.norms != nullptr && known.on_this_processor();
 }
 
 const Kernels *kernels_for(int isa, bool is_bfloat16) {
@@ -96,7 +94,5 @@ const NormKernels *norm_kernels_for(int isa, bool is_bfloat16) {
     if (!isa_usable(isa)) return nullptr;
     return is_bfloat16 ? &(*isas[isa].norms)->bfloat16 : &(*isas[isa].norms)->float32;
 }
-
-const PackedKernels *packed_kernels_for(int isa) { return isa_usable(isa) ? *isas[isa].packed : nullptr; }
 
 }  // namespace expertshare

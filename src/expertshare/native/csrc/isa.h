@@ -3,7 +3,6 @@
 
 #include "abi.h"
 #include "kernels.h"
-#include "packed_kernels.h"
 
 namespace expertshare {
 
@@ -18,6 +17,5 @@ const Kernels *kernels_for(int isa, bool is_bfloat16);
 const Kernels *kernels_for(int isa, bool is_bfloat16, const es_weight &weight);
 
 // For int8 rows and tokens of either type; null unless the instruction set is usable.
-const PackedKernels *packed_kernels_for(int isa);
 
 }  // namespace expertshare

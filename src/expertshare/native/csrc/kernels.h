@@ -22,6 +22,7 @@ struct Rows {
     const char *codes, *scales, *minima;
 };
 constexpr Rows kNothing = {nullptr, nullptr, nullptr};
+constexpr Index kPanelRows = 16;  // of quantised weights, which are read in whole panels
 inline Rows floats_at(const void *weights) { return {static_cast<const char *>(weights), nullptr, nullptr}; }
 
 struct Kernels {

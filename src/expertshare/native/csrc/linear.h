@@ -8,7 +8,8 @@ namespace expertshare {
 
 class Linear final : public RowPass {
    public:
-    Linear(const es_dense &dense, const Kernels &kernels, Arena &arena);
+    // y: [num_tokens, num_rows] of the type of x.
+    Linear(const Matrix &matrix, void *y, const PassKernels &kernels, Arena &arena, int num_threads);
 
    private:
     void take(const Sums &sums) override;

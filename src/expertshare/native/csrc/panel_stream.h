@@ -10,9 +10,10 @@
 namespace {
 
 using expertshare::Index;
+using expertshare::kPanelRows;
 using expertshare::Rows;
 
-constexpr Index kLineBytes = 64, kPanelRows = 16;
+constexpr Index kLineBytes = 64;
 constexpr Index kUnit = 4;                 // lines of a panel at a time: any depth that is a multiple of 16 has whole ones
 constexpr Index kFetchAheadBytes = 16384;  // 8 to 32 KiB do as well
 

@@ -17,7 +17,7 @@ Index spread(Index bytes) { return (bytes + 63) / 64 * 64 + 64; }
 }  // namespace
 
 Index RowPass::cached_rows(const Matrix &matrix) {
-    const Index rows = std::min(kChunkBytes / (matrix.depth * matrix.element), kMostRows);
+    const Index rows = std::min(kChunkBytes / matrix.row_bytes, kMostRows);
     return std::max(rows / kRowGranule * kRowGranule, kRowGranule);
 }
 
@@ -30,16 +30,19 @@ Index RowPass::num_chunks(const Matrix &matrix, Index chunk_rows) {
     return (matrix.num_rows + chunk_rows - 1) / chunk_rows;
 }
 
-RowPass::RowPass(const Matrix &matrix, const Kernels &kernels, Arena &arena, int num_threads, Index chunk_rows,
+RowPass::RowPass(const Matrix &matrix, const PassKernels &kernels, Arena &arena, int num_threads, Index chunk_rows,
                  Index extra_bytes)
     : matrix_(matrix),
-      kernels_(kernels),
+      floats_(kernels.floats),
       chunk_(chunk_rows),
       num_chunks_(num_chunks(matrix, chunk_rows)),
+      products_(kernels.products),
       num_threads_(num_threads),
-      tile_tokens_(kernels.tile_tokens) {
-    token_stride_ = spread(kernels.row_bytes(matrix.depth));
-    const Index num_sums = num_threads * tile_tokens_ * chunk_;
+      in_panels_(kernels.products.tile_rows == nullptr),
+      tile_tokens_(in_panels_ ? matrix.num_tokens : kernels.products.tile_tokens),
+      sum_stride_(chunk_ + 64 / static_cast<Index>(sizeof(float))) {
+    token_stride_ = spread(products_.row_bytes(matrix.depth));
+    const Index num_sums = num_threads * tile_tokens_ * sum_stride_;
     arena.reserve(Arena::padded<char>(matrix.num_tokens * token_stride_) +
                   Arena::padded<const void *>(matrix.num_tokens) + Arena::padded<float>(num_sums) + extra_bytes);
     tokens_ = arena.carve<char>(matrix.num_tokens * token_stride_);
@@ -51,14 +54,14 @@ RowPass::RowPass(const Matrix &matrix, const Kernels &kernels, Arena &arena, int
 }
 
 int RowPass::useful_threads() const {
-    const Index bytes = matrix_.num_rows * matrix_.depth * matrix_.element;
+    const Index bytes = matrix_.num_rows * matrix_.row_bytes;
     return static_cast<int>(std::min<Index>(num_threads_, 1 + bytes / kBytesPerThread));
 }
 
 void RowPass::run(int worker) {
     drain(encode_, worker, [this](Index token, Index) {
-        kernels_.encode(static_cast<const char *>(matrix_.x) + token * matrix_.depth * matrix_.element, matrix_.depth,
-                        tokens_ + token * token_stride_);
+        products_.encode(static_cast<const char *>(matrix_.x) + token * matrix_.depth * matrix_.element, matrix_.depth,
+                         tokens_ + token * token_stride_);
     });
     bool cached = false;  // every chunk of this thread but the first was fetched during the one before
     drain(chunks_, worker, [this, worker, &cached](Index chunk, Index next) {
@@ -68,14 +71,17 @@ void RowPass::run(int worker) {
     finish(worker);
 }
 
-const char *RowPass::rows(Index chunk) const {
-    return static_cast<const char *>(matrix_.w) + chunk * chunk_ * matrix_.depth * matrix_.element;
+Rows RowPass::rows(Index chunk) const {
+    const Rows &w = matrix_.w;
+    const Index row = chunk * chunk_;
+    return {w.codes + row * matrix_.row_bytes, w.scales == nullptr ? nullptr : w.scales + row * matrix_.scale_bytes,
+            nullptr};
 }
 
 Index RowPass::num_rows(Index chunk) const { return std::min(chunk_, matrix_.num_rows - chunk * chunk_); }
 
 void RowPass::pass(int worker, Index chunk, Index next_chunk, bool cached) {
-    float *out = sums_ + worker * tile_tokens_ * chunk_;
+    float *out = sums_ + worker * tile_tokens_ * sum_stride_;
     if (matrix_.num_tokens <= tile_tokens_) {
         few(chunk, next_chunk, out);
     } else {
@@ -87,28 +93,28 @@ void RowPass::pass(int worker, Index chunk, Index next_chunk, bool cached) {
 void RowPass::few(Index chunk, Index next_chunk, float *out) {
     const Index num_tokens = matrix_.num_tokens;
     if (num_tokens == 0) return;
-    kernels_.rows(floats_at(rows(chunk)), num_rows(chunk), matrix_.depth, x_, num_tokens, out, chunk_,
-                  floats_at(rows(next_chunk >= 0 ? next_chunk : chunk)));
-    take({chunk, chunk * chunk_, num_rows(chunk), 0, num_tokens, out, chunk_});
+    const Index count = num_rows(chunk), whole = (count + kPanelRows - 1) / kPanelRows * kPanelRows;
+    products_.rows(rows(chunk), in_panels_ ? whole : count, matrix_.depth, x_, num_tokens, out, sum_stride_,
+                   rows(next_chunk >= 0 ? next_chunk : chunk));
+    take({chunk, chunk * chunk_, count, 0, num_tokens, out, sum_stride_});
 }
 
 // Tiles of tokens by turns: each fetches its share of the next chunk, so that arithmetic and memory overlap.
 void RowPass::many(Index chunk, Index next_chunk, bool cached, float *out) {
     const Index count = num_rows(chunk), tokens = matrix_.num_tokens;
     const Index num_tiles = (tokens + tile_tokens_ - 1) / tile_tokens_;
-    const char *next = rows(next_chunk >= 0 ? next_chunk : chunk);
-    const Index next_bytes = next_chunk >= 0 ? num_rows(next_chunk) * matrix_.depth * matrix_.element : 0;
+    const Rows next = rows(next_chunk >= 0 ? next_chunk : chunk);
+    const Index next_bytes = next_chunk >= 0 ? num_rows(next_chunk) * matrix_.row_bytes : 0;
     for (Index tile = 0; tile < num_tiles; tile++) {
         const Index m = tokens * tile / num_tiles, num_tokens = tokens * (tile + 1) / num_tiles - m;
         const Index from = next_bytes * tile / num_tiles, to = next_bytes * (tile + 1) / num_tiles;
         if (tile == 0 && !cached) {
-            kernels_.rows(floats_at(rows(chunk)), count, matrix_.depth, x_, num_tokens, out, chunk_,
-                          floats_at(next));
+            products_.rows(rows(chunk), count, matrix_.depth, x_, num_tokens, out, sum_stride_, next);
         } else {
-            kernels_.tile_rows(rows(chunk), count, matrix_.depth, x_ + m, num_tokens, out, chunk_, next + from,
-                               to - from);
+            products_.tile_rows(rows(chunk).codes, count, matrix_.depth, x_ + m, num_tokens, out, sum_stride_,
+                                next.codes + from, to - from);
         }
-        take({chunk, chunk * chunk_, count, m, num_tokens, out, chunk_});
+        take({chunk, chunk * chunk_, count, m, num_tokens, out, sum_stride_});
     }
 }
 

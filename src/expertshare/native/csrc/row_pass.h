@@ -10,8 +10,20 @@ namespace expertshare {
 
 struct Matrix {
     const void *x;  // [num_tokens, depth]
-    const void *w;  // [num_rows, depth], read once
-    Index num_tokens, num_rows, depth, element;  // element: bytes of a weight
+    Rows w;         // [num_rows, depth], read once; quantised: the last panel is whole
+    Index num_tokens, num_rows, depth;
+    Index element;                 // bytes of a feature of x
+    Index row_bytes, scale_bytes;  // of a row of w: its weights or codes; its scales
+};
+template <class Whole>
+Matrix float_matrix(const Whole &of, Index num_rows) {
+    const Index element = of.is_bfloat16 ? 2 : 4;
+    return {of.x, floats_at(of.w), of.num_tokens, num_rows, of.depth, element, of.depth * element, 0};
+}
+
+// Which kernels multiply, and which treat the sums: those of the type of x, whatever the weights are.
+struct PassKernels {
+    const Kernels &products, &floats;
 };
 
 // Rows are cut into chunks that threads take from a queue. Every product is computed by one thread, in an order that
@@ -24,7 +36,7 @@ class RowPass : public Work {
    protected:
     // `chunk_rows` is a multiple of 32, at most 256. `extra_bytes` of the arena are left to the derived class. Throws
     // std::bad_alloc.
-    RowPass(const Matrix &matrix, const Kernels &kernels, Arena &arena, int num_threads, Index chunk_rows,
+    RowPass(const Matrix &matrix, const PassKernels &kernels, Arena &arena, int num_threads, Index chunk_rows,
             Index extra_bytes);
     ~RowPass() = default;
 
@@ -44,7 +56,7 @@ class RowPass : public Work {
     static Index num_chunks(const Matrix &matrix, Index chunk_rows);
 
     const Matrix matrix_;
-    const Kernels &kernels_;
+    const Kernels &floats_;
     const Index chunk_, num_chunks_;
 
    private:
@@ -52,10 +64,13 @@ class RowPass : public Work {
     void few(Index chunk, Index next_chunk, float *out);
     void many(Index chunk, Index next_chunk, bool cached, float *out);
     Index num_rows(Index chunk) const;
-    const char *rows(Index chunk) const;
+    Rows rows(Index chunk) const;
 
+    const Kernels &products_;
     const int num_threads_;
-    const Index tile_tokens_;
+    const bool in_panels_;
+    const Index tile_tokens_;  // of panels: all
+    const Index sum_stride_;
     char *tokens_ = nullptr;
     const void **x_ = nullptr;  // scratch rows of tokens_
     float *sums_ = nullptr;     // per thread

@@ -26,12 +26,12 @@ def product(
 ):
     """float32 [BM, BN]: tokens, DEPTH features from x_ptr + x_at [BM] on, times the weights of rows `row` [BN].
 
-    codes_ptr: of one matrix. BITS 0: weights in the dtype of x. BITS 8: codes row by row. Of both GROUP 0 means rows;
-    otherwise codes lie in panels (kernels/quantise), four in an int32, to which codes_ptr points. A row's scale of
-    8 bits is applied to the sum; codes of 4 bits are widened in float32 and rounded to the dtype of x.
+    codes_ptr: of one matrix. BITS 0: weights in the dtype of x, row by row. Otherwise codes in panels
+    (kernels/quantise), four bytes of them in an int32, to which codes_ptr points. A row's scale of 8 bits is applied to
+    the sum; codes of 4 bits are widened in float32 and rounded to the dtype of x.
     """
     if BITS == 4:
-        return _panels_of_4(
+        total = _panels_of_4(
             x_ptr,
             x_at,
             x_exists,
@@ -47,12 +47,11 @@ def product(
             BN,
             BK,
         )
-    if BITS == 8 and GROUP > 0:
+    elif BITS == 8:
         total = _panels_of_8(x_ptr, x_at, x_exists, codes_ptr, row, row_exists, DEPTH, BM, BN, BK)
+        total = total * tl.load(scales_ptr + row, mask=row_exists, other=0.0)[None, :]
     else:
         total = _rows(x_ptr, x_at, x_exists, codes_ptr, row, row_exists, DEPTH, BM, BN, BK)
-    if BITS == 8:
-        total = total * tl.load(scales_ptr + row, mask=row_exists, other=0.0)[None, :]
     return total
 
 
@@ -69,7 +68,7 @@ def _rows(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Weights, or codes without their scales, row by row."""
+    """Weights row by row."""
     total = tl.zeros((BM, BN), tl.float32)
     for begin in range(0, DEPTH, BK):
         depth = begin + tl.arange(0, BK)
@@ -77,7 +76,7 @@ def _rows(
         x = tl.load(x_ptr + x_at[:, None] + depth[None, :], mask=x_exists[:, None] & inside[None, :], other=0.0)
         w_at = w_ptr + row[None, :] * DEPTH + depth[:, None]
         w = tl.load(w_at, mask=row_exists[None, :] & inside[:, None], other=0)
-        total = tl.dot(x, w.to(x.dtype), total, input_precision="ieee")
+        total = tl.dot(x, w, total, input_precision="ieee")
     return total
 
 
@@ -96,10 +95,11 @@ def _panels_of_8(
 ):
     """Byte b of word q of a row is its code 4 q + b, so that each b is a product over every fourth feature."""
     WORDS: tl.constexpr = DEPTH // 4
+    STEP: tl.constexpr = BK // 4 if BK >= 64 else 16  # a product takes no fewer features
     total = tl.zeros((BM, BN), tl.float32)
     first_of_row = row // 16 * (16 * WORDS) + row % 16
-    for begin in range(0, WORDS, BK // 4):
-        word = begin + tl.arange(0, BK // 4)
+    for begin in range(0, WORDS, STEP):
+        word = begin + tl.arange(0, STEP)
         inside = word < WORDS
         there = row_exists[None, :] & inside[:, None]
         codes = tl.load(words_ptr + first_of_row[None, :] + word[:, None] * 16, mask=there, other=0)
@@ -131,7 +131,7 @@ def _panels_of_4(
 ):
     """Byte b of word q of a group holds its codes 4 q + b (low half) and GROUP / 2 + 4 q + b (high half)."""
     WORDS: tl.constexpr = DEPTH // 8
-    STEP: tl.constexpr = BK // 8 if BK >= 128 else 16  # a product takes no fewer features
+    STEP: tl.constexpr = BK // 8 if BK >= 128 else 16
     total = tl.zeros((BM, BN), tl.float32)
     panel = row // 16
     lane = row % 16
