@@ -73,3 +73,11 @@ def test_the_decoding_of_a_comparison_is_said(changed: Callable[..., Path]) -> N
 
     command = read_source(changed("policies", slower)).command
     assert command.endswith("--gen-length 64 --steps 8 --threshold none --temperature 0.5 --json")
+
+
+def test_a_benchmark_of_a_gpu_says_so(changed: Callable[..., Path]) -> None:
+    def on_a_card(value: dict[str, Any]) -> None:
+        value["results"]["machine"]["gpu"] = {"name": "NVIDIA H200"}
+
+    command = read_source(changed("forward-mini", on_a_card)).command
+    assert given(command)["device"] == "cuda"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from expertshare.decoding import BlockDecoder, BlockResult, BlockStream, Decodin
 from expertshare.decoding.captured_steps import CapturedSteps, capacity_for
 from expertshare.decoding.graphs import CudaGraphs, Graphs
 from expertshare.errors import NumericsError
+from expertshare.experts.whole import ResidentSlabs
 from expertshare.measure.cost import Cost
 from expertshare.models import MoETransformer, Runtime
 from expertshare.routing import parse_policy
@@ -91,7 +93,6 @@ OTHER_RULES = {
     "all that are likely": replace(OPTIONS, threshold=0.0),
     "ends at end-of-text": replace(OPTIONS, stop_at_eos=True),
     "edits": replace(OPTIONS, threshold=0.3, editing_threshold=0.2, max_post_steps=2),
-    "edits, one share": replace(OPTIONS, threshold=None, editing_threshold=0.5, max_post_steps=1),
 }
 
 
@@ -136,6 +137,24 @@ def waits_of(stream: BlockStream) -> list[str]:
             stream._ready.clear()
             stream.advance()
     return waits.seen
+
+
+def test_a_store_of_all_experts_is_captured_and_counts_the_same(device: torch.device) -> None:
+    config = CONFIGS["llada2"]
+    found = []
+    for captured in (False, True):
+        model = model_of(config, device)
+        banks = [layer.moe.experts.bank() for layer in model.layers if layer.moe is not None]
+        store = ResidentSlabs.__new__(ResidentSlabs)
+        layout = SimpleNamespace(num_layers=len(banks))
+        super(ResidentSlabs, store).__init__(layout, banks, device)  # type: ignore[arg-type]
+        runtime = Runtime(policy=parse_policy("des-vote"), backend="triton", store=store, graphs=captured)
+        decoder = BlockDecoder(model, runtime, OPTIONS, graphs=graphs_for(device))
+        blocks, _, uncaptured_because = answered(decoder, PROMPTS[:1])
+        assert (uncaptured_because is None) == captured
+        found.append((blocks, store._asked_N.tolist()))
+    assert found[0] == found[1]
+    assert found[0][1][0] > 0
 
 
 def test_two_streams_at_once_have_captured_steps_of_their_own(device: torch.device) -> None:
@@ -186,6 +205,7 @@ REASONS = [
     ({"policy": parse_policy("coverage")}, {}, False, "has no recipe"),
     ({}, {}, False, None),
     ({}, {"top_k": 3}, False, None),
+    ({"store": ResidentSlabs.__new__(ResidentSlabs)}, {}, False, None),
 ]
 
 
