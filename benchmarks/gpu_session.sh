@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE=1
 mkdir -p "$results"
 
 # Correct first: the tests of the kernels, compiled, bfloat16, captured forwards and whole answers by replays among them.
-$python -m pytest -q -m cuda tests/kernels/triton
+$python -m pytest -q -m cuda tests
 
 # Selection: under 20 us a layer inside the graph.
 $python benchmarks/gpu_selection.py --out "$results/gpu-selection.json"
@@ -35,3 +35,8 @@ $python -m expertshare bench generate --device cuda --case llada2.0-mini --layer
     --batch-sizes 1,4 --policies vanilla,des-vote:budget=15 --repeats 5 \
     --backends triton,triton-no-graphs,grouped,transformers-grouped-mm --report "$results/gpu-generate-mini.json" \
     --plot "$results/gpu-generate-mini.png"
+
+# Experts in pinned host memory, a coreset on the card. Needs 33 GB each of disk, card and host memory.
+model=${MODEL:-build/mini}
+$python -m expertshare make-checkpoint --like llada2.0-mini --quantise none --out "$model"
+$python benchmarks/gpu_store.py "$model" --budgets 4GiB,8GiB,all --host-memory all --json "$results/gpu-store-mini.json"
