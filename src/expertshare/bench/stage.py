@@ -12,7 +12,7 @@ from expertshare.bench.cases import Case
 from expertshare.bench.contenders import CPU, Contender, Run
 from expertshare.bench.machine import CACHE_FACTOR, Machine
 from expertshare.bench.plans import SKEW, rotation
-from expertshare.bench.weights import check_memory, quantised_expert_bytes, random_banks
+from expertshare.bench.weights import check_memory, in_slabs, quantised_expert_bytes, random_banks
 from expertshare.kernels.quantise import quantise_bank, scheme_named
 from expertshare.types import Bank, ExpertBank, RoutingPlan
 
@@ -97,7 +97,12 @@ def banks_of(
         seed=settings.seed,
     )
     banks = [ExpertBank(*(t.to(settings.device) for t in (bank.gate_up_EHD, bank.down_EDF))) for bank in made]
-    return {None: banks, **{form: [quantise_bank(bank, scheme_named(form)) for bank in banks] for form in forms}}
+    return {None: banks, **{form: [_quantised(bank, form) for bank in banks] for form in forms}}
+
+
+def _quantised(bank: ExpertBank, form: str) -> Bank:
+    made = quantise_bank(bank, scheme_named(form))
+    return in_slabs(made, form) if bank.down_EDF.device.type == "cpu" else made
 
 
 def expert_bytes(case: Case, entrant: Contender, dtype: torch.dtype) -> int:

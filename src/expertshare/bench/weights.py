@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from expertshare.bench.machine import available_memory_bytes
 from expertshare.config import ModelConfig
 from expertshare.errors import InputError
+from expertshare.experts.page_memory import allocate_slabs
+from expertshare.experts.slab import SlabFormat
 from expertshare.kernels.quantise import scheme_named
 from expertshare.models import MoETransformer
 from expertshare.models.moe import Router, lay_side_by_side
 from expertshare.native import ask_for_huge_pages
-from expertshare.types import ExpertBank
+from expertshare.types import ExpertBank, QuantisedBank
 
 UNKNOWN_MEMORY_BYTES = 4 * 10**9
 """What may be used where the system does not say how much is free."""
@@ -52,6 +54,19 @@ def random_banks(
         )
         for _ in range(count)
     ]
+
+
+def in_slabs(bank: QuantisedBank, quantisation: str) -> QuantisedBank:
+    """The bank copied to where stores have it: slab after slab, in huge pages."""
+    down = bank.down
+    group = 0 if down.bits == 8 else down.group_size
+    form = SlabFormat(scheme=quantisation, hidden=down.rows, inner=down.depth, group_size=group)  # type: ignore[arg-type]
+    lent = form.bank(allocate_slabs(len(down.codes_EPC), form.slab_bytes))
+    assert isinstance(lent, QuantisedBank)
+    for to, of in ((lent.gate_up, bank.gate_up), (lent.down, down)):
+        to.codes_EPC.copy_(of.codes_EPC)
+        to.scales_EPG.copy_(of.scales_EPG)
+    return lent
 
 
 def fill(tensor: Tensor, std: float, generator: np.random.Generator) -> Tensor:

@@ -14,8 +14,7 @@ using expertshare::kPanelRows;
 using expertshare::Rows;
 
 constexpr Index kLineBytes = 64;
-constexpr Index kUnit = 4;                 // lines of a panel at a time: any depth that is a multiple of 16 has whole ones
-constexpr Index kFetchAheadBytes = 16384;  // 8 to 32 KiB do as well
+constexpr Index kUnit = 4;  // lines of a panel at a time: any depth that is a multiple of 16 has whole ones
 
 // Bytes from one panel to the next.
 struct Strides {
@@ -78,7 +77,7 @@ struct Ahead {
 struct Region {
     Rows w, next;
     Strides strides;
-    Index num_panels;
+    Index num_panels, ahead_bytes;
 
     Rows panel(Index k) const { return k < num_panels ? skip(w, strides, k) : skip(next, strides, k - num_panels); }
 
@@ -87,7 +86,7 @@ struct Region {
     Ahead<R> ahead(Index first) const {
         Ahead<R> found = {};
         if (next.codes == nullptr) return found;
-        const Index blocks = kFetchAheadBytes / strides.codes, rest = kFetchAheadBytes % strides.codes;
+        const Index blocks = ahead_bytes / (R * strides.codes), rest = ahead_bytes / R % strides.codes;
         for (int r = 0; r < R; r++) {
             found.streams[r] = {panel(first + r + R * blocks).codes + rest, panel(first + r + R * (blocks + 1)).codes,
                                 (strides.codes - rest) / kLineBytes};
