@@ -97,7 +97,8 @@ def _bench_generate(stored: Stored) -> list[str]:
 def _bench_rest(stored: Stored, dtype: str | None) -> list[str]:
     """What every benchmark ends with; dtype: the one that goes without saying. A checkpoint's own is not in the file,
     so that the one of a loaded model is never said."""
-    device = ["--device", "cuda"] if "gpu" in stored.results.get("machine", {}) else []
+    machine = stored.results.get("machine")
+    device = ["--device", "cuda"] if isinstance(machine, dict) and "gpu" in machine else []
     words = [*_unless(stored.config, "dtype", dtype), *device]
     return [*words, *_seed(stored.seeds.get("bench", 0)), "--report", "FILE"]
 
