@@ -2,8 +2,8 @@
 
     python benchmarks/capacity_check.py
 
-Reads benchmarks/results/experts-mini-3.json, forward-mini.json and memory-mini-*.json. One "GPU" stands for the
-machine, with the bandwidth and peak of the report (memory-mini has none of its own: those of experts-mini-3).
+Reads benchmarks/results/experts-mini-2.json, forward-mini.json and memory-mini-*.json. One "GPU" stands for the
+machine, with the bandwidth and peak of the report (memory-mini has none of its own: those of experts-mini-2).
 Predictions come twice: reading hidden behind computing or the reverse (--overlap 1, the roofline), and one after the
 other (--overlap 0).
 """
@@ -50,7 +50,7 @@ class Check:
 
 def expert_layer() -> list[Check]:
     """Our kernel, one layer of 32 tokens, milliseconds."""
-    results = _results("experts-mini-3.json")
+    results = _results("experts-mini-2.json")
     card = _machine(results)
     cases = [case for case in results["cases"] if case["backend"] == "cpu"]
     return [
@@ -72,7 +72,7 @@ def forwards() -> list[Check]:
 
 def decoding(name: str, scheme: str) -> list[Check]:
     """Forwards of the whole model behind a store with a budget, without the time that it waited, milliseconds."""
-    card = _machine(_results("experts-mini-3.json"))
+    card = _machine(_results("experts-mini-2.json"))
     found = []
     for point in _points(name):
         seconds = (sum(point["seconds_by_part"].values()) - point["stall_s"]) / point["forwards"]
@@ -89,7 +89,7 @@ def memory() -> list[Check]:
     for name, scheme in (("memory-mini-bf16.json", "bf16"),):
         for point in _points(name):
             measured = point["peak_anonymous_bytes"] - parse_size(point["budget"])
-            parts = _replica(point["unique_experts"], _machine(_results("experts-mini-3.json")), layers=20).memory
+            parts = _replica(point["unique_experts"], _machine(_results("experts-mini-2.json")), layers=20).memory
             predicted = (parts.dense + parts.cache + parts.logits) / 1e9
             found.append(
                 Check(
