@@ -195,6 +195,7 @@ UNUSABLE: tuple[dict[str, object], ...] = (
     {"dtype": "float16"},
     {"optimiser": "sgd"},
     {"lr": -1.0},
+    {"weight_decay": float("nan")},
 )
 
 

@@ -171,7 +171,21 @@ def test_other_settings_or_a_finished_folder_are_refused(tmp_path: Path) -> None
         _trainer(tmp_path / "other", _config(), resume=True)
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"mask_ratio": (0.0, 0.5)}, {"dtype": "float16"}])
+UNUSABLE: tuple[dict[str, object], ...] = (
+    {"steps": 0},
+    {"mask_ratio": (0.0, 0.5)},
+    {"dtype": "float16"},
+    {"matrix_lr": float("nan")},
+    {"scalar_lr": float("inf")},
+    {"weight_decay": -1.0},
+    {"balance_rate": float("nan")},
+    {"fill_weight": 2.0},
+    {"mixture": {"arith": 0.0}},
+    {"mixture": {"arith": float("nan")}},
+)
+
+
+@pytest.mark.parametrize("change", UNUSABLE)
 def test_unusable_settings_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         _config(**change)
