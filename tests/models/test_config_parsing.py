@@ -250,6 +250,16 @@ def test_missing_ids_say_where_they_were_looked_for() -> None:
     assert parse(LLADA2_CONFIG).mask_id == MASK
 
 
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts", "head_dim")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("key", SIZES)
+def test_sizes_that_no_model_has_are_named(name: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key} must be at most"):
+        parse({**CONFIGS[name], key: 10**30})
+
+
 def test_a_mask_that_ends_the_text_is_an_error() -> None:
     with pytest.raises(ConfigError, match=f"mask_token_id.*{EOS}.*eos_token_id"):
         parse({**LLADA2_CONFIG, "mask_token_id": EOS})

@@ -32,6 +32,21 @@ NO_EFFECT = frozenset(
 """Keys about training, bookkeeping or other software: inference does not depend on them, in any family."""
 
 
+_MOST = {
+    "head_dim": 2**14,
+    "max_position_embeddings": 2**31,
+    "num_attention_heads": 2**14,
+    "num_experts": 2**16,
+    "num_hidden_layers": 10_000,
+    "num_key_value_heads": 2**14,
+    "num_shared_experts": 2**10,
+    "vocab_size": 2**24,
+}
+"""Far above every model: a size beyond it is damage, and would be counted through, or overflow, before weights are
+read."""
+_MOST_ELSEWHERE = 2**20
+
+
 class ConfigKeys:
     """The keys of one file, and which of them have been read. A null value counts as absent."""
 
@@ -54,6 +69,8 @@ class ConfigKeys:
         value = self._required(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{self._where}: {key} must be a whole number of at least {least}, got {value!r}")
+        if value > (most := _MOST.get(key, _MOST_ELSEWHERE)):
+            raise ConfigError(f"{self._where}: {key} must be at most {most}, got {value}: download it again")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
