@@ -101,3 +101,14 @@ def test_a_model_is_loaded_with_its_tokenizer_and_its_ids(tmp_path: Path) -> Non
     loaded = load_model(directory)
     assert loaded.tokenizer is not None
     assert (loaded.config.mask_id, loaded.config.eos_ids, loaded.config.pad_id) == (1, (2,), 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("tokenizer.json", "[" * 100_000), ("tokenizer_config.json", '{"added_tokens_decoder": 5}')],
+    ids=["deep", "no tokens"],
+)
+def test_a_tokenizer_that_its_own_library_stumbles_over_is_named(tmp_path: Path, name: str, text: str) -> None:
+    (write_tokenizer(tmp_path) / name).write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="cannot be loaded"):
+        load_tokenizer(tmp_path)

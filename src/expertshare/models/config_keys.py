@@ -32,6 +32,21 @@ NO_EFFECT = frozenset(
 """Keys about training, bookkeeping or other software: inference does not depend on them, in any family."""
 
 
+_MOST = {
+    "head_dim": 2**14,
+    "max_position_embeddings": 2**31,
+    "num_attention_heads": 2**14,
+    "num_experts": 2**16,
+    "num_hidden_layers": 10_000,
+    "num_key_value_heads": 2**14,
+    "num_shared_experts": 2**10,
+    "vocab_size": 2**24,
+}
+"""Far above every model: a size beyond it is damage, and would be counted through, or overflow, before weights are
+read."""
+_MOST_ELSEWHERE = 2**20
+
+
 class ConfigKeys:
     """The keys of one file, and which of them have been read. A null value counts as absent."""
 
@@ -54,6 +69,8 @@ class ConfigKeys:
         value = self._required(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{self._where}: {key} must be a whole number of at least {least}, got {value!r}")
+        if value > (most := _MOST.get(key, _MOST_ELSEWHERE)):
+            raise ConfigError(f"{self._where}: {key} must be at most {most}, got {value}: download it again")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -104,16 +121,18 @@ def read_rope(keys: ConfigKeys, head_dim: int) -> tuple[float, int]:
     Knows the flat keys and the nested `rope_parameters` of transformers 5. Any scaling of the rotary embedding, and
     `rotary_dim` that disagrees with `partial_rotary_factor`, is a ConfigError.
     """
-    nested = ConfigKeys(keys.get("rope_parameters") or {}, "rope_parameters in config.json")
+    stated = keys.get("rope_parameters")
+    if stated is not None and not isinstance(stated, Mapping):
+        raise ConfigError(f"config.json: rope_parameters must be an object with rope_theta, got {stated!r}")
+    nested = ConfigKeys(stated or {}, "rope_parameters in config.json")
     nested.expect("rope_type", "default")
     keys.expect("rope_scaling")
     theta = nested.number("rope_theta", _absent_or_number(keys, "rope_theta"))
     factor = nested.number("partial_rotary_factor", _absent_or_number(keys, "partial_rotary_factor") or 1.0)
     nested.refuse_unread()
-    stated = keys.get("rotary_dim")
-    rotary_dim = int(head_dim * factor)
+    rotary_dim = int(head_dim * factor + 1e-6)  # a factor that is a rounded quotient must not lose a feature
     factor_is_stated = keys.get("partial_rotary_factor") or nested.get("partial_rotary_factor")
-    if stated is None:
+    if keys.get("rotary_dim") is None:
         return theta, rotary_dim
     size = keys.integer("rotary_dim")
     if factor_is_stated and size != rotary_dim:

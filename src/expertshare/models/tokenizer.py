@@ -30,7 +30,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     kind = PreTrainedTokenizerFast if (directory / "tokenizer.json").exists() else AutoTokenizer
     try:
         return kind.from_pretrained(str(directory), trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"the tokenizer in {directory} cannot be loaded ({reason}): download it again") from error
 
