@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +98,18 @@ def test_extreme_noise_and_temperature_stay_finite() -> None:
     )
     assert tokens.tolist() == [1, 1]
     assert confidence.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-308, 1e-300])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.9}, {"filtered_confidence": True}])
+def test_a_temperature_next_to_zero_takes_the_best_token(temperature: float, options: dict[str, Any]) -> None:
+    logits = torch.tensor([[0.5, 3.0, 2.0, -1.0], [-4.0, -2.0, -3.0, 9.0]])
+    settings = DecodingOptions(temperature=temperature, **options)
+    uniform = draw([torch.Generator().manual_seed(1)], [2], 4)
+    tokens, confidence = propose(logits, settings, mask_id=3, uniform_CV=uniform)
+    assert tokens.tolist() == [1, 1]
+    clean = logits.index_fill(1, torch.tensor([3]), float("-inf")).softmax(dim=1)[:, 1]
+    torch.testing.assert_close(confidence, torch.ones(2) if "filtered_confidence" in options else clean)
 
 
 def test_a_row_draws_from_its_own_generator() -> None:

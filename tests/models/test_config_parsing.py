@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,10 +121,18 @@ def test_to_config_is_the_inverse_of_parse(name: str) -> None:
     assert parse(family.to_config(config)) == config
 
 
+@pytest.mark.parametrize(("rotary_dim", "head_dim"), [(30, 88), (106, 152), (64, 128)])
+def test_a_share_of_the_head_that_floats_round_gives_its_features_back(rotary_dim: int, head_dim: int) -> None:
+    config = replace(parse(LLADA_MOE_CONFIG), rotary_dim=rotary_dim, head_dim=head_dim)
+    assert parse(FAMILIES["llada_moe"].to_config(config)).rotary_dim == rotary_dim
+
+
 UNSUPPORTED: list[tuple[str, str, object]] = [
     ("llada2", "hidden_act", "gelu"),
     ("llada2", "rope_scaling", {"type": "yarn", "factor": 4.0}),
     ("llada2", "rope_parameters", {"rope_type": "yarn", "factor": 4.0}),
+    ("llada2", "rope_parameters", [5000.0]),
+    ("llada2", "rope_parameters", "default"),
     ("llada2", "use_bias", True),
     ("llada2", "use_qkv_bias", True),
     ("llada2", "use_qk_norm", False),
@@ -239,6 +248,11 @@ def test_missing_ids_say_where_they_were_looked_for() -> None:
         assert all(word in str(caught.value) for word in words)
     assert parse(without(LLADA2_CONFIG, "pad_token_id")).pad_id == EOS
     assert parse(LLADA2_CONFIG).mask_id == MASK
+
+
+def test_a_mask_that_ends_the_text_is_an_error() -> None:
+    with pytest.raises(ConfigError, match=f"mask_token_id.*{EOS}.*eos_token_id"):
+        parse({**LLADA2_CONFIG, "mask_token_id": EOS})
 
 
 def test_block_length_from_either_file() -> None:

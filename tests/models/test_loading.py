@@ -20,6 +20,7 @@ from .layouts import LLADA2_CONFIG, glm4_pair, merged_names, read_checkpoint, wr
 
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 BIAS = "model.layers.2.mlp.gate.expert_bias"
+ROUTER = "model.layers.1.mlp.gate.weight"
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +139,8 @@ TENSOR_DAMAGE: dict[str, tuple[Damage, list[str]]] = {
     "misshapen": (put(EXPERT, torch.zeros(24, 31)), [EXPERT, "[24, 31]", "[24, 32]"]),
     "transposed": (put("model.layers.0.mlp.down_proj.weight", torch.zeros(48, 32)), ["layers.0.mlp.down_proj"]),
     "quantised": (put(EXPERT, torch.zeros(24, 32, dtype=torch.int8)), [EXPERT, "I8"]),
+    "a bias that is no number": (put(BIAS, torch.full((16,), float("nan"))), [BIAS, "finite"]),
+    "an infinite router": (put(ROUTER, torch.full((16, 32), float("inf"))), [ROUTER, "finite"]),
     "wrong bias size": (put(BIAS, torch.zeros(8)), [BIAS, "[8]", "[16]"]),
 }
 
@@ -227,7 +230,17 @@ def test_a_directory_without_weights_says_so(broken: Path) -> None:
         load_model(broken)
 
 
-@pytest.mark.parametrize(("text", "words"), [("{", "line 1"), ("[]", "object"), (None, "config.json")])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "line 1"),
+        ("[]", "object"),
+        (None, "config.json"),
+        ("[" * 100_000, r"config\.json cannot be read"),
+        ('{"vocab_size": ' + "1" * 5000 + "}", r"config\.json cannot be read"),
+    ],
+    ids=["cut", "list", "absent", "deep", "long number"],
+)
 def test_an_unreadable_config_is_named(text: str | None, words: str, broken: Path) -> None:
     config = broken / "config.json"
     if text is None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from expertshare.errors import PolicyError
 from expertshare.routing import make_policy
 from expertshare.routing.coverage import greedy_cover
+from expertshare.types import RouterScores
 
 from .cases import members, one_group, plain_spec
 from .test_golden_coresets import coreset_ids
@@ -68,3 +69,11 @@ def _by_loop(mass: list[list[int]], saturation: float, size: int) -> list[int]:
 def test_greedy_steps_are_those_of_a_plain_loop(mass: list[list[int]], saturation: float, size: int) -> None:
     chosen = greedy_cover(torch.tensor([mass], dtype=torch.float64), saturation, size)
     assert members(chosen[0]) == _by_loop(mass, saturation, size)
+
+
+def test_scores_that_are_no_numbers_choose_somebody() -> None:
+    """What the model makes of them is not finite either, and decoding says so."""
+    nan = torch.full((2, 3, 4), float("nan"))
+    scores = RouterScores(nan, nan, torch.ones(2, 3, dtype=torch.bool))
+    coreset = make_policy("coverage", {"budget": 2}).select(scores, FOUR_CHOOSE_TWO)
+    assert coreset.member_GE.sum(dim=1).tolist() == [2, 2]

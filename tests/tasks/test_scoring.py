@@ -123,3 +123,9 @@ def test_programs_that_leave_early_or_hide_the_tests_are_wrong() -> None:
         f"{item.reference}\n(",
     ]
     assert score_many([item] * len(answers), answers) == [False] * len(answers)
+
+
+def test_a_number_too_long_to_read_is_wrong() -> None:
+    """A model that repeats itself must not stop an evaluation."""
+    item = PromptRecord(prompt="1 + 1", reference="#### 2", task="arith")
+    assert score_many([item, item], ["#### " + "1" * 5000, "#### 2"]) == [False, True]

@@ -17,7 +17,7 @@ from expertshare.routing import parse_policy
 from expertshare.training.config import reference_architecture
 from expertshare.training.distill.config import DistillConfig
 from expertshare.training.distill.curriculum import make_curriculum
-from expertshare.training.distill.run import DistillPaths, train
+from expertshare.training.distill.run import DistillPaths, record_settings, train
 from expertshare.training.distill.trainer import DistillTrainer, draw_indices
 from expertshare.training.objective import Sample
 
@@ -105,6 +105,30 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, changes: dict[
     assert logged[0] == logged[1]
 
 
+@pytest.mark.parametrize("keep", [0, 1000])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, keep: int) -> None:
+    paths = _paths(tmp_path)
+    train(_trainer(_settings(steps=1)), paths, resume=False)
+    paths.checkpoint.write_bytes(paths.checkpoint.read_bytes()[:keep])
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt"):
+        train(_trainer(_settings(steps=1)), paths, resume=True)
+
+
+def test_a_damaged_record_of_the_run_is_named(tmp_path: Path) -> None:
+    paths = _paths(tmp_path)
+    record_settings(paths, {"seed": 0}, resume=False)
+    paths.settings.write_text("[]")
+    with pytest.raises(TrainingError, match=r"run\.json"):
+        record_settings(paths, {"seed": 0}, resume=True)
+
+
+def test_a_step_always_has_a_token_to_learn() -> None:
+    """Also where end-of-text tokens weigh nothing and they alone would be masked."""
+    trainer = _trainer(_settings(samples_per_step=1, fill_weight=0.0, mask_ratio=(1e-9, 1e-9)))
+    for step in range(20):
+        assert all(float(batch.weights_BS.sum()) > 0 for batch in trainer.batches(step)), step
+
+
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
 def test_a_gradient_that_is_not_finite_reaches_no_weight(optimiser: str) -> None:
     """The loss shows it a step later: behind the checkpoint, or, after the last step, never."""
@@ -183,6 +207,7 @@ UNUSABLE: tuple[dict[str, object], ...] = (
     {"dtype": "float16"},
     {"optimiser": "sgd"},
     {"lr": -1.0},
+    {"weight_decay": float("nan")},
 )
 
 

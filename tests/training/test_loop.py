@@ -87,6 +87,41 @@ def test_loss_falls_and_the_bias_moves_towards_an_even_load(tmp_path: Path) -> N
     assert bias.abs().max() > 0.01
 
 
+def test_a_step_whose_masks_hit_nothing_changes_nothing(tmp_path: Path) -> None:
+    config = _config(samples_per_step=1, mask_ratio=(1e-9, 1e-9), full_mask_share=0.0, balance_rate=0.0)
+    trainer = _trainer(tmp_path / "run", config)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    assert trainer.step().loss == 0.0
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(before[name], tensor), name
+
+
+@pytest.mark.parametrize("keep", [0, 1000])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, keep: int) -> None:
+    folder = tmp_path / "run"
+    train(_trainer(folder, _config(steps=2)), folder / "checkpoint.pt", resume=False)
+    damaged = folder / "checkpoint.pt"
+    damaged.write_bytes(damaged.read_bytes()[:keep])
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt"):
+        train(_trainer(folder, _config(steps=2), resume=True), damaged, resume=True)
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    trainer = _trainer(folder, _config(steps=2))
+    torch.save({"weights": torch.zeros(2)}, folder / "checkpoint.pt")
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt"):
+        train(trainer, folder / "checkpoint.pt", resume=True)
+
+
+def test_a_damaged_record_of_the_run_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    _trainer(folder, _config())
+    (folder / "run.json").write_text("{")
+    with pytest.raises(TrainingError, match=r"run\.json"):
+        _trainer(folder, _config(), resume=True)
+
+
 def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path: Path) -> None:
     """The loss shows it a step later: behind the checkpoint, or, after the last step, never."""
     trainer = _trainer(tmp_path / "run", _config())
@@ -120,6 +155,22 @@ def test_a_run_exports_a_model_that_loads_and_its_log(tmp_path: Path) -> None:
     assert json.loads(paths.config.read_text())["training"]["seed"] == 0
 
 
+def test_a_resumed_run_logs_every_step_once(tmp_path: Path) -> None:
+    paths = RunPaths(folder=tmp_path / "run")
+
+    class Interrupt(Exception):
+        pass
+
+    def stop(result: object) -> None:
+        if getattr(result, "step", 0) == 2:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        run(_trainer(paths.folder, _config()), paths, resume=False, log_every=1, on_step=stop)
+    run(_trainer(paths.folder, _config(), resume=True), paths, resume=True, log_every=1)
+    assert [json.loads(line)["step"] for line in paths.log.read_text().splitlines()] == [1, 2, 3, 4]
+
+
 def test_other_settings_or_a_finished_folder_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     _trainer(folder, _config())
@@ -131,7 +182,21 @@ def test_other_settings_or_a_finished_folder_are_refused(tmp_path: Path) -> None
         _trainer(tmp_path / "other", _config(), resume=True)
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"mask_ratio": (0.0, 0.5)}, {"dtype": "float16"}])
+UNUSABLE: tuple[dict[str, object], ...] = (
+    {"steps": 0},
+    {"mask_ratio": (0.0, 0.5)},
+    {"dtype": "float16"},
+    {"matrix_lr": float("nan")},
+    {"scalar_lr": float("inf")},
+    {"weight_decay": -1.0},
+    {"balance_rate": float("nan")},
+    {"fill_weight": 2.0},
+    {"mixture": {"arith": 0.0}},
+    {"mixture": {"arith": float("nan")}},
+)
+
+
+@pytest.mark.parametrize("change", UNUSABLE)
 def test_unusable_settings_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         _config(**change)

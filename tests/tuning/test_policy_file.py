@@ -86,9 +86,18 @@ def _malform(content: dict[str, Any]) -> None:
     content["policy"] = ["des-vote"]
 
 
+def _list_name(content: dict[str, Any]) -> None:
+    content["policy"]["layers"][0]["name"] = ["vanilla"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(_rename_knob, "no knob 'budgte'"), (_rename_policy, "unknown policy 'vanila'"), (_malform, "a policy as")],
+    [
+        (_rename_knob, "no knob 'budgte'"),
+        (_rename_policy, "unknown policy 'vanila'"),
+        (_malform, "a policy as"),
+        (_list_name, "a policy as"),
+    ],
 )
 def test_an_unusable_policy_is_named(written: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
     with pytest.raises(PolicyError, match=message):
@@ -117,6 +126,13 @@ def test_a_missing_file_and_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.json").write_text("des-vote:budget=16")
     with pytest.raises(InputError, match="expected a policy file"):
         read_policy_file(tmp_path / "text.json")
+
+
+@pytest.mark.parametrize("value", ["NaN", "1e999", '"\\ud800"', "[" * 100_000, "1" * 5000])
+def test_values_that_no_policy_file_holds_are_refused(written: Path, value: str) -> None:
+    written.write_text(written.read_text().replace('"not certified: made by hand"', value))
+    with pytest.raises(InputError, match=r"expected a policy file \(JSON\)"):
+        read_policy_file(written)
 
 
 def test_a_model_with_other_weights_is_refused(written: Path, checkpoint: Path, tmp_path: Path) -> None:

@@ -33,13 +33,23 @@ def _propose(
 ) -> tuple[Tensor, Tensor]:
     clean_CV = logits_CV.float()
     clean_CV = clean_CV.index_fill(1, torch.tensor([mask_id], device=clean_CV.device), float("-inf"))
-    tempered_CV = clean_CV.double() / options.temperature if options.temperature else clean_CV
-    restricted_CV = restrict(tempered_CV, options.top_k, options.top_p)
+    restricted_CV = restrict(temper(clean_CV, options.temperature), options.top_k, options.top_p)
     noised_CV = restricted_CV if uniform_CV is None else restricted_CV.double() + gumbel(uniform_CV)
     tokens_C = noised_CV.argmax(dim=1)
     judged_CV = restricted_CV if options.filtered_confidence else clean_CV
     confidence_C = judged_CV.softmax(dim=1).gather(1, tokens_C.unsqueeze(1)).squeeze(1)
     return tokens_C, confidence_C.float()
+
+
+def temper(logits_CV: Tensor, temperature: float) -> Tensor:
+    """Logits over a temperature, float64, the best of each row at 0; at 0, argmax, they stay as they are.
+
+    Shifting them changes no probability, and keeps those of the best finite at the smallest temperature.
+    """
+    if temperature == 0.0:
+        return logits_CV
+    shifted_CV = logits_CV.double() - logits_CV.amax(dim=1, keepdim=True).double()
+    return shifted_CV / temperature
 
 
 def restrict(logits_CV: Tensor, top_k: int | None, top_p: float | None) -> Tensor:

@@ -104,16 +104,18 @@ def read_rope(keys: ConfigKeys, head_dim: int) -> tuple[float, int]:
     Knows the flat keys and the nested `rope_parameters` of transformers 5. Any scaling of the rotary embedding, and
     `rotary_dim` that disagrees with `partial_rotary_factor`, is a ConfigError.
     """
-    nested = ConfigKeys(keys.get("rope_parameters") or {}, "rope_parameters in config.json")
+    stated = keys.get("rope_parameters")
+    if stated is not None and not isinstance(stated, Mapping):
+        raise ConfigError(f"config.json: rope_parameters must be an object with rope_theta, got {stated!r}")
+    nested = ConfigKeys(stated or {}, "rope_parameters in config.json")
     nested.expect("rope_type", "default")
     keys.expect("rope_scaling")
     theta = nested.number("rope_theta", _absent_or_number(keys, "rope_theta"))
     factor = nested.number("partial_rotary_factor", _absent_or_number(keys, "partial_rotary_factor") or 1.0)
     nested.refuse_unread()
-    stated = keys.get("rotary_dim")
-    rotary_dim = int(head_dim * factor)
+    rotary_dim = int(head_dim * factor + 1e-6)  # a factor that is a rounded quotient must not lose a feature
     factor_is_stated = keys.get("partial_rotary_factor") or nested.get("partial_rotary_factor")
-    if stated is None:
+    if keys.get("rotary_dim") is None:
         return theta, rotary_dim
     size = keys.integer("rotary_dim")
     if factor_is_stated and size != rotary_dim:

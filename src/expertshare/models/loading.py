@@ -130,6 +130,11 @@ def _fill(model: MoETransformer, stored: Mapping[str, StoredTensor], places: Seq
     state = model.state_dict()
     with torch.no_grad():
         for place, tensor in read_tensors(stored, places):
+            if ".router." in place.entry and not tensor.isfinite().all():
+                raise CheckpointError(
+                    f"{place.name} in {stored[place.name].file} holds NaN or infinity, expected finite numbers: the "
+                    "router would leave experts out without a word. Download the checkpoint again"
+                )
             place.of(state[place.entry]).copy_(tensor)
 
 

@@ -59,6 +59,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not valid JSON at line {error.lineno}: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} is not UTF-8 text: download it again") from error
+    except (OSError, ValueError, RecursionError) as error:  # a folder; numbers too long, or too deep, for Python
+        raise CheckpointError(f"{path} cannot be read ({error}): download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value

@@ -53,6 +53,11 @@ def read_special_ids(keys: ConfigKeys, generation: Mapping[str, Any], tokenizer:
     ends = tuple(_token_id("eos_token_id", e) for e in (eos if isinstance(eos, list) else [eos]))
     if not ends:
         raise ConfigError("eos_token_id must name at least one token, got an empty list")
+    if mask in ends:
+        raise ConfigError(
+            f"mask_token_id is {mask}, which is an eos_token_id too: a mask is never written, so that no answer would "
+            "end. Correct one of them in config.json or generation_config.json"
+        )
     pad = _first([config["pad_token_id"], generation.get("pad_token_id"), tokenizer.pad])
     return SpecialIds(
         mask=_token_id("mask_token_id", mask),

@@ -40,7 +40,9 @@ class Coverage(CoresetPolicy):
         """Take the expert with the largest gain, as often as the budget allows."""
         size = resolve_budget(self.budget, spec, self.group_limit, self.name)
         cast_GLE = ballots(self.voting(scores), spec, spec.top_k, self.ballots)
-        mass_GLE = (scores.affinity_GLE.detach().double() * _UNITS).round().masked_fill(~cast_GLE, 0.0)
+        # NaN would beat and equal nothing, itself included: without a best, there is no expert to take.
+        mass_GLE = (scores.affinity_GLE.detach().double() * _UNITS).round().nan_to_num(nan=0.0)
+        mass_GLE = mass_GLE.masked_fill(~cast_GLE, 0.0)
         return Coreset(greedy_cover(mass_GLE, self.saturation, size))
 
 

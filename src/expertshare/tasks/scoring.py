@@ -11,6 +11,8 @@ from expertshare.tasks.table import find_task
 from expertshare.tasks.types import AnswerRule, PromptRecord, TaskItem
 
 FINAL_MARK = "####"
+_MOST_DIGITS = 4000
+"""Of a number that Python reads: a model may repeat a digit for as long as it is let."""
 _INTEGER = re.compile(r"[+-]?\d+(?!\w|\.\d)")
 
 
@@ -23,7 +25,9 @@ def final_answer(text: str) -> str | None:
 def _equal(rule: AnswerRule, gold: str, answer: str) -> bool:
     if rule == "number":
         wanted, found = _INTEGER.match(gold), _INTEGER.match(answer)
-        return wanted is not None and found is not None and int(wanted[0]) == int(found[0])
+        if wanted is None or found is None or len(found[0]) > _MOST_DIGITS:
+            return False
+        return int(wanted[0]) == int(found[0])
     return "".join(gold.split()) == "".join(answer.split())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from expertshare.config import ModelConfig, RouterSpec
@@ -47,6 +48,18 @@ class TrainingConfig:
         low, high = self.mask_ratio
         if not 0.0 < low <= high <= 1.0:
             raise ConfigError(f"mask_ratio must be a range inside (0, 1], got {self.mask_ratio}")
+        for name in ("matrix_lr", "scalar_lr"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be a positive number, got {getattr(self, name)}")
+        for name in ("weight_decay", "balance_rate", "balance_loss"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
+        for name in ("decay_share", "full_mask_share", "fill_weight"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        weights = self.mixture.values()
+        if not all(0.0 <= weight < math.inf for weight in weights) or not sum(weights) > 0.0:
+            raise ConfigError(f"mixture must weigh tasks by numbers of at least 0, one above 0, got {self.mixture}")
         if self.dtype not in ("bfloat16", "float32"):
             raise ConfigError(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from expertshare.tasks.generation import iterate_items
 from expertshare.training.config import TrainingConfig
 from expertshare.training.muon import Muon
 from expertshare.training.objective import NoiseSettings, Sample, TrainingBatch, training_batches
+from expertshare.training.run_files import load_state, save_state
 from expertshare.training.whole_canvas import canvas_batches
 from expertshare.types import RoutingPolicy
 
@@ -120,7 +120,8 @@ class Trainer:
         samples = draw_samples(config, self.encode, step)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         batches = list(self._batches(samples, self.model.config, self.noise, generator))
-        total = sum(float(batch.weights_BS.sum()) for batch in batches)
+        # 1 where the masks hit nothing that is learnt: such a step has a loss of 0.
+        total = sum(float(batch.weights_BS.sum()) for batch in batches) or 1.0
         loss_sum, load_NE = 0.0, torch.zeros(())
         for batch in batches:
             with torch.autocast("cpu", torch.bfloat16, enabled=config.dtype == "bfloat16"):
@@ -191,16 +192,10 @@ def train(
     if checkpoint.exists():
         if not resume:
             raise TrainingError(f"{checkpoint} exists already; pass --resume to continue it, or choose another folder")
-        trainer.restore(torch.load(checkpoint, weights_only=True))
+        trainer.restore(load_state(checkpoint))
     while trainer.step_index < trainer.config.steps:
         result = trainer.step()
         if on_step is not None:
             on_step(result)
         if trainer.step_index % trainer.config.checkpoint_every == 0 or trainer.step_index == trainer.config.steps:
-            _save(trainer.state(), checkpoint)
-
-
-def _save(state: dict[str, Any], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+            save_state(trainer.state(), checkpoint)

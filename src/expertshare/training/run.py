@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from expertshare.tasks.tokenizer import build_tokenizer, save_tokenizer
 from expertshare.training.config import TrainingConfig, reference_architecture
 from expertshare.training.encode import ChatEncoder
 from expertshare.training.loop import StepResult, Trainer, train
+from expertshare.training.run_files import append_line, cut_log, read_settings, write_whole
 
 _VOCABULARY_MULTIPLE = 64
 """The embedding is padded to a multiple of this many rows, for kernels that want round shapes."""
@@ -93,7 +93,7 @@ def _record(paths: RunPaths, config: TrainingConfig, architecture: ModelConfig, 
             raise TrainingError(
                 f"{paths.folder} already holds a training run; pass --resume to continue it or choose another folder"
             )
-        found = json.loads(paths.config.read_text())
+        found = read_settings(paths.config)
         changed = sorted(_differences(found, wanted))
         if changed:
             raise TrainingError(
@@ -104,7 +104,7 @@ def _record(paths: RunPaths, config: TrainingConfig, architecture: ModelConfig, 
     if resume:
         raise TrainingError(f"nothing to resume in {paths.folder}: it has no run.json; leave out --resume to start")
     paths.folder.mkdir(parents=True, exist_ok=True)
-    paths.config.write_text(json.dumps(wanted, indent=2) + "\n")
+    write_whole(paths.config, json.dumps(wanted, indent=2) + "\n")
 
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -126,8 +126,13 @@ def run(
 ) -> Path:
     """Train to the end and export the model with its tokenizer. Returns the model's folder."""
     window: list[StepResult] = []
+    is_first = True
 
     def record(result: StepResult) -> None:
+        nonlocal is_first
+        if is_first:
+            cut_log(paths.log, result.step)
+        is_first = False
         window.append(result)
         if len(window) == log_every or result.step + 1 == trainer.config.steps:
             _log(paths.log, window)
@@ -148,7 +153,4 @@ def _log(path: Path, window: list[StepResult]) -> None:
         "load_imbalance": window[-1].load_imbalance,
         "positions_per_s": sum(r.positions for r in window) / sum(r.elapsed_s for r in window),
     }
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_line(path, line)

@@ -73,9 +73,10 @@ def read_policy_file(path: str | Path) -> PolicyFile:
     """Raises InputError for a file that is none, or was changed after it was made; PolicyError for its policy."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
+        checksum = _checksum(content)
     except OSError as error:
         raise InputError(f"expected a readable policy file, got {path}: {error.strerror}; check the path") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, or values that JSON or Python has no room for
         raise InputError(f"expected a policy file (JSON), got {path}: {error}; expertshare tune makes one") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f'expected a policy file ("format": "{FORMAT}"), got {path}; make one with expertshare tune')
@@ -83,8 +84,7 @@ def read_policy_file(path: str | Path) -> PolicyFile:
         found = content.get("format_version")
         raise InputError(f"{path}: expected format_version {FORMAT_VERSION}, got {found}; tune again with this version")
     _check_keys(content, path)
-    stated = content.pop("checksum")
-    if stated != _checksum(content):
+    if content["checksum"] != checksum:
         raise InputError(
             f"{path}: expected the contents that its checksum was made of, got others: policy or evidence was edited "
             "after tuning. Tune again; a policy of your own needs no file (--policy)."
@@ -131,12 +131,15 @@ def _check_keys(content: Mapping[str, Any], path: str | Path) -> None:
 def _policy(value: Any) -> RoutingPolicy:
     if isinstance(value, dict) and set(value) == {"layers"} and isinstance(value["layers"], list):
         return Layerwise(layers=tuple(_policy(layer) for layer in value["layers"]))
-    if isinstance(value, dict) and set(value) == {"name", "knobs"} and isinstance(value["knobs"], dict):
+    is_plain = isinstance(value, dict) and set(value) == {"name", "knobs"}
+    if is_plain and isinstance(value["name"], str) and isinstance(value["knobs"], dict):
         return make_policy(value["name"], value["knobs"])
     raise PolicyError(f'expected a policy as {{"name", "knobs"}} or {{"layers"}}, got {json.dumps(value)[:80]}')
 
 
-def _checksum(content: Mapping[str, Any]) -> str:
-    """SHA-256 of the canonical form. It finds edits and damage; it is no signature."""
+def _checksum(content: Any) -> str:
+    """SHA-256 of the canonical form, the checksum left out. It finds edits and damage; it is no signature."""
+    if isinstance(content, dict):
+        content = {key: value for key, value in content.items() if key != "checksum"}
     text = json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -61,14 +61,18 @@ def noise_seed(seed: int, step: int, index: int) -> int:
     return Random(f"{seed}:{step}:{index}").getrandbits(63)
 
 
-def draw_mask(num_positions: int, config: DistillConfig, seed: int) -> Tensor:
-    """Which answer positions are masked: bool [num_positions], at least one, independently at one drawn ratio."""
+def draw_mask(num_positions: int, config: DistillConfig, seed: int, *, learnt: int | None = None) -> Tensor:
+    """Which answer positions are masked: bool [num_positions], independently at one drawn ratio.
+
+    At least one of the first `learnt` is (None: of all of them), so that a sample has a loss.
+    """
+    learnt = num_positions if learnt is None else learnt
     generator = torch.Generator().manual_seed(seed)
     toss, where = torch.rand(3, generator=generator), torch.rand(num_positions, generator=generator)
     low, high = config.mask_ratio
     ratio = 1.0 if toss[1] < config.full_mask_share else low + (high - low) * float(toss[0])
     masked = where < ratio
-    masked[int(toss[2] * num_positions)] |= not masked.any()
+    masked[int(toss[2] * learnt)] |= not masked[:learnt].any()
     return masked
 
 
@@ -78,7 +82,8 @@ def _row(sample: Sample, model: ModelConfig, config: DistillConfig, seed: int) -
     text_S = torch.full((size,), model.eos_ids[0])
     text_S[:end] = torch.tensor(sample.prompt + sample.answer)
     masked_S = torch.zeros(size, dtype=torch.bool)
-    masked_S[start:] = draw_mask(size - start, config, seed)
+    learnt = size if config.fill_weight > 0.0 else end
+    masked_S[start:] = draw_mask(size - start, config, seed, learnt=learnt - start)
     weight_S = torch.zeros(size)
     weight_S[start:end], weight_S[end:] = 1.0, config.fill_weight
     return _Row(text_S, masked_S, weight_S, first)

@@ -57,6 +57,8 @@ class DistillConfig:
             value = getattr(self, name)
             if value is not None and not 0.0 < value < math.inf:
                 raise ConfigError(f"{name} must be a positive number, got {value}")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"weight_decay must be a number of at least 0, got {self.weight_decay}")
         low, high = self.mask_ratio
         if not 0.0 < low <= high <= 1.0:
             raise ConfigError(f"mask_ratio must be a range inside (0, 1], got {self.mask_ratio}")

@@ -6,13 +6,10 @@ The finished model lies in the folder itself, the run's own files below `distill
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from expertshare.errors import TrainingError
 from expertshare.measure.environment import capture_environment
@@ -21,6 +18,7 @@ from expertshare.routing import knobs
 from expertshare.training.distill.answers import StoredAnswer
 from expertshare.training.distill.model_card import model_card
 from expertshare.training.distill.trainer import DistillStep, DistillTrainer
+from expertshare.training.run_files import append_line, cut_log, load_state, read_settings, save_state, write_whole
 
 StepListener = Callable[[DistillStep], None]
 
@@ -73,7 +71,7 @@ def record_settings(paths: DistillPaths, settings: Mapping[str, Any], *, resume:
             raise TrainingError(
                 f"{paths.folder} already holds a distillation; pass --resume to continue it or choose another folder"
             )
-        found = json.loads(paths.settings.read_text(encoding="utf-8"))
+        found = read_settings(paths.settings)
         changed = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
         if changed:
             raise TrainingError(
@@ -86,7 +84,7 @@ def record_settings(paths: DistillPaths, settings: Mapping[str, Any], *, resume:
     if (paths.folder / "config.json").exists():
         raise TrainingError(f"{paths.folder} holds a model already, which would be overwritten: choose another folder")
     paths.work.mkdir(parents=True, exist_ok=True)
-    _write(paths.settings, json.dumps(wanted, indent=2) + "\n")
+    write_whole(paths.settings, json.dumps(wanted, indent=2) + "\n")
 
 
 def train(
@@ -100,9 +98,9 @@ def train(
     """Run to the configured number of steps, saving every `checkpoint_every` and at the end, whole or not at all."""
     config, first = trainer.config, trainer.processes.rank == 0
     if resume and paths.checkpoint.exists():
-        trainer.restore(torch.load(paths.checkpoint, weights_only=True))
+        trainer.restore(load_state(paths.checkpoint))
     if first:
-        _cut_log(paths.log, trainer.step_index)
+        cut_log(paths.log, trainer.step_index)
     window: list[DistillStep] = []
     while trainer.step_index < config.steps:
         result = trainer.step()
@@ -116,7 +114,7 @@ def train(
         if save:
             state = trainer.state()
             if first:
-                _save(state, paths.checkpoint)
+                save_state(state, paths.checkpoint)
             trainer.processes.wait()
         if on_step is not None:
             on_step(result)
@@ -132,8 +130,8 @@ def export(trainer: DistillTrainer, base: LoadedModel, answers: Sequence[StoredA
         model = MoETransformer(base.config)
         model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()})
         record = _record(trainer, base, answers)
-        _write(paths.record, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-        _write(paths.folder / "README.md", model_card(record))
+        write_whole(paths.record, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_whole(paths.folder / "README.md", model_card(record))
         save_model(model, paths.folder, dtype=base.model.dtype, tokenizer_dir=base.path)
     trainer.processes.wait()
     return paths.folder
@@ -163,26 +161,4 @@ def _log(path: Path, window: Sequence[DistillStep]) -> None:
         "unique_experts": sum(r.unique_experts for r in window) / len(window),
         "positions_per_s": sum(r.positions for r in window) / sum(r.elapsed_s for r in window),
     }
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _cut_log(path: Path, steps: int) -> None:
-    """Leave out what an interrupted run logged behind its last checkpoint: those steps will be run again."""
-    if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-        _write(path, "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= steps))
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _save(state: Mapping[str, Any], path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    append_line(path, line)
