@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -199,3 +200,21 @@ def test_all_are_caught_as_one() -> None:
         parse_policy("no-such-policy")
     with pytest.raises(ExpertShareError):
         make_policy("des-vote", {"budget": 1}).bind(plain_spec(8, 2))
+
+
+WORDS = {
+    "voters": ("mask", "all, masked"),
+    "group_limit": ("outside", "inside, ignore"),
+    "ballots": ("groups", "ungrouped, grouped"),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "knob"), [(name, f.name) for name, kind in POLICIES.items() for f in fields(kind) if f.name in WORDS]
+)
+def test_a_word_is_checked_where_a_policy_is_made_directly(name: str, knob: str) -> None:
+    """Otherwise a misspelt one would quietly mean another."""
+    wrong, known = WORDS[knob]
+    settings: dict[str, Any] = {knob: wrong}
+    with pytest.raises(PolicyError, match=says(name, knob, f"one of {known}", repr(wrong))):
+        POLICIES[name](**settings)

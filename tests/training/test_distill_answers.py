@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 
+from expertshare.conversion import convert
 from expertshare.decoding import DecodingOptions, generate
 from expertshare.errors import InputError, TrainingError
 from expertshare.models import LoadedModel, MoETransformer, Runtime, encode_prompt, initialise, load_model, save_model
@@ -91,3 +93,38 @@ def test_a_model_that_never_ends_is_told_so(base: LoadedModel, tmp_path: Path) -
     short = AnswerSettings(options=DecodingOptions(gen_length=1, temperature=0.0))
     with pytest.raises(TrainingError, match="none of its 1 answers within 1 tokens"):
         distill(base, PROMPTS[:1], config, tmp_path, answering=short)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "batch_size", "message"),
+    [
+        ([], 2, "at least one prompt"),
+        (["Solve x + 1 = 2.", "  "], 2, "prompt must hold some text"),
+        (["Solve x + 1 = 2.", "1 " * 2000], 2, "prompt 2 has"),
+        (["Solve x + 1 = 2."], 0, "batch size"),
+    ],
+    ids=["none", "blank", "too long", "batch"],
+)
+def test_a_run_that_cannot_answer_is_refused_before_it_leaves_anything(
+    base: LoadedModel, tmp_path: Path, prompts: list[str], batch_size: int, message: str
+) -> None:
+    """Else the same call, put right, would be told that the folder holds another run."""
+    answering = AnswerSettings(options=OPTIONS, batch_size=batch_size)
+    with pytest.raises(InputError, match=message):
+        distill(base, prompts, DistillConfig(policy="des-vote", steps=1), tmp_path / "out", answering=answering)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_tokenizer_is_refused_before_it_leaves_anything(base: LoadedModel, tmp_path: Path) -> None:
+    config, answering = DistillConfig(policy="des-vote", steps=1), AnswerSettings(options=OPTIONS)
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        distill(replace(base, tokenizer=None), PROMPTS, config, tmp_path / "out", answering=answering)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_converted_model_is_refused_with_what_to_take_instead(base: LoadedModel, tmp_path: Path) -> None:
+    converted = load_model(convert(base.path, tmp_path / "experts").path)
+    config, answering = DistillConfig(policy="des-vote", steps=1), AnswerSettings(options=OPTIONS)
+    with pytest.raises(TrainingError, match="checkpoint that it was converted from"):
+        distill(converted, PROMPTS, config, tmp_path / "out", answering=answering)
+    assert not (tmp_path / "out").exists()

@@ -129,6 +129,18 @@ def test_a_step_always_has_a_token_to_learn() -> None:
         assert all(float(batch.weights_BS.sum()) > 0 for batch in trainer.batches(step)), step
 
 
+@pytest.mark.parametrize("optimiser", ["adamw", "muon"])
+def test_a_gradient_that_is_not_finite_reaches_no_weight(optimiser: str) -> None:
+    """The loss shows it a step later: behind the checkpoint, or, after the last step, never."""
+    trainer = _trainer(_settings(optimiser=optimiser))
+    trainer.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with pytest.raises(TrainingError, match="gradient is not finite at step 0"):
+        trainer.step()
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(before[name], tensor), name
+
+
 def _paths(folder: Path) -> DistillPaths:
     paths = DistillPaths(folder=folder)
     paths.work.mkdir(parents=True, exist_ok=True)

@@ -122,6 +122,17 @@ def test_a_damaged_record_of_the_run_is_named(tmp_path: Path) -> None:
         _trainer(folder, _config(), resume=True)
 
 
+def test_a_gradient_that_is_not_finite_reaches_no_weight(tmp_path: Path) -> None:
+    """The loss shows it a step later: behind the checkpoint, or, after the last step, never."""
+    trainer = _trainer(tmp_path / "run", _config())
+    trainer.model.norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with pytest.raises(TrainingError, match="gradient is not finite at step 0"):
+        trainer.step()
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(before[name], tensor), name
+
+
 def test_balancing_raises_the_idle_and_lowers_the_busy(tmp_path: Path) -> None:
     trainer = _trainer(tmp_path / "run", _config(balance_rate=0.5, warmup_steps=1, decay_share=1e-9))
     load = torch.ones(1, 64)

@@ -112,6 +112,12 @@ def test_dials_reach_from_the_smallest_coreset_to_all_experts() -> None:
         dial.at(value).bind(ROUTER)
 
 
+def test_a_budget_starts_where_the_policy_s_own_group_limit_allows() -> None:
+    (dial,) = dials(["block-max"], ROUTER)
+    smallest = ROUTER.min_coreset_size("ignore")
+    assert (dial.settings(5)[0], smallest < ROUTER.min_coreset_size("inside")) == (smallest, True)
+
+
 def test_every_setting_of_every_policy_works() -> None:
     for dial in dials(None, ROUTER):
         for value in dial.settings(4):

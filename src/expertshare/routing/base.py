@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -12,10 +12,12 @@ from torch import Tensor
 from expertshare.config import GroupLimit, RouterSpec
 from expertshare.errors import PolicyError
 from expertshare.routing.assign import everything
+from expertshare.routing.ballots import Ballots
 from expertshare.types import Coreset, RouterScores
 
 Budget = int | float
 Voters = Literal["all", "masked"]
+_WORDS = {"group_limit": get_args(GroupLimit), "voters": get_args(Voters), "ballots": get_args(Ballots)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +68,10 @@ class CoresetPolicy:
     reuse: int | None = field(default=None, metadata={"help": "steps of a block that a coreset serves (default: 1)"})
 
     def __post_init__(self) -> None:
+        for knob, words in _WORDS.items():
+            value = getattr(self, knob, words[0])  # not every policy has ballots
+            if value not in words:
+                raise PolicyError(f"{self.name}: {knob} must be one of {', '.join(words)}, got {value!r}")
         if self.reuse is not None and self.reuse < 1:
             raise PolicyError(f"{self.name}: reuse must be a number of steps, at least 1, got {self.reuse}")
 

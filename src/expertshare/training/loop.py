@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,7 +131,7 @@ class Trainer:
             (loss / total + config.balance_loss * share * even).backward()  # type: ignore[no-untyped-call]
             loss_sum, load_NE = loss_sum + float(loss.detach()), load_NE + load
         if not torch.isfinite(torch.tensor(loss_sum)):
-            raise TrainingError(f"the loss is not finite at step {step}; lower matrix_lr or scalar_lr and resume")
+            raise TrainingError(f"the loss is not finite at step {step}; lower matrix_lr or scalar_lr and start again")
         self._update(config.learning_rate_factor(step))
         self._balance(load_NE)
         self.step_index += 1
@@ -145,7 +146,11 @@ class Trainer:
         )
 
     def _update(self, factor: float) -> None:
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        if not math.isfinite(float(norm)):  # clipped by it, every gradient is zero or NaN
+            raise TrainingError(
+                f"the gradient is not finite at step {self.step_index}; lower matrix_lr or scalar_lr and start again"
+            )
         for optimiser, peak in zip(self.optimisers, (self.config.matrix_lr, self.config.scalar_lr), strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = peak * factor

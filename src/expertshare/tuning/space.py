@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from expertshare.config import RouterSpec
+from expertshare.config import GroupLimit, RouterSpec
 from expertshare.errors import PolicyError, nearest
 from expertshare.routing import POLICIES, make_policy
 from expertshare.types import RoutingPolicy
@@ -22,12 +22,12 @@ class KnobRange:
     whole: bool
 
 
-_RANGES: Mapping[str, Callable[[RouterSpec], KnobRange]] = {
-    "budget": lambda spec: KnobRange(spec.min_coreset_size("inside"), spec.num_experts, whole=True),
-    "experts_per_vote": lambda spec: KnobRange(1, spec.top_k, whole=True),
-    "experts_per_token": lambda spec: KnobRange(1, spec.top_k, whole=True),
-    "top_p_experts": lambda _: KnobRange(0.3, 1.0, whole=False),
-    "skip_share": lambda _: KnobRange(0.0, 0.6, whole=False),
+_RANGES: Mapping[str, Callable[[RouterSpec, GroupLimit], KnobRange]] = {
+    "budget": lambda spec, limit: KnobRange(spec.min_coreset_size(limit), spec.num_experts, whole=True),
+    "experts_per_vote": lambda spec, _: KnobRange(1, spec.top_k, whole=True),
+    "experts_per_token": lambda spec, _: KnobRange(1, spec.top_k, whole=True),
+    "top_p_experts": lambda *_: KnobRange(0.3, 1.0, whole=False),
+    "skip_share": lambda *_: KnobRange(0.0, 0.6, whole=False),
 }
 
 
@@ -61,7 +61,8 @@ def dials(names: Sequence[str] | None, spec: RouterSpec) -> list[Dial]:
             raise PolicyError(f"unknown policy {name!r}. {nearest(name, POLICIES)}")
         knob = next((f.name for f in fields(POLICIES[name]) if f.name in _RANGES), None)
         if knob is not None:
-            found.append(Dial(policy=name, knob=knob, range=_RANGES[knob](spec)))
+            reach = _RANGES[knob](spec, make_policy(name).group_limit)
+            found.append(Dial(policy=name, knob=knob, range=reach))
         elif names is not None:
             raise PolicyError(
                 f"expected policies with one of the knobs {', '.join(_RANGES)}, got {name!r}: there is nothing to tune"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from expertshare.decoding import BlockDecoder, DecodingOptions, FinishReason
+from expertshare.decoding.geometry import check_prompts
 from expertshare.errors import InputError, TrainingError
 from expertshare.kernels import AUTO, resolve_backend
 from expertshare.models import LoadedModel, Runtime, decode_answer, encode_prompt
@@ -80,6 +81,17 @@ def _parse(line: bytes, place: str) -> StoredAnswer:
         raise TrainingError(f"{place}: expected a stored answer, got {line[:60]!r}: use another folder") from error
 
 
+def check_answerable(
+    loaded: LoadedModel, prompts: Sequence[str], options: DecodingOptions, *, batch_size: int
+) -> None:
+    """Raise InputError unless the model can be asked all of `prompts`. options: resolved for the model."""
+    if loaded.tokenizer is None:
+        raise InputError(f"{loaded.path} has no tokenizer: put the model's tokenizer.json there")
+    if batch_size < 1:
+        raise InputError(f"the batch size of generation must be at least 1, got {batch_size}")
+    check_prompts([encode_prompt(loaded.tokenizer, text) for text in prompts], options, loaded.config)
+
+
 def generate_answers(
     loaded: LoadedModel,
     prompts: Sequence[str],
@@ -96,10 +108,8 @@ def generate_answers(
     batches nor interruptions change an answer. on_progress(done, total) hears of every batch. Raises InputError,
     TrainingError or NumericsError.
     """
-    if loaded.tokenizer is None:
-        raise InputError(f"{loaded.path} has no tokenizer: put the model's tokenizer.json there")
-    if batch_size < 1:
-        raise InputError(f"the batch size of generation must be at least 1, got {batch_size}")
+    check_answerable(loaded, prompts, options.resolve(loaded.config), batch_size=batch_size)
+    assert loaded.tokenizer is not None  # the check refused a model without one
     answers = read_answers(path, prompts)
     runtime = Runtime(policy=native_policy(loaded.config), backend=resolve_backend(backend, loaded.model.device))
     decoder = BlockDecoder(loaded.model, runtime, options)

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from expertshare.errors import TrainingError
 from expertshare.training.distill.config import DistillConfig
@@ -67,6 +68,10 @@ class Processes:
         sums = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(sums)
         return tuple(sums.tolist())
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor that processes may hold in parts, put together in each of them. All must ask."""
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def gather(self, module: DistillLoss, optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
         """Whole tensors by name, on the CPU: of parameters, buffers and optimisers; empty but in process 0."""

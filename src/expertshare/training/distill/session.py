@@ -13,7 +13,7 @@ import torch
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import TrainingError
 from expertshare.models import LoadedModel, load_model
-from expertshare.training.distill.answers import AnswerListener, generate_answers, read_answers
+from expertshare.training.distill.answers import AnswerListener, check_answerable, generate_answers, read_answers
 from expertshare.training.distill.config import DistillConfig
 from expertshare.training.distill.processes import Processes
 from expertshare.training.distill.run import DistillPaths, StepListener, export, record_settings, train
@@ -56,8 +56,14 @@ def distill(
     subclass of ExpertShareError.
     """
     processes, paths = processes or Processes(), DistillPaths(folder=out)
+    if base.layout is not None:
+        raise TrainingError(
+            f"distillation needs a model that holds its experts, but those of {base.path} are in files of their own: "
+            "give the checkpoint that it was converted from, and convert what comes of it"
+        )
     check_trainable(base.config, config, processes)
     options = answering.options.resolve(base.config)
+    check_answerable(base, prompts, options, batch_size=answering.batch_size)
     if processes.rank == 0:
         record_settings(paths, _settings(base, prompts, config, options), resume=resume)
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -148,7 +149,9 @@ class DistillTrainer:
 
     def _update(self, factor: float) -> None:
         trained = [p for p in self.module.parameters() if p.requires_grad]
-        torch.nn.utils.clip_grad_norm_(trained, _MAX_GRADIENT_NORM)
+        norm = self.processes.whole(torch.nn.utils.clip_grad_norm_(trained, _MAX_GRADIENT_NORM))
+        if not math.isfinite(float(norm)):  # clipped by it, every gradient is zero or NaN
+            raise TrainingError(f"the gradient is not finite at step {self.step_index}; lower lr and start again")
         for optimiser in self.optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = group["peak_lr"] * factor
