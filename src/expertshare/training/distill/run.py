@@ -60,17 +60,28 @@ class DistillPaths:
         return self.folder / "distillation.json"
 
 
-def record_settings(paths: DistillPaths, settings: Mapping[str, Any], *, resume: bool) -> None:
-    """Write what a new run is started with, or compare it with what a resumed one was.
-
-    Raises TrainingError where the folder holds another run or another model, or none that could be resumed.
-    """
-    wanted = json.loads(json.dumps(settings))
+def check_folder(paths: DistillPaths, *, resume: bool) -> None:
+    """Raise TrainingError where the folder holds a model, a run that is not resumed, or none that could be."""
     if paths.settings.exists():
         if not resume:
             raise TrainingError(
                 f"{paths.folder} already holds a distillation; pass --resume to continue it or choose another folder"
             )
+        return
+    if resume:
+        raise TrainingError(f"nothing to resume in {paths.folder}; leave out --resume to start")
+    if (paths.folder / "config.json").exists():
+        raise TrainingError(f"{paths.folder} holds a model already, which would be overwritten: choose another folder")
+
+
+def record_settings(paths: DistillPaths, settings: Mapping[str, Any], *, resume: bool) -> None:
+    """Write what a new run is started with, or compare it with what a resumed one was.
+
+    Raises TrainingError where the folder holds another run or another model, or none that could be resumed.
+    """
+    check_folder(paths, resume=resume)
+    wanted = json.loads(json.dumps(settings))
+    if paths.settings.exists():
         found = read_settings(paths.settings)
         changed = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
         if changed:
@@ -79,10 +90,6 @@ def record_settings(paths: DistillPaths, settings: Mapping[str, Any], *, resume:
                 f"its flags (see {paths.settings.name}) or choose another folder"
             )
         return
-    if resume:
-        raise TrainingError(f"nothing to resume in {paths.folder}; leave out --resume to start")
-    if (paths.folder / "config.json").exists():
-        raise TrainingError(f"{paths.folder} holds a model already, which would be overwritten: choose another folder")
     paths.work.mkdir(parents=True, exist_ok=True)
     write_whole(paths.settings, json.dumps(wanted, indent=2) + "\n")
 

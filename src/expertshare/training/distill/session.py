@@ -16,7 +16,7 @@ from expertshare.models import LoadedModel, load_model
 from expertshare.training.distill.answers import AnswerListener, check_answerable, generate_answers, read_answers
 from expertshare.training.distill.config import DistillConfig
 from expertshare.training.distill.processes import Processes
-from expertshare.training.distill.run import DistillPaths, StepListener, export, record_settings, train
+from expertshare.training.distill.run import DistillPaths, StepListener, check_folder, export, record_settings, train
 from expertshare.training.distill.trainer import DistillTrainer, check_trainable
 
 
@@ -62,6 +62,8 @@ def distill(
             "give the checkpoint that it was converted from, and convert what comes of it"
         )
     check_trainable(base.config, config, processes)
+    if processes.rank == 0:
+        check_folder(paths, resume=resume)
     options = answering.options.resolve(base.config)
     check_answerable(base, prompts, options, batch_size=answering.batch_size)
     if processes.rank == 0:
