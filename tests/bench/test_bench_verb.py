@@ -105,6 +105,9 @@ def test_list_shows_every_case(capsys: pytest.CaptureFixture[str]) -> None:
         (("forward", "--case", "tiny", "--policies", "des-vot"), "Did you mean 'des-vote'"),
         (("generate", "no/such/model", "--prompts", "no/such.jsonl"), "no/such"),
         (("generate", "--case", "tiny", "--limit", "0"), "limit must be at least 1"),
+        (("generate", "--layers", "3", "--memory", "2"), "--layers, --memory belong to a random model"),
+        (("generate", "models/reference", "--case", "tiny"), "leave out MODEL and --prompts"),
+        (("generate", "--case", "tiny", "--prompts", "some.jsonl"), "leave out MODEL and --prompts"),
     ],
 )
 def test_wrong_input_is_named(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], words: str) -> None:

@@ -171,17 +171,23 @@ def forward(
 
 @app.command("generate", epilog=GENERATE_EXAMPLE)
 def generate(
-    model: Annotated[str, typer.Argument(help="Directory of a model in Hugging Face layout, or a hub id.")] = (
-        DEFAULT_MODEL
-    ),
+    model: Annotated[
+        str | None,
+        typer.Argument(help=f"Directory of a model in Hugging Face layout, or a hub id. Default: {DEFAULT_MODEL}."),
+    ] = None,
     case: Annotated[
         str | None, typer.Option("--case", help="Decode a random model of this case instead, transformers beside it.")
     ] = None,
-    layers: Annotated[int, typer.Option(help="With --case: layers, leading dense ones included.")] = 4,
-    prompt_blocks: Annotated[int, typer.Option(help="With --case: length of the random prompts, in blocks.")] = 2,
-    prompts: Annotated[Path, typer.Option(metavar="FILE", help="Without --case: JSONL file of prompts.")] = (
-        DEFAULT_PROMPTS
-    ),
+    layers: Annotated[
+        int | None, typer.Option(help="With --case: layers, leading dense ones included. Default: 4.")
+    ] = None,
+    prompt_blocks: Annotated[
+        int | None, typer.Option(help="With --case: length of the random prompts, in blocks. Default: 2.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help=f"Without --case: JSONL file of prompts. Default: {DEFAULT_PROMPTS}."),
+    ] = None,
     limit: Annotated[int, typer.Option(help="Prompts to answer.")] = 4,
     policies: Annotated[str, typer.Option(help="Policies, parted by commas, each with knobs if wanted.")] = POLICIES,
     gen_length: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 64,
@@ -204,17 +210,19 @@ def generate(
     _prepare(report, plot, threads, repeats)
     if limit < 1:
         raise InputError(f"limit must be at least 1, got {limit}")
+    _check_subject(case, {"--layers": layers, "--prompt-blocks": prompt_blocks, "--memory": memory}, (model, prompts))
     on = device_named(device)
     chosen, sizes = policies_by_label(policies), counts("--batch-sizes", batch_sizes) or (1,)
     if case is None:
-        subject = loaded_subject(model, prompts, limit, dtype, gen_length, threshold, seed, on)
+        where, asked = model or DEFAULT_MODEL, prompts or DEFAULT_PROMPTS
+        subject = loaded_subject(where, asked, limit, dtype, gen_length, threshold, seed, on)
     else:
         subject = random_subject(
             case,
             find_case(case),
-            num_layers=layers,
+            num_layers=4 if layers is None else layers,
             num_prompts=limit,
-            prompt_blocks=prompt_blocks,
+            prompt_blocks=2 if prompt_blocks is None else prompt_blocks,
             gen_length=gen_length,
             threshold=threshold,
             dtype=dtype_named(dtype or "bfloat16"),
@@ -231,6 +239,15 @@ def generate(
     told = dtype_name(subject.model.dtype)
     tables = generate_tables(found)
     _finish("bench generate", console, machine, found, tables, config, seed, told, as_json, report, plot)
+
+
+def _check_subject(case: str | None, of_case: Mapping[str, object], of_model: tuple[str | None, Path | None]) -> None:
+    """Refuse what would go unused: a random model has no directory and no prompts, a real one its own size."""
+    given = [name for name, value in of_case.items() if value is not None]
+    if case is None and given:
+        raise InputError(f"{', '.join(given)} belong to a random model: name its --case, or leave them out")
+    if case is not None and of_model != (None, None):
+        raise InputError(f"--case {case} decodes random prompts with a random model: leave out MODEL and --prompts")
 
 
 def _prepare(report: Path | None, plot: Path | None, threads: int | None, repeats: int) -> None:
