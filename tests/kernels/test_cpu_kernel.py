@@ -45,6 +45,7 @@ SHAPES = [
     (64, 8, 12, 259, 131),
     (33, 4, 64, 70, 100),  # groups of one or two tokens
     (5, 2, 3, 512, 256),
+    (40, 2, 3, 1091, 600),  # sums in segments, groups of several tiles of tokens
 ]
 
 
@@ -101,8 +102,9 @@ def test_more_tokens_than_are_taken_at_a_time(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_token_does_not_depend_on_its_batch(isa: str, dtype: torch.dtype) -> None:
-    x_TD, plan, bank = scene((24, 4, 8, 50, 44), dtype, unused=0.2)
+@pytest.mark.parametrize("widths", [(50, 44), (1091, 530)])
+def test_a_token_does_not_depend_on_its_batch(isa: str, widths: tuple[int, int], dtype: torch.dtype) -> None:
+    x_TD, plan, bank = scene((24, 4, 8, *widths), dtype, unused=0.2)
     together = moe_ffn_cpu(x_TD, plan, bank)
     for token in (0, 7, 23):
         alone = plan_of(plan.expert_ids_TK[token : token + 1], plan.weights_TK[token : token + 1], 8)

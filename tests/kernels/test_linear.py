@@ -23,7 +23,9 @@ pytestmark = [
 
 # Largest error over the largest output: sums of up to a thousand products in float32; one rounding to bfloat16.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
-SHAPES = [(1, 8, 8), (1, 1, 1), (7, 33, 5), (65, 70, 129), (32, 515, 259), (130, 96, 31), (3, 2049, 64)]  # T, N, D
+# T, N, D; a depth of more than 512 is summed in segments, tokens beyond two tiles are taken by turns
+SHAPES = [(1, 8, 8), (1, 1, 1), (7, 33, 5), (65, 70, 129), (32, 515, 259), (130, 96, 31), (3, 2049, 64)]
+SHAPES += [(2, 43, 1091), (5, 43, 1024), (31, 43, 1091), (13, 36, 512)]
 
 
 @pytest.fixture(params=ISAS)
@@ -57,8 +59,9 @@ def test_is_the_product(isa: str, shape: tuple[int, int, int], dtype: torch.dtyp
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_token_does_not_depend_on_its_batch(isa: str, dtype: torch.dtype) -> None:
-    x_TD, weight_ND = scene((67, 203, 90), dtype)
+@pytest.mark.parametrize("depth", [90, 512, 1091])
+def test_a_token_does_not_depend_on_its_batch(isa: str, depth: int, dtype: torch.dtype) -> None:
+    x_TD, weight_ND = scene((67, 203, depth), dtype)
     together = linear_cpu(x_TD, weight_ND)
     for first, last in [(0, 1), (5, 7), (66, 67), (3, 40)]:
         assert torch.equal(linear_cpu(x_TD[first:last], weight_ND), together[first:last])

@@ -35,19 +35,19 @@ Attention::Attention(const es_attention &call, const Kernels &kernels, Arena &ar
     rounded_stride_ = padded_row(call.num_keys * element_);
     const Index threads = call.num_threads, groups = call.batch * call.num_kv_heads;
     const Index value_bytes = groups * call.head_dim * call.num_keys * element_;
-    arena.reserve(Arena::padded<char>(value_bytes) + Arena::padded<char>(threads * kTile * query_stride_) +
-                  Arena::padded<char>(threads * kTile * weight_stride_) +
-                  Arena::padded<char>(threads * rounded_stride_) +
-                  Arena::padded<float>(threads * kTile * call.num_keys) +
-                  Arena::padded<float>(threads * kTile * call.head_dim) +
-                  Arena::padded<const void *>(threads * kTile));
+    arena.reserve(Arena::padded<char>(value_bytes) + Arena::padded_own<char>(threads, kTile * query_stride_) +
+                  Arena::padded_own<char>(threads, kTile * weight_stride_) +
+                  Arena::padded_own<char>(threads, rounded_stride_) +
+                  Arena::padded_own<float>(threads, kTile * call.num_keys) +
+                  Arena::padded_own<float>(threads, kTile * call.head_dim) +
+                  Arena::padded_own<const void *>(threads, kTile));
     values_ = arena.carve<char>(value_bytes);
-    encoded_queries_ = arena.carve<char>(threads * kTile * query_stride_);
-    encoded_weights_ = arena.carve<char>(threads * kTile * weight_stride_);
-    rounded_ = arena.carve<char>(threads * rounded_stride_);
-    scores_ = arena.carve<float>(threads * kTile * call.num_keys);
-    sums_ = arena.carve<float>(threads * kTile * call.head_dim);
-    rows_ = arena.carve<const void *>(threads * kTile);
+    encoded_queries_ = arena.carve_own<char>(threads, kTile * query_stride_);
+    encoded_weights_ = arena.carve_own<char>(threads, kTile * weight_stride_);
+    rounded_ = arena.carve_own<char>(threads, rounded_stride_);
+    scores_ = arena.carve_own<float>(threads, kTile * call.num_keys);
+    sums_ = arena.carve_own<float>(threads, kTile * call.head_dim);
+    rows_ = arena.carve_own<const void *>(threads, kTile);
     turn_.fill(groups * pieces_);
     attend_.fill(groups * tiles_);
 }
@@ -63,12 +63,8 @@ void Attention::run(int worker) {
 }
 
 Attention::Scratch Attention::scratch(int worker) const {
-    return {encoded_queries_ + worker * kTile * query_stride_,
-            encoded_weights_ + worker * kTile * weight_stride_,
-            rounded_ + worker * rounded_stride_,
-            scores_ + worker * kTile * call_.num_keys,
-            sums_ + worker * kTile * call_.head_dim,
-            rows_ + worker * kTile};
+    return {encoded_queries_.of(worker), encoded_weights_.of(worker), rounded_.of(worker),
+            scores_.of(worker),          sums_.of(worker),            rows_.of(worker)};
 }
 
 void Attention::turn_values(Index item) {

@@ -38,9 +38,9 @@ class Attention final : public Work {
     const Index element_, heads_per_group_, queries_, tiles_, pieces_;
     Index query_stride_, weight_stride_, rounded_stride_;
     char *values_ = nullptr;  // [batch, num_kv_heads, head_dim, num_keys]
-    char *encoded_queries_ = nullptr, *encoded_weights_ = nullptr, *rounded_ = nullptr;
-    float *scores_ = nullptr, *sums_ = nullptr;
-    const void **rows_ = nullptr;
+    Own<char> encoded_queries_, encoded_weights_, rounded_;
+    Own<float> scores_, sums_;
+    Own<const void *> rows_;
     Queue turn_, attend_;
 };
 

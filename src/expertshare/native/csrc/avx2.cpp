@@ -12,15 +12,11 @@ struct Sums256 {
     using Acc = __m256;
     static constexpr bool kHoldsRows = false;  // sixteen registers
     static Acc zero() { return _mm256_setzero_ps(); }
-    static void sum4(Acc a, Acc b, Acc c, Acc d, float *out) {
+    static Quad sum4(Acc a, Acc b, Acc c, Acc d) {
         const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
+        return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
     }
-    static float sum(Acc a) {
-        float sums[4];
-        sum4(a, a, a, a, sums);
-        return sums[0];
-    }
+    static float sum(Acc a) { return sum4(a, a, a, a)[0]; }
 };
 
 struct Floats256 : Sums256 {

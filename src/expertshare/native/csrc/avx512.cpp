@@ -23,7 +23,7 @@ struct Floats512 {
     }
     static Acc dot(Acc acc, Loaded w, const Act *x) { return _mm512_fmadd_ps(w, _mm512_loadu_ps(x), acc); }
     static float sum(Acc a) { return sum_as_of_four(a); }
-    static void sum4(Acc a, Acc b, Acc c, Acc d, float *out) { store_sum4(a, b, c, d, out); }
+    static Quad sum4(Acc a, Acc b, Acc c, Acc d) { return sums_of_four(a, b, c, d); }
 };
 
 // Of each 32-bit word the low half is shifted up and the high half masked: even features, then odd ones. Activations
@@ -51,7 +51,7 @@ struct Widened512 {
         return _mm512_fmadd_ps(w.odd, _mm512_loadu_ps(x + kStep / 2), acc);
     }
     static float sum(Acc a) { return sum_as_of_four(a); }
-    static void sum4(Acc a, Acc b, Acc c, Acc d, float *out) { store_sum4(a, b, c, d, out); }
+    static Quad sum4(Acc a, Acc b, Acc c, Acc d) { return sums_of_four(a, b, c, d); }
 };
 
 constexpr expertshare::Kernels floats = kernels_of<Floats512>();

@@ -24,7 +24,7 @@ struct Pairs512 {
                                 reinterpret_cast<__m512bh>(_mm512_loadu_si512(x)));
     }
     static float sum(Acc a) { return sum_as_of_four(a); }
-    static void sum4(Acc a, Acc b, Acc c, Acc d, float *out) { store_sum4(a, b, c, d, out); }
+    static Quad sum4(Acc a, Acc b, Acc c, Acc d) { return sums_of_four(a, b, c, d); }
 };
 
 constexpr expertshare::Kernels pairs = kernels_of<Pairs512>();

@@ -10,9 +10,6 @@ constexpr Index kChunkBytes = 256 << 10;  // of weights an item reads: with the 
 constexpr Index kItemsPerThread = 8;
 constexpr Index kBytesPerThread = 128 << 10;  // less than this is not worth waking one more thread
 
-// Rows are spread over the cache's sets: at a stride that is a power of two all would fall into the same few.
-Index spread(Index bytes) { return (bytes + 63) / 64 * 64 + 64; }
-
 Index chunk_rows(Index num_rows, Index row_bytes, Index granule, Index num_groups, Index num_threads) {
     const Index by_cache = kChunkBytes / row_bytes;
     const Index by_balance = num_rows * num_groups / (kItemsPerThread * num_threads);
@@ -59,20 +56,20 @@ ExpertLayer::ExpertLayer(const es_layer &layer, const Kernels &to_hidden, const 
 void ExpertLayer::lay_out(Arena &arena) {
     const Index slots = layer_.num_tokens * layer_.top_k, threads = layer_.num_threads;
     const Index most_groups = std::min<Index>(slots, layer_.num_experts);
-    token_stride_ = spread(gate_up_kernels_.row_bytes(hidden_depth_));
-    hidden_stride_ = spread(down_kernels_.row_bytes(inner_depth_));
-    out_stride_ = spread(hidden_depth_ * 4) / 4;
+    token_stride_ = spread_over_sets(gate_up_kernels_.row_bytes(hidden_depth_));
+    hidden_stride_ = spread_over_sets(down_kernels_.row_bytes(inner_depth_));
+    out_stride_ = spread_over_sets(hidden_depth_ * 4) / 4;
     const Index granule = down_kernels_.granule;
     const Index most_rows = std::max(granule, kChunkBytes / (2 * gate_up_weights_.row_bytes));
-    gate_up_per_thread_ = 2 * kTokenBlock * std::min(most_rows, ceil_div(inner_depth_, granule) * granule);
+    const Index gate_up_floats = 2 * kTokenBlock * std::min(most_rows, ceil_div(inner_depth_, granule) * granule);
 
     arena.reserve(Arena::padded<Group>(most_groups) + Arena::padded<Index>(slots) +
                   Arena::padded<Index>(layer_.num_experts + 1) + 2 * Arena::padded<const void *>(slots) +
                   Arena::padded<char>(layer_.num_tokens * token_stride_) +
                   Arena::padded<char>(slots * hidden_stride_) + Arena::padded<float>(slots * out_stride_) +
-                  Arena::padded<float>(threads * gate_up_per_thread_) +
-                  Arena::padded<const float *>(threads * layer_.top_k) +
-                  Arena::padded<float>(threads * layer_.top_k));
+                  Arena::padded_own<float>(threads, gate_up_floats) +
+                  Arena::padded_own<const float *>(threads, layer_.top_k) +
+                  Arena::padded_own<float>(threads, layer_.top_k));
     groups_ = arena.carve<Group>(most_groups);
     pair_of_slot_ = arena.carve<Index>(slots);
     first_of_expert_ = arena.carve<Index>(layer_.num_experts + 1);
@@ -81,9 +78,9 @@ void ExpertLayer::lay_out(Arena &arena) {
     tokens_ = arena.carve<char>(layer_.num_tokens * token_stride_);
     hidden_ = arena.carve<char>(slots * hidden_stride_);
     outs_ = arena.carve<float>(slots * out_stride_);
-    gate_up_ = arena.carve<float>(threads * gate_up_per_thread_);
-    outs_of_token_ = arena.carve<const float *>(threads * layer_.top_k);
-    weights_of_token_ = arena.carve<float>(threads * layer_.top_k);
+    gate_up_ = arena.carve_own<float>(threads, gate_up_floats);
+    outs_of_token_ = arena.carve_own<const float *>(threads, layer_.top_k);
+    weights_of_token_ = arena.carve_own<float>(threads, layer_.top_k);
 }
 
 // Counting sort of the used slots by expert; tokens stay in order within an expert.
@@ -161,7 +158,7 @@ void ExpertLayer::hidden_chunk(int worker, Index item, Index next_item) {
     const Rows next = next_item >= 0    ? gate_rows(next_item)
                       : worker % 2 == 0 ? down_rows(0)
                                         : down_rows(num_groups_ * out_chunks_ - 1);
-    float *gates = gate_up_ + worker * gate_up_per_thread_;
+    float *gates = gate_up_.of(worker);
     float *ups = gates + kTokenBlock * hidden_chunk_;
     for (Index m = 0; m < group.num_tokens; m += kTokenBlock) {
         const Index num_tokens = std::min(kTokenBlock, group.num_tokens - m);
@@ -189,8 +186,8 @@ void ExpertLayer::out_chunk(Index item, Index next_item) {
 }
 
 void ExpertLayer::mix_token(int worker, Index token) {
-    const float **outs = outs_of_token_ + worker * layer_.top_k;
-    float *weights = weights_of_token_ + worker * layer_.top_k;
+    const float **outs = outs_of_token_.of(worker);
+    float *weights = weights_of_token_.of(worker);
     Index used = 0;
     for (Index slot = token * layer_.top_k; slot < (token + 1) * layer_.top_k; slot++) {
         if (pair_of_slot_[slot] < 0) continue;

@@ -65,10 +65,9 @@ class ExpertLayer final : public Work {
     char *tokens_ = nullptr, *hidden_ = nullptr;
     float *outs_ = nullptr;
     Index token_stride_ = 0, hidden_stride_ = 0, out_stride_ = 0;  // bytes, bytes, floats
-    float *gate_up_ = nullptr;  // per thread: gate, then up, of one chunk of one block of tokens
-    Index gate_up_per_thread_ = 0;
-    const float **outs_of_token_ = nullptr;  // per thread: [K]
-    float *weights_of_token_ = nullptr;
+    Own<float> gate_up_;  // gate, then up, of one chunk of one block of tokens
+    Own<const float *> outs_of_token_;  // [K]
+    Own<float> weights_of_token_;
 
     Index hidden_chunk_ = 0, hidden_chunks_ = 0, out_chunk_ = 0, out_chunks_ = 0;
     Queue encoding_, to_hidden_, to_out_, mixing_;

@@ -36,15 +36,10 @@ struct Kernels {
     void (*encode)(const void *features, Index depth, void *row);
 
     // out[m * out_stride + r] = dot(row r of w, x[m]) for r < num_rows, m < num_tokens. `next` is what will be read
-    // after these rows (prefetched towards their end); with null codes nothing is prefetched at all.
+    // after these rows, and is prefetched meanwhile; with null codes nothing is prefetched at all. Every product is summed
+    // in an order that depends on the depth alone.
     void (*rows)(const Rows &w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
                  Index out_stride, const Rows &next);
-
-    // The same for at most `tile_tokens` tokens and rows that are in the cache already, while `next_bytes` from `next`
-    // on are fetched into it, evenly over the call. Null for quantised weights, as are the last three below.
-    Index tile_tokens;
-    void (*tile_rows)(const void *w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
-                      Index out_stride, const void *next, Index next_bytes);
 
     // Features first .. first + count of the hidden row of `depth`: silu(gate) * up, in the order and type
     // in which `rows` wants them.
@@ -53,7 +48,7 @@ struct Kernels {
     // y[i] = sum over k, in order, of weights[k] * outs[k][i], in float32, rounded once to the type of y.
     void (*mix)(const float *const *outs, const float *weights, Index num_outs, Index count, void *y);
 
-    // y[i] = out[i], rounded to the weight type.
+    // y[i] = out[i], rounded to the weight type. Null for quantised weights, as are the two below.
     void (*round)(const float *out, Index count, void *y);
 
     // scores[i] = exp(scale * (scores[i] - the largest)) for scale > 0; -infinity becomes exactly 0 and changes

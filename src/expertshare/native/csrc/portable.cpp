@@ -3,7 +3,7 @@
 
 namespace {
 
-typedef float Four __attribute__((vector_size(16)));
+using Four = Quad;
 typedef std::uint32_t FourWords __attribute__((vector_size(16)));
 typedef std::uint16_t FourHalves __attribute__((vector_size(8)));
 
@@ -22,9 +22,7 @@ struct Sums4 {
         return acc + w * features;
     }
     static float sum(Acc a) { return (a[0] + a[1]) + (a[2] + a[3]); }
-    static void sum4(Acc a, Acc b, Acc c, Acc d, float *out) {
-        out[0] = sum(a), out[1] = sum(b), out[2] = sum(c), out[3] = sum(d);
-    }
+    static Quad sum4(Acc a, Acc b, Acc c, Acc d) { return Quad{sum(a), sum(b), sum(c), sum(d)}; }
 };
 
 struct Floats4 : Sums4 {

@@ -222,7 +222,7 @@ void quantised_rows(const Rows &w, Index num_rows, Index depth, const void *cons
 
 template <class V, class F, class Token>
 constexpr expertshare::Kernels quantised_kernels_of() {
-    return {kSpan,          span_row_bytes, encode_spans<V, F, Token>, quantised_rows<V, F>, 0, nullptr,
+    return {kSpan,          span_row_bytes, encode_spans<V, F, Token>, quantised_rows<V, F>,
             swiglu_spans<V, F>, mix<MixedInto<Token>>, nullptr, nullptr, nullptr};
 }
 

@@ -8,11 +8,9 @@ namespace {
 constexpr Index kChunkBytes = 256 << 10;  // two of them and the tokens fit the second cache
 constexpr Index kRowGranule = 32;         // a multiple of every tile: which rows are the odd ones is the same for all
 constexpr Index kMostRows = 256;
+constexpr Index kTokenBlock = 64;  // tokens whose sums are kept at a time
 constexpr Index kItemsPerThread = 8;
 constexpr Index kBytesPerThread = 128 << 10;  // less than this is not worth waking one more thread
-
-// Rows are spread over the cache's sets: at a stride that is a power of two all would fall into the same few.
-Index spread(Index bytes) { return (bytes + 63) / 64 * 64 + 64; }
 
 }  // namespace
 
@@ -38,16 +36,15 @@ RowPass::RowPass(const Matrix &matrix, const PassKernels &kernels, Arena &arena,
       num_chunks_(num_chunks(matrix, chunk_rows)),
       products_(kernels.products),
       num_threads_(num_threads),
-      in_panels_(kernels.products.tile_rows == nullptr),
-      tile_tokens_(in_panels_ ? matrix.num_tokens : kernels.products.tile_tokens),
+      in_panels_(matrix.w.scales != nullptr),
       sum_stride_(chunk_ + 64 / static_cast<Index>(sizeof(float))) {
-    token_stride_ = spread(products_.row_bytes(matrix.depth));
-    const Index num_sums = num_threads * tile_tokens_ * sum_stride_;
+    token_stride_ = spread_over_sets(products_.row_bytes(matrix.depth));
+    const Index num_sums = std::min(kTokenBlock, matrix.num_tokens) * sum_stride_;
     arena.reserve(Arena::padded<char>(matrix.num_tokens * token_stride_) +
-                  Arena::padded<const void *>(matrix.num_tokens) + Arena::padded<float>(num_sums) + extra_bytes);
+                  Arena::padded<const void *>(matrix.num_tokens) + Arena::padded_own<float>(num_threads, num_sums) + extra_bytes);
     tokens_ = arena.carve<char>(matrix.num_tokens * token_stride_);
     x_ = arena.carve<const void *>(matrix.num_tokens);
-    sums_ = arena.carve<float>(num_sums);
+    sums_ = arena.carve_own<float>(num_threads, num_sums);
     for (Index token = 0; token < matrix.num_tokens; token++) x_[token] = tokens_ + token * token_stride_;
     encode_.fill(matrix.num_tokens);
     chunks_.fill(num_chunks_);
@@ -63,11 +60,7 @@ void RowPass::run(int worker) {
         products_.encode(static_cast<const char *>(matrix_.x) + token * matrix_.depth * matrix_.element, matrix_.depth,
                          tokens_ + token * token_stride_);
     });
-    bool cached = false;  // every chunk of this thread but the first was fetched during the one before
-    drain(chunks_, worker, [this, worker, &cached](Index chunk, Index next) {
-        pass(worker, chunk, next, cached);
-        cached = true;
-    });
+    drain(chunks_, worker, [this, worker](Index chunk, Index next) { pass(worker, chunk, next); });
     finish(worker);
 }
 
@@ -80,40 +73,14 @@ Rows RowPass::rows(Index chunk) const {
 
 Index RowPass::num_rows(Index chunk) const { return std::min(chunk_, matrix_.num_rows - chunk * chunk_); }
 
-void RowPass::pass(int worker, Index chunk, Index next_chunk, bool cached) {
-    float *out = sums_ + worker * tile_tokens_ * sum_stride_;
-    if (matrix_.num_tokens <= tile_tokens_) {
-        few(chunk, next_chunk, out);
-    } else {
-        many(chunk, next_chunk, cached, out);
-    }
-}
-
-// One tile of tokens: rows come from memory just before they are used.
-void RowPass::few(Index chunk, Index next_chunk, float *out) {
-    const Index num_tokens = matrix_.num_tokens;
-    if (num_tokens == 0) return;
+void RowPass::pass(int worker, Index chunk, Index next_chunk) {
+    float *out = sums_.of(worker);
     const Index count = num_rows(chunk), whole = (count + kPanelRows - 1) / kPanelRows * kPanelRows;
-    products_.rows(rows(chunk), in_panels_ ? whole : count, matrix_.depth, x_, num_tokens, out, sum_stride_,
-                   rows(next_chunk >= 0 ? next_chunk : chunk));
-    take({chunk, chunk * chunk_, count, 0, num_tokens, out, sum_stride_});
-}
-
-// Tiles of tokens by turns: each fetches its share of the next chunk, so that arithmetic and memory overlap.
-void RowPass::many(Index chunk, Index next_chunk, bool cached, float *out) {
-    const Index count = num_rows(chunk), tokens = matrix_.num_tokens;
-    const Index num_tiles = (tokens + tile_tokens_ - 1) / tile_tokens_;
     const Rows next = rows(next_chunk >= 0 ? next_chunk : chunk);
-    const Index next_bytes = next_chunk >= 0 ? num_rows(next_chunk) * matrix_.row_bytes : 0;
-    for (Index tile = 0; tile < num_tiles; tile++) {
-        const Index m = tokens * tile / num_tiles, num_tokens = tokens * (tile + 1) / num_tiles - m;
-        const Index from = next_bytes * tile / num_tiles, to = next_bytes * (tile + 1) / num_tiles;
-        if (tile == 0 && !cached) {
-            products_.rows(rows(chunk), count, matrix_.depth, x_, num_tokens, out, sum_stride_, next);
-        } else {
-            products_.tile_rows(rows(chunk).codes, count, matrix_.depth, x_ + m, num_tokens, out, sum_stride_,
-                                next.codes + from, to - from);
-        }
+    for (Index m = 0; m < matrix_.num_tokens; m += kTokenBlock) {
+        const Index num_tokens = std::min(kTokenBlock, matrix_.num_tokens - m);
+        products_.rows(rows(chunk), in_panels_ ? whole : count, matrix_.depth, x_ + m, num_tokens, out, sum_stride_,
+                       m == 0 ? next : kNothing);
         take({chunk, chunk * chunk_, count, m, num_tokens, out, sum_stride_});
     }
 }

@@ -60,20 +60,17 @@ class RowPass : public Work {
     const Index chunk_, num_chunks_;
 
    private:
-    void pass(int worker, Index chunk, Index next_chunk, bool cached);
-    void few(Index chunk, Index next_chunk, float *out);
-    void many(Index chunk, Index next_chunk, bool cached, float *out);
+    void pass(int worker, Index chunk, Index next_chunk);
     Index num_rows(Index chunk) const;
     Rows rows(Index chunk) const;
 
     const Kernels &products_;
     const int num_threads_;
     const bool in_panels_;
-    const Index tile_tokens_;  // of panels: all
     const Index sum_stride_;
     char *tokens_ = nullptr;
     const void **x_ = nullptr;  // scratch rows of tokens_
-    float *sums_ = nullptr;     // per thread
+    Own<float> sums_;
     Index token_stride_ = 0;
     Queue encode_, chunks_;
 };
