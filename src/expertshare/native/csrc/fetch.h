@@ -1,6 +1,6 @@
 // Which lines of weights are fetched ahead of their use, and when. A tile calls `column` for every 64 bytes of its rows:
-// they begin `offset` bytes into its segment, which begins at `at` in a row, and `turn` counts the calls from 0 to kTurns - 1. Everything has internal linkage: no
-// file may end up with another instruction set's copy.
+// they begin `offset` bytes into its segment, which begins at `at` in a row, and `turn` counts the calls from 0 to
+// kTurns - 1. Everything has internal linkage: no file may end up with another instruction set's copy.
 #pragma once
 
 #include "kernels.h"
@@ -58,7 +58,8 @@ struct Blocks {
     FetchColumns<R> columns(Index b, Index ahead) const {
         const Index num_columns = (row_bytes + kLine - 1) / kLine;
         const Index later = b + ahead / num_columns, shift = ahead % num_columns * kLine;
-        return {block(later) + shift, block(later + 1) + shift - num_columns * kLine, num_columns * kLine - shift, row_bytes};
+        const Index whole = num_columns * kLine;
+        return {block(later) + shift, block(later + 1) + shift - whole, whole - shift, row_bytes};
     }
 
     FetchRows<R> rows(Index b, Index ahead_bytes) const {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 
 #include "kernels.h"
 
@@ -28,48 +27,15 @@ inline Rows skip(const Rows &w, Strides strides, Index panels) {
     return {at(w.codes, strides.codes), at(w.scales, strides.scales), at(w.minima, strides.scales)};
 }
 
-// Where one panel's reader fetches ahead: from `at` on for `left` lines, then from `then` on.
-struct Stream {
-    const char *at, *then;
-    Index left;
-
-    void skip(Index lines) {
-        if (lines < left) {
-            at += lines * kLineBytes, left -= lines;
-        } else {
-            at = then + (lines - left) * kLineBytes, left = std::numeric_limits<Index>::max();
-        }
-    }
-};
-
-// Of several tiles over the same R panels each fetches every `turns`th unit; with 0 turns nothing is fetched.
-template <int R>
+// Lines that a tile fetches ahead: so many with every unit that it reads, `left` in all.
 struct Ahead {
-    Stream streams[R];
-    Index wait, turns;
+    const char *at;
+    Index lines, left;
 
-    Ahead turn(Index i, Index of) const {
-        Ahead part = *this;
-        part.wait = i, part.turns *= of;
-        return part;
-    }
-
-    void skip(Index lines) {
-        for (Stream &of : streams) of.skip(lines);
-    }
-
-    // As many lines as one unit of work reads.
     inline __attribute__((always_inline)) void fetch() {
-        if (turns == 0) return;
-        const bool mine = wait-- == 0;
-        if (mine) wait = turns - 1;
-#pragma GCC unroll 4
-        for (Stream &of : streams) {
-            if (mine) {
-                for (Index i = 0; i < kUnit; i++) __builtin_prefetch(of.at + i * kLineBytes, 0, 3);
-            }
-            of.skip(kUnit);
-        }
+        const Index count = std::min(lines, left);
+        for (Index i = 0; i < count; i++) __builtin_prefetch(at + i * kLineBytes, 0, 3);
+        at += count * kLineBytes, left -= count;
     }
 };
 
@@ -77,22 +43,18 @@ struct Ahead {
 struct Region {
     Rows w, next;
     Strides strides;
-    Index num_panels, ahead_bytes;
+    Index num_panels;
 
     Rows panel(Index k) const { return k < num_panels ? skip(w, strides, k) : skip(next, strides, k - num_panels); }
 
-    // R readers, the first of them in panel `first`.
+    // For a tile that begins `bytes` into R panels from `first` on, one of `turns` over the same `lines` of each.
     template <int R>
-    Ahead<R> ahead(Index first) const {
-        Ahead<R> found = {};
-        if (next.codes == nullptr) return found;
-        const Index blocks = ahead_bytes / (R * strides.codes), rest = ahead_bytes / R % strides.codes;
-        for (int r = 0; r < R; r++) {
-            found.streams[r] = {panel(first + r + R * blocks).codes + rest, panel(first + r + R * (blocks + 1)).codes,
-                                (strides.codes - rest) / kLineBytes};
-        }
-        found.turns = 1;
-        return found;
+    Ahead ahead(Index first, Index bytes, Index lines, Index ahead_bytes, Index turn, Index turns) const {
+        if (next.codes == nullptr) return {nullptr, 0, 0};
+        const Index distance = (ahead_bytes + R * strides.codes - 1) / (R * strides.codes) * R;
+        const Index from = R * lines * turn / turns, to = R * lines * (turn + 1) / turns;
+        const char *at = panel(first + distance + R * bytes / strides.codes).codes + R * bytes % strides.codes;
+        return {at + from * kLineBytes, (R * kUnit + turns - 1) / turns, to - from};
     }
 
     void fetch_scales(Index first, Index count, bool minima) const {

@@ -23,7 +23,7 @@ namespace {
 
 constexpr Index kStretchSpans = 4;  // of two panels: 16 KiB of int8
 
-// Into the first cache: int8 gains nothing from more. With 4 bits arithmetic takes as long as memory, in turns: far ahead
+// At least, in whole panels. Into the first cache: int8 gains nothing from more. With 4 bits arithmetic takes as long as memory, in turns: far ahead
 // a group of many tokens fetches for those of few.
 template <class F>
 constexpr Index kAheadBytes = F::kBits == 8 ? 16 << 10 : 128 << 10;
@@ -42,7 +42,7 @@ struct Tile {
     const Strides strides;
     Rows w;
     const Span *tokens[M];
-    Ahead<R> ahead;
+    Ahead ahead;
     float *const out;
     const Index out_stride;
 
@@ -138,21 +138,26 @@ struct Tile {
     }
 };
 
-// Adds `features` features from `w` on, which meet the tokens' spans x[m] + span and following, to `out`.
+// Adds `features` features from `w` on, which meet the tokens' spans x[m] + span and following, to `out`. What a call
+// needs passes as numbers: a structure would be read in other pieces than it was written in, and wait for all stores
+// before it.
+#define EXPERTSHARE_PANELS_TILE                                                                               \
+    const char *codes, const char *scales, const char *minima, Index codes_stride, Index scales_stride,      \
+        const void *const *x, Index span, Index features, float *out, Index out_stride, const char *ahead_at, \
+        Index ahead_lines, Index ahead_left
+
 template <class V, class F, int R, int M>
-void panels_tile(const Rows &w, Strides strides, const void *const *x, Index span, Index features, float *out,
-                 Index out_stride, const Ahead<R> &ahead) {
-    Tile<V, F, R, M> tile = {strides, w, {}, ahead, out, out_stride};
+void panels_tile(EXPERTSHARE_PANELS_TILE) {
+    Tile<V, F, R, M> tile = {{codes_stride, scales_stride}, {codes, scales, minima}, {},
+                             {ahead_at, ahead_lines, ahead_left}, out, out_stride};
     for (int m = 0; m < M; m++) tile.tokens[m] = static_cast<const Span *>(x[m]) + span;
     tile.add_spans(features);
 }
 
-template <int R>
-using PanelsTile = void (*)(const Rows &w, Strides strides, const void *const *x, Index span, Index features, float *out,
-                            Index out_stride, const Ahead<R> &ahead);
+using PanelsTile = void (*)(EXPERTSHARE_PANELS_TILE);
 
 template <class V, class F, int R, int M = V::kMaxTokens>
-PanelsTile<R> tile_for(Index num_tokens) {
+PanelsTile tile_for(Index num_tokens) {
     if constexpr (M > 1) {
         if (num_tokens < M) return tile_for<V, F, R, M - 1>(num_tokens);
     }
@@ -183,19 +188,22 @@ void panels_of_tiles(const Region &region, Index first_panel, Index depth, const
                      float *out, Index out_stride) {
     const Index num_tiles = (num_tokens + V::kMaxTokens - 1) / V::kMaxTokens;
     const Index stretch = num_tiles == 1 ? depth : std::min(depth, kStretchSpans * kSpan);
-    Rows w = region.panel(first_panel);
-    Ahead<R> ahead = region.template ahead<R>(first_panel);
+    const Rows w = region.panel(first_panel);
+    const Strides strides = region.strides;
     region.fetch_scales(first_panel + R, R, F::kMinima);
     fill<V>(out, R, num_tokens, out_stride);
     for (Index begin = 0; begin < depth; begin += stretch) {
         const Index features = std::min(stretch, depth - begin);
+        const Index codes = kPanelRows * F::row_bytes(begin);
+        const Index scales = F::kGroup == 0 ? 0 : kPanelRows * F::scale_bytes(begin);
+        const Index lines = kPanelRows * F::row_bytes(features) / kLineBytes;
         for (Index i = 0; i < num_tiles; i++) {
             const Index first = num_tokens * i / num_tiles, size = num_tokens * (i + 1) / num_tiles - first;
-            tile_for<V, F, R>(size)(w, region.strides, x + first, begin / kSpan, features, out + first * out_stride,
-                                    out_stride, ahead.turn(i, num_tiles));
+            const Ahead ahead = region.template ahead<R>(first_panel, codes, lines, kAheadBytes<F>, i, num_tiles);
+            tile_for<V, F, R>(size)(w.codes + codes, w.scales + scales, F::kMinima ? w.minima + scales : nullptr,
+                                    strides.codes, strides.scales, x + first, begin / kSpan, features,
+                                    out + first * out_stride, out_stride, ahead.at, ahead.lines, ahead.left);
         }
-        w = skip(w, {kPanelRows * F::row_bytes(features), kPanelRows * F::scale_bytes(features)}, 1);
-        ahead.skip(kPanelRows * F::row_bytes(features) / kLineBytes);
     }
     if constexpr (F::kGroup == 0) {
         const float *scales = reinterpret_cast<const float *>(region.panel(first_panel).scales);
@@ -208,7 +216,7 @@ void panels_of_tiles(const Region &region, Index first_panel, Index depth, const
 template <class V, class F>
 void quantised_rows(const Rows &w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
                     Index out_stride, const Rows &next) {
-    const Region region = {w, next, strides_of<F>(depth), num_rows / kPanelRows, kAheadBytes<F>};
+    const Region region = {w, next, strides_of<F>(depth), num_rows / kPanelRows};
     Index first = 0;
     const auto run = [&](auto panels) {
         constexpr int R = decltype(panels)::value;

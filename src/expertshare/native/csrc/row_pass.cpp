@@ -41,7 +41,8 @@ RowPass::RowPass(const Matrix &matrix, const PassKernels &kernels, Arena &arena,
     token_stride_ = spread_over_sets(products_.row_bytes(matrix.depth));
     const Index num_sums = std::min(kTokenBlock, matrix.num_tokens) * sum_stride_;
     arena.reserve(Arena::padded<char>(matrix.num_tokens * token_stride_) +
-                  Arena::padded<const void *>(matrix.num_tokens) + Arena::padded_own<float>(num_threads, num_sums) + extra_bytes);
+                  Arena::padded<const void *>(matrix.num_tokens) +
+                  Arena::padded_own<float>(num_threads, num_sums) + extra_bytes);
     tokens_ = arena.carve<char>(matrix.num_tokens * token_stride_);
     x_ = arena.carve<const void *>(matrix.num_tokens);
     sums_ = arena.carve_own<float>(num_threads, num_sums);
