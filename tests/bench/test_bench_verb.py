@@ -12,6 +12,8 @@ from expertshare.bench import Machine
 from expertshare.cli import main
 from expertshare.errors import InputError
 from expertshare.plots import plot_bench
+from expertshare.plots.bench import _looks
+from expertshare.plots.style import COLOURS
 
 
 @pytest.fixture(autouse=True)
@@ -119,3 +121,8 @@ def test_wrong_input_is_named(capsys: pytest.CaptureFixture[str], arguments: tup
 def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="left out"):
         plot_bench({"cases": []}, tmp_path / "p.png")
+
+
+def test_contenders_look_different_beyond_the_number_of_colours() -> None:
+    names = [f"c{index}" for index in range(len(COLOURS) + 3)]
+    assert len(set(_looks(names).values())) == len(names)

@@ -12,7 +12,10 @@ from expertshare.errors import InputError
 from expertshare.plots.style import COLOURS, INK, check_plot_path, frame, literal, new_figure, save
 
 PANEL_WIDTH, PANEL_HEIGHT = 6.4, 4.4
+MARKERS = "osv"  # by turns of the colours
+BOUND_STYLES = ("--", ":", "-.")
 Point = Mapping[str, Any]
+Look = tuple[str, str]  # colour, marker
 
 
 def plot_bench(results: Mapping[str, Any], path: str | Path) -> None:
@@ -35,22 +38,22 @@ def plot_bench(results: Mapping[str, Any], path: str | Path) -> None:
 def _plot_experts(results: Mapping[str, Any], path: str | Path) -> None:
     points: Sequence[Point] = results["cases"]
     cases = list(dict.fromkeys((point["case"], point["tokens"]) for point in points))
-    colours = _colours(point["backend"] for point in points)
+    looks = _looks(point["backend"] for point in points)
     figure = new_figure(PANEL_WIDTH * (len(cases) + 1), PANEL_HEIGHT)
     panels = figure.subplots(1, len(cases) + 1)
     for axes, (case, tokens) in zip(panels, cases, strict=False):
         mine = [point for point in points if (point["case"], point["tokens"]) == (case, tokens)]
-        _draw_latency(axes, mine, colours)
+        _draw_latency(axes, mine, looks)
         frame(axes, title=f"{case}, {tokens} tokens", x="unique experts", y="ms per layer (bars: quartiles)")
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
-    _draw_roofline(panels[-1], points, colours, results["bandwidth_gb_per_s"], results["peak_gmac_per_s"])
+    _draw_roofline(panels[-1], points, looks, results["bandwidth_gb_per_s"], results["peak_gmac_per_s"])
     panels[0].legend(frameon=False, fontsize=8, labelcolor=INK)
     save(figure, path)
 
 
-def _draw_latency(axes: Axes, points: Sequence[Point], colours: Mapping[str, str]) -> None:
-    for backend, colour in colours.items():
+def _draw_latency(axes: Axes, points: Sequence[Point], looks: Mapping[str, Look]) -> None:
+    for backend, (colour, marker) in looks.items():
         mine = sorted((point for point in points if point["backend"] == backend), key=lambda point: point["unique"])
         if not mine:
             continue
@@ -58,26 +61,35 @@ def _draw_latency(axes: Axes, points: Sequence[Point], colours: Mapping[str, str
         below = [point["ms"] - point["ms_quartiles"][0] for point in mine]
         above = [point["ms_quartiles"][1] - point["ms"] for point in mine]
         axes.errorbar(
-            x, y, yerr=[below, above], marker="o", markersize=4, linewidth=1.2, capsize=2, color=colour, label=backend
+            x,
+            y,
+            yerr=[below, above],
+            marker=marker,
+            markersize=4,
+            linewidth=1.2,
+            capsize=2,
+            color=colour,
+            label=backend,
         )
-    for form in sorted({point.get("quantisation") or "" for point in points}):
+    forms = sorted({point.get("quantisation") or "" for point in points})
+    for index, form in enumerate(forms):
         mine = [point for point in points if (point.get("quantisation") or "") == form]
         bound = sorted({(point["unique"], point["bound_ms"]) for point in mine})
-        label, style = (f"bound of {form}", ":") if form else ("bound", "--")
+        label, style = f"bound of {form}" if form else "bound", BOUND_STYLES[index % len(BOUND_STYLES)]
         axes.plot([x for x, _ in bound], [y for _, y in bound], style, color=INK, linewidth=1.2, label=label)
 
 
 def _draw_roofline(
-    axes: Axes, points: Sequence[Point], colours: Mapping[str, str], bandwidth: float, peak: float
+    axes: Axes, points: Sequence[Point], looks: Mapping[str, Look], bandwidth: float, peak: float
 ) -> None:
     intensity = [point["macs"] / point["bytes"] for point in points]
     edges = [min(intensity) / 2, max(*intensity, peak / bandwidth) * 2]
     corner = peak / bandwidth
     axes.plot([edges[0], corner, edges[1]], [edges[0] * bandwidth, peak, peak], "--", color=INK, linewidth=1.2)
-    for backend, colour in colours.items():
+    for backend, (colour, marker) in looks.items():
         mine = [point for point in points if point["backend"] == backend]
         x = [point["macs"] / point["bytes"] for point in mine]
-        axes.plot(x, [point["gmac_per_s"] for point in mine], "o", markersize=4, color=colour, label=backend)
+        axes.plot(x, [point["gmac_per_s"] for point in mine], marker, markersize=4, color=colour, label=backend)
     axes.set_xscale("log")
     axes.set_yscale("log")
     title = f"Roofline: {bandwidth:.0f} GB/s, {peak:.0f} GMAC/s"
@@ -123,7 +135,7 @@ def _plot_generations(points: Sequence[Point], path: str | Path) -> None:
     save(figure, path)
 
 
-def _colours(backends: Any) -> dict[str, str]:
-    """One for each contender, the same in every panel."""
-    names = list(dict.fromkeys(backends))
-    return {name: COLOURS[index % len(COLOURS)] for index, name in enumerate(names)}
+def _looks(backends: Any) -> dict[str, Look]:
+    """A colour and a marker for each contender, the same in every panel."""
+    names, colours = list(dict.fromkeys(backends)), len(COLOURS)
+    return {name: (COLOURS[i % colours], MARKERS[i // colours % len(MARKERS)]) for i, name in enumerate(names)}
