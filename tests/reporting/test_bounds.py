@@ -23,7 +23,7 @@ def test_the_table_gives_the_bound_of_floats() -> None:
 @pytest.mark.parametrize(("label", "backend"), [("bound", "cpu"), ("bound of int4", "cpu-int4")])
 def test_the_picture_has_a_line_for_each(label: str, backend: str) -> None:
     axes = Figure().add_subplot()
-    _draw_latency(axes, POINTS, {"cpu": "red", "cpu-int4": "blue"})
+    _draw_latency(axes, POINTS, {"cpu": ("red", "o"), "cpu-int4": ("blue", "s")})
     (line,) = (line for line in axes.lines if line.get_label() == label)
     mine = sorted((p["unique"], p["bound_ms"]) for p in POINTS if p["backend"] == backend)
     assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == mine
