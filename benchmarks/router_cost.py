@@ -33,7 +33,7 @@ from expertshare.bench.weights import random_banks
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.kernels import moe_ffn
 from expertshare.measure.environment import capture_environment
-from expertshare.models.moe import Router, lay_side_by_side
+from expertshare.models.moe import Router, lay_side_by_side, narrow
 from expertshare.routing import POLICIES, assign, compiled, count_load, parse_policy
 from expertshare.types import ExpertBank, RoutingPlan, RoutingPolicy
 
@@ -67,13 +67,14 @@ class Scene:
 
 
 def make_routers(config: ModelConfig, num_layers: int, dtype: torch.dtype) -> list[Router]:
-    """Routers in float32 whose weights are of `dtype`, as a checkpoint holds them."""
+    """Routers whose weights are of `dtype`, as a checkpoint holds them, and kept as a loaded model keeps them."""
     generator = torch.Generator().manual_seed(0)
     routers = [Router(config).requires_grad_(False) for _ in range(num_layers)]
     lay_side_by_side(routers)
     for router in routers:
         weights = torch.randn(router.weight.shape, generator=generator) * 2 * config.hidden_size**-0.5
         router.weight.copy_(weights.to(dtype))
+    narrow(routers)
     return routers
 
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from expertshare import native
 from expertshare.errors import CheckpointError, ConfigError, ExpertShareError, InputError
 from expertshare.models import load_model
 
@@ -86,13 +87,22 @@ def test_merged_and_sharded_load_the_same(original: Path, broken: Path) -> None:
     assert_same_state(state(broken), state(original))
 
 
-def test_routers_stay_in_float32(broken: Path) -> None:
-    tensors = {name: tensor.bfloat16() for name, tensor in read_checkpoint(broken).items()}
+@pytest.mark.parametrize("routers", [torch.float32, torch.bfloat16], ids=str)
+def test_routers_lose_no_bits(broken: Path, routers: torch.dtype) -> None:
+    """Weights of a router are narrowed only where they are bfloat16 numbers; its bias never is."""
+    tensors = {
+        name: tensor.to(routers if name.endswith("mlp.gate.weight") else torch.bfloat16)
+        for name, tensor in read_checkpoint(broken).items()
+    }
     write_checkpoint(broken, LLADA2_CONFIG, tensors)
     loaded = load_model(broken)
     assert loaded.model.dtype == torch.bfloat16
+    kept = routers if native.available() else torch.float32
     for name, tensor in loaded.model.state_dict().items():
-        assert tensor.dtype == (torch.float32 if ".router." in name else torch.bfloat16), name
+        expected = torch.bfloat16 if ".router." not in name else torch.float32 if name.endswith("bias") else kept
+        assert tensor.dtype == expected, name
+    assert torch.equal(loaded.model.state_dict()["layers.1.moe.router.weight"].float(), tensors[ROUTER].float())
+    assert load_model(broken, torch.float32).model.state_dict()["layers.1.moe.router.weight"].dtype == torch.float32
 
 
 def test_dtype_can_be_chosen(original: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expertshare import native
 from expertshare.bench.cases import CASES
-from expertshare.models.moe import LayerRouting, Router, lay_side_by_side
+from expertshare.models.moe import LayerRouting, Router, lay_side_by_side, narrow
 from expertshare.routing import POLICIES, count_load, route
 from expertshare.types import RoutingPlan, RoutingPolicy
 
@@ -67,6 +67,24 @@ def test_it_follows_policy_and_weights() -> None:
     other.weight.mul_(-1)
     assert_as_in_pieces(other, vanilla, x, live)
     assert_as_in_pieces(router, vanilla, x, live)
+
+
+def test_weights_are_kept_in_bfloat16_only_where_that_loses_nothing() -> None:
+    routers = [make_router(seed) for seed in range(2)]
+    narrow(routers)
+    assert all(router.weight.dtype == torch.float32 for router in routers)
+    for router in routers:
+        router.weight.copy_(router.weight.bfloat16())
+    before = [router.weight.clone() for router in routers]
+    x, live = torch.randn(2, 8, CONFIG.hidden_size).bfloat16(), torch.rand(2, 8) > 0.2
+    narrow(routers)
+    for router, weight in zip(routers, before, strict=True):
+        assert router.weight.dtype == torch.bfloat16
+        assert torch.equal(router.weight.float(), weight)
+        assert torch.equal(router(x), torch.nn.functional.linear(x.float(), weight))
+        for name in POLICIES:
+            assert_as_in_pieces(router, POLICIES[name]().bind(SPEC), x, live)
+    narrow([])
 
 
 def test_policies_take_turns() -> None:

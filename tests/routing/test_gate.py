@@ -20,11 +20,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def tensors(shape: tuple[int, int, int], hidden: str, weights: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states [1, T, D]; router weights in float32 whose values are of the other dtype; a bias."""
+    """Hidden states [1, T, D]; router weights; a bias."""
     tokens, depth, experts = shape
     generator = torch.Generator().manual_seed(tokens + depth)
     x = torch.randn(1, tokens, depth, generator=generator).to(DTYPES[hidden])
-    weight = (torch.randn(experts, depth, generator=generator) * 2 * depth**-0.5).to(DTYPES[weights]).float()
+    weight = (torch.randn(experts, depth, generator=generator) * 2 * depth**-0.5).to(DTYPES[weights])
     return x, weight, torch.randn(experts, generator=generator) / 8
 
 
@@ -78,16 +78,18 @@ def test_threads_do_not_matter() -> None:
         native.set_num_threads(None)
 
 
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("hidden", DTYPES)
-def test_one_strip_of_other_weights_changes_only_its_rows(hidden: str) -> None:
-    """Rows in bfloat16 and rows that are not, side by side."""
-    x, weight, bias = tensors((20, 1024, 64), hidden, "bfloat16")
-    before = scores_of(x, weight, bias).affinity_GLE
-    weight[9, 700] += 2.0**-12
-    after = scores_of(x, weight, bias).affinity_GLE
-    exact = (x.double() @ weight.double().T).sigmoid()
-    torch.testing.assert_close(after.double(), exact, rtol=5e-6, atol=0.0)
-    assert torch.equal(before[..., 16:], after[..., 16:])
+def test_weights_held_in_half_the_bytes_give_the_same(monkeypatch: pytest.MonkeyPatch, isa: str, hidden: str) -> None:
+    """Bit for bit where both are multiplied in float32; where pairs of bfloat16 are, sums come in another order."""
+    monkeypatch.setenv("EXPERTSHARE_ISA", isa)
+    for shape in SHAPES:
+        x, weight, bias = tensors(shape, hidden, "bfloat16")
+        narrow, wide = scores_of(x, weight, bias).affinity_GLE, scores_of(x, weight.float(), bias).affinity_GLE
+        if isa == "avx512_bf16" and hidden == "bfloat16":
+            torch.testing.assert_close(narrow, wide, rtol=5e-6, atol=1e-30)
+        else:
+            assert torch.equal(narrow, wide)
 
 
 def test_extreme_logits_stay_finite() -> None:
@@ -103,7 +105,8 @@ def test_what_it_takes() -> None:
     assert gate_takes(x, weight, bias)
     assert gate_takes(x, weight, None)
     assert not gate_takes(x.half(), weight, bias)
-    assert not gate_takes(x, weight.bfloat16(), bias)
+    assert gate_takes(x, weight.bfloat16(), bias)
+    assert not gate_takes(x, weight.half(), bias)
     assert not gate_takes(x, weight, bias.double())
     assert not gate_takes(x, weight.t(), bias)
     assert not gate_takes(x.to("meta"), weight, bias)

@@ -83,14 +83,14 @@ def fill(tensor: Tensor, std: float, generator: np.random.Generator) -> Tensor:
 
 
 def random_model(config: ModelConfig, dtype: torch.dtype, seed: int, std: float = 0.02) -> MoETransformer:
-    """A model in evaluation mode: norms one, selection biases zero, all else random. Routers stay float32."""
+    """A model in evaluation mode: norms one, selection biases zero, all else random. Routers compute in float32."""
     with torch.device("meta"):
         model = MoETransformer(config).to(dtype)
     for module in model.modules():
         if isinstance(module, Router):
             module.float()
     model = model.to_empty(device="cpu")
-    lay_side_by_side([module for module in model.modules() if isinstance(module, Router)])
+    lay_side_by_side([module for module in model.modules() if isinstance(module, Router)], dtype)
     if config.tie_embeddings and isinstance(model.embed, nn.Embedding) and isinstance(model.head, nn.Linear):
         model.head.weight = model.embed.weight
     generator = np.random.Generator(np.random.SFC64(seed))

@@ -25,7 +25,7 @@ from expertshare.models.checkpoint import (
 )
 from expertshare.models.devices import usable_device
 from expertshare.models.family import Place
-from expertshare.models.moe import Router, lay_side_by_side
+from expertshare.models.moe import Router, lay_side_by_side, narrow
 from expertshare.models.quantised_vocabulary import QuantisedVocabulary, quantised_places
 from expertshare.models.source import read_json, read_optional_json, resolve_source
 from expertshare.models.table import family_of
@@ -58,7 +58,7 @@ def load_model(
 ) -> LoadedModel:
     """Load a directory or a hub id. dtype: float32 or bfloat16, by default the checkpoint's own.
 
-    Of a directory that `expertshare convert` wrote, everything but the experts is loaded. Routers stay in float32
+    Of a directory that `expertshare convert` wrote, everything but the experts is loaded. Routers compute in float32
     whatever the dtype. A float16 checkpoint is computed in float32 unless told otherwise. device: cpu or cuda.
     Raises InputError, ConfigError or CheckpointError, each naming the file, key or tensor.
     """
@@ -89,6 +89,8 @@ def load_model(
     check_tensors(stored, places, model.state_dict())
     model = _allocate(model, dtype or _own_dtype(stored, places), device)
     _fill(model, stored, places)
+    if model.dtype is torch.bfloat16:
+        narrow(_routers(model))
     return LoadedModel(model=model.eval(), config=config, tokenizer=tokenizer, path=path, layout=layout)
 
 
@@ -118,12 +120,16 @@ def _allocate(model: MoETransformer, dtype: torch.dtype, device: str | torch.dev
     model = model.to_empty(device=device)
     for tensor in (*model.parameters(), *model.buffers()):
         ask_for_huge_pages(tensor)
-    lay_side_by_side([module for module in model.modules() if isinstance(module, Router)])
+    lay_side_by_side(_routers(model))
     embed, head = model.embed, model.head
     # to_empty gave each of the two a tensor of its own
     if model.config.tie_embeddings and isinstance(embed, nn.Embedding) and isinstance(head, nn.Linear):
         head.weight = embed.weight
     return model
+
+
+def _routers(model: MoETransformer) -> list[Router]:
+    return [module for module in model.modules() if isinstance(module, Router)]
 
 
 def _fill(model: MoETransformer, stored: Mapping[str, StoredTensor], places: Sequence[Place]) -> None:

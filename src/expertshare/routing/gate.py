@@ -19,13 +19,13 @@ class Gate(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "w", "bias", "affinity", "choice")),
         *((name, c_int64) for name in ("num_tokens", "depth", "num_experts")),
-        *((name, c_int32) for name in ("is_bfloat16", "is_softmax", "isa", "num_threads")),
+        *((name, c_int32) for name in ("is_bfloat16", "w_is_bfloat16", "is_softmax", "isa", "num_threads")),
         ("team", c_void_p),
     )
 
 
 def takes(x_GLD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> bool:
-    """Whether the library is there and can compute with these: float32 weights, no gradients, all on the CPU."""
+    """Whether the library is there and can compute with these: floats, no gradients, all on the CPU."""
     others = (weight_ED,) if bias_E is None else (weight_ED, bias_E)
     return (
         x_GLD.dtype in (torch.float32, torch.bfloat16)
@@ -38,10 +38,10 @@ def takes(x_GLD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> bool:
 
 def weights_are_taken(weight_ED: Tensor, bias_E: Tensor | None) -> bool:
     """The part of `takes` that stays true for a layer."""
-    tensors = (weight_ED,) if bias_E is None else (weight_ED, bias_E)
-    return native.available() and all(
-        tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in tensors
-    )
+    fits = weight_ED.dtype in (torch.float32, torch.bfloat16) and weight_ED.is_cpu and weight_ED.is_contiguous()
+    if bias_E is not None:
+        fits = fits and bias_E.dtype == torch.float32 and bias_E.is_cpu and bias_E.is_contiguous()
+    return native.available() and fits
 
 
 def gate_scores(
@@ -49,9 +49,9 @@ def gate_scores(
 ) -> RouterScores:
     """`router_scores` of x times the router's weights, for tensors that `takes` accepts.
 
-    x_GLD: float32 or bfloat16, widened exactly. Products and sums are float32: within a few units in the last place of
-    torch's, and other ones with another instruction set, but the same for a token whatever tokens stand beside it and
-    in however many threads. A logit below -87 counts as -87 (an affinity of 2e-38).
+    x_GLD, weight_ED: float32 or bfloat16, widened exactly. bias_E: float32. Products and sums are float32: within a few
+    units in the last place of torch's, and other ones with another instruction set, but the same for a token whatever
+    tokens stand beside it and in however many threads. A logit below -87 counts as -87 (an affinity of 2e-38).
     """
     library = native.library()
     library.es_affinity.argtypes = [POINTER(Gate)]
@@ -72,7 +72,7 @@ def gate_scores(
 def gate_of_weights(weight_ED: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> Gate:
     """The part of the gate, as the library reads it, that stays the same for a layer."""
     gate = Gate()
-    gate.w = weight_ED.data_ptr()
+    gate.w, gate.w_is_bfloat16 = weight_ED.data_ptr(), int(weight_ED.dtype == torch.bfloat16)
     gate.bias = None if bias_E is None else bias_E.data_ptr()
     gate.num_experts, gate.depth = weight_ED.shape
     gate.is_softmax = int(spec.activation == "softmax")

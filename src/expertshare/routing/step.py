@@ -87,22 +87,23 @@ class LayerStep:
     bias_E: Tensor | None
     policy: RoutingPolicy
     spec: RouterSpec
+    dtype: torch.dtype
     addresses: tuple[int, int | None]
     constants: bytes | None
 
     @classmethod
     def of(cls, weight_ED: Tensor, bias_E: Tensor | None, policy: RoutingPolicy, spec: RouterSpec) -> LayerStep:
-        """Prepare. The library takes a layer with float32 weights on the CPU, and policies with a recipe."""
-        addresses = _addresses(weight_ED, bias_E)
+        """Prepare. The library takes a layer that `gate_takes` would, and policies with a recipe."""
+        dtype, addresses = weight_ED.dtype, _addresses(weight_ED, bias_E)
         recipe = recipe_of(policy, spec)
         numbers = None if recipe is None else _in_numbers(recipe, spec, policy.group_limit)
         shapes = (spec.num_experts, *weight_ED.shape[1:]), (spec.num_experts,)
         fits = weight_ED.shape == shapes[0] and (bias_E is None or bias_E.shape == shapes[1])
         if numbers is None or not fits or not weights_are_taken(weight_ED, bias_E):
-            return cls(weight_ED, bias_E, policy, spec, addresses, None)
+            return cls(weight_ED, bias_E, policy, spec, dtype, addresses, None)
         step = _Step(gate_of_weights(weight_ED, bias_E, spec), numbers)
         step.top_k, step.scaling, step.renormalise = spec.top_k, spec.scaling, int(spec.renormalise)
-        return cls(weight_ED, bias_E, policy, spec, addresses, bytes(step))
+        return cls(weight_ED, bias_E, policy, spec, dtype, addresses, bytes(step))
 
     def is_of(self, weight_ED: Tensor, bias_E: Tensor | None, policy: RoutingPolicy, spec: RouterSpec) -> bool:
         """Whether this was made of these, and they lie where they lay."""
@@ -112,7 +113,7 @@ class LayerStep:
             and policy is self.policy
             and spec is self.spec
             and _addresses(weight_ED, bias_E) == self.addresses
-            and weight_ED.dtype is torch.float32
+            and weight_ED.dtype is self.dtype
         )
 
     def route(self, x_GLD: Tensor, live_GL: Tensor, *, coreset_GE: Tensor | None = None) -> Routed | None:

@@ -40,7 +40,8 @@ Affinity::Affinity(const es_gate &gate, const AffinityKernels &kernels, Arena &a
       width_(kernels.width),
       token_blocks_(ceil_div(gate.num_tokens, kernels.width)),
       row_blocks_(ceil_div(gate.num_experts, kernels.rows)),
-      strips_(ceil_div(gate.depth, kStripDepth)) {
+      strips_(ceil_div(gate.depth, kStripDepth)),
+      row_bytes_(gate.depth * (gate.w_is_bfloat16 != 0 ? 2 : 4)) {
     const Index num_packed = token_blocks_ * gate.depth * width_;
     const Index num_logits = token_blocks_ * gate.num_experts * width_;
     arena.reserve(Arena::padded<float>(num_packed) + Arena::padded<float>(num_logits));
@@ -71,14 +72,17 @@ void Affinity::multiply_all(int worker) {
     each(to_multiply_, worker, first, [this](Index item, Index next) { multiply(item, next); });
 }
 
+const char *Affinity::rows(Index item) const {
+    return static_cast<const char *>(gate_.w) + item * kernels_.rows * row_bytes_;
+}
+
 // A thread's part of the packing long, from `line` on; returns the line to go on with.
 Index Affinity::fetch(Index item, Index line) const {
     constexpr Index kLine = 64;
     const Index rows = std::min<Index>(kernels_.rows, gate_.num_experts - item * kernels_.rows);
-    const Index num_lines = rows * gate_.depth * 4 / kLine;
+    const Index num_lines = rows * row_bytes_ / kLine;
     const Index end = std::min(num_lines, line + ceil_div(num_lines * gate_.num_threads, token_blocks_ * strips_));
-    const char *from = reinterpret_cast<const char *>(gate_.w + item * kernels_.rows * gate_.depth);
-    for (; line < end; line++) __builtin_prefetch(from + line * kLine, 0, 3);
+    for (; line < end; line++) __builtin_prefetch(this->rows(item) + line * kLine, 0, 3);
     return line;
 }
 
@@ -94,11 +98,12 @@ void Affinity::multiply(Index item, Index next_item) {
     const Index first = item * kernels_.rows;
     const Index num_rows = std::min<Index>(kernels_.rows, gate_.num_experts - first);
     const bool whole_next = next_item >= 0 && (next_item + 1) * kernels_.rows <= gate_.num_experts;
-    const float *next = whole_next ? gate_.w + next_item * kernels_.rows * gate_.depth : nullptr;
+    GateRows w = {rows(item), whole_next ? rows(next_item) : nullptr, gate_.w_is_bfloat16 != 0};
     for (Index block = 0; block < token_blocks_; block++) {
-        kernels_.multiply(gate_.w + first * gate_.depth, num_rows, gate_.depth, packed_ + block * gate_.depth * width_,
-                          gate_.is_bfloat16 != 0, std::min<Index>(width_, gate_.num_tokens - block * width_),
-                          logits_ + (block * gate_.num_experts + first) * width_, block == 0 ? next : nullptr);
+        kernels_.multiply(w, num_rows, gate_.depth, packed_ + block * gate_.depth * width_, gate_.is_bfloat16 != 0,
+                          std::min<Index>(width_, gate_.num_tokens - block * width_),
+                          logits_ + (block * gate_.num_experts + first) * width_);
+        w.next = nullptr;
     }
 }
 

@@ -12,12 +12,13 @@ extern "C" {
 
 struct es_gate {
     const void *x;        // [num_tokens, depth]; bfloat16 is widened exactly
-    const float *w;       // [num_experts, depth]
+    const void *w;        // [num_experts, depth]; bfloat16 likewise
     const float *bias;    // [num_experts], or null
     float *affinity;      // [num_tokens, num_experts]
     float *choice;        // the same, affinity + bias; null without bias
     int64_t num_tokens, depth, num_experts;
     int32_t is_bfloat16;  // of x; otherwise float32
+    int32_t w_is_bfloat16;
     int32_t is_softmax;   // otherwise sigmoid
     int32_t isa;
     int32_t num_threads;
@@ -47,13 +48,14 @@ class Affinity final : public Work {
     void finish(Index token);
 
    private:
+    const char *rows(Index item) const;
     Index fetch(Index item, Index line) const;
     void pack(Index item);
     void multiply(Index item, Index next_item);
 
     const es_gate &gate_;
     const AffinityKernels &kernels_;
-    const Index width_, token_blocks_, row_blocks_, strips_;
+    const Index width_, token_blocks_, row_blocks_, strips_, row_bytes_;
     float *packed_ = nullptr;  // [token_blocks, depth, width]
     float *logits_ = nullptr;  // [token_blocks, num_experts, width]
     Queue to_pack_, to_multiply_, to_finish_;

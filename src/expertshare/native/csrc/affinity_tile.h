@@ -13,6 +13,7 @@
 
 namespace {
 
+using expertshare::GateRows;
 using expertshare::Index;
 
 constexpr Index kStrip = 256;
@@ -22,13 +23,14 @@ struct Count {
     static constexpr int value = N;
 };
 
-constexpr Index kLineFloats = 16;
+constexpr Index kLineBytes = 64;
 
 // As much of the rows that follow as is read now, front to back: rows lie behind each other, and memory likes order.
-inline void fetch_lines(const float *next, Index num_rows, Index feature) {
+// `offset`: bytes into a row.
+inline void fetch_lines(const void *next, Index num_rows, Index offset) {
     if (next == nullptr) return;
-    const float *from = next + feature * num_rows;
-    for (Index r = 0; r < num_rows; r++) __builtin_prefetch(from + r * kLineFloats, 0, 3);
+    const char *from = static_cast<const char *>(next) + offset * num_rows;
+    for (Index r = 0; r < num_rows; r++) __builtin_prefetch(from + r * kLineBytes, 0, 3);
 }
 
 // What a strip adds to the logits of its rows.
@@ -42,23 +44,23 @@ inline void add_strip(const typename V::Vector (&sums)[Rows][Halves], bool is_fi
     }
 }
 
-template <class V, int Rows, int Halves>
-void multiply_rows(const float *w, Index depth, const float *packed, float *logits, const float *next) {
-    constexpr Index kWidth = 2 * V::kLanes;
+template <class V, int Rows, int Halves, class Weight>
+void multiply_rows(const Weight *w, Index depth, const float *packed, float *logits, const void *next) {
+    constexpr Index kWidth = 2 * V::kLanes, kLine = kLineBytes / static_cast<Index>(sizeof(Weight));
     for (Index begin = 0; begin < depth; begin += kStrip) {
         const Index end = begin + kStrip < depth ? begin + kStrip : depth;
         typename V::Vector sums[Rows][Halves];
         for (int r = 0; r < Rows; r++) {
             for (int half = 0; half < Halves; half++) sums[r][half] = V::zero();
         }
-        for (Index line = begin; line < end; line += kLineFloats) {
-            fetch_lines(next, Rows, line);
-            const Index stop = line + kLineFloats < end ? line + kLineFloats : end;
+        for (Index line = begin; line < end; line += kLine) {
+            fetch_lines(next, Rows, line * static_cast<Index>(sizeof(Weight)));
+            const Index stop = line + kLine < end ? line + kLine : end;
             for (Index i = line; i < stop; i++) {
                 typename V::Vector x[Halves];
                 for (int half = 0; half < Halves; half++) x[half] = V::load(packed + i * kWidth + half * V::kLanes);
                 for (int r = 0; r < Rows; r++) {
-                    const typename V::Vector spread = V::splat(w[r * depth + i]);
+                    const typename V::Vector spread = V::splat(load(w[r * depth + i]));
                     for (int half = 0; half < Halves; half++) sums[r][half] = V::fma(spread, x[half], sums[r][half]);
                 }
             }
@@ -78,14 +80,24 @@ void in_tiles(Index num_rows, Index num_tokens, Tile tile) {
     for (Index r = 0; r < num_rows; r++) of_height(Count<1>{}, r);
 }
 
-template <class V>
-void multiply(const float *w, Index num_rows, Index depth, const float *packed, bool /*is_bfloat16*/, Index num_tokens,
-              float *logits, const float *next) {
+template <class V, class Weight>
+void multiply_all(const Weight *w, Index num_rows, Index depth, const float *packed, Index num_tokens, float *logits,
+                  const void *next) {
     in_tiles<V>(num_rows, num_tokens, [&](auto rows, auto halves, Index first) {
         constexpr int kRows = decltype(rows)::value, kHalves = decltype(halves)::value;
         multiply_rows<V, kRows, kHalves>(w + first * depth, depth, packed, logits + first * 2 * V::kLanes,
                                          kRows == 1 ? nullptr : next);
     });
+}
+
+template <class V>
+void multiply(const GateRows &w, Index num_rows, Index depth, const float *packed, bool /*is_bfloat16*/,
+              Index num_tokens, float *logits) {
+    if (w.is_bfloat16) {
+        return multiply_all<V>(static_cast<const std::uint16_t *>(w.at), num_rows, depth, packed, num_tokens, logits,
+                               w.next);
+    }
+    multiply_all<V>(static_cast<const float *>(w.at), num_rows, depth, packed, num_tokens, logits, w.next);
 }
 
 template <class V, class Feature>
