@@ -111,11 +111,12 @@ class Recipe:
     drop_share: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ExpertBank:
     """Weights of one layer's experts, ready to compute with.
 
     gate_up_EHD: [E, 2F, D], gate rows first, then up rows. down_EDF: [E, D, F]. Either float32 or bfloat16.
+    Two banks are equal only if they are the same one, so that a kernel can remember which it has checked.
     """
 
     gate_up_EHD: Tensor
@@ -169,10 +170,7 @@ class QuantisedTable:
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class QuantisedBank:
-    """Quantised weights of one layer's experts; rows as in ExpertBank: gate_up [E, 2F, D], down [E, D, F].
-
-    Two banks are equal only if they are the same one, so that a kernel can remember which it has checked.
-    """
+    """One layer's experts quantised; rows as in ExpertBank: gate_up [E, 2F, D], down [E, D, F]. Equal as there."""
 
     gate_up: QuantisedWeight
     down: QuantisedWeight

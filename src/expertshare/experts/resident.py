@@ -18,10 +18,14 @@ class ResidentExperts(nn.Module):
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * expert_hidden, hidden_size))
         self.down = nn.Parameter(torch.empty(num_experts, hidden_size, expert_hidden))
+        self._bank: ExpertBank | None = None
 
     def bank(self) -> ExpertBank:
-        """The weights, as they are."""
-        return ExpertBank(self.gate_up, self.down)
+        """The weights, as they are; the same object for as long as the parameters are."""
+        gate_up, down = self.gate_up, self.down
+        if self._bank is None or self._bank.gate_up_EHD is not gate_up or self._bank.down_EDF is not down:
+            self._bank = ExpertBank(gate_up, down)
+        return self._bank
 
 
 class ResidentStore:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from ctypes import POINTER, Structure, byref, c_int32, c_int64, c_void_p
+from ctypes import CDLL, Structure, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +24,9 @@ from expertshare.kernels.native_weights import (
     tensors_of,
 )
 from expertshare.types import Bank, ExpertBank, QuantisedBank, RoutingPlan
+
+_FLOATS = (torch.float32, torch.bfloat16)
+_ISA_NAMED = 5  # ES_ISA_NAMED of csrc/abi.h
 
 
 class _Layer(Structure):
@@ -50,61 +54,66 @@ def moe_ffn_cpu(x_TD: Tensor, plan: RoutingPlan, bank: Bank) -> Tensor:
     threads take turns; the interpreter lock is released.
     Raises ConfigError for what the kernel cannot take: gradients, another device or dtype, other layouts.
     """
-    library = native.library()
-    library.es_moe_ffn.argtypes = [POINTER(_Layer)]
+    library = _declared(native.library())
     weights = _weights_of(bank)
-    _check(x_TD, plan, bank, weights)
+    if not _takes(weights, x_TD, plan):
+        _check(x_TD, plan, bank, weights)
     x_TD, ids_TK, weights_TK = x_TD.contiguous(), plan.expert_ids_TK.contiguous(), plan.weights_TK.contiguous()
     y_TD = torch.empty_like(x_TD)
-    num_experts, hidden, inner = weights.shape
-    layer = _Layer(
-        *(tensor.data_ptr() for tensor in (x_TD, ids_TK, weights_TK)),
-        weights.gate_up,
-        weights.down,
+    call = (
+        weights.layer,
+        x_TD.data_ptr(),
+        ids_TK.data_ptr(),
+        weights_TK.data_ptr(),
         y_TD.data_ptr(),
         *ids_TK.shape,
-        num_experts,
-        hidden,
-        inner,
-        int(x_TD.dtype == torch.bfloat16),
-        native.isa_number(),
-        native.num_threads(),
-        native.team(),
+        x_TD.dtype is torch.bfloat16,
+        *native.crew(),
     )
-    _raise_for(int(library.es_moe_ffn(byref(layer))), num_experts)
+    status = library.es_moe_ffn(*call, -1)
+    if status == _ISA_NAMED:
+        status = library.es_moe_ffn(*call, native.isa_number())
+    _raise_for(status, weights.shape[0])
     return y_TD
+
+
+@cache
+def _declared(library: CDLL) -> CDLL:
+    library.es_moe_ffn.argtypes = [*[c_void_p] * 5, c_int64, c_int64, c_int, c_int, c_void_p, c_int]
+    return library
 
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """A bank that was checked. shape: (experts, D, F). requires_grad: of any part."""
+    """A bank that was checked, as the library reads it. shape: (experts, D, F). dtypes: of tokens that go with it.
 
-    gate_up: NativeWeight
-    down: NativeWeight
+    Between two calls for a layer all others have passed through the caches: every object that is touched again comes
+    from memory, so what can be known beforehand is.
+    """
+
+    layer: bytes
+    memory: tuple[int | None, ...]
     shape: tuple[int, int, int]
-    requires_grad: bool
+    dtypes: tuple[torch.dtype, ...]
 
 
-_CHECKED: WeakKeyDictionary[QuantisedBank, _Weights] = WeakKeyDictionary()
-"""Stores lend the same quantised bank for as long as they live; checking its six tensors takes 30 microseconds."""
+_CHECKED: WeakKeyDictionary[Bank, _Weights] = WeakKeyDictionary()
+"""Stores and layers lend the same bank for as long as they live; checking it takes 30 microseconds and more."""
 
 
 def _weights_of(bank: Bank) -> _Weights:
-    """Everything about a bank that would make the kernel read outside a tensor, or compute something else; of a
-    quantised one once, unless its tensors were given other memory since."""
-    if isinstance(bank, ExpertBank):
-        return _checked(bank)
+    """Everything about a bank that would make the kernel read outside a tensor, or compute something else: once, unless
+    its tensors were given other memory since."""
     known = _CHECKED.get(bank)
-    if known is None or not _same_memory(known, bank):
+    if known is None or known.memory != _memory(bank):
         known = _CHECKED[bank] = _checked(bank)
     return known
 
 
-def _same_memory(known: _Weights, bank: QuantisedBank) -> bool:
-    return all(
-        (checked.codes, checked.scales, checked.minima) == addresses(weight)
-        for checked, weight in ((known.gate_up, bank.gate_up), (known.down, bank.down))
-    )
+def _memory(bank: Bank) -> tuple[int | None, ...]:
+    if isinstance(bank, ExpertBank):
+        return bank.gate_up_EHD.data_ptr(), bank.down_EDF.data_ptr()
+    return *addresses(bank.gate_up), *addresses(bank.down)
 
 
 def _checked(bank: Bank) -> _Weights:
@@ -127,11 +136,13 @@ def _checked(bank: Bank) -> _Weights:
         )
     for name, weight in weights.items():
         check_layout(name, weight)
+    layer = _Layer(gate_up=native_weight(weights["gate_up"]), down=native_weight(weights["down"]))
+    layer.num_experts, layer.hidden, layer.inner = num_experts, hidden, inner
     return _Weights(
-        native_weight(weights["gate_up"]),
-        native_weight(weights["down"]),
+        bytes(layer),
+        _memory(bank),
         shape=(num_experts, hidden, inner),
-        requires_grad=any(tensor.requires_grad for tensor in parts),
+        dtypes=_FLOATS if isinstance(bank, QuantisedBank) else (bank.down_EDF.dtype,),
     )
 
 
@@ -141,10 +152,29 @@ def _check_devices(tensors: Iterable[Tensor]) -> None:
         raise ConfigError(f"the expert backend 'cpu' expects tensors on the CPU, got {', '.join(sorted(devices))}.")
 
 
-def _check(x_TD: Tensor, plan: RoutingPlan, bank: Bank, weights: _Weights) -> None:
-    """The same for tokens and plan."""
+def _takes(weights: _Weights, x_TD: Tensor, plan: RoutingPlan) -> bool:
+    """Whether `_check` would let these pass, at a fraction of its cost; with gradients enabled it is for `_check`."""
     ids_TK, weights_TK = plan.expert_ids_TK, plan.weights_TK
-    if torch.is_grad_enabled() and (weights.requires_grad or x_TD.requires_grad or weights_TK.requires_grad):
+    shape = ids_TK.shape
+    return (
+        not torch.is_grad_enabled()
+        and x_TD.is_cpu
+        and ids_TK.is_cpu
+        and weights_TK.is_cpu
+        and x_TD.dtype in weights.dtypes
+        and ids_TK.dtype is torch.int64
+        and weights_TK.dtype is torch.float32
+        and len(shape) == 2
+        and weights_TK.shape == shape
+        and x_TD.shape == (shape[0], weights.shape[1])
+    )
+
+
+def _check(x_TD: Tensor, plan: RoutingPlan, bank: Bank, weights: _Weights) -> None:
+    """Raise ConfigError for tokens or a plan that do not fit the bank or each other."""
+    ids_TK, weights_TK = plan.expert_ids_TK, plan.weights_TK
+    parts = [tensor for name, weight in projections(bank).items() for tensor in tensors_of(name, weight).values()]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_TD, weights_TK, *parts)):
         raise ConfigError(
             "the expert backend 'cpu' has no gradients: call it under torch.no_grad(), or use the backend 'grouped'."
         )
@@ -164,15 +194,14 @@ def _check(x_TD: Tensor, plan: RoutingPlan, bank: Bank, weights: _Weights) -> No
 
 
 def _check_dtypes(x_TD: Tensor, plan: RoutingPlan, bank: Bank) -> None:
-    floats = (torch.float32, torch.bfloat16)
     if isinstance(bank, ExpertBank):
         dtypes = (x_TD.dtype, bank.gate_up_EHD.dtype, bank.down_EDF.dtype)
-        if len(set(dtypes)) != 1 or dtypes[0] not in floats:
+        if len(set(dtypes)) != 1 or dtypes[0] not in _FLOATS:
             raise ConfigError(
                 "the expert backend 'cpu' expects tokens, gate_up and down all in float32 or all in bfloat16, got "
                 f"{', '.join(map(str, dtypes))}: convert them, or use the backend 'grouped'."
             )
-    elif x_TD.dtype not in floats:
+    elif x_TD.dtype not in _FLOATS:
         raise ConfigError(f"the expert backend 'cpu' expects tokens in float32 or bfloat16, got {x_TD.dtype}.")
     ids_TK, weights_TK = plan.expert_ids_TK, plan.weights_TK
     if (ids_TK.dtype, weights_TK.dtype) != (torch.int64, torch.float32):

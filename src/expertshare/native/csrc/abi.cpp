@@ -316,7 +316,23 @@ EXPERTSHARE_EXPORT int es_num_isas() { return expertshare::num_isas(); }
 EXPERTSHARE_EXPORT const char *es_isa_name(int isa) { return expertshare::isa_name(isa); }
 EXPERTSHARE_EXPORT int es_isa_usable(int isa) { return expertshare::isa_usable(isa) ? 1 : 0; }
 
-EXPERTSHARE_EXPORT int es_moe_ffn(const es_layer *layer) { return expertshare::status_of(*layer); }
+EXPERTSHARE_EXPORT int es_moe_ffn(const es_layer *layer, const void *x, const int64_t *ids, const float *weights,
+                                  void *y, int64_t num_tokens, int64_t top_k, int32_t is_bfloat16,
+                                  int32_t num_threads, es_team team, int32_t isa) {
+    es_layer whole = *layer;
+    whole.isa = isa >= 0 ? isa : expertshare::best_isa();
+    if (whole.isa < 0) return ES_ISA_NAMED;
+    whole.x = x;
+    whole.ids = ids;
+    whole.weights = weights;
+    whole.y = y;
+    whole.num_tokens = num_tokens;
+    whole.top_k = top_k;
+    whole.is_bfloat16 = is_bfloat16;
+    whole.num_threads = num_threads;
+    whole.team = team;
+    return expertshare::status_of(whole);
+}
 EXPERTSHARE_EXPORT int es_affinity(const es_gate *gate) { return expertshare::status_of(*gate); }
 EXPERTSHARE_EXPORT int es_route(const es_step *step, const void *x, const uint8_t *live, uint8_t *coreset, int64_t *ids,
                                 float *weights, uint8_t *active, int64_t *load, int64_t *unique, int64_t groups,

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#define EXPERTSHARE_ABI_VERSION 5
+#define EXPERTSHARE_ABI_VERSION 6
 
 extern "C" {
 
@@ -112,7 +112,11 @@ int es_abi_version();
 int es_num_isas();                // instruction sets are numbered from the fastest (0) on
 const char *es_isa_name(int isa);
 int es_isa_usable(int isa);       // whether this build has it and this processor runs it
-int es_moe_ffn(const es_layer *layer);
+
+// layer: what stays the same from call to call: the weights and their sizes. The others are as there. isa: as es_route's.
+int es_moe_ffn(const es_layer *layer, const void *x, const int64_t *ids, const float *weights, void *y,
+               int64_t num_tokens, int64_t top_k, int32_t is_bfloat16, int32_t num_threads, es_team team, int32_t isa);
+
 int es_linear(const es_dense *dense);
 int es_choose(const es_head *head);
 int es_choose_quantised(const es_quantised_head *head);
