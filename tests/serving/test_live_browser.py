@@ -129,9 +129,11 @@ class Page:
         return entries
 
     def hosts_asked(self) -> set[str]:
+        """Over any network; the browser's own first page, which may still be loading, asks none."""
         messages = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))
         urls = (m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent")
-        return {urlsplit(url).netloc for url in urls}
+        parts = [urlsplit(url) for url in urls]
+        return {part.netloc for part in parts if part.scheme not in ("chrome", "chrome-untrusted", "data")}
 
     def picture(self, name: str) -> None:
         directory = os.environ.get("EXPERTSHARE_SCREENSHOTS")
