@@ -12,13 +12,21 @@ from expertshare.bench.cases import Case
 from expertshare.bench.contenders import Contender, Run
 from expertshare.bench.fit import fit_latency
 from expertshare.bench.gpu import MOST_TURNS, GpuTimes, GpuYardstick, take_turns_on_gpu
-from expertshare.bench.machine import CACHE_FACTOR, CpuYardstick, Machine, Peaks, Yardstick, dtype_name
+from expertshare.bench.machine import (
+    CACHE_FACTOR,
+    MULTIPLY,
+    READ,
+    CpuYardstick,
+    Machine,
+    Peaks,
+    Yardstick,
+    dtype_name,
+)
 from expertshare.bench.oracle import QUANTISED_TOLERANCE, TOLERANCES, expected_output, relative_error
 from expertshare.bench.stage import ExpertsSettings, Stage, banks_of, expert_bytes, stage_of
 from expertshare.bench.timing import Spread, interleave, spread
 from expertshare.types import Bank
 
-READ, MULTIPLY = "(read)", "(multiply)"
 RATIOS_TO = ("cpu", "torch", "transformers-eager", "transformers-grouped-mm")
 Listener = Callable[[str], None]
 

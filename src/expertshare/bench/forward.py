@@ -14,8 +14,9 @@ from torch import Tensor
 from expertshare import native
 from expertshare.bench.cases import Case
 from expertshare.bench.concentration import concentrate
+from expertshare.bench.forward_bound import forward_bound_ms, forward_work
 from expertshare.bench.gpu import take_turns_on_gpu
-from expertshare.bench.machine import dtype_name
+from expertshare.bench.machine import MULTIPLY, READ, Yardstick, dtype_name
 from expertshare.bench.peer_models import IMPLEMENTATIONS, build_peer, peer_cache, peer_logits
 from expertshare.bench.timing import interleave, spread
 from expertshare.bench.weights import check_memory, model_bytes, random_model
@@ -124,10 +125,12 @@ def bench_forward(
     backends: Sequence[str] | None,
     settings: ForwardSettings,
     on_progress: Callable[[str], None] = lambda _: None,
+    yardstick: Yardstick | None = None,
 ) -> dict[str, Any]:
     """Returns {"forwards": points, "left_out": who was not timed and why, "scene": what was run}.
 
-    backends: ours and peers, None for all that are there. Peers run vanilla routing only. Raises InputError where the
+    backends: ours and peers, None for all that are there. Peers run vanilla routing only. yardstick: takes its turns
+    between the calls on a CPU, whose limits are then given, with the bounds that follow. Raises InputError where the
     model does not fit, ConfigError or PolicyError for names and knobs that cannot be used.
     """
     chosen = forward_backends(backends, settings.device)
@@ -149,15 +152,19 @@ def bench_forward(
         agreement = _agreement(calls, bound, scene)
         right = {key: call for key, call in calls.items() if agreement[key]["difference"] <= GROSSLY_WRONG}
         on_progress(f"{name}: timing {len(right)} contenders")
-        seconds, captured = _timed({"\n".join(key): call for key, call in right.items()}, settings)
+        timed: dict[str, Callable[[int], object]] = {"\n".join(key): call for key, call in right.items()}
+        if yardstick is not None:
+            timed = {READ: yardstick.read, MULTIPLY: yardstick.multiply, **timed}
+        seconds, captured = _timed(timed, settings)
     points = []
     for (backend, label), call in right.items():
         own = call.to_json(settings.repeats) if isinstance(call, Ours) else {}
-        timed = spread(seconds[f"{backend}\n{label}"]).to_json()
+        figures = spread(seconds[f"{backend}\n{label}"]).to_json()
         told: dict[str, Any] = {"captured": captured[f"{backend}\n{label}"]} if captured else {}
-        told |= {**timed, **own, **agreement[backend, label]}
+        told |= {**figures, **own, **agreement[backend, label]}
         points.append({"case": name, "backend": backend, "policy": label, **told})
     _add_ratios(points)
+    limits = {} if yardstick is None else _add_bounds(points, config, scene, settings, yardstick, seconds)
     limit = f"of their norm, allowed {GROSSLY_WRONG:g}; not timed"
     wrong = [
         {"backend": key[0], "policy": key[1], "reason": f"wrong: logits differ by {found['difference']:.2g} {limit}"}
@@ -169,11 +176,11 @@ def bench_forward(
         for backend in (backends or ("cpu",))
         if backend == "cpu" and (reason := native.unavailable_reason()) is not None
     ]
-    return {"forwards": points, "left_out": wrong + absent, "scene": _told(config, scene, settings)}
+    return {**limits, "forwards": points, "left_out": wrong + absent, "scene": _told(config, scene, settings)}
 
 
 def _timed(
-    calls: Mapping[str, Callable[[int], Tensor]], settings: ForwardSettings
+    calls: Mapping[str, Callable[[int], object]], settings: ForwardSettings
 ) -> tuple[dict[str, list[float]], dict[str, bool]]:
     """Seconds of each call, and on a GPU whether it ran inside a graph."""
     if settings.device.type == "cpu":
@@ -280,6 +287,35 @@ def _add_ratios(points: list[dict[str, Any]]) -> None:
         if (point["backend"], "vanilla") in by_key:
             others["vanilla"] = by_key[point["backend"], "vanilla"] / point["ms"]
         point["faster_than"] = others
+
+
+def _add_bounds(
+    points: Sequence[dict[str, Any]],
+    config: ModelConfig,
+    scene: Scene,
+    settings: ForwardSettings,
+    yardstick: Yardstick,
+    seconds: Mapping[str, list[float]],
+) -> dict[str, float]:
+    """Give every forward whose experts were counted its bound; returns the limits, as results have them."""
+    yardstick.note(seconds[READ], seconds[MULTIPLY])
+    peaks = yardstick.peaks()
+    tokens = scene.inputs.tokens_BS.shape[1]
+    for point in points:
+        if "unique_experts_by_layer" not in point:
+            continue
+        work = forward_work(
+            config,
+            tokens=tokens,
+            seen=settings.context + tokens,
+            masked=scene.masked,
+            unique_by_layer=point["unique_experts_by_layer"],
+            itemsize=settings.dtype.itemsize,
+        )
+        by_part = forward_bound_ms(work, peaks)
+        bound = sum(by_part.values())
+        point |= {"bound_ms": bound, "bound_ms_by_part": by_part, "share_of_bound": bound / point["ms"]}
+    return {"bandwidth_gb_per_s": peaks.bytes_per_s / 1e9, "peak_gmac_per_s": peaks.macs_per_s / 1e9}
 
 
 def _told(config: ModelConfig, scene: Scene, settings: ForwardSettings) -> dict[str, Any]:

@@ -71,6 +71,10 @@ def measure_machine(
     )
 
 
+READ, MULTIPLY = "(read)", "(multiply)"
+"""Names of a yardstick's calls among those of contenders."""
+
+
 class Yardstick(ABC):
     """One pass over memory and one matrix product, to be timed by turns with what they are compared with.
 

@@ -26,7 +26,7 @@ from expertshare.bench import (
     measure_machine,
     random_subject,
 )
-from expertshare.bench.machine import dtype_name
+from expertshare.bench.machine import CACHE_FACTOR, CpuYardstick, dtype_name
 from expertshare.bench.weights import memory_limit_bytes
 from expertshare.cli.bench_options import (
     BackendsFlag,
@@ -116,8 +116,7 @@ def experts(
     console = people(as_json=as_json)
     machine = _measure(console, on)
     found = bench_experts(cases, entrants, machine, settings, _progress())
-    limits = f"{found['bandwidth_gb_per_s']:.1f} GB/s, {found['peak_gmac_per_s']:.0f} GMAC/s"
-    console.print(f"bounds by what the machine gave between the calls (medians): {limits}")
+    console.print(_limits(found))
     config = {"cases": list(cases), "repeats": repeats, "warmup": settings.warmup, "skew": settings.skew}
     _finish("bench experts", console, machine, found, experts_tables(found), config, seed, dtype, as_json, report, plot)
 
@@ -164,7 +163,11 @@ def forward(
     console = people(as_json=as_json)
     chosen, picked = policies_by_label(policies), find_case(case)
     machine = _measure(console, on)
-    found = bench_forward(case, picked, chosen, names(backends), settings, _progress())
+    size = 2 * CACHE_FACTOR * machine.cache_bytes
+    yardstick = CpuYardstick(settings.dtype, buffer_bytes=size) if on.type == "cpu" else None
+    found = bench_forward(case, picked, chosen, names(backends), settings, _progress(), yardstick)
+    if yardstick is not None:
+        console.print(_limits(found))
     config = {**found["scene"], "case": case, "policies": list(chosen), "repeats": repeats}
     _finish("bench forward", console, machine, found, forward_tables(found), config, seed, dtype, as_json, report, plot)
 
@@ -267,6 +270,11 @@ def _measure(console: Console, device: torch.device = CPU) -> Machine:
     machine = measure_gpu(device) if device.type == "cuda" else measure_machine()
     console.print(machine_line(machine))
     return machine
+
+
+def _limits(found: Mapping[str, Any]) -> str:
+    limits = f"{found['bandwidth_gb_per_s']:.1f} GB/s, {found['peak_gmac_per_s']:.0f} GMAC/s"
+    return f"bounds by what the machine gave between the calls (medians): {limits}"
 
 
 def _finish(

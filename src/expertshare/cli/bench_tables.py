@@ -95,7 +95,7 @@ def _experts_row(point: Mapping[str, Any]) -> list[str]:
 
 def forward_tables(found: Found) -> list[Table]:
     """Every contender, then where our time goes."""
-    columns = ["unique", "ms", "quartiles", "x eager", "x grouped", "x vanilla", "argmax %"]
+    columns = ["unique", "ms", "quartiles", "bound", "% of bound", "x eager", "x grouped", "x vanilla", "argmax %"]
     whole = _table(f"One denoising forward, {PEERS_TITLE}", ["backend", "policy"], columns)
     parts = ["router", "experts", "attention", "head", "other"]
     split = _table("ms by part (medians)", ["backend", "policy"], [*parts, "router % of experts"])
@@ -106,6 +106,8 @@ def forward_tables(found: Found) -> list[Table]:
             f"{point['unique_experts']:.1f}" if "unique_experts" in point else "-",
             f"{point['ms']:.2f}",
             _between(point["ms_quartiles"]),
+            f"{point['bound_ms']:.2f}" if "bound_ms" in point else "-",
+            percent(point.get("share_of_bound")),
             *(_times(point, other) for other in ("transformers-eager", "transformers-grouped-mm", "vanilla")),
             percent(point["same_argmax"]),
         )
