@@ -1,7 +1,7 @@
 """Computation behind doors: experts by `moe_ffn`, the rest of a model by `linear`, `swiglu`, `rms_norm` and so on."""
 
 from expertshare.kernels.attention import attend
-from expertshare.kernels.dense import head, linear, logits, swiglu
+from expertshare.kernels.dense import head, linear, logits, one_expert_cpu, swiglu
 from expertshare.kernels.door import AUTO, BACKENDS, Backend, moe_ffn, resolve_backend
 from expertshare.kernels.norm import Place, add_and_norm, normalised, rms_norm, turn_heads_cpu
 from expertshare.kernels.triton.selection import Selection, select_and_assign
@@ -19,6 +19,7 @@ __all__ = [
     "logits",
     "moe_ffn",
     "normalised",
+    "one_expert_cpu",
     "resolve_backend",
     "rms_norm",
     "select_and_assign",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,8 @@ class _Attention(Structure):
         *((name, c_int64) for name in ("k_batch_stride", "k_head_stride", "v_batch_stride", "v_head_stride")),
         *((name, c_int64) for name in ("mask_batch_stride", "mask_stride")),
         ("scale", c_float),
-        *((name, c_int32) for name in ("is_bfloat16", "isa", "num_threads")),
-        ("team", c_void_p),
+        ("is_bfloat16", c_int32),
+        *native.HOW,
     )
 
 
@@ -64,8 +64,6 @@ def attend_cpu(q_BHSD: Tensor, k_BHPD: Tensor, v_BHPD: Tensor, mask_BSP: Tensor 
     A query's result does not depend on other queries, on keys that it does not see (unless those are not finite), or
     on the number of threads. Raises ConfigError for gradients, another device or dtype, shapes that do not fit.
     """
-    library = native.library()
-    library.es_attend.argtypes = [POINTER(_Attention)]
     _check(q_BHSD, k_BHPD, v_BHPD, mask_BSP)
     batch, num_heads, length, head_dim = q_BHSD.shape
     num_keys = k_BHPD.shape[2]
@@ -90,12 +88,9 @@ def attend_cpu(q_BHSD: Tensor, k_BHPD: Tensor, v_BHPD: Tensor, mask_BSP: Tensor 
         *v_BHPD.stride()[:2],
         *((0, 0) if mask_BSP is None else mask_BSP.stride()[:2]),
         head_dim**-0.5,
-        int(q_BHSD.dtype == torch.bfloat16),
-        native.isa_number(),
-        native.num_threads(),
-        native.team(),
+        q_BHSD.dtype is torch.bfloat16,
     )
-    raise_for(int(library.es_attend(byref(call))))
+    raise_for(native.status_of("es_attend", call))
     return y_BSHD.view(batch, length, num_heads * head_dim)
 
 
@@ -104,8 +99,32 @@ def _with_positions_together(keys_BHPD: Tensor) -> Tensor:
     return keys_BHPD if together else keys_BHPD.contiguous()
 
 
+def _fit(q_BHSD: Tensor, k_BHPD: Tensor, v_BHPD: Tensor, mask_BSP: Tensor | None) -> bool:
+    """What `_check` asks of them, gradients apart, at a fraction of its cost; masks to be expanded are for `_check`."""
+    q_shape, k_shape, dtype = q_BHSD.shape, k_BHPD.shape, q_BHSD.dtype
+    return (
+        dtype in (torch.bfloat16, torch.float32)
+        and k_BHPD.dtype is dtype
+        and v_BHPD.dtype is dtype
+        and q_BHSD.is_cpu
+        and k_BHPD.is_cpu
+        and v_BHPD.is_cpu
+        and len(q_shape) == 4
+        and len(k_shape) == 4
+        and v_BHPD.shape == k_shape
+        and 0 not in k_shape
+        and k_shape[0] == q_shape[0]
+        and k_shape[3] == q_shape[3]
+        and q_shape[1] % k_shape[1] == 0
+        and (mask_BSP is None or (mask_BSP.is_cpu and mask_BSP.dtype is torch.bool))
+        and (mask_BSP is None or mask_BSP.shape == (q_shape[0], q_shape[2], k_shape[2]))
+    )
+
+
 def _check(q_BHSD: Tensor, k_BHPD: Tensor, v_BHPD: Tensor, mask_BSP: Tensor | None) -> None:
     features = (q_BHSD, k_BHPD, v_BHPD)
+    if not torch.is_grad_enabled() and _fit(*features, mask_BSP):
+        return
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in features):
         raise ConfigError("the backend 'cpu' has no gradients: call it under torch.no_grad(), or use 'grouped'.")
     devices = {tensor.device.type for tensor in (*features, *(() if mask_BSP is None else (mask_BSP,)))}

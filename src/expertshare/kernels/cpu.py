@@ -26,7 +26,6 @@ from expertshare.kernels.native_weights import (
 from expertshare.types import Bank, ExpertBank, QuantisedBank, RoutingPlan
 
 _FLOATS = (torch.float32, torch.bfloat16)
-_ISA_NAMED = 5  # ES_ISA_NAMED of csrc/abi.h
 
 
 class _Layer(Structure):
@@ -37,8 +36,8 @@ class _Layer(Structure):
         *((name, NativeWeight) for name in ("gate_up", "down")),
         ("y", c_void_p),
         *((name, c_int64) for name in ("num_tokens", "top_k", "num_experts", "hidden", "inner")),
-        *((name, c_int32) for name in ("is_bfloat16", "isa", "num_threads")),
-        ("team", c_void_p),
+        ("is_bfloat16", c_int32),
+        *native.HOW,
     )
 
 
@@ -71,7 +70,7 @@ def moe_ffn_cpu(x_TD: Tensor, plan: RoutingPlan, bank: Bank) -> Tensor:
         *native.crew(),
     )
     status = library.es_moe_ffn(*call, -1)
-    if status == _ISA_NAMED:
+    if status == native.ISA_NAMED:
         status = library.es_moe_ffn(*call, native.isa_number())
     _raise_for(status, weights.shape[0])
     return y_TD

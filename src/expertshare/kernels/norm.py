@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, addressof, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import Structure, addressof, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,8 @@ class _Norm(Structure):
         *((name, c_void_p) for name in ("x", "delta", "scale", "sum", "y")),
         *((name, c_int64) for name in ("num_tokens", "depth")),
         ("eps", c_float),
-        *((name, c_int32) for name in ("is_bfloat16", "isa", "num_threads")),
-        ("team", c_void_p),
+        ("is_bfloat16", c_int32),
+        *native.HOW,
     )
 
 
@@ -35,8 +35,8 @@ class _Heads(Structure):
         *((name, c_int64) for name in ("keys_batch_stride", "keys_head_stride")),
         *((name, c_int64) for name in ("values_batch_stride", "values_head_stride")),
         ("eps", c_float),
-        *((name, c_int32) for name in ("is_bfloat16", "isa", "num_threads")),
-        ("team", c_void_p),
+        ("is_bfloat16", c_int32),
+        *native.HOW,
     )
 
 
@@ -78,8 +78,6 @@ def normalised(x: Tensor, eps: float) -> Tensor:
 
 
 def _norm_cpu(x: Tensor, delta: Tensor | None, scale_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    library = native.library()
-    library.es_normalise.argtypes = [POINTER(_Norm)]
     _check(x, scale_D, *(() if delta is None else (delta,)))
     fits = x.dim() > 0 and scale_D.shape == x.shape[-1:] and (delta is None or delta.shape == x.shape)
     if not fits or 0 in scale_D.shape:
@@ -98,12 +96,9 @@ def _norm_cpu(x: Tensor, delta: Tensor | None, scale_D: Tensor, eps: float) -> t
         x.numel() // len(scale_D),
         len(scale_D),
         eps,
-        int(x.dtype == torch.bfloat16),
-        native.isa_number(),
-        native.num_threads(),
-        native.team(),
+        x.dtype is torch.bfloat16,
     )
-    raise_for(int(library.es_normalise(byref(call))))
+    raise_for(native.status_of("es_normalise", call))
     return total, y
 
 
@@ -122,8 +117,6 @@ def turn_heads_cpu(
     in the heads' dtype. Rounds wherever the torch path does (models/layers.py). Raises ConfigError for what the kernel
     cannot take, before it writes anything.
     """
-    library = native.library()
-    library.es_turn_heads.argtypes = [POINTER(_Heads)]
     _check(qkv_BSHD, *scales, *tables, *(() if place is None else (place.keys_BHCD, place.values_BHCD)))
     num_kv_heads = _check_heads(qkv_BSHD, num_heads, scales, tables)
     if place is not None:
@@ -144,21 +137,21 @@ def turn_heads_cpu(
         *((0, 0) if place is None else place.keys_BHCD.stride()[:2]),
         *((0, 0) if place is None else place.values_BHCD.stride()[:2]),
         eps,
-        int(qkv_BSHD.dtype == torch.bfloat16),
-        native.isa_number(),
-        native.num_threads(),
-        native.team(),
+        qkv_BSHD.dtype is torch.bfloat16,
     )
-    raise_for(int(library.es_turn_heads(byref(call))))
+    raise_for(native.status_of("es_turn_heads", call))
 
 
 def _check(*tensors: Tensor) -> None:
+    dtype = tensors[0].dtype
+    fit = all([tensor.dtype is dtype and tensor.is_cpu for tensor in tensors])
+    if fit and not torch.is_grad_enabled() and dtype in (torch.bfloat16, torch.float32):
+        return
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise ConfigError("the backend 'cpu' has no gradients: call it under torch.no_grad(), or use 'grouped'.")
     if not all(tensor.is_cpu for tensor in tensors):
         devices = sorted({tensor.device.type for tensor in tensors})
         raise ConfigError(f"the backend 'cpu' expects tensors on the CPU, got {', '.join(devices)}.")
-    dtype = tensors[0].dtype
     if dtype not in (torch.float32, torch.bfloat16) or any(tensor.dtype != dtype for tensor in tensors):
         dtypes = sorted({str(tensor.dtype) for tensor in tensors})
         raise ConfigError(

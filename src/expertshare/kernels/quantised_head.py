@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_int32, c_int64, c_void_p
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,8 @@ class _QuantisedHead(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "codes", "scales", "excluded", "ids", "probabilities", "logits")),
         *((name, c_int64) for name in ("num_tokens", "vocabulary", "depth", "num_excluded")),
-        *((name, c_int32) for name in ("is_bfloat16", "isa", "num_threads")),
-        ("team", c_void_p),
+        ("is_bfloat16", c_int32),
+        *native.HOW,
     )
 
 
@@ -72,8 +72,6 @@ def _run(
     probability_R: Tensor | None = None,
     logits_RV: Tensor | None = None,
 ) -> None:
-    library = native.library()
-    library.es_choose_quantised.argtypes = [POINTER(_QuantisedHead)]
     _check(hidden_RD, weight)
     vocabulary, depth = weight.num_rows, weight.depth
     check_excluded(excluded, vocabulary)
@@ -85,12 +83,9 @@ def _run(
         vocabulary,
         depth,
         len(excluded),
-        int(hidden_RD.dtype == torch.bfloat16),
-        native.isa_number(),
-        native.num_threads(),
-        native.team(),
+        hidden_RD.dtype is torch.bfloat16,
     )
-    raise_for(int(library.es_choose_quantised(byref(head))))
+    raise_for(native.status_of("es_choose_quantised", head))
 
 
 def _check(hidden_RD: Tensor, weight: QuantisedTable) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, byref, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ class _Head(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "w", "excluded", "ids", "probabilities")),
         *((name, c_int64) for name in ("num_tokens", "vocabulary", "depth", "num_excluded")),
-        *((name, c_int32) for name in ("is_bfloat16", "isa", "num_threads")),
-        ("team", c_void_p),
+        ("is_bfloat16", c_int32),
+        *native.HOW,
     )
 
 
@@ -33,8 +33,6 @@ def best_token_cpu(hidden_RD: Tensor, weight_VD: Tensor, excluded: Sequence[int]
     One pass over the vocabulary. The result does not depend on the number of threads or on the other rows. Raises
     ConfigError as linear_cpu does.
     """
-    library = native.library()
-    library.es_choose.argtypes = [POINTER(_Head)]
     check_dense(hidden_RD, weight_VD)
     vocabulary, depth = weight_VD.shape
     check_excluded(excluded, vocabulary)
@@ -48,12 +46,9 @@ def best_token_cpu(hidden_RD: Tensor, weight_VD: Tensor, excluded: Sequence[int]
         vocabulary,
         depth,
         len(excluded),
-        int(hidden_RD.dtype == torch.bfloat16),
-        native.isa_number(),
-        native.num_threads(),
-        native.team(),
+        hidden_RD.dtype is torch.bfloat16,
     )
-    raise_for(int(library.es_choose(byref(head))))
+    raise_for(native.status_of("es_choose", head))
     return tokens_R, probability_R
 
 

@@ -12,11 +12,13 @@ from expertshare.kernels import (
     attend,
     linear,
     normalised,
+    one_expert_cpu,
     rms_norm,
     swiglu,
     turn_heads_cpu,
 )
 from expertshare.models.runtime import LayerKeyValues, Past
+from expertshare.types import ExpertBank
 
 
 class RMSNorm(nn.Module):
@@ -119,7 +121,21 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_up = nn.Linear(hidden_size, 2 * inner, bias=False)
         self.down = nn.Linear(inner, hidden_size, bias=False)
+        self._bank: ExpertBank | None = None
 
     def forward(self, x: Tensor, *, backend: str) -> Tensor:
         """Same shape and dtype as the input."""
+        if backend == "cpu" and not torch.is_grad_enabled():
+            return one_expert_cpu(x, self._as_bank())
         return swiglu(x, self.gate_up.weight, self.down.weight, backend=backend)
+
+    def _as_bank(self) -> ExpertBank:
+        """The weights as one expert's: the same views for as long as they lie where they do."""
+        gate_up_HD, down_DF, bank = self.gate_up.weight, self.down.weight, self._bank
+        if (
+            bank is None
+            or bank.gate_up_EHD.data_ptr() != gate_up_HD.data_ptr()
+            or bank.down_EDF.data_ptr() != down_DF.data_ptr()
+        ):
+            bank = self._bank = ExpertBank(gate_up_HD.detach().unsqueeze(0), down_DF.detach().unsqueeze(0))
+        return bank

@@ -30,26 +30,31 @@ class Layer(nn.Module):
     def forward(
         self,
         x_BSD: Tensor,
+        delta_BSD: Tensor | None,
         inputs: ForwardInput,
         tables: tuple[Tensor, Tensor],
         past: Past | None,
         runtime: Runtime,
-    ) -> tuple[Tensor, LayerKeyValues, LayerRouting | None]:
-        """Returns the new residual stream, this layer's new keys and values, and its routing if it has experts."""
+    ) -> tuple[Tensor, Tensor, LayerKeyValues, LayerRouting | None]:
+        """delta: what the residual stream x still lacks. Returns the same two for the next layer (a sum and the norm
+        behind it are one operation), this layer's new keys and values, and its routing if it has experts."""
         backend = runtime.backend
         with runtime.timed("attention"):
-            h_BSD = self.attention_norm(x_BSD, backend=backend)
+            if delta_BSD is None:
+                h_BSD = self.attention_norm(x_BSD, backend=backend)
+            else:
+                x_BSD, h_BSD = self.attention_norm.of_sum(x_BSD, delta_BSD, backend=backend)
             y_BSD, new = self.attention(h_BSD, tables, inputs.mask_BSP, past, backend=backend)
         x_BSD, h_BSD = self.mlp_norm.of_sum(x_BSD, y_BSD, backend=backend)
         if self.mlp is not None:
-            return x_BSD + self.mlp(h_BSD, backend=backend), new, None
+            return x_BSD, self.mlp(h_BSD, backend=backend), new, None
         assert self.moe is not None
         length = inputs.block_length
         h_GLD = h_BSD.reshape(-1, length, h_BSD.shape[-1])
         masked_GL = None if inputs.masked_BS is None else inputs.masked_BS.reshape(-1, length)
         previous = inputs.previous[self.moe.moe_layer] if inputs.previous else None
         y_GLD, routing = self.moe(h_GLD, inputs.live_BS.reshape(-1, length), runtime, masked_GL, previous)
-        return x_BSD + y_GLD.view(x_BSD.shape), new, routing
+        return x_BSD, y_GLD.view(x_BSD.shape), new, routing
 
 
 class MoETransformer(nn.Module):
@@ -85,14 +90,18 @@ class MoETransformer(nn.Module):
         x_BSD = self.embed(inputs.tokens_BS)
         cos, sin = rotary_tables(inputs.positions_BS, self.config)
         tables = (cos.to(x_BSD.dtype), sin.to(x_BSD.dtype))
+        delta_BSD: Tensor | None = None
         key_values: list[LayerKeyValues] = []
         routings: list[LayerRouting] = []
         for index, layer in enumerate(self.layers):
-            x_BSD, new, routing = layer(x_BSD, inputs, tables, past[index] if past is not None else None, runtime)
+            of_layer = past[index] if past is not None else None
+            x_BSD, delta_BSD, new, routing = layer(x_BSD, delta_BSD, inputs, tables, of_layer, runtime)
             key_values.append(new)
             if routing is not None:
                 routings.append(routing)
-        return ForwardOutput(self.norm(x_BSD, backend=runtime.backend), tuple(key_values), _trace(routings))
+        assert delta_BSD is not None  # a model has layers
+        _, hidden_BSD = self.norm.of_sum(x_BSD, delta_BSD, backend=runtime.backend)
+        return ForwardOutput(hidden_BSD, tuple(key_values), _trace(routings))
 
     def logits(self, hidden_RD: Tensor, *, backend: str = "grouped") -> Tensor:
         """Vocabulary scores of chosen rows: [R, V] in the model's dtype."""

@@ -1,5 +1,6 @@
 """The compiled library of kernels for the CPU (csrc/), how it is found, and in which threads it runs."""
 
+from expertshare.native.calls import HOW, ISA_NAMED, status_of
 from expertshare.native.cores import usable_cores
 from expertshare.native.loading import (
     available,
@@ -10,9 +11,11 @@ from expertshare.native.loading import (
     usable_instruction_sets,
 )
 from expertshare.native.pages import ask_for_huge_pages
-from expertshare.native.threads import crew, num_threads, set_num_threads, team, use_torch_threads
+from expertshare.native.threads import crew, num_threads, set_num_threads, use_torch_threads
 
 __all__ = [
+    "HOW",
+    "ISA_NAMED",
     "ask_for_huge_pages",
     "available",
     "crew",
@@ -21,7 +24,7 @@ __all__ = [
     "library",
     "num_threads",
     "set_num_threads",
-    "team",
+    "status_of",
     "unavailable_reason",
     "usable_cores",
     "usable_instruction_sets",

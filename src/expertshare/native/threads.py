@@ -48,15 +48,8 @@ def use_torch_threads(use: bool | None) -> None:
     _use_torch_threads = use
 
 
-def team() -> int | None:
-    """Address of the function that runs work in torch's threads; None: use threads of our own."""
-    if _use_torch_threads is False or num_threads() != torch.get_num_threads():
-        return None
-    return _gomp_parallel()
-
-
 def crew() -> tuple[int, int | None]:
-    """`num_threads()` and `team()` at once: for calls so short that asking twice is felt."""
+    """`num_threads()`, and the address of what runs work in torch's threads; None: use threads of our own."""
     of_torch = torch.get_num_threads()
     wanted = min(_num_threads or of_torch, _MAX_THREADS)
     return wanted, None if _use_torch_threads is False or wanted != of_torch else _gomp_parallel()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, byref, c_int32, c_int64, c_void_p
+from ctypes import Structure, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ class Gate(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "w", "bias", "affinity", "choice")),
         *((name, c_int64) for name in ("num_tokens", "depth", "num_experts")),
-        *((name, c_int32) for name in ("is_bfloat16", "w_is_bfloat16", "is_softmax", "isa", "num_threads")),
-        ("team", c_void_p),
+        *((name, c_int32) for name in ("is_bfloat16", "w_is_bfloat16", "is_softmax")),
+        *native.HOW,
     )
 
 
@@ -53,19 +53,15 @@ def gate_scores(
     units in the last place of torch's, and other ones with another instruction set, but the same for a token whatever
     tokens stand beside it and in however many threads. A logit below -87 counts as -87 (an affinity of 2e-38).
     """
-    library = native.library()
-    library.es_affinity.argtypes = [POINTER(Gate)]
     x_GLD = x_GLD.contiguous()
     affinity_GLE = torch.empty((*x_GLD.shape[:2], len(weight_ED)))
     choice_GLE = affinity_GLE if bias_E is None else torch.empty_like(affinity_GLE)
     gate = gate_of_weights(weight_ED, bias_E, spec)
     gate.x, gate.is_bfloat16 = x_GLD.data_ptr(), int(x_GLD.dtype == torch.bfloat16)
     gate.num_tokens = x_GLD.shape[0] * x_GLD.shape[1]
-    gate.isa = native.isa_number()
-    gate.num_threads, gate.team = native.crew()
     gate.affinity = affinity_GLE.data_ptr()
     gate.choice = None if bias_E is None else choice_GLE.data_ptr()
-    check_status(library.es_affinity(byref(gate)))
+    check_status(native.status_of("es_affinity", gate))
     return RouterScores(affinity_GLE, choice_GLE, live_GL)
 
 

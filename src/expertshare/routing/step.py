@@ -19,7 +19,6 @@ from expertshare.types import RoutingPlan, RoutingPolicy
 MOST_TOKENS = 1024
 """Tokens of a sharing group that fit the library's scratch."""
 
-_ISA_NAMED = 5  # ES_ISA_NAMED of csrc/abi.h
 _RANKINGS = {"all": 0, "votes": 1, "highest": 2}
 
 
@@ -158,7 +157,7 @@ class LayerStep:
             *native.crew(),
         )
         status = library.es_route(*call, -1)
-        if status == _ISA_NAMED:
+        if status == native.ISA_NAMED:
             status = library.es_route(*call, native.isa_number())
         check_status(status)
         return RoutingPlan(ids_TK, weights_TK, active_E), load_E, unique_G

@@ -296,7 +296,16 @@ int best_isa() {
 }
 
 template <class Call>
-int status_of(const Call &call) {
+int32_t &isa_of(Call &call) {
+    return call.isa;
+}
+int32_t &isa_of(es_step &step) { return step.gate.isa; }
+
+template <class Call>
+int status_of(Call call) {
+    int32_t &isa = isa_of(call);
+    if (isa < 0) isa = best_isa();
+    if (isa < 0) return ES_ISA_NAMED;
     try {
         return engine().run(call);
     } catch (const std::bad_alloc &) {
@@ -320,8 +329,7 @@ EXPERTSHARE_EXPORT int es_moe_ffn(const es_layer *layer, const void *x, const in
                                   void *y, int64_t num_tokens, int64_t top_k, int32_t is_bfloat16,
                                   int32_t num_threads, es_team team, int32_t isa) {
     es_layer whole = *layer;
-    whole.isa = isa >= 0 ? isa : expertshare::best_isa();
-    if (whole.isa < 0) return ES_ISA_NAMED;
+    whole.isa = isa;
     whole.x = x;
     whole.ids = ids;
     whole.weights = weights;
@@ -343,8 +351,7 @@ EXPERTSHARE_EXPORT int es_route(const es_step *step, const void *x, const uint8_
     whole.gate.is_bfloat16 = is_bfloat16;
     whole.gate.num_threads = num_threads;
     whole.gate.team = team;
-    whole.gate.isa = isa >= 0 ? isa : expertshare::best_isa();
-    if (whole.gate.isa < 0) return ES_ISA_NAMED;
+    whole.gate.isa = isa;
     whole.live = live;
     whole.coreset = coreset;
     whole.ids = ids;

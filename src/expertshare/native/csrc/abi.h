@@ -108,12 +108,13 @@ enum es_status {
     ES_ISA_NAMED = 5,        // the environment names an instruction set: pass its number
 };
 
+// isa, here and below: -1 for the best there is, or ES_ISA_NAMED.
 int es_abi_version();
 int es_num_isas();                // instruction sets are numbered from the fastest (0) on
 const char *es_isa_name(int isa);
 int es_isa_usable(int isa);       // whether this build has it and this processor runs it
 
-// layer: what stays the same from call to call: the weights and their sizes. The others are as there. isa: as es_route's.
+// layer: what stays the same from call to call: the weights and their sizes. The others are as there.
 int es_moe_ffn(const es_layer *layer, const void *x, const int64_t *ids, const float *weights, void *y,
                int64_t num_tokens, int64_t top_k, int32_t is_bfloat16, int32_t num_threads, es_team team, int32_t isa);
 
