@@ -5,8 +5,7 @@
 namespace expertshare {
 namespace {
 
-constexpr Index kTokenBlock = 64;         // tokens that share one pass over a chunk of weights in the L2 cache
-constexpr Index kChunkBytes = 256 << 10;  // of weights an item reads: with the tokens of a block it fits that cache
+constexpr Index kChunkBytes = 256 << 10;  // of weights an item reads: with the tokens of a block it fits the L2 cache
 constexpr Index kItemsPerThread = 8;
 constexpr Index kBytesPerThread = 128 << 10;  // less than this is not worth waking one more thread
 

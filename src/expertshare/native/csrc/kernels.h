@@ -21,6 +21,7 @@ struct Best {
 struct Rows {
     const char *codes, *scales, *minima;
 };
+constexpr Index kTokenBlock = 64;  // at most so many tokens meet the rows of one call
 constexpr Rows kNothing = {nullptr, nullptr, nullptr};
 constexpr Index kPanelRows = 16;  // of quantised weights, which are read in whole panels
 inline Rows floats_at(const void *weights) { return {static_cast<const char *>(weights), nullptr, nullptr}; }
@@ -35,9 +36,9 @@ struct Kernels {
     // Copy a token's features into a scratch row, in the order and type in which `rows` wants them.
     void (*encode)(const void *features, Index depth, void *row);
 
-    // out[m * out_stride + r] = dot(row r of w, x[m]) for r < num_rows, m < num_tokens. `next` is what will be read
-    // after these rows, and is prefetched meanwhile; with null codes nothing is prefetched at all. Every product is summed
-    // in an order that depends on the depth alone.
+    // out[m * out_stride + r] = dot(row r of w, x[m]) for r < num_rows, m < num_tokens <= kTokenBlock. `next` is what will
+    // be read after these rows, and is prefetched meanwhile; with null codes nothing is prefetched at all. Every product
+    // is summed in an order that depends on the depth alone.
     void (*rows)(const Rows &w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
                  Index out_stride, const Rows &next);
 

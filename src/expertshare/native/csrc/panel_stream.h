@@ -47,14 +47,14 @@ struct Region {
 
     Rows panel(Index k) const { return k < num_panels ? skip(w, strides, k) : skip(next, strides, k - num_panels); }
 
-    // For a tile that begins `bytes` into R panels from `first` on, one of `turns` over the same `lines` of each.
+    // What to fetch while R panels are read that begin `bytes` before those from `first` on: as many lines, in the order
+    // of addresses.
     template <int R>
-    Ahead ahead(Index first, Index bytes, Index lines, Index ahead_bytes, Index turn, Index turns) const {
-        if (next.codes == nullptr) return {nullptr, 0, 0};
-        const Index distance = (ahead_bytes + R * strides.codes - 1) / (R * strides.codes) * R;
-        const Index from = R * lines * turn / turns, to = R * lines * (turn + 1) / turns;
-        const char *at = panel(first + distance + R * bytes / strides.codes).codes + R * bytes % strides.codes;
-        return {at + from * kLineBytes, (R * kUnit + turns - 1) / turns, to - from};
+    const char *ahead(Index first, Index bytes) const {
+        if (next.codes == nullptr) return nullptr;
+        Index at = R * bytes;
+        for (; at >= strides.codes; at -= strides.codes) first++;
+        return panel(first).codes + at;
     }
 
     void fetch_scales(Index first, Index count, bool minima) const {

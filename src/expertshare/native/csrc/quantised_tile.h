@@ -23,8 +23,8 @@ namespace {
 
 constexpr Index kStretchSpans = 4;  // of two panels: 16 KiB of int8
 
-// At least, in whole panels. Into the first cache: int8 gains nothing from more. With 4 bits arithmetic takes as long as memory, in turns: far ahead
-// a group of many tokens fetches for those of few.
+// At least, in whole panels. Into the first cache: int8 gains nothing from more. With 4 bits arithmetic takes as long as
+// memory, in turns: far ahead a group of many tokens fetches for those of few.
 template <class F>
 constexpr Index kAheadBytes = F::kBits == 8 ? 16 << 10 : 128 << 10;
 
@@ -181,33 +181,46 @@ void scale_rows(const float *scales, float *out, Index panels, Index num_tokens,
     }
 }
 
-// Of many tokens several tiles, as evenly divided as it goes, meet the same R panels, a stretch of features at a time:
-// what the first tile has read is in the first cache for the others.
+// Tokens of a call in tiles, as evenly as it goes. Made once: a division takes as long as a line of a panel.
+template <class V>
+struct Tiles {
+    Index count, begin[(expertshare::kTokenBlock + V::kMaxTokens - 1) / V::kMaxTokens + 1];
+
+    explicit Tiles(Index num_tokens) : count((num_tokens + V::kMaxTokens - 1) / V::kMaxTokens) {
+        for (Index i = 0; i <= count; i++) begin[i] = num_tokens * i / count;
+    }
+};
+
+// Many tokens are several tiles, which meet the same R panels, a stretch of features at a time: what the first tile has
+// read is in the first cache for the others. `distance`: panels from those that are read to those that are fetched.
 template <class V, class F, int R>
-void panels_of_tiles(const Region &region, Index first_panel, Index depth, const void *const *x, Index num_tokens,
-                     float *out, Index out_stride) {
-    const Index num_tiles = (num_tokens + V::kMaxTokens - 1) / V::kMaxTokens;
-    const Index stretch = num_tiles == 1 ? depth : std::min(depth, kStretchSpans * kSpan);
+void panels_of_tiles(const Region &region, Index first_panel, Index distance, Index depth, const void *const *x,
+                     const Tiles<V> &tiles, float *out, Index out_stride) {
+    const Index stretch = tiles.count == 1 ? depth : std::min(depth, kStretchSpans * kSpan);
+    const Index lines_a_unit = tiles.count == 1 ? R * kUnit : (R * kUnit + tiles.count - 1) / tiles.count;
     const Rows w = region.panel(first_panel);
     const Strides strides = region.strides;
     region.fetch_scales(first_panel + R, R, F::kMinima);
-    fill<V>(out, R, num_tokens, out_stride);
+    fill<V>(out, R, tiles.begin[tiles.count], out_stride);
     for (Index begin = 0; begin < depth; begin += stretch) {
         const Index features = std::min(stretch, depth - begin);
         const Index codes = kPanelRows * F::row_bytes(begin);
         const Index scales = F::kGroup == 0 ? 0 : kPanelRows * F::scale_bytes(begin);
-        const Index lines = kPanelRows * F::row_bytes(features) / kLineBytes;
-        for (Index i = 0; i < num_tiles; i++) {
-            const Index first = num_tokens * i / num_tiles, size = num_tokens * (i + 1) / num_tiles - first;
-            const Ahead ahead = region.template ahead<R>(first_panel, codes, lines, kAheadBytes<F>, i, num_tiles);
-            tile_for<V, F, R>(size)(w.codes + codes, w.scales + scales, F::kMinima ? w.minima + scales : nullptr,
-                                    strides.codes, strides.scales, x + first, begin / kSpan, features,
-                                    out + first * out_stride, out_stride, ahead.at, ahead.lines, ahead.left);
+        const char *ahead = region.template ahead<R>(first_panel + distance, codes);
+        Index left = ahead == nullptr ? 0 : R * kPanelRows * F::row_bytes(features) / kLineBytes;
+        const Index share = tiles.count == 1 ? left : (left + tiles.count - 1) / tiles.count;
+        for (Index i = 0; i < tiles.count; i++) {
+            const Index first = tiles.begin[i], lines = std::min(share, left);
+            tile_for<V, F, R>(tiles.begin[i + 1] - first)(
+                w.codes + codes, w.scales + scales, F::kMinima ? w.minima + scales : nullptr, strides.codes,
+                strides.scales, x + first, begin / kSpan, features, out + first * out_stride, out_stride, ahead,
+                lines_a_unit, lines);
+            ahead += lines * kLineBytes, left -= lines;
         }
     }
     if constexpr (F::kGroup == 0) {
         const float *scales = reinterpret_cast<const float *>(region.panel(first_panel).scales);
-        scale_rows<V>(scales, out, R, num_tokens, out_stride);
+        scale_rows<V>(scales, out, R, tiles.begin[tiles.count], out_stride);
     }
 }
 
@@ -218,10 +231,12 @@ void quantised_rows(const Rows &w, Index num_rows, Index depth, const void *cons
                     Index out_stride, const Rows &next) {
     const Region region = {w, next, strides_of<F>(depth), num_rows / kPanelRows};
     Index first = 0;
+    const Tiles<V> tiles(num_tokens);
     const auto run = [&](auto panels) {
         constexpr int R = decltype(panels)::value;
+        const Index distance = (kAheadBytes<F> + R * region.strides.codes - 1) / (R * region.strides.codes) * R;
         for (; first + R <= region.num_panels; first += R) {
-            panels_of_tiles<V, F, R>(region, first, depth, x, num_tokens, out + first * kPanelRows, out_stride);
+            panels_of_tiles<V, F, R>(region, first, distance, depth, x, tiles, out + first * kPanelRows, out_stride);
         }
     };
     if (num_tokens > V::kMaxTokens) run(std::integral_constant<int, V::kPanels>{});

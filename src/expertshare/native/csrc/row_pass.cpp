@@ -8,7 +8,6 @@ namespace {
 constexpr Index kChunkBytes = 256 << 10;  // two of them and the tokens fit the second cache
 constexpr Index kRowGranule = 32;         // a multiple of every tile: which rows are the odd ones is the same for all
 constexpr Index kMostRows = 256;
-constexpr Index kTokenBlock = 64;  // tokens whose sums are kept at a time
 constexpr Index kItemsPerThread = 8;
 constexpr Index kBytesPerThread = 128 << 10;  // less than this is not worth waking one more thread
 
