@@ -27,15 +27,23 @@ inline Rows skip(const Rows &w, Strides strides, Index panels) {
     return {at(w.codes, strides.codes), at(w.scales, strides.scales), at(w.minima, strides.scales)};
 }
 
-// Lines that a tile fetches ahead: so many with every unit that it reads, `left` in all.
+inline void prefetch(const char *line) { __builtin_prefetch(line, 0, 3); }
+
+// What a tile fetches ahead: so many lines of codes with every unit that it reads, `left` in all; and of scales and
+// minima, where they are not null, the line of every `scale_step` bytes. All of a panel's scales at once would find the
+// buffers for lines on their way full, and the processor drops what it has no buffer for.
 struct Ahead {
     const char *at;
     Index lines, left;
+    const char *scales, *minima;
+    Index scale_step;
 
     inline __attribute__((always_inline)) void fetch() {
         const Index count = std::min(lines, left);
-        for (Index i = 0; i < count; i++) __builtin_prefetch(at + i * kLineBytes, 0, 3);
+        for (Index i = 0; i < count; i++) prefetch(at + i * kLineBytes);
         at += count * kLineBytes, left -= count;
+        if (scales != nullptr) prefetch(scales), scales += scale_step;
+        if (minima != nullptr) prefetch(minima), minima += scale_step;
     }
 };
 
@@ -47,23 +55,22 @@ struct Region {
 
     Rows panel(Index k) const { return k < num_panels ? skip(w, strides, k) : skip(next, strides, k - num_panels); }
 
-    // What to fetch while R panels are read that begin `bytes` before those from `first` on: as many lines, in the order
-    // of addresses.
+    // What to fetch while R panels are read that begin `codes` and `scales` bytes before those from `first` on: as much,
+    // in the order of addresses.
     template <int R>
-    const char *ahead(Index first, Index bytes) const {
-        if (next.codes == nullptr) return nullptr;
-        Index at = R * bytes;
-        for (; at >= strides.codes; at -= strides.codes) first++;
-        return panel(first).codes + at;
+    Rows ahead(Index first, Index codes, Index scales) const {
+        if (next.codes == nullptr) return expertshare::kNothing;
+        codes *= R, scales *= R;
+        for (; codes >= strides.codes; codes -= strides.codes, scales -= strides.scales) first++;
+        const Rows from = panel(first);
+        return {from.codes + codes, from.scales + scales, from.minima == nullptr ? nullptr : from.minima + scales};
     }
 
-    void fetch_scales(Index first, Index count, bool minima) const {
+    // Of rows that have one scale each.
+    void fetch_scales(Index first, Index count) const {
         if (next.codes == nullptr) return;
-        const Rows from = panel(first);
-        for (Index at = 0; at < count * strides.scales; at += kLineBytes) {
-            __builtin_prefetch(from.scales + at, 0, 3);
-            if (minima) __builtin_prefetch(from.minima + at, 0, 3);
-        }
+        const char *scales = panel(first).scales;
+        for (Index at = 0; at < count * strides.scales; at += kLineBytes) prefetch(scales + at);
     }
 };
 

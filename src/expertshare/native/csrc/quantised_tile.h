@@ -28,6 +28,10 @@ constexpr Index kStretchSpans = 4;  // of two panels: 16 KiB of int8
 template <class F>
 constexpr Index kAheadBytes = F::kBits == 8 ? 16 << 10 : 128 << 10;
 
+// Of a unit: its lines hold so many features of 16 rows.
+template <class F>
+constexpr Index kUnitFeatures = kUnit * kLineBytes * 8 / F::kBits / kPanelRows;
+
 template <class F>
 inline Strides strides_of(Index depth) {
     return {kPanelRows * F::row_bytes(depth), kPanelRows * F::scale_bytes(depth)};
@@ -144,12 +148,12 @@ struct Tile {
 #define EXPERTSHARE_PANELS_TILE                                                                               \
     const char *codes, const char *scales, const char *minima, Index codes_stride, Index scales_stride,      \
         const void *const *x, Index span, Index features, float *out, Index out_stride, const char *ahead_at, \
-        Index ahead_lines, Index ahead_left
+        Index ahead_lines, Index ahead_left, const char *ahead_scales, const char *ahead_minima, Index scale_step
 
 template <class V, class F, int R, int M>
 void panels_tile(EXPERTSHARE_PANELS_TILE) {
     Tile<V, F, R, M> tile = {{codes_stride, scales_stride}, {codes, scales, minima}, {},
-                             {ahead_at, ahead_lines, ahead_left}, out, out_stride};
+                             {ahead_at, ahead_lines, ahead_left, ahead_scales, ahead_minima, scale_step}, out, out_stride};
     for (int m = 0; m < M; m++) tile.tokens[m] = static_cast<const Span *>(x[m]) + span;
     tile.add_spans(features);
 }
@@ -189,6 +193,9 @@ struct Tiles {
     explicit Tiles(Index num_tokens) : count((num_tokens + V::kMaxTokens - 1) / V::kMaxTokens) {
         for (Index i = 0; i <= count; i++) begin[i] = num_tokens * i / count;
     }
+
+    // Of so many things what each tile does, if all do the same and nothing may be left.
+    Index share(Index all) const { return count == 1 ? all : (all + count - 1) / count; }
 };
 
 // Many tokens are several tiles, which meet the same R panels, a stretch of features at a time: what the first tile has
@@ -196,31 +203,36 @@ struct Tiles {
 template <class V, class F, int R>
 void panels_of_tiles(const Region &region, Index first_panel, Index distance, Index depth, const void *const *x,
                      const Tiles<V> &tiles, float *out, Index out_stride) {
+    constexpr bool kScalesOfRows = F::kGroup == 0;
     const Index stretch = tiles.count == 1 ? depth : std::min(depth, kStretchSpans * kSpan);
-    const Index lines_a_unit = tiles.count == 1 ? R * kUnit : (R * kUnit + tiles.count - 1) / tiles.count;
+    const Index lines_a_unit = tiles.share(R * kUnit);
+    const Index scale_step = kScalesOfRows ? 0 : tiles.share(R * kPanelRows * F::scale_bytes(kUnitFeatures<F>));
     const Rows w = region.panel(first_panel);
     const Strides strides = region.strides;
-    region.fetch_scales(first_panel + R, R, F::kMinima);
+    if constexpr (kScalesOfRows) region.fetch_scales(first_panel + R, R);
     fill<V>(out, R, tiles.begin[tiles.count], out_stride);
     for (Index begin = 0; begin < depth; begin += stretch) {
         const Index features = std::min(stretch, depth - begin);
         const Index codes = kPanelRows * F::row_bytes(begin);
-        const Index scales = F::kGroup == 0 ? 0 : kPanelRows * F::scale_bytes(begin);
-        const char *ahead = region.template ahead<R>(first_panel + distance, codes);
-        Index left = ahead == nullptr ? 0 : R * kPanelRows * F::row_bytes(features) / kLineBytes;
-        const Index share = tiles.count == 1 ? left : (left + tiles.count - 1) / tiles.count;
+        const Index scales = kScalesOfRows ? 0 : kPanelRows * F::scale_bytes(begin);
+        Rows ahead = region.template ahead<R>(first_panel + distance, codes, scales);
+        if (kScalesOfRows) ahead.scales = nullptr;
+        Index left = ahead.codes == nullptr ? 0 : R * kPanelRows * F::row_bytes(features) / kLineBytes;
+        const Index share = tiles.share(left), step = features / kUnitFeatures<F> * scale_step;
         for (Index i = 0; i < tiles.count; i++) {
             const Index first = tiles.begin[i], lines = std::min(share, left);
             tile_for<V, F, R>(tiles.begin[i + 1] - first)(
                 w.codes + codes, w.scales + scales, F::kMinima ? w.minima + scales : nullptr, strides.codes,
-                strides.scales, x + first, begin / kSpan, features, out + first * out_stride, out_stride, ahead,
-                lines_a_unit, lines);
-            ahead += lines * kLineBytes, left -= lines;
+                strides.scales, x + first, begin / kSpan, features, out + first * out_stride, out_stride, ahead.codes,
+                lines_a_unit, lines, ahead.scales, F::kMinima ? ahead.minima : nullptr, scale_step);
+            ahead.codes += lines * kLineBytes, left -= lines;
+            if (ahead.scales != nullptr) ahead.scales += step;
+            if (F::kMinima && ahead.minima != nullptr) ahead.minima += step;
         }
     }
-    if constexpr (F::kGroup == 0) {
-        const float *scales = reinterpret_cast<const float *>(region.panel(first_panel).scales);
-        scale_rows<V>(scales, out, R, tiles.begin[tiles.count], out_stride);
+    if constexpr (kScalesOfRows) {
+        const float *row_scales = reinterpret_cast<const float *>(region.panel(first_panel).scales);
+        scale_rows<V>(row_scales, out, R, tiles.begin[tiles.count], out_stride);
     }
 }
 
