@@ -16,14 +16,13 @@ struct Sums256 {
         const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
         return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
     }
-    static float sum(Acc a) { return sum4(a, a, a, a)[0]; }
 };
 
 struct Floats256 : Sums256 {
     using Weight = float;
     using Act = float;
     using Loaded = __m256;
-    static constexpr Index kStep = 8, kMaxTokens = 3, kWideTokens = 1;
+    static constexpr Index kStep = 8, kMaxTokens = 3;
 
     static Index place(Index i) { return i; }
     static Loaded load(const Weight *w) { return _mm256_loadu_ps(w); }
@@ -42,7 +41,7 @@ struct Widened256 : Sums256 {
     struct Loaded {
         __m256 even, odd;
     };
-    static constexpr Index kStep = 16, kMaxTokens = 3, kWideTokens = 1;
+    static constexpr Index kStep = 16, kMaxTokens = 3;
 
     static Index place(Index i) { return i / kStep * kStep + i % 2 * (kStep / 2) + i % kStep / 2; }
     static Loaded split(__m256i words) {

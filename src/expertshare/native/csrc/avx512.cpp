@@ -12,7 +12,7 @@ struct Floats512 {
     using Act = float;
     using Acc = __m512;
     using Loaded = __m512;
-    static constexpr Index kStep = 16, kMaxTokens = 6, kWideTokens = 2;
+    static constexpr Index kStep = 16, kMaxTokens = 6;
     static constexpr bool kHoldsRows = true;
 
     static Index place(Index i) { return i; }
@@ -22,7 +22,6 @@ struct Floats512 {
         return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), w);
     }
     static Acc dot(Acc acc, Loaded w, const Act *x) { return _mm512_fmadd_ps(w, _mm512_loadu_ps(x), acc); }
-    static float sum(Acc a) { return sum_as_of_four(a); }
     static Quad sum4(Acc a, Acc b, Acc c, Acc d) { return sums_of_four(a, b, c, d); }
 };
 
@@ -35,7 +34,7 @@ struct Widened512 {
     struct Loaded {
         __m512 even, odd;
     };
-    static constexpr Index kStep = 32, kMaxTokens = 5, kWideTokens = 1;
+    static constexpr Index kStep = 32, kMaxTokens = 5;
     static constexpr bool kHoldsRows = true;
 
     static Index place(Index i) { return i / kStep * kStep + i % 2 * (kStep / 2) + i % kStep / 2; }
@@ -50,7 +49,6 @@ struct Widened512 {
         acc = _mm512_fmadd_ps(w.even, _mm512_loadu_ps(x), acc);
         return _mm512_fmadd_ps(w.odd, _mm512_loadu_ps(x + kStep / 2), acc);
     }
-    static float sum(Acc a) { return sum_as_of_four(a); }
     static Quad sum4(Acc a, Acc b, Acc c, Acc d) { return sums_of_four(a, b, c, d); }
 };
 

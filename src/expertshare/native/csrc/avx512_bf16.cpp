@@ -12,7 +12,7 @@ struct Pairs512 {
     using Act = std::uint16_t;
     using Acc = __m512;
     using Loaded = __m512i;
-    static constexpr Index kStep = 32, kMaxTokens = 6, kWideTokens = 2;
+    static constexpr Index kStep = 32, kMaxTokens = 6;
     static constexpr bool kHoldsRows = true;
 
     static Index place(Index i) { return i; }
@@ -23,7 +23,6 @@ struct Pairs512 {
         return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(w),
                                 reinterpret_cast<__m512bh>(_mm512_loadu_si512(x)));
     }
-    static float sum(Acc a) { return sum_as_of_four(a); }
     static Quad sum4(Acc a, Acc b, Acc c, Acc d) { return sums_of_four(a, b, c, d); }
 };
 

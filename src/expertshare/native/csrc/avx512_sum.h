@@ -14,9 +14,4 @@ inline __m128 sums_of_four(__m512 a, __m512 b, __m512 c, __m512 d) {
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// In the same order: which rows are the odd ones must not show in their sums.
-inline float sum_as_of_four(__m512 a) {
-    return _mm_cvtss_f32(sums_of_four(a, a, a, a));
-}
-
 }  // namespace

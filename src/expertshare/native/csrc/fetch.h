@@ -1,6 +1,5 @@
-// Which lines of weights are fetched ahead of their use, and when. A tile calls `column` for every 64 bytes of its rows:
-// they begin `offset` bytes into its segment, which begins at `at` in a row, and `turn` counts the calls from 0 to
-// kTurns - 1. Everything has internal linkage: no file may end up with another instruction set's copy.
+// Which lines of weights are fetched ahead of their use, and when. Everything has internal linkage: no file may end up
+// with another instruction set's copy.
 #pragma once
 
 #include "kernels.h"
@@ -13,64 +12,21 @@ constexpr Index kLine = 64;
 
 inline void prefetch(const char *line) { __builtin_prefetch(line, 0, 3); }
 
-struct FetchNothing {
-    static constexpr int kTurns = 1;
-    void column(Index, Index, int) const {}
-};
-
-// R rows further on, in the order in which tiles read them, side by side: with the tokens of a tile and what is being
-// read they fit the first cache; whole rows, or a block more, do not.
-template <int R>
-struct FetchColumns {
-    static constexpr int kTurns = 1;
-    const char *here, *then;  // of the block that the columns before `until` belong to, and of the one behind it
-    Index until, row_bytes;
-
-    inline __attribute__((always_inline)) void column(Index at, Index offset, int) const {
-        const char *line = (at + offset < until ? here : then) + at + offset;
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) prefetch(line + r * row_bytes);
-    }
-};
-
-// R rows further on in the order of addresses: where memory is the limit, one stream is faster than several.
-template <int R>
-struct FetchRows {
-    static constexpr int kTurns = 1;
-    const char *from;
-
-    inline __attribute__((always_inline)) void column(Index at, Index offset, int) const {
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) prefetch(from + (at + offset) * R + r * kLine);
-    }
-};
-
-// Blocks of R rows that are read once, one after the other, and behind them those at `next`.
-template <int R>
-struct Blocks {
+// What lies `ahead` bytes behind a place among some weights, and behind their end where `next` begins; null: nothing.
+struct Stream {
     const char *from, *next;
-    Index count, row_bytes;
+    Index bytes, ahead;
 
-    const char *block(Index b) const {
-        return b < count ? from + b * R * row_bytes : next + (b - count) * R * row_bytes;
-    }
-
-    FetchColumns<R> columns(Index b, Index ahead) const {
-        const Index num_columns = (row_bytes + kLine - 1) / kLine;
-        const Index later = b + ahead / num_columns, shift = ahead % num_columns * kLine;
-        const Index whole = num_columns * kLine;
-        return {block(later) + shift, block(later + 1) + shift - whole, whole - shift, row_bytes};
-    }
-
-    FetchRows<R> rows(Index b, Index ahead_bytes) const {
-        const Index block_bytes = R * row_bytes;
-        return {block(b + (ahead_bytes + block_bytes - 1) / block_bytes)};
+    const char *behind(Index at) const {
+        if (next == nullptr) return nullptr;
+        return at + ahead < bytes ? from + at + ahead : next + (at + ahead - bytes);
     }
 };
 
 constexpr int kShareTurns = 4;
 
-// `Lines` in four turns, from `ahead` on; and, of rows that are in the second cache already, as much as the segment.
+// For several tiles of tokens: `Lines` in four columns of 64 bytes, from `ahead` on; and, of rows that are in the second
+// cache already, as much as the segment.
 template <int Lines>
 struct FetchShare {
     static constexpr int kTurns = kShareTurns;

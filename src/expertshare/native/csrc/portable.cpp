@@ -12,7 +12,7 @@ struct Sums4 {
     using Act = float;
     using Loaded = Four;
     static constexpr bool kHoldsRows = false;
-    static constexpr Index kStep = 4, kMaxTokens = 2, kWideTokens = 1;
+    static constexpr Index kStep = 4, kMaxTokens = 2;
 
     static Index place(Index i) { return i; }
     static Acc zero() { return Four{0.0f, 0.0f, 0.0f, 0.0f}; }
@@ -21,8 +21,10 @@ struct Sums4 {
         std::memcpy(&features, x, sizeof features);
         return acc + w * features;
     }
-    static float sum(Acc a) { return (a[0] + a[1]) + (a[2] + a[3]); }
-    static Quad sum4(Acc a, Acc b, Acc c, Acc d) { return Quad{sum(a), sum(b), sum(c), sum(d)}; }
+    static Quad sum4(Acc a, Acc b, Acc c, Acc d) {
+        const auto sum = [](Acc of) { return (of[0] + of[1]) + (of[2] + of[3]); };
+        return Quad{sum(a), sum(b), sum(c), sum(d)};
+    }
 };
 
 struct Floats4 : Sums4 {

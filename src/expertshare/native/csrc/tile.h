@@ -1,12 +1,12 @@
-// Rows of W dotted with token rows, R x M at a time in registers: every cache line of W comes from memory once.
+// Rows of W dotted with token rows: every cache line of W comes from memory once.
+//
+// Few tokens: one row of W after the other, as they lie, so that memory sees a single stream; M sums in registers. More:
+// R rows by M tokens at a time, so that each load of a token serves R rows.
 //
 // A vector type V gives: Weight, Act; kStep (features per step); Acc, zero(); Loaded, load(w), load_some(w, n) with
-// zeros behind n; dot(acc, loaded, x); sum(acc); sum4(acc, acc, acc, acc); kMaxTokens (with 4 rows at a time) and
-// kWideTokens (with 8); kHoldsRows: whether all R vectors of W stay in registers, or one at a time while x is reloaded.
-// Everything has internal linkage: no file may end up with another instruction set's copy.
-//
-// In registers: R * M sums, R vectors of W, one of x. In fours rows share each load of x; with one or two tokens eights
-// keep enough independent sums for the latency of the multiply-add (6 cycles, 2 a cycle, on Zen 5).
+// zeros behind n; dot(acc, loaded, x); sum4(acc, acc, acc, acc), each summed in the same order; kMaxTokens: M with four
+// rows; kHoldsRows: whether all R vectors of W stay in registers, or one at a time while x is reloaded. Everything has
+// internal linkage: no file may end up with another instruction set's copy.
 //
 // The depth is cut into segments. Each has a sum of its own, and the sums of a row are added in order: so tiles may
 // take segments in whatever order suits the caches, and the bits stay the same.
@@ -27,13 +27,67 @@ typedef float Quad __attribute__((vector_size(16)));
 // that misses it waits for one of the few buffers that the lines on their way from memory hold (docs/performance.md).
 constexpr Index kSegment = 512;
 
-constexpr int kFewAhead = 22;        // columns of four rows: 5.6 KB
-constexpr int kFewestAhead = 16384;  // bytes of whole rows, with one or two tokens
+// Tokens that meet one row at a time. More need too many loads for each row.
+constexpr int kFewTokens = 8;
+constexpr Index kFewBytes = 36 << 10;   // of them, so that the rows that pass by leave them in the first cache
+constexpr Index kFewAhead = 16 << 10;  // with no more than four tokens half of it is quicker
 
 template <int N>
 struct Count {
     static constexpr int value = N;
 };
+
+constexpr int quads(int tokens) { return (tokens + 3) / 4; }
+
+// Adds the sums of `count` features of one row from w on, and of M tokens from `at` on: one segment, or what is left
+// behind the last.
+template <class V, int M, bool Fetch>
+inline __attribute__((always_inline)) void add_piece(const typename V::Weight *w, Index at, Index count,
+                                                     const void *const *x, const char *ahead, Quad *totals) {
+    constexpr Index kColumn = kLine / sizeof(typename V::Weight);
+    const typename V::Act *tokens[M];
+    typename V::Acc acc[4 * quads(M)];
+    for (int m = 0; m < 4 * quads(M); m++) acc[m] = V::zero();
+    for (int m = 0; m < M; m++) tokens[m] = static_cast<const typename V::Act *>(x[m]) + at;
+    const auto add = [&](const typename V::Loaded &loaded, Index i) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) acc[m] = V::dot(acc[m], loaded, tokens[m] + i);
+    };
+    Index i = 0;
+#pragma GCC unroll 4
+    for (; i + kColumn <= count; i += kColumn) {
+        if constexpr (Fetch) prefetch(ahead), ahead += kLine;
+#pragma GCC unroll 16
+        for (Index s = 0; s < kColumn; s += V::kStep) add(V::load(w + i + s), i + s);
+    }
+    for (; i + V::kStep <= count; i += V::kStep) add(V::load(w + i), i);
+    if (i < count) add(V::load_some(w + i, static_cast<int>(count - i)), i);
+    for (int q = 0; q < quads(M); q++) {
+        const Quad sums = V::sum4(acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]);
+        totals[q] = at == 0 ? sums : totals[q] + sums;
+    }
+}
+
+template <class V, int M, bool Fetch>
+__attribute__((noinline)) void few_tokens(const typename V::Weight *w, Index num_rows, Index depth,
+                                          const void *const *x, float *out, Index out_stride,
+                                          const typename V::Weight *next) {
+    constexpr Index kBytes = sizeof(typename V::Weight);
+    const Stream stream = {reinterpret_cast<const char *>(w), reinterpret_cast<const char *>(next),
+                           num_rows * depth * kBytes, M <= 4 ? kFewAhead / 2 : kFewAhead};
+    for (Index row = 0; row < num_rows; row++) {
+        const typename V::Weight *of_row = w + row * depth;
+        Quad totals[quads(M)];
+        Index at = 0;
+        for (; at + kSegment <= depth; at += kSegment) {
+            add_piece<V, M, Fetch>(of_row + at, at, kSegment, x, stream.behind((row * depth + at) * kBytes), totals);
+        }
+        if (at < depth) {
+            add_piece<V, M, Fetch>(of_row + at, at, depth - at, x, stream.behind((row * depth + at) * kBytes), totals);
+        }
+        for (int m = 0; m < M; m++) out[m * out_stride + row] = totals[m / 4][m % 4];
+    }
+}
 
 // `count` features of R rows from w on, and of M tokens from `at` on: one segment, or what is left behind the last. The
 // first of a row sets `out`, the others add to it.
@@ -80,21 +134,14 @@ inline __attribute__((always_inline)) void add_segment(const typename V::Weight 
         }
     }
     for (int m = 0; m < M; m++) {
-        if constexpr (R % 4 == 0) {
-            for (int r = 0; r < R; r += 4) {
-                float *to = out + m * out_stride + r;
-                Quad sums = V::sum4(acc[m][r], acc[m][r + 1], acc[m][r + 2], acc[m][r + 3]), before;
-                if (at != 0) {
-                    std::memcpy(&before, to, sizeof before);
-                    sums = before + sums;
-                }
-                std::memcpy(to, &sums, sizeof sums);
+        for (int r = 0; r < R; r += 4) {
+            float *to = out + m * out_stride + r;
+            Quad sums = V::sum4(acc[m][r], acc[m][r + 1], acc[m][r + 2], acc[m][r + 3]), before;
+            if (at != 0) {
+                std::memcpy(&before, to, sizeof before);
+                sums = before + sums;
             }
-        } else {
-            for (int r = 0; r < R; r++) {
-                float &to = out[m * out_stride + r];
-                to = at == 0 ? V::sum(acc[m][r]) : to + V::sum(acc[m][r]);
-            }
+            std::memcpy(to, &sums, sizeof sums);
         }
     }
 }
@@ -111,16 +158,6 @@ __attribute__((noinline)) void segment(const typename V::Weight *w, Index depth,
     }
 }
 
-template <class V, int R, int M, class Fetch>
-__attribute__((noinline)) void all_segments(const typename V::Weight *w, Index depth, const void *const *x, float *out,
-                                            Index out_stride, const Fetch &fetch) {
-    Index at = 0;
-    for (; at + kSegment <= depth; at += kSegment) {
-        add_segment<V, R, M>(w + at, depth, at, kSegment, x, out, out_stride, fetch);
-    }
-    if (at < depth) add_segment<V, R, M>(w + at, depth, at, depth - at, x, out, out_stride, fetch);
-}
-
 // Calls `run` with the number of tokens as a constant, 1 to M.
 template <int M, class Run>
 inline __attribute__((always_inline)) void with_tokens(Index num_tokens, Run run) {
@@ -128,28 +165,6 @@ inline __attribute__((always_inline)) void with_tokens(Index num_tokens, Run run
         if (num_tokens < M) return with_tokens<M - 1>(num_tokens, run);
     }
     run(Count<M>{});
-}
-
-// Tokens that fit one tile: every row passes through the registers once.
-template <class V, int R, int M>
-void few_tokens(const typename V::Weight *w, Index num_blocks, Index depth, const void *const *x, Index num_tokens,
-                float *out, Index out_stride, const typename V::Weight *next) {
-    const Blocks<R> blocks = {reinterpret_cast<const char *>(w), reinterpret_cast<const char *>(next), num_blocks,
-                              depth * static_cast<Index>(sizeof(typename V::Weight))};
-    for (Index b = 0; b < num_blocks; b++) {
-        const auto run = [&](const auto &fetch) {
-            with_tokens<M>(num_tokens, [&](auto tokens) {
-                all_segments<V, R, decltype(tokens)::value>(w + b * R * depth, depth, x, out + b * R, out_stride, fetch);
-            });
-        };
-        if (next == nullptr) {
-            run(FetchNothing{});
-        } else if constexpr (R == 4) {
-            run(blocks.columns(b, kFewAhead));
-        } else {
-            run(blocks.rows(b, kFewestAhead));
-        }
-    }
 }
 
 // Calls `run` with at least so many lines in four columns, as far as that goes.
@@ -209,14 +224,15 @@ void many_tokens(const typename V::Weight *w, Index num_blocks, Index depth, con
     }
 }
 
-// What does not fill R rows.
 template <class V>
-void single_rows(const typename V::Weight *w, Index first, Index end, Index depth, const void *const *x,
-                 Index num_tokens, float *out, Index out_stride) {
-    for (Index r = first; r < end; r++) {
-        for (Index m = 0; m < num_tokens; m++) {
-            all_segments<V, 1, 1>(w + r * depth, depth, x + m, out + m * out_stride + r, out_stride, FetchNothing{});
-        }
+void rows_by_few(const typename V::Weight *w, Index num_rows, Index depth, const void *const *x, Index num_tokens,
+                 float *out, Index out_stride, const typename V::Weight *next) {
+    for (Index m = 0; m < num_tokens; m += kFewTokens) {
+        with_tokens<kFewTokens>(std::min<Index>(num_tokens - m, kFewTokens), [&](auto tokens) {
+            constexpr int M = decltype(tokens)::value;
+            const auto run = next == nullptr ? few_tokens<V, M, false> : few_tokens<V, M, true>;
+            run(w, num_rows, depth, x + m, out + m * out_stride, out_stride, next);
+        });
     }
 }
 
@@ -225,16 +241,13 @@ void rows(const expertshare::Rows &w, Index num_rows, Index depth, const void *c
           Index out_stride, const expertshare::Rows &next) {
     const auto *from = reinterpret_cast<const typename V::Weight *>(w.codes);
     const auto *then = reinterpret_cast<const typename V::Weight *>(next.codes);
-    const Index wide = num_tokens <= V::kWideTokens ? num_rows / 8 * 8 : 0, end = num_rows / 4 * 4;
-    if (num_tokens > V::kMaxTokens) {
-        many_tokens<V, 4, V::kMaxTokens>(from, end / 4, depth, x, num_tokens, out, out_stride, then);
-    } else {
-        few_tokens<V, 8, V::kWideTokens>(from, wide / 8, depth, x, num_tokens, out, out_stride, then);
-        // In fours again, which sums lanes in the same order: how a row is summed must not depend on who shares it.
-        few_tokens<V, 4, V::kMaxTokens>(from + wide * depth, (end - wide) / 4, depth, x, num_tokens, out + wide,
-                                        out_stride, then);
+    const Index token_bytes = depth * static_cast<Index>(sizeof(typename V::Act));
+    if (num_tokens <= kFewTokens && num_tokens * token_bytes <= kFewBytes) {
+        return rows_by_few<V>(from, num_rows, depth, x, num_tokens, out, out_stride, then);
     }
-    single_rows<V>(from, end, num_rows, depth, x, num_tokens, out, out_stride);
+    const Index whole = num_rows / 4 * 4;
+    many_tokens<V, 4, V::kMaxTokens>(from, whole / 4, depth, x, num_tokens, out, out_stride, then);
+    rows_by_few<V>(from + whole * depth, num_rows - whole, depth, x, num_tokens, out + whole, out_stride, nullptr);
 }
 
 constexpr Index kRowGranule = 32;  // a multiple of every vector length: items never share a vector of a hidden row
