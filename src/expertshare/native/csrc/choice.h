@@ -17,13 +17,29 @@ void round_row(const float *out, Index count, void *y) {
 constexpr Index kLanes = 16;
 constexpr Index kMostLogits = 256;
 
+// All lanes in one, by halves: a chain of sixteen would take longer than what it follows.
+template <class Merge>
+inline float folded(float (&lanes)[kLanes], Merge merge) {
+    for (Index half = kLanes / 2; half > 0; half /= 2) {
+        for (Index j = 0; j < half; j++) lanes[j] = merge(lanes[j], lanes[j + half]);
+    }
+    return lanes[0];
+}
+
+inline float sum_of(float (&lanes)[kLanes]) {
+    return folded(lanes, [](float a, float b) { return a + b; });
+}
+inline float largest_of(float (&lanes)[kLanes]) {
+    return folded(lanes, [](float a, float b) { return b > a ? b : a; });
+}
+
 inline float softmax_weight(float below) {
     const float weight = exp_clamped(below < -87.0f ? -87.0f : below);
     return below < -87.0f ? 0.0f : weight;
 }
 
 inline float exponentials(float *scores, Index count, float scale) {
-    float sums[kLanes], lanes[kLanes];
+    alignas(64) float sums[kLanes], lanes[kLanes];
     for (Index j = 0; j < kLanes; j++) {
         sums[j] = 0.0f;
         lanes[j] = scores[0];
@@ -33,8 +49,7 @@ inline float exponentials(float *scores, Index count, float scale) {
         for (Index j = 0; j < kLanes; j++) lanes[j] = scores[i + j] > lanes[j] ? scores[i + j] : lanes[j];
     }
     for (Index i = whole; i < count; i++) lanes[i - whole] = scores[i] > lanes[i - whole] ? scores[i] : lanes[i - whole];
-    float largest = lanes[0];
-    for (Index j = 1; j < kLanes; j++) largest = lanes[j] > largest ? lanes[j] : largest;
+    const float largest = largest_of(lanes);
     for (Index i = 0; i < whole; i += kLanes) {
         for (Index j = 0; j < kLanes; j++) {
             const float weight = softmax_weight((scores[i + j] - largest) * scale);
@@ -46,15 +61,13 @@ inline float exponentials(float *scores, Index count, float scale) {
         scores[i] = softmax_weight((scores[i] - largest) * scale);
         sums[i - whole] += scores[i];
     }
-    float sum = 0.0f;
-    for (Index j = 0; j < kLanes; j++) sum += sums[j];
-    return sum;
+    return sum_of(sums);
 }
 
 template <class V>
 expertshare::Best choose(const float *logits, Index count) {
-    float rounded[kMostLogits];
-    float largest[kLanes], sums[kLanes];
+    alignas(64) float rounded[kMostLogits];
+    alignas(64) float largest[kLanes], sums[kLanes];
     for (Index i = 0; i < count; i++) {
         typename V::Weight weight;
         store(&weight, logits[i]);
@@ -72,8 +85,7 @@ expertshare::Best choose(const float *logits, Index count) {
             largest[j] = logit > largest[j] ? logit : largest[j];
         }
     }
-    expertshare::Best best = {expertshare::kExcluded, static_cast<int>(count), 0.0f};
-    for (Index j = 0; j < kLanes; j++) best.logit = largest[j] > best.logit ? largest[j] : best.logit;
+    expertshare::Best best = {largest_of(largest), static_cast<int>(count), 0.0f};
     for (int i = 0; i < static_cast<int>(count); i++) {
         const int here = rounded[i] == best.logit ? i : static_cast<int>(count);
         best.index = here < best.index ? here : best.index;
@@ -86,7 +98,7 @@ expertshare::Best choose(const float *logits, Index count) {
             sums[j] += exp_clamped(below) + logit * 0.0f;  // infinity times 0 is NaN
         }
     }
-    for (Index j = 0; j < kLanes; j++) best.sum += sums[j];
+    best.sum = sum_of(sums);
     return best;
 }
 

@@ -25,22 +25,22 @@ struct Stream {
 
 constexpr int kShareTurns = 4;
 
-// For several tiles of tokens: `Lines` in four columns of 64 bytes, from `ahead` on; and, of rows that are in the second
-// cache already, as much as the segment.
-template <int Lines>
-struct FetchShare {
-    static constexpr int kTurns = kShareTurns;
+// For several tiles of tokens. `ahead` is where to go on; of rows that are in the second cache already, `num_near` from
+// `near` on are fetched into the first, as much of them as the segment.
+struct Share {
     const char *ahead, *near;
     Index num_near, row_bytes;
 
-    inline __attribute__((always_inline)) void column(Index, Index offset, int turn) {
+    // The line at `offset` and those behind it, in turns; `Lines` of what lies ahead in four of them.
+    template <int Lines>
+    inline __attribute__((always_inline)) void column(Index offset, int turn) {
 #pragma GCC unroll 8
-        for (int i = Lines * turn / kTurns; i < Lines * (turn + 1) / kTurns; i++) prefetch(ahead + i * kLine);
-        if (turn == kTurns - 1) ahead += Lines * kLine;
+        for (int i = Lines * turn / kShareTurns; i < Lines * (turn + 1) / kShareTurns; i++) prefetch(ahead + i * kLine);
+        if (turn == kShareTurns - 1) ahead += Lines * kLine;
         if (turn != 0) return;
         for (Index r = 0; r < num_near; r++) {
 #pragma GCC unroll 8
-            for (int i = 0; i < kTurns; i++) prefetch(near + r * row_bytes + offset + i * kLine);
+            for (int i = 0; i < kShareTurns; i++) prefetch(near + r * row_bytes + offset + i * kLine);
         }
     }
 };

@@ -5,8 +5,8 @@
 namespace expertshare {
 
 Head::Head(const Matrix &matrix, const Choice &choice, const PassKernels &kernels, Arena &arena, int num_threads)
-    : RowPass(matrix, kernels, arena, num_threads, cached_rows(matrix),
-              Arena::padded<Best>(matrix.num_tokens * num_chunks(matrix, cached_rows(matrix)))),
+    : RowPass(matrix, kernels, arena, num_threads, kMostRows,
+              Arena::padded<Best>(matrix.num_tokens * num_chunks(matrix, kMostRows))),
       choice_(choice) {
     bests_ = arena.carve<Best>(matrix.num_tokens * num_chunks_);
     merge_.fill(matrix.num_tokens);

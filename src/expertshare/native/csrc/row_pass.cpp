@@ -5,22 +5,16 @@
 namespace expertshare {
 namespace {
 
-constexpr Index kChunkBytes = 256 << 10;  // two of them and the tokens fit the second cache
+constexpr Index kPieceBytes = 128 << 10;  // two of them and the tokens leave room in the second cache
 constexpr Index kRowGranule = 32;         // a multiple of every tile: which rows are the odd ones is the same for all
-constexpr Index kMostRows = 256;
 constexpr Index kItemsPerThread = 8;
 constexpr Index kBytesPerThread = 128 << 10;  // less than this is not worth waking one more thread
 
 }  // namespace
 
-Index RowPass::cached_rows(const Matrix &matrix) {
-    const Index rows = std::min(kChunkBytes / matrix.row_bytes, kMostRows);
-    return std::max(rows / kRowGranule * kRowGranule, kRowGranule);
-}
-
 Index RowPass::balanced_rows(const Matrix &matrix, int num_threads) {
     const Index rows = matrix.num_rows / (kItemsPerThread * num_threads) / kRowGranule * kRowGranule;
-    return std::min(cached_rows(matrix), std::max(rows, kRowGranule));
+    return std::clamp(rows, kRowGranule, kMostRows);
 }
 
 Index RowPass::num_chunks(const Matrix &matrix, Index chunk_rows) {
@@ -33,6 +27,7 @@ RowPass::RowPass(const Matrix &matrix, const PassKernels &kernels, Arena &arena,
       floats_(kernels.floats),
       chunk_(chunk_rows),
       num_chunks_(num_chunks(matrix, chunk_rows)),
+      piece_(std::max(kPieceBytes / matrix.row_bytes / kRowGranule * kRowGranule, kRowGranule)),
       products_(kernels.products),
       num_threads_(num_threads),
       in_panels_(matrix.w.scales != nullptr),
@@ -64,9 +59,8 @@ void RowPass::run(int worker) {
     finish(worker);
 }
 
-Rows RowPass::rows(Index chunk) const {
+Rows RowPass::rows(Index row) const {
     const Rows &w = matrix_.w;
-    const Index row = chunk * chunk_;
     return {w.codes + row * matrix_.row_bytes, w.scales == nullptr ? nullptr : w.scales + row * matrix_.scale_bytes,
             nullptr};
 }
@@ -75,13 +69,17 @@ Index RowPass::num_rows(Index chunk) const { return std::min(chunk_, matrix_.num
 
 void RowPass::pass(int worker, Index chunk, Index next_chunk) {
     float *out = sums_.of(worker);
-    const Index count = num_rows(chunk), whole = (count + kPanelRows - 1) / kPanelRows * kPanelRows;
-    const Rows next = rows(next_chunk >= 0 ? next_chunk : chunk);
+    const Index first = chunk * chunk_, count = num_rows(chunk);
+    const Index whole = in_panels_ ? (count + kPanelRows - 1) / kPanelRows * kPanelRows : count;
+    const Index then = (next_chunk >= 0 ? next_chunk : chunk) * chunk_;
     for (Index m = 0; m < matrix_.num_tokens; m += kTokenBlock) {
         const Index num_tokens = std::min(kTokenBlock, matrix_.num_tokens - m);
-        products_.rows(rows(chunk), in_panels_ ? whole : count, matrix_.depth, x_ + m, num_tokens, out, sum_stride_,
-                       m == 0 ? next : kNothing);
-        take({chunk, chunk * chunk_, count, m, num_tokens, out, sum_stride_});
+        for (Index row = 0; row < whole; row += piece_) {
+            const Rows next = rows(row + piece_ < whole ? first + row + piece_ : then);
+            products_.rows(rows(first + row), std::min(piece_, whole - row), matrix_.depth, x_ + m, num_tokens,
+                           out + row, sum_stride_, m == 0 ? next : kNothing);
+        }
+        take({chunk, first, count, m, num_tokens, out, sum_stride_});
     }
 }
 

@@ -26,15 +26,18 @@ struct PassKernels {
     const Kernels &products, &floats;
 };
 
-// Rows are cut into chunks that threads take from a queue. Every product is computed by one thread, in an order that
-// depends neither on the chunks nor on the other tokens.
+// Rows are cut into chunks that threads take from a queue, and these into pieces that all tokens meet while they are in
+// the second cache. Every product is computed by one thread, in an order that depends neither on the chunks nor on the
+// other tokens.
 class RowPass : public Work {
    public:
     int useful_threads() const;
     void run(int worker) override;
 
    protected:
-    // `chunk_rows` is a multiple of 32, at most 256. `extra_bytes` of the arena are left to the derived class. Throws
+    static constexpr Index kMostRows = 256;
+
+    // `chunk_rows` is a multiple of 32, at most kMostRows. `extra_bytes` of the arena are left to the derived class. Throws
     // std::bad_alloc.
     RowPass(const Matrix &matrix, const PassKernels &kernels, Arena &arena, int num_threads, Index chunk_rows,
             Index extra_bytes);
@@ -49,20 +52,18 @@ class RowPass : public Work {
     virtual void take(const Sums &sums) = 0;
     virtual void finish(int worker) = 0;  // after all chunks of all threads
 
-    // Rows that fit the cache.
-    static Index cached_rows(const Matrix &matrix);
-    // As many, or fewer where that would leave threads without work.
+    // kMostRows, or fewer where that would leave threads without work.
     static Index balanced_rows(const Matrix &matrix, int num_threads);
     static Index num_chunks(const Matrix &matrix, Index chunk_rows);
 
     const Matrix matrix_;
     const Kernels &floats_;
-    const Index chunk_, num_chunks_;
+    const Index chunk_, num_chunks_, piece_;
 
    private:
     void pass(int worker, Index chunk, Index next_chunk);
     Index num_rows(Index chunk) const;
-    Rows rows(Index chunk) const;
+    Rows rows(Index row) const;
 
     const Kernels &products_;
     const int num_threads_;

@@ -91,10 +91,11 @@ __attribute__((noinline)) void few_tokens(const typename V::Weight *w, Index num
 
 // `count` features of R rows from w on, and of M tokens from `at` on: one segment, or what is left behind the last. The
 // first of a row sets `out`, the others add to it.
-template <class V, int R, int M, class Fetch>
+template <class V, int R, int M, int Lines>
 inline __attribute__((always_inline)) void add_segment(const typename V::Weight *w, Index depth, Index at, Index count,
-                                                       const void *const *x, float *out, Index out_stride, Fetch fetch) {
-    constexpr Index kBytes = sizeof(typename V::Weight), kColumn = kLine / kBytes;
+                                                       const void *const *x, float *out, Index out_stride,
+                                                       Share share) {
+    constexpr Index kColumn = kLine / sizeof(typename V::Weight);
     const typename V::Act *tokens[M];
     typename V::Acc acc[M][R];
     for (int m = 0; m < M; m++) {
@@ -116,14 +117,14 @@ inline __attribute__((always_inline)) void add_segment(const typename V::Weight 
         }
     };
     const auto column = [&](Index i, int turn) __attribute__((always_inline)) {
-        fetch.column(at * kBytes, i * kBytes, turn);
+        share.template column<Lines>(i * static_cast<Index>(sizeof(typename V::Weight)), turn);
 #pragma GCC unroll 8
         for (Index s = 0; s < kColumn; s += V::kStep) step(i + s);
     };
     Index i = 0;
-    for (; i + Fetch::kTurns * kColumn <= count; i += Fetch::kTurns * kColumn) {
+    for (; i + kShareTurns * kColumn <= count; i += kShareTurns * kColumn) {
 #pragma GCC unroll 4
-        for (int turn = 0; turn < Fetch::kTurns; turn++) column(i + turn * kColumn, turn);
+        for (int turn = 0; turn < kShareTurns; turn++) column(i + turn * kColumn, turn);
     }
     for (int turn = 0; i + kColumn <= count; i += kColumn, turn++) column(i, turn);
     for (; i + V::kStep <= count; i += V::kStep) step(i);
@@ -146,15 +147,19 @@ inline __attribute__((always_inline)) void add_segment(const typename V::Weight 
     }
 }
 
-// By reference: a copy of `fetch` on the stack would be read in other pieces than it was written in, and wait for all
+template <class V>
+using Segment = void (*)(const typename V::Weight *, Index, Index, Index, const void *const *, float *, Index,
+                         const Share &);
+
+// By reference: a copy of `share` on the stack would be read in other pieces than it was written in, and wait for all
 // stores before it.
-template <class V, int R, int M, class Fetch>
-__attribute__((noinline)) void segment(const typename V::Weight *w, Index depth, Index at, Index count,
-                                       const void *const *x, float *out, Index out_stride, const Fetch &fetch) {
+template <class V, int R, int M, int Lines>
+void segment(const typename V::Weight *w, Index depth, Index at, Index count, const void *const *x, float *out,
+             Index out_stride, const Share &share) {
     if (count == kSegment) {
-        add_segment<V, R, M>(w, depth, at, kSegment, x, out, out_stride, fetch);
+        add_segment<V, R, M, Lines>(w, depth, at, kSegment, x, out, out_stride, share);
     } else {
-        add_segment<V, R, M>(w, depth, at, count, x, out, out_stride, fetch);
+        add_segment<V, R, M, Lines>(w, depth, at, count, x, out, out_stride, share);
     }
 }
 
@@ -167,57 +172,90 @@ inline __attribute__((always_inline)) void with_tokens(Index num_tokens, Run run
     run(Count<M>{});
 }
 
-// Calls `run` with at least so many lines in four columns, as far as that goes.
-template <class Run>
-inline __attribute__((always_inline)) void with_share(Index lines, Run run) {
-    switch (lines) {
-        case 0: return run(Count<0>{});
-        case 1: return run(Count<1>{});
-        case 2: return run(Count<2>{});
-        case 3: return run(Count<3>{});
-        case 4: return run(Count<4>{});
-        case 5: return run(Count<5>{});
-        case 6: return run(Count<6>{});
-        case 7: case 8: return run(Count<8>{});
-    }
-    run(Count<16>{});
+constexpr int kShares[] = {0, 1, 2, 3, 4, 5, 6, 8, 16};  // lines in four columns
+constexpr int kNumShares = sizeof kShares / sizeof *kShares;
+
+// Which of them is `lines` or the next above, as far as that goes.
+inline int share_of(Index lines) {
+    int which = 0;
+    while (which + 1 < kNumShares && kShares[which] < lines) which++;
+    return which;
 }
+
+template <class V, int R, int Which, int M>
+Segment<V> segment_for(Index num_tokens) {
+    if constexpr (M > 1) {
+        if (num_tokens < M) return segment_for<V, R, Which, M - 1>(num_tokens);
+    }
+    return segment<V, R, M, kShares[Which]>;
+}
+
+template <class V, int R, int M, int Which = 0>
+Segment<V> sharing_segment(int which, Index num_tokens) {
+    if constexpr (Which + 1 < kNumShares) {
+        if (which > Which) return sharing_segment<V, R, M, Which + 1>(which, num_tokens);
+    }
+    return segment_for<V, R, Which, M>(num_tokens);
+}
+
+// Two tiles of tokens at most, as even as it goes, and which of the next rows each fetches into the first cache.
+template <class V, int R, int M>
+struct Part {
+    struct Turn {
+        Index from, size, near, num_near;
+        Segment<V> idle, sharing;
+    };
+    Index num_tiles;
+    Turn turns[2];
+
+    Part(Index first, Index size) : num_tiles((size + M - 1) / M) {
+        for (Index i = 0; i < num_tiles; i++) {
+            const Index from = size * i / num_tiles, near = R * i / num_tiles;
+            Turn &turn = turns[i];
+            turn = {first + from, size * (i + 1) / num_tiles - from, near, R * (i + 1) / num_tiles - near, nullptr,
+                    nullptr};
+            turn.idle = sharing_segment<V, R, M>(0, turn.size);
+        }
+    }
+
+    // Before a pass: from now on each tile is to fetch kShares[which] lines in four columns.
+    void share(int which) {
+        for (Index i = 0; i < num_tiles; i++) turns[i].sharing = sharing_segment<V, R, M>(which, turns[i].size);
+    }
+};
 
 // More tokens: two tiles of them at a time meet the same rows by turns, a segment after the other. With three tiles or
 // more, tokens that are only ever read from the first cache grow old in the second, which then takes them out of both.
-// `next` is fetched meanwhile, evenly, so that arithmetic on many tokens and the memory's work overlap.
+// `next` is fetched meanwhile, evenly, so that arithmetic on many tokens and the memory's work overlap. Whatever takes a
+// division is done once a pass: a segment is some two hundred cycles.
 template <class V, int R, int M>
 void many_tokens(const typename V::Weight *w, Index num_blocks, Index depth, const void *const *x, Index num_tokens,
                  float *out, Index out_stride, const typename V::Weight *next) {
     constexpr Index kPart = 2 * M;
-    constexpr Index kBytes = sizeof(typename V::Weight), kShare = kShareTurns * kLine / kBytes;
+    constexpr Index kBytes = sizeof(typename V::Weight), kFour = kShareTurns * kLine / kBytes;
     const Index num_parts = (num_tokens + kPart - 1) / kPart, num_segments = (depth + kSegment - 1) / kSegment;
-    const char *ahead = reinterpret_cast<const char *>(next);
+    Share share = {reinterpret_cast<const char *>(next), nullptr, 0, depth * kBytes};
     Index left = next == nullptr ? 0 : num_blocks * R * depth * kBytes / kLine;
-    for (Index part = 0; part < num_parts; part++) {
-        const Index first = num_tokens * part / num_parts, size = num_tokens * (part + 1) / num_parts - first;
-        const Index num_tiles = (size + M - 1) / M;
-        Index tiles_left = (num_parts - part) * num_segments * num_blocks * num_tiles;
+    for (Index p = 0; p < num_parts; p++) {
+        const Index first = num_tokens * p / num_parts;
+        Part<V, R, M> part(first, num_tokens * (p + 1) / num_parts - first);
         for (Index at = 0; at < depth; at += kSegment) {
-            const Index count = std::min(kSegment, depth - at);
+            const Index count = std::min(kSegment, depth - at), fours = count / kFour;
+            const Index passes = (num_parts - p) * num_segments - at / kSegment;
+            const Index units = passes * num_blocks * part.num_tiles * fours;
+            const int which = share_of(left > 0 && units > 0 ? (left + units - 1) / units : 0);
+            const Index lines = kShares[which] * fours;
+            part.share(which);
             for (Index b = 0; b < num_blocks; b++) {
                 const typename V::Weight *block = w + b * R * depth + at;
                 const typename V::Weight *then = b + 1 < num_blocks ? block + R * depth : w + at + count;
-                for (Index i = 0; i < num_tiles; i++) {
-                    const Index from = first + size * i / num_tiles, to = first + size * (i + 1) / num_tiles;
-                    const Index near = R * i / num_tiles, num_near = R * (i + 1) / num_tiles - near;
-                    const Index turns = count / kShare, units = turns * tiles_left--;
-                    const auto run = [&](auto lines, auto tokens) {
-                        constexpr int kLines = decltype(lines)::value;
-                        const FetchShare<kLines> fetch = {ahead, reinterpret_cast<const char *>(then + near * depth),
-                                                          num_near, depth * kBytes};
-                        segment<V, R, decltype(tokens)::value>(block, depth, at, count, x + from,
-                                                               out + from * out_stride + b * R, out_stride, fetch);
-                        ahead += kLines * turns * kLine, left -= kLines * turns;
-                    };
-                    with_share(left > 0 && units > 0 ? (left + units - 1) / units : 0, [&](auto lines) {
-                        with_tokens<M>(to - from, [&](auto tokens) { run(lines, tokens); });
-                    });
+                for (Index i = 0; i < part.num_tiles; i++) {
+                    const auto &turn = part.turns[i];
+                    share.near = reinterpret_cast<const char *>(then + turn.near * depth);
+                    share.num_near = turn.num_near;
+                    const Segment<V> run = left > 0 ? turn.sharing : turn.idle;
+                    run(block, depth, at, count, x + turn.from, out + turn.from * out_stride + b * R, out_stride, share);
+                    share.ahead += lines * kLine, left -= lines;
                 }
             }
         }
