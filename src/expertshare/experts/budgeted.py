@@ -47,8 +47,8 @@ class BudgetedStore:
     """A SlabStore whose slots, shared by all layers, take at most `budget_bytes`.
 
     Borrowed experts stay where they are. On a miss the expert goes that ReuseForecast expects to be needed last.
-    prefetch: while a layer computes, read those of the next layer's last experts that are missing, each in the place
-    of one that is needed later. direct: read past the page cache (O_DIRECT). memory: makes so many slots, by default in
+    prefetch: behind a layer's own reads, and while it computes, read those of the next layer's last experts that are
+    missing, each in the place of one that is needed later. direct: read past the page cache (O_DIRECT). memory: makes so many slots, by default in
     the host's memory; with DeviceSlots the budget is memory of a GPU.
 
     An interrupt or a failed read leaves it consistent: a slot counts as filled only when all its bytes are there.
@@ -94,11 +94,13 @@ class BudgetedStore:
         try:
             self._leases.add(lease)
             self._forecast.observe(layer, member_E)
-            slots = self._bring(layer, np.flatnonzero(member_E), lease)
-            slot_of_E = torch.full((len(member_E),), -1, dtype=torch.int64)
-            slot_of_E[active_E] = torch.from_numpy(slots)
-            if self._prefetch:
+            active = np.flatnonzero(member_E)
+            num_missing = self._request(layer, active, lease)
+            if self._prefetch:  # behind this layer's own: the storage has work while these are waited for
                 self._fetch_ahead(layer)
+            self._wait_for(layer, active, num_missing, lease)
+            slot_of_E = torch.full((len(member_E),), -1, dtype=torch.int64)
+            slot_of_E[active_E] = torch.from_numpy(lease.slots)
             yield Loan(self._slots.bank, self._slots.beside(slot_of_E))
         finally:
             lease.slots = _NONE
@@ -140,19 +142,22 @@ class BudgetedStore:
         if os.getpid() != self._pid:
             raise ConfigError("this expert store was opened before the process forked: open one in the new process")
 
-    def _bring(self, layer: int, active: Ints, lease: _Lease) -> Ints:
-        """Have these experts in slots, wait for them, and lend them; returns their slots."""
+    def _request(self, layer: int, active: Ints, lease: _Lease) -> int:
+        """Lend the slots of these experts, and start reading those that are in none; returns how many these are."""
         for slot in list(self._pending):
             self._settle(slot)
-        slot_of_E, count = self._table.slot_of_NE[layer], self._counts[layer]
+        slot_of_E = self._table.slot_of_NE[layer]
         present = slot_of_E[active]
         lease.slots = present[present >= 0]
         missing = active[present < 0]
-        start = time.perf_counter()
         for slot, expert in zip(self._vacate(len(missing), layer, len(active)).tolist(), missing.tolist(), strict=True):
             self._fetch(slot, layer, expert, ahead=False)
-        slots: Ints = slot_of_E[active]
-        lease.slots = slots
+        lease.slots = slot_of_E[active]
+        return len(missing)
+
+    def _wait_for(self, layer: int, active: Ints, num_missing: int, lease: _Lease) -> None:
+        """Until the experts of lent slots are there."""
+        slots, count, start = lease.slots, self._counts[layer], time.perf_counter()
         ahead = int(self._table.ahead_S[slots].sum())
         waits = not self._table.ready_S[slots].all()
         for slot, expert in zip(slots.tolist(), active.tolist(), strict=True):
@@ -162,9 +167,8 @@ class BudgetedStore:
         self._table.ahead_S[slots] = False
         count.requests += len(active)
         count.prefetch_hits += ahead
-        count.hits += len(active) - len(missing) - ahead
+        count.hits += len(active) - num_missing - ahead
         count.stall_s += time.perf_counter() - start if waits else 0.0
-        return slots
 
     def _vacate(self, count: int, layer: int, needed: int) -> Ints:
         """Slots for `count` experts of a layer: free ones first, then those of experts that are needed last."""
