@@ -36,9 +36,9 @@ class RecordingStore(ResidentStore):
         self.trace: Trace = []
 
     @contextmanager
-    def borrow(self, layer: int, active_E: Tensor) -> Iterator[Loan]:
+    def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> Iterator[Loan]:
         self.trace.append((layer, active_E.numpy().copy()))
-        with super().borrow(layer, active_E) as loan:
+        with super().borrow(layer, active_E, early=early) as loan:
             yield loan
 
 

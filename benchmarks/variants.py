@@ -65,10 +65,10 @@ class _Steps:
         self._step: tuple[int, int] | None = None
         self.used: dict[tuple[int, int, int], Tensor] = {}
 
-    def borrow(self, layer: int, active_E: Tensor) -> AbstractContextManager[Loan]:
+    def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> AbstractContextManager[Loan]:
         if self._step is not None:
             self.used[(layer, *self._step)] = active_E
-        return self._store.borrow(layer, active_E)
+        return self._store.borrow(layer, active_E, early=early)
 
     def prefill(self, rows: Sequence[Row]) -> None:
         self.forwards.prefill(rows)

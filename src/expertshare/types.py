@@ -179,20 +179,46 @@ class QuantisedBank:
 Bank = ExpertBank | QuantisedBank
 
 
+class Arrivals(Protocol):
+    """Experts of a loan that are still on their way into the bank.
+
+    states_S: uint8 [rows of the bank], contiguous: 0 for an expert on its way, 1 for one that is there, which another
+    thread writes behind its bytes, 2 for one that will not come.
+    """
+
+    @property
+    def states_S(self) -> Tensor:
+        """See above."""
+        ...
+
+    def wait(self) -> None:
+        """Until all are there. Raises what keeps one away."""
+        ...
+
+    def waited(self, seconds: float) -> None:
+        """Somebody who looked at the states waited so long for them."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Loan:
     """Experts that a store has lent.
 
     slot_of_E: int64 [E], the row of the bank that holds expert e, -1 for an absent one; None where expert e is row e.
+    arrivals: None where all are there.
     """
 
     bank: Bank
     slot_of_E: Tensor | None = None
+    arrivals: Arrivals | None = None
 
 
 class ExpertStore(Protocol):
     """Where experts live. Inside the context of `borrow` the active experts of the bank stay where they are."""
 
-    def borrow(self, layer: int, active_E: Tensor) -> AbstractContextManager[Loan]:
-        """The experts of MoE layer `layer` (0-based among MoE layers), with at least `active_E` (bool) usable."""
+    def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> AbstractContextManager[Loan]:
+        """The experts of MoE layer `layer` (0-based among MoE layers), with at least `active_E` (bool) usable.
+
+        early: some may still be on their way, if the loan's arrivals say so.
+        """
         ...

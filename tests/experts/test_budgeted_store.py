@@ -170,6 +170,77 @@ class _Failing:
         monkeypatch.setattr(LayerFile, "read_into", read_into)
 
 
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+@given(asked=requests, num_slots=st.integers(4, 20), prefetch=st.booleans())
+def test_early_loans_have_the_right_bytes_once_waited_for(
+    model: tuple[Path, ExpertLayout], asked: list[set[int]], num_slots: int, prefetch: bool
+) -> None:
+    with BudgetedStore(*model, num_slots * SLAB, prefetch=prefetch) as store:
+        for turn, experts in enumerate(asked):
+            layer, active_E = turn % LAYERS, members(*experts)
+            with store.borrow(layer, active_E, early=True) as loan:
+                if loan.arrivals is not None:
+                    assert loan.slot_of_E is not None
+                    slots = loan.slot_of_E[active_E]
+                    loan.arrivals.wait()
+                    assert (loan.arrivals.states_S[slots] == 1).all()
+                assert_right(loan, layer, active_E)
+        total = store.statistics().total
+        assert total.requests == sum(map(len, asked))
+        assert total.reads >= total.requests - (total.hits or 0) - total.prefetch_hits
+
+
+def test_an_early_loan_says_who_is_on_the_way_and_counts_what_others_waited(
+    model: tuple[Path, ExpertLayout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, genuine = threading.Event(), LayerFile.read_into
+
+    def slow(file: LayerFile, expert: int, memory: memoryview) -> None:
+        gate.wait(10)
+        genuine(file, expert, memory)
+
+    with BudgetedStore(*model, 4 * SLAB, prefetch=False) as store:
+        with store.borrow(0, members(1)):
+            pass
+        stalled = store.statistics().total.stall_s
+        monkeypatch.setattr(LayerFile, "read_into", slow)
+        with store.borrow(0, members(0, 1, 2), early=True) as loan:
+            assert loan.arrivals is not None
+            assert loan.slot_of_E is not None
+            assert loan.arrivals.states_S[loan.slot_of_E[:3]].tolist() == [0, 1, 0]
+            loan.arrivals.waited(7.0)
+            gate.set()
+            while 0 in loan.arrivals.states_S[loan.slot_of_E[:3]].tolist():
+                time.sleep(0.001)
+            assert_right(loan, 0, members(0, 1, 2))
+        assert store.statistics().total.stall_s == pytest.approx(stalled + 7.0, abs=0.5)
+        with store.borrow(0, members(0, 1, 2), early=True) as loan:
+            assert loan.arrivals is None  # all are there
+
+
+def _borrow_early(store: BudgetedStore, active_E: torch.Tensor, asks: bool) -> None:
+    with store.borrow(0, active_E, early=True) as loan:
+        assert loan.arrivals is not None
+        if asks:
+            loan.arrivals.wait()
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_an_early_loan_tells_of_a_failed_read(
+    model: tuple[Path, ExpertLayout], monkeypatch: pytest.MonkeyPatch, asks: bool
+) -> None:
+    failing = _Failing(monkeypatch, CheckpointError("the disk is ill"))
+    with BudgetedStore(*model, 4 * SLAB) as store:
+        with pytest.raises(CheckpointError, match="the disk is ill"):
+            _borrow_early(store, members(0, 2, 3), asks)
+        failing.broken = False
+        with store.borrow(0, members(0, 2, 3), early=True) as loan:
+            if loan.arrivals is not None:
+                loan.arrivals.wait()
+            assert_right(loan, 0, members(0, 2, 3))
+        assert not any(len(lease.slots) for lease in store._leases)
+
+
 @pytest.mark.parametrize("error", [CheckpointError("the disk is ill"), KeyboardInterrupt()])
 def test_after_a_failed_or_interrupted_read_the_store_goes_on(
     model: tuple[Path, ExpertLayout], monkeypatch: pytest.MonkeyPatch, error: BaseException

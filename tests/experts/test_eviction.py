@@ -37,9 +37,9 @@ class _Recording(ResidentStore):
         self.trace: Trace = []
 
     @contextmanager
-    def borrow(self, layer: int, active_E: torch.Tensor) -> Iterator[Loan]:
+    def borrow(self, layer: int, active_E: torch.Tensor, *, early: bool = False) -> Iterator[Loan]:
         self.trace.append((layer, frozenset(active_E.nonzero().flatten().tolist())))
-        with super().borrow(layer, active_E) as loan:
+        with super().borrow(layer, active_E, early=early) as loan:
             yield loan
 
 

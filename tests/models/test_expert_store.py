@@ -24,10 +24,10 @@ class _OnlyActive(ResidentStore):
         self.asked: list[tuple[int, int]] = []
 
     @contextmanager
-    def borrow(self, layer: int, active_E: Tensor) -> Iterator[Loan]:
+    def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> Iterator[Loan]:
         self.asked.append((layer, int(active_E.sum())))
         absent_E11 = ~active_E[:, None, None]
-        with super().borrow(layer, active_E) as loan:
+        with super().borrow(layer, active_E, early=early) as loan:
             nan, bank = float("nan"), loan.bank
             assert isinstance(bank, ExpertBank)
             gate_up_EHD = bank.gate_up_EHD.masked_fill(absent_E11, nan)
@@ -38,8 +38,8 @@ class _Backwards(ResidentStore):
     """Lends the experts in the opposite order, as a store with slots would."""
 
     @contextmanager
-    def borrow(self, layer: int, active_E: Tensor) -> Iterator[Loan]:
-        with super().borrow(layer, active_E) as loan:
+    def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> Iterator[Loan]:
+        with super().borrow(layer, active_E, early=early) as loan:
             assert isinstance(loan.bank, ExpertBank)
             bank = ExpertBank(loan.bank.gate_up_EHD.flip(0), loan.bank.down_EDF.flip(0))
             yield Loan(bank, torch.arange(len(active_E)).flip(0))

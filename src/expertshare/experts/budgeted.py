@@ -24,7 +24,7 @@ from expertshare.experts.sizes import format_size
 from expertshare.experts.slab import SlabFormat
 from expertshare.experts.slot_memory import HostSlots, Moved, SlotMemory
 from expertshare.experts.slots import SlotTable
-from expertshare.experts.statistics import StoreStatistics, fresh_counts
+from expertshare.experts.statistics import LayerCount, StoreStatistics, fresh_counts
 from expertshare.types import Loan
 
 NUM_READERS = 4
@@ -43,13 +43,24 @@ class _Lease:
         self.slots = _NONE
 
 
+class _Arrivals:
+    """The slots of a loan, some of which are being filled."""
+
+    def __init__(self, wait: Callable[[], None], count: LayerCount, states_S: Tensor) -> None:
+        self.wait, self._count, self.states_S = wait, count, states_S
+
+    def waited(self, seconds: float) -> None:
+        """Somebody who looked at the states waited so long for them."""
+        self._count.stall_s += seconds
+
+
 class BudgetedStore:
     """A SlabStore whose slots, shared by all layers, take at most `budget_bytes`.
 
     Borrowed experts stay where they are. On a miss the expert goes that ReuseForecast expects to be needed last.
     prefetch: behind a layer's own reads, and while it computes, read those of the next layer's last experts that are
-    missing, each in the place of one that is needed later. direct: read past the page cache (O_DIRECT). memory: makes so many slots, by default in
-    the host's memory; with DeviceSlots the budget is memory of a GPU.
+    missing, each in the place of one that is needed later. direct: read past the page cache (O_DIRECT). memory: makes
+    so many slots, by default in the host's memory; with DeviceSlots the budget is memory of a GPU.
 
     An interrupt or a failed read leaves it consistent: a slot counts as filled only when all its bytes are there.
     Raises ExpertMemoryError where the budget does not hold one expert, and `borrow` where it does not hold a layer's.
@@ -76,6 +87,8 @@ class BudgetedStore:
         self._slots = memory(layout.format, num_slots)
         self._files = open_layers(directory, layout, direct=direct)
         self._table = SlotTable(num_slots, layout.num_layers, layout.num_experts)
+        with torch.inference_mode(False):
+            self._states_S = torch.from_numpy(self._table.states_S)
         self._forecast = ReuseForecast(layout.num_layers, layout.num_experts)
         self._pending: dict[int, SlabRead] = {}
         self._leases: WeakSet[_Lease] = WeakSet()
@@ -84,9 +97,9 @@ class BudgetedStore:
         self._closed = False
 
     @contextmanager
-    def borrow(self, layer: int, active_E: Tensor) -> Iterator[Loan]:
-        """The active experts of a layer, in slots. Waits for active_E where that is on a device. Raises
-        ExpertMemoryError or CheckpointError."""
+    def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> Iterator[Loan]:
+        """The active experts of a layer, in slots. Waits for active_E where that is on a device. early: those that
+        have to be read may come while the loan is used. Raises ExpertMemoryError or CheckpointError."""
         self._check_usable()
         active_E = active_E.cpu()
         member_E = active_E.numpy()
@@ -95,13 +108,19 @@ class BudgetedStore:
             self._leases.add(lease)
             self._forecast.observe(layer, member_E)
             active = np.flatnonzero(member_E)
-            num_missing = self._request(layer, active, lease)
+            self._request(layer, active, lease)
             if self._prefetch:  # behind this layer's own: the storage has work while these are waited for
                 self._fetch_ahead(layer)
-            self._wait_for(layer, active, num_missing, lease)
+            wait = partial(self._wait_for, layer, active, lease)
+            early = early and self._slots.usable_at_once and not self._table.ready_S[lease.slots].all()
+            if not early:
+                wait()
             slot_of_E = torch.full((len(member_E),), -1, dtype=torch.int64)
             slot_of_E[active_E] = torch.from_numpy(lease.slots)
-            yield Loan(self._slots.bank, self._slots.beside(slot_of_E))
+            arrivals = _Arrivals(wait, self._counts[layer], self._states_S) if early else None
+            yield Loan(self._slots.bank, self._slots.beside(slot_of_E), arrivals)
+            if early:
+                wait()
         finally:
             lease.slots = _NONE
 
@@ -142,8 +161,8 @@ class BudgetedStore:
         if os.getpid() != self._pid:
             raise ConfigError("this expert store was opened before the process forked: open one in the new process")
 
-    def _request(self, layer: int, active: Ints, lease: _Lease) -> int:
-        """Lend the slots of these experts, and start reading those that are in none; returns how many these are."""
+    def _request(self, layer: int, active: Ints, lease: _Lease) -> None:
+        """Lend the slots of these experts, and start reading those that are in none."""
         for slot in list(self._pending):
             self._settle(slot)
         slot_of_E = self._table.slot_of_NE[layer]
@@ -152,23 +171,23 @@ class BudgetedStore:
         missing = active[present < 0]
         for slot, expert in zip(self._vacate(len(missing), layer, len(active)).tolist(), missing.tolist(), strict=True):
             self._fetch(slot, layer, expert, ahead=False)
-        lease.slots = slot_of_E[active]
-        return len(missing)
+        slots: Ints = slot_of_E[active]
+        lease.slots = slots
+        count, ahead = self._counts[layer], int(self._table.ahead_S[slots].sum())
+        self._table.ahead_S[slots] = False
+        count.requests += len(active)
+        count.prefetch_hits += ahead
+        count.hits += len(active) - len(missing) - ahead
 
-    def _wait_for(self, layer: int, active: Ints, num_missing: int, lease: _Lease) -> None:
+    def _wait_for(self, layer: int, active: Ints, lease: _Lease) -> None:
         """Until the experts of lent slots are there."""
-        slots, count, start = lease.slots, self._counts[layer], time.perf_counter()
-        ahead = int(self._table.ahead_S[slots].sum())
+        slots, start = lease.slots, time.perf_counter()
         waits = not self._table.ready_S[slots].all()
         for slot, expert in zip(slots.tolist(), active.tolist(), strict=True):
             while not self._table.ready_S[slot]:
                 self._await(slot, layer, expert)
         self._slots.lend(slots)
-        self._table.ahead_S[slots] = False
-        count.requests += len(active)
-        count.prefetch_hits += ahead
-        count.hits += len(active) - num_missing - ahead
-        count.stall_s += time.perf_counter() - start if waits else 0.0
+        self._counts[layer].stall_s += time.perf_counter() - start if waits else 0.0
 
     def _vacate(self, count: int, layer: int, needed: int) -> Ints:
         """Slots for `count` experts of a layer: free ones first, then those of experts that are needed last."""
@@ -226,8 +245,9 @@ class BudgetedStore:
         bring = self._slots.bringing(slot, layer, expert, partial(self._files[layer].read_into, expert))
         if self._slots.at_hand(layer, expert):
             self._note(slot, bring())
+            self._table.tell(slot, True)
             return
-        read = SlabRead(bring)
+        read = SlabRead(bring, partial(self._table.tell, slot))
         self._pending[slot] = read  # before it is queued: an interrupt must not leave a read that nobody knows
         self._team.submit(read)
 

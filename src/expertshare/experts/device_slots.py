@@ -31,6 +31,8 @@ class DeviceSlots(Generic[T]):
     The thread that borrows waits until copies are issued, never until they are done.
     """
 
+    usable_at_once = False
+
     def __init__(
         self, form: SlabFormat, num_slots: int, *, transfer: DeviceTransfer[T], num_kept: int = 0
     ) -> None:

@@ -17,13 +17,14 @@ class SlabRead:
     done, whatever is interrupted: brought (`moved` says how), skipped because nobody wants it any more, or with an
     error."""
 
-    def __init__(self, bring: Callable[[], Moved]) -> None:
+    def __init__(self, bring: Callable[[], Moved], tell: Callable[[bool], None]) -> None:
+        """tell: hears whether the expert is in its slot, before anybody who waits does."""
         self.error: BaseException | None = None
         self.moved: Moved | None = None
         self.queued = False
         self.unwanted = False
         self.skipped = False
-        self._bring = bring
+        self._bring, self._tell = bring, tell
         self._claim = threading.Lock()
         self._done = threading.Event()
 
@@ -44,6 +45,7 @@ class SlabRead:
         except BaseException as error:  # carried to the thread that waits, whatever it is
             self.error = error
         finally:
+            self._tell(self.moved is not None)
             self._done.set()
 
     def wait(self) -> None:

@@ -35,6 +35,6 @@ class ResidentStore:
         self._layers = layers
 
     @contextmanager
-    def borrow(self, layer: int, active_E: Tensor) -> Iterator[Loan]:
+    def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> Iterator[Loan]:
         """The layer's whole bank."""
         yield Loan(self._layers[layer].bank())

@@ -38,6 +38,11 @@ class SlotMemory(Protocol):
         """All slots."""
         ...
 
+    @property
+    def usable_at_once(self) -> bool:
+        """Whether an expert can be computed with as soon as it has been brought, and needs no `lend`."""
+        ...
+
     def bringing(self, slot: int, layer: int, expert: int, read: ReadInto) -> Callable[[], Moved]:
         """What brings an expert into a slot that nobody has borrowed now. Computation that was issued before this call
         may still be reading the slot; none that is issued later does before `lend`."""
@@ -65,6 +70,8 @@ class HostSlots:
 
     Raises ExpertMemoryError where the system refuses the memory.
     """
+
+    usable_at_once = True
 
     def __init__(self, form: SlabFormat, num_slots: int) -> None:
         slabs_SB = allocate_slabs(num_slots, form.slab_bytes)

@@ -12,7 +12,7 @@ class LayerStatistics:
     """One MoE layer. requests: experts that were borrowed; hits: those that were there (None where the kernel, which
     keeps a mapping, does not say); prefetch_hits: those that were there, or on their way, only because they had been
     fetched ahead; reads: slabs read from files for the layer, ahead or not; copies: slabs copied to a device; stall_s:
-    time that `borrow` waited for reads, and for copies to be issued."""
+    time that was waited for reads, and for copies to be issued."""
 
     requests: int = 0
     hits: int | None = 0

@@ -35,7 +35,7 @@ class _WholeStore:
             self._asked_N = torch.zeros(layout.num_layers, dtype=torch.int64, device=device)
 
     @contextmanager
-    def borrow(self, layer: int, active_E: Tensor) -> Iterator[Loan]:
+    def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> Iterator[Loan]:
         """The layer's whole bank."""
         if not self._banks:
             raise ConfigError("expected an open expert store, got one that was closed: open it again")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from ctypes import CDLL, Structure, c_int, c_int32, c_int64, c_void_p
+from ctypes import CDLL, Structure, byref, c_int, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,7 +24,7 @@ from expertshare.kernels.native_weights import (
     shape_of,
     tensors_of,
 )
-from expertshare.types import Bank, ExpertBank, QuantisedBank, RoutingPlan
+from expertshare.types import Arrivals, Bank, ExpertBank, QuantisedBank, RoutingPlan
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -34,15 +35,17 @@ class _Layer(Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("x", "ids", "weights")),
         *((name, NativeWeight) for name in ("gate_up", "down")),
-        ("y", c_void_p),
+        *((name, c_void_p) for name in ("y", "arrivals", "waited_ns")),
         *((name, c_int64) for name in ("num_tokens", "top_k", "num_experts", "hidden", "inner")),
         ("is_bfloat16", c_int32),
         *native.HOW,
     )
 
 
-def moe_ffn_cpu(x_TD: Tensor, plan: RoutingPlan, bank: Bank) -> Tensor:
+def moe_ffn_cpu(x_TD: Tensor, plan: RoutingPlan, bank: Bank, arrivals: Arrivals | None = None) -> Tensor:
     """As moe_ffn_grouped, for inference. Reads the weights of experts that the plan names and no others.
+
+    arrivals: experts that are there are computed first, the others as they come, to the same bits.
 
     Sums over features and slots are float32, slots in order. With bfloat16 weights the hidden features (after SiLU
     and product, themselves float32) are rounded once to bfloat16. With quantised weights, which go with tokens of
@@ -59,26 +62,44 @@ def moe_ffn_cpu(x_TD: Tensor, plan: RoutingPlan, bank: Bank) -> Tensor:
         _check(x_TD, plan, bank, weights)
     x_TD, ids_TK, weights_TK = x_TD.contiguous(), plan.expert_ids_TK.contiguous(), plan.weights_TK.contiguous()
     y_TD = torch.empty_like(x_TD)
-    call = (
-        weights.layer,
-        x_TD.data_ptr(),
-        ids_TK.data_ptr(),
-        weights_TK.data_ptr(),
-        y_TD.data_ptr(),
-        *ids_TK.shape,
-        x_TD.dtype is torch.bfloat16,
-        *native.crew(),
-    )
-    status = library.es_moe_ffn(*call, -1)
-    if status == native.ISA_NAMED:
-        status = library.es_moe_ffn(*call, native.isa_number())
-    _raise_for(status, weights.shape[0])
+    given = (weights.layer, x_TD.data_ptr(), ids_TK.data_ptr(), weights_TK.data_ptr(), y_TD.data_ptr())
+    how = (*ids_TK.shape, x_TD.dtype is torch.bfloat16, *native.crew())
+    if arrivals is None or not _all_computed(library, given, how, arrivals, weights.shape[0]):
+        _raise_for(_status(library, *given, None, None, *how), weights.shape[0])
     return y_TD
+
+
+def _all_computed(
+    library: CDLL, given: tuple[Any, ...], how: tuple[Any, ...], arrivals: Arrivals, num_rows: int
+) -> bool:
+    """Compute with experts as they come. False where some took too long and were waited for here instead, where an
+    interrupt and an error get through: then nothing has been computed."""
+    states_S, waited_ns = arrivals.states_S, c_int64()
+    if states_S.dtype is not torch.uint8 or states_S.shape != (num_rows,) or not states_S.is_contiguous():
+        raise ConfigError(
+            f"expected states of arrivals in torch.uint8, one for each of {num_rows} rows, got {states_S.dtype} "
+            f"{tuple(states_S.shape)}."
+        )
+    status = _status(library, *given, states_S.data_ptr(), byref(waited_ns), *how)
+    arrivals.waited(waited_ns.value / 1e9)
+    if status == _NOT_ARRIVED:
+        arrivals.wait()
+        return False
+    _raise_for(status, num_rows)
+    return True
+
+
+_NOT_ARRIVED = 6  # ES_NOT_ARRIVED of csrc/abi.h
+
+
+def _status(library: CDLL, *call: Any) -> int:
+    status: int = library.es_moe_ffn(*call, -1)
+    return library.es_moe_ffn(*call, native.isa_number()) if status == native.ISA_NAMED else status
 
 
 @cache
 def _declared(library: CDLL) -> CDLL:
-    library.es_moe_ffn.argtypes = [*[c_void_p] * 5, c_int64, c_int64, c_int, c_int, c_void_p, c_int]
+    library.es_moe_ffn.argtypes = [*[c_void_p] * 7, c_int64, c_int64, c_int, c_int, c_void_p, c_int]
     return library
 
 

@@ -18,7 +18,7 @@ from expertshare.kernels.quantise import dequantised_experts
 from expertshare.kernels.reference import moe_ffn_reference
 from expertshare.kernels.triton import check_available, interpreted
 from expertshare.kernels.triton.experts import moe_ffn_triton
-from expertshare.types import Bank, ExpertBank, RoutingPlan
+from expertshare.types import Arrivals, Bank, ExpertBank, RoutingPlan
 
 Backend = Literal["grouped", "cpu", "triton", "reference"]
 
@@ -74,16 +74,23 @@ def _say_once(message: str) -> None:
     _log.warning(message)
 
 
-def moe_ffn(x_TD: Tensor, plan: RoutingPlan, bank: Bank, *, backend: str = "grouped") -> Tensor:
+def moe_ffn(
+    x_TD: Tensor, plan: RoutingPlan, bank: Bank, *, backend: str = "grouped", arrivals: Arrivals | None = None
+) -> Tensor:
     """Run each token through the experts of its plan and mix the outputs with its weights.
 
     x_TD: float32 or bfloat16, same dtype as the bank unless that is quantised. Returns [T, D] in that dtype; sums are
     float32. Of quantised experts "cpu" and "triton" multiply the codes (moe_ffn_cpu and moe_ffn_triton say how); the
-    other backends widen those in use to the tokens' dtype first, which is slow.
+    other backends widen those in use to the tokens' dtype first, which is slow. arrivals: of a loan; "cpu" computes
+    meanwhile with what is there, the others wait.
     Raises ConfigError for a backend that does not exist, and for "cpu" or "triton" where they cannot run.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"unknown expert backend {backend!r}. {nearest(backend, BACKENDS)}")
+    if arrivals is not None:
+        if backend == "cpu":
+            return moe_ffn_cpu(x_TD, plan, bank, arrivals)
+        arrivals.wait()
     if isinstance(bank, ExpertBank):
         return BACKENDS[backend](x_TD, plan, bank)
     if backend in TAKES_CODES:

@@ -205,14 +205,14 @@ class MoE(nn.Module):
         with runtime.timed("experts"):
             with self._borrow(plan, runtime) as loan:
                 lent, bank = few_enough(in_slots(plan, loan), loan.bank, backend)
-                y_TD = moe_ffn(x_TD, lent, bank, backend=backend)
+                y_TD = moe_ffn(x_TD, lent, bank, backend=backend, arrivals=loan.arrivals)
             if self.shared is not None:
                 y_TD = y_TD + self.shared(x_TD, backend=runtime.backend)
         return y_TD.view(x_GLD.shape), routing
 
     def _borrow(self, plan: RoutingPlan, runtime: Runtime) -> AbstractContextManager[Loan]:
         if runtime.store is not None:
-            return runtime.store.borrow(self.moe_layer, plan.active_E)
+            return runtime.store.borrow(self.moe_layer, plan.active_E, early=runtime.backend == "cpu")
         if self.experts is None:
             raise ConfigError(
                 "expected a runtime with a store, because this model's experts are in files of their own, got none: "

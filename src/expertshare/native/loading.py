@@ -16,7 +16,7 @@ from pathlib import Path
 from expertshare.errors import ConfigError, nearest
 
 LIBRARY = Path(__file__).with_name("libexpertshare_cpu.so")
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 
 
 @cache

@@ -171,7 +171,8 @@ es_status Engine::run(const es_layer &whole) {
         ExpertLayer layer(part, *to_hidden, *to_out, arena_);
         if (!layer.ids_in_range()) return ES_BAD_EXPERT_ID;
         compute(layer);
-        return ES_OK;
+        if (part.waited_ns != nullptr) *part.waited_ns += layer.waited_ns();
+        return layer.all_arrived() ? ES_OK : ES_NOT_ARRIVED;
     });
 }
 
@@ -326,14 +327,17 @@ EXPERTSHARE_EXPORT const char *es_isa_name(int isa) { return expertshare::isa_na
 EXPERTSHARE_EXPORT int es_isa_usable(int isa) { return expertshare::isa_usable(isa) ? 1 : 0; }
 
 EXPERTSHARE_EXPORT int es_moe_ffn(const es_layer *layer, const void *x, const int64_t *ids, const float *weights,
-                                  void *y, int64_t num_tokens, int64_t top_k, int32_t is_bfloat16,
-                                  int32_t num_threads, es_team team, int32_t isa) {
+                                  void *y, const uint8_t *arrivals, int64_t *waited_ns, int64_t num_tokens,
+                                  int64_t top_k, int32_t is_bfloat16, int32_t num_threads, es_team team,
+                                  int32_t isa) {
     es_layer whole = *layer;
     whole.isa = isa;
     whole.x = x;
     whole.ids = ids;
     whole.weights = weights;
     whole.y = y;
+    whole.arrivals = arrivals;
+    whole.waited_ns = waited_ns;
     whole.num_tokens = num_tokens;
     whole.top_k = top_k;
     whole.is_bfloat16 = is_bfloat16;

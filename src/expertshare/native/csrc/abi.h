@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#define EXPERTSHARE_ABI_VERSION 6
+#define EXPERTSHARE_ABI_VERSION 7
 
 extern "C" {
 
@@ -33,6 +33,10 @@ struct es_layer {
     es_weight gate_up;      // [num_experts, 2 * inner, hidden]: gate rows first
     es_weight down;         // [num_experts, hidden, inner]
     void *y;                // [num_tokens, hidden]; written in full
+    // [num_experts]: 0 while the weights are on their way, 1 when they are there, which another thread writes behind them,
+    // 2 if they will not come. Null: all are there.
+    const uint8_t *arrivals;
+    int64_t *waited_ns;     // the longest that a thread waited for arrivals is added; not null if those are not
     int64_t num_tokens, top_k, num_experts, hidden, inner;
     int32_t is_bfloat16;  // of x and y; otherwise float32. Weights of 16 and 32 bits are of the same type
     int32_t isa;
@@ -106,6 +110,7 @@ enum es_status {
     ES_NO_THREADS = 3,
     ES_UNSUPPORTED_ISA = 4,  // or a kind of weights that no kernel takes
     ES_ISA_NAMED = 5,        // the environment names an instruction set: pass its number
+    ES_NOT_ARRIVED = 6,      // some weights will not come, or took too long: y is void; wait for them, then call again
 };
 
 // isa, here and below: -1 for the best there is, or ES_ISA_NAMED.
@@ -116,7 +121,8 @@ int es_isa_usable(int isa);       // whether this build has it and this processo
 
 // layer: what stays the same from call to call: the weights and their sizes. The others are as there.
 int es_moe_ffn(const es_layer *layer, const void *x, const int64_t *ids, const float *weights, void *y,
-               int64_t num_tokens, int64_t top_k, int32_t is_bfloat16, int32_t num_threads, es_team team, int32_t isa);
+               const uint8_t *arrivals, int64_t *waited_ns, int64_t num_tokens, int64_t top_k, int32_t is_bfloat16,
+               int32_t num_threads, es_team team, int32_t isa);
 
 int es_linear(const es_dense *dense);
 int es_choose(const es_head *head);

@@ -41,14 +41,17 @@ ExpertLayer::ExpertLayer(const es_layer &layer, const Kernels &to_hidden, const 
       hidden_depth_(layer.hidden),
       inner_depth_(layer.inner),
       gate_up_weights_(layer_.gate_up, hidden_depth_),
-      down_weights_(layer_.down, inner_depth_) {
+      down_weights_(layer_.down, inner_depth_),
+      arrivals_(layer.arrivals) {
     lay_out(arena);
     group_tokens();
     if (!ids_in_range_) return;
     choose_chunks();
     encoding_.fill(layer_.num_tokens);
-    to_hidden_.fill(num_groups_ * hidden_chunks_);
-    to_out_.fill(num_groups_ * out_chunks_);
+    to_hidden_.fill(num_there_ * hidden_chunks_);
+    to_out_.fill(num_there_ * out_chunks_);
+    late_to_hidden_.fill((num_groups_ - num_there_) * hidden_chunks_);
+    late_to_out_.fill((num_groups_ - num_there_) * out_chunks_);
     mixing_.fill(layer_.num_tokens);
 }
 
@@ -68,7 +71,7 @@ void ExpertLayer::lay_out(Arena &arena) {
                   Arena::padded<char>(slots * hidden_stride_) + Arena::padded<float>(slots * out_stride_) +
                   Arena::padded_own<float>(threads, gate_up_floats) +
                   Arena::padded_own<const float *>(threads, layer_.top_k) +
-                  Arena::padded_own<float>(threads, layer_.top_k));
+                  Arena::padded_own<float>(threads, layer_.top_k) + Arena::padded_own<std::int64_t>(threads, 1));
     groups_ = arena.carve<Group>(most_groups);
     pair_of_slot_ = arena.carve<Index>(slots);
     first_of_expert_ = arena.carve<Index>(layer_.num_experts + 1);
@@ -80,6 +83,8 @@ void ExpertLayer::lay_out(Arena &arena) {
     gate_up_ = arena.carve_own<float>(threads, gate_up_floats);
     outs_of_token_ = arena.carve_own<const float *>(threads, layer_.top_k);
     weights_of_token_ = arena.carve_own<float>(threads, layer_.top_k);
+    waited_ns_ = arena.carve_own<std::int64_t>(threads, 1);
+    for (int worker = 0; worker < threads; worker++) *waited_ns_.of(worker) = 0;
 }
 
 // Counting sort of the used slots by expert; tokens stay in order within an expert.
@@ -108,9 +113,14 @@ void ExpertLayer::group_tokens() {
         x_of_pair_[pair] = tokens_ + slot / layer_.top_k * token_stride_;
         h_of_pair_[pair] = hidden_row(pair);
     }
-    std::sort(groups_, groups_ + num_groups_, [](const Group &a, const Group &b) {
+    Group *const end = groups_ + num_groups_;
+    Group *const late =
+        std::partition(groups_, end, [this](const Group &group) { return arrivals_.there(group.expert); });
+    num_there_ = late - groups_;
+    std::sort(groups_, late, [](const Group &a, const Group &b) {
         return a.num_tokens != b.num_tokens ? a.num_tokens > b.num_tokens : a.expert < b.expert;
     });
+    std::sort(late, end, [](const Group &a, const Group &b) { return a.expert < b.expert; });  // as they are asked for
 }
 
 void ExpertLayer::choose_chunks() {
@@ -122,6 +132,13 @@ void ExpertLayer::choose_chunks() {
     out_chunks_ = ceil_div(hidden_depth_, out_chunk_);
 }
 
+// Threads wait side by side: their sum would count time twice.
+std::int64_t ExpertLayer::waited_ns() const {
+    std::int64_t most = 0;
+    for (int worker = 0; worker < layer_.num_threads; worker++) most = std::max(most, *waited_ns_.of(worker));
+    return most;
+}
+
 int ExpertLayer::useful_threads() const {
     const Index bytes =
         num_groups_ * (2 * inner_depth_ * gate_up_weights_.row_bytes + hidden_depth_ * down_weights_.row_bytes);
@@ -130,9 +147,27 @@ int ExpertLayer::useful_threads() const {
 
 void ExpertLayer::run(int worker) {
     drain(encoding_, worker, [this](Index token, Index) { encode_token(token); });
-    drain(to_hidden_, worker, [this, worker](Index item, Index next) { hidden_chunk(worker, item, next); });
+    const Index then = worker % 2 == 0 ? 0 : num_there_ * out_chunks_ - 1;
+    drain(to_hidden_, worker, [=](Index item, Index next) { hidden_chunk(worker, item, next, then); });
     drain(to_out_, worker, [this](Index item, Index next) { out_chunk(item, next); });
+    if (num_there_ < num_groups_) run_late(worker);
     drain(mixing_, worker, [this, worker](Index token, Index) { mix_token(worker, token); });
+}
+
+// As they come. After one that does not nothing is waited for, and what is left of the sums is of no use.
+void ExpertLayer::run_late(int worker) {
+    const Index hidden = num_there_ * hidden_chunks_, out = num_there_ * out_chunks_;
+    drain_in_order(late_to_hidden_, [=](Index item, Index next) {
+        if (!came(worker, hidden + item, hidden_chunks_)) return;
+        hidden_chunk(worker, hidden + item, next < 0 ? next : hidden + next, out);
+    });
+    drain_in_order(late_to_out_, [=](Index item, Index next) {
+        if (came(worker, out + item, out_chunks_)) out_chunk(out + item, next < 0 ? next : out + next);
+    });
+}
+
+bool ExpertLayer::came(int worker, Index item, Index chunks) {
+    return arrivals_.await(groups_[item / chunks].expert, *waited_ns_.of(worker));
 }
 
 void ExpertLayer::encode_token(Index token) {
@@ -148,15 +183,13 @@ Rows ExpertLayer::down_rows(Index item) const {
     return down_weights_.rows(groups_[item / out_chunks_].expert, item % out_chunks_ * out_chunk_);
 }
 
-void ExpertLayer::hidden_chunk(int worker, Index item, Index next_item) {
+// `then`: the item of the down projection with which this thread goes on after the last chunk.
+void ExpertLayer::hidden_chunk(int worker, Index item, Index next_item, Index then) {
     const Group &group = groups_[item / hidden_chunks_];
     const Index first = item % hidden_chunks_ * hidden_chunk_;
     const Index count = std::min(hidden_chunk_, inner_depth_ - first);
     const Rows gate = gate_rows(item), up = gate_up_weights_.rows(group.expert, inner_depth_ + first);
-    // After the last chunk: where this thread will begin with the down projection.
-    const Rows next = next_item >= 0    ? gate_rows(next_item)
-                      : worker % 2 == 0 ? down_rows(0)
-                                        : down_rows(num_groups_ * out_chunks_ - 1);
+    const Rows next = next_item >= 0 ? gate_rows(next_item) : down_rows(then);
     float *gates = gate_up_.of(worker);
     float *ups = gates + kTokenBlock * hidden_chunk_;
     for (Index m = 0; m < group.num_tokens; m += kTokenBlock) {

@@ -1,8 +1,10 @@
-// One call of the expert layer: group tokens by expert, gate and up with SiLU, down, mix.
+// One call of the expert layer: group tokens by expert, gate and up with SiLU, down, mix. Experts that are still on their
+// way come last.
 #pragma once
 
 #include "abi.h"
 #include "arena.h"
+#include "arrivals.h"
 #include "kernels.h"
 #include "pool.h"
 #include "queue.h"
@@ -32,6 +34,8 @@ class ExpertLayer final : public Work {
     ExpertLayer(const es_layer &layer, const Kernels &to_hidden, const Kernels &to_out, Arena &arena);
 
     bool ids_in_range() const { return ids_in_range_; }
+    bool all_arrived() const { return arrivals_.all_came(); }
+    std::int64_t waited_ns() const;
     int useful_threads() const;
     void run(int worker) override;
 
@@ -41,8 +45,10 @@ class ExpertLayer final : public Work {
     void choose_chunks();
 
     void encode_token(Index token);
-    void hidden_chunk(int worker, Index item, Index next_item);
+    void hidden_chunk(int worker, Index item, Index next_item, Index then);
     void out_chunk(Index item, Index next_item);
+    void run_late(int worker);
+    bool came(int worker, Index item, Index chunks);
     void mix_token(int worker, Index token);
 
     Rows gate_rows(Index item) const;
@@ -54,10 +60,11 @@ class ExpertLayer final : public Work {
     const Kernels &gate_up_kernels_, &down_kernels_;
     const Index token_bytes_, hidden_depth_, inner_depth_;  // bytes of a token's feature; D; F
     const Matrices gate_up_weights_, down_weights_;
+    Arrivals arrivals_;
     bool ids_in_range_ = true;
 
-    Group *groups_ = nullptr;
-    Index num_groups_ = 0, num_pairs_ = 0;
+    Group *groups_ = nullptr;  // those that are there first
+    Index num_groups_ = 0, num_there_ = 0, num_pairs_ = 0;
     Index *pair_of_slot_ = nullptr;      // [T * K], -1 for unused slots
     Index *first_of_expert_ = nullptr;   // [E + 1]
     const void **x_of_pair_ = nullptr;   // scratch rows
@@ -68,9 +75,10 @@ class ExpertLayer final : public Work {
     Own<float> gate_up_;  // gate, then up, of one chunk of one block of tokens
     Own<const float *> outs_of_token_;  // [K]
     Own<float> weights_of_token_;
+    Own<std::int64_t> waited_ns_;
 
     Index hidden_chunk_ = 0, hidden_chunks_ = 0, out_chunk_ = 0, out_chunks_ = 0;
-    Queue encoding_, to_hidden_, to_out_, mixing_;
+    Queue encoding_, to_hidden_, to_out_, late_to_hidden_, late_to_out_, mixing_;
 };
 
 }  // namespace expertshare

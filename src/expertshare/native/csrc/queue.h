@@ -47,8 +47,7 @@ class alignas(128) Queue {
 // Does items until there are none, and returns when those of all threads are done. Each item is claimed one ahead, so
 // that the end of one can already fetch the beginning of the next (-1 if there is none).
 template <class Item>
-void drain(Queue &queue, int worker, Item item) {
-    const bool from_back = worker % 2 != 0;
+void drain_from(bool from_back, Queue &queue, Item item) {
     Index taken = 0;
     for (Index now = queue.take(from_back), next; now >= 0; now = next) {
         next = queue.take(from_back);
@@ -57,6 +56,18 @@ void drain(Queue &queue, int worker, Item item) {
     }
     if (taken > 0) queue.finish(taken);
     queue.wait();
+}
+
+// From both ends.
+template <class Item>
+void drain(Queue &queue, int worker, Item item) {
+    drain_from(worker % 2 != 0, queue, item);
+}
+
+// Everybody from the front.
+template <class Item>
+void drain_in_order(Queue &queue, Item item) {
+    drain_from(false, queue, item);
 }
 
 }  // namespace expertshare
