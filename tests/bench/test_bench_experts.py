@@ -79,11 +79,16 @@ def test_figures_follow_from_time_and_work(machine: Machine) -> None:
         assert point["gb_per_s"] == pytest.approx(num_bytes / seconds / 1e9)
         assert point["gmac_per_s"] == pytest.approx(8 * 4 * 3 * 64 * 32 / seconds / 1e9)
         macs = 8 * 4 * 3 * 64 * 32
-        bound_s = max(num_bytes / found["bandwidth_gb_per_s"], macs / found["peak_gmac_per_s"]) / 1e9
+        bound_s = max(num_bytes / point["bandwidth_gb_per_s"], macs / point["peak_gmac_per_s"]) / 1e9
         assert point["share_of_bound"] == pytest.approx(bound_s / seconds)
         assert point["best_bound_ms"] == pytest.approx(1e3 * max(num_bytes / 2e9, macs / 4e9))
         assert point["faster_than"].keys() == {"torch"}
         assert point["beyond_cache"]
+    for limit in ("bandwidth_gb_per_s", "peak_gmac_per_s"):  # of each point, and over all of them
+        by_unique = {unique: {p[limit] for p in found["cases"] if p["unique"] == unique} for unique in (5, 9, 14)}
+        assert all(len(values) == 1 for values in by_unique.values())
+        own = [value for values in by_unique.values() for value in values]
+        assert min(own) <= found[limit] <= max(own)
     assert [(fit["backend"], len(fit["residuals_ms"])) for fit in found["fits"]] == [("torch", 3), ("grouped", 3)]
     json.dumps(found, allow_nan=False)
 
@@ -102,7 +107,7 @@ def test_quantised_contenders_are_judged_by_their_own_weights_and_bytes(machine:
         assert point["weights_bytes"] % (32 * sizes[point["backend"]]) == 0
         assert point["faster_than"].keys() == {"cpu"}
         if point["backend"] != "cpu":
-            bound_ms = point["bytes"] / found["bandwidth_gb_per_s"] / 1e6
+            bound_ms = point["bytes"] / point["bandwidth_gb_per_s"] / 1e6
             assert point["bound_ms"] == pytest.approx(bound_ms)
 
 

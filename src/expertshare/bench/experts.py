@@ -74,7 +74,7 @@ def bench_experts(
     return {
         "bandwidth_gb_per_s": limits.bytes_per_s / 1e9,
         "peak_gmac_per_s": limits.macs_per_s / 1e9,
-        "cases": [_with_bounds(point, limits, best) for point in points],
+        "cases": [_with_bounds(point, best) for point in points],
         "fits": _fits(points, cases, present, settings.dtype),
         "left_out": left_out,
     }
@@ -163,12 +163,15 @@ def _point(
         "seed": settings.seed,
     }
     yardstick.note(seconds[READ], seconds[MULTIPLY])
+    limits = yardstick.peaks_of(seconds[READ], seconds[MULTIPLY])
     spreads = {backend: spread(seconds[backend]) for backend in right if backend not in reasons}
     points = [
         {
             **shared,
             "backend": backend,
             "quantisation": present[backend].quantisation,
+            "bandwidth_gb_per_s": limits.bytes_per_s / 1e9,
+            "peak_gmac_per_s": limits.macs_per_s / 1e9,
             **_kept(case, banks, present[backend], machine, settings.dtype),
             "error": errors[backend],
             **({"captured": captured[backend]} if backend in captured else {}),
@@ -241,9 +244,10 @@ def _figures(timed: Spread, work: Work, spreads: Mapping[str, Spread]) -> dict[s
     }
 
 
-def _with_bounds(point: dict[str, Any], run: Peaks, best: Peaks) -> dict[str, Any]:
-    """The point with its bounds: by what the machine gave during the run, and by the best that it gave before it. Those
-    of codes are of bytes alone: how fast the machine multiplies small integers is not measured."""
+def _with_bounds(point: dict[str, Any], best: Peaks) -> dict[str, Any]:
+    """The point with its bounds: by what the machine gave between its own calls, and by the best that it gave before
+    the run. Those of codes are of bytes alone: how fast the machine multiplies small integers is not measured."""
+    run = Peaks(bytes_per_s=point["bandwidth_gb_per_s"] * 1e9, macs_per_s=point["peak_gmac_per_s"] * 1e9)
     work = Work(num_bytes=point["bytes"], num_macs=point["macs"] if point["quantisation"] is None else 0)
     bounds = {"bound_ms": 1e3 * work.bound_s(run), "best_bound_ms": 1e3 * work.bound_s(best)}
     return {**point, **bounds, "share_of_bound": bounds["bound_ms"] / point["ms"]}

@@ -106,9 +106,13 @@ class Yardstick(ABC):
 
     def peaks(self) -> Peaks:
         """The limits that the median of all times stands for."""
+        return self.peaks_of(self._read_s, self._multiply_s)
+
+    def peaks_of(self, read_s: Sequence[float], multiply_s: Sequence[float]) -> Peaks:
+        """The limits that the medians of some passes and products stand for."""
         return Peaks(
-            bytes_per_s=self._pass_bytes / statistics.median(self._read_s),
-            macs_per_s=self._macs / statistics.median(self._multiply_s),
+            bytes_per_s=self._pass_bytes / statistics.median(read_s),
+            macs_per_s=self._macs / statistics.median(multiply_s),
         )
 
 

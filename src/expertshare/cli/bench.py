@@ -273,8 +273,9 @@ def _measure(console: Console, device: torch.device = CPU) -> Machine:
 
 
 def _limits(found: Mapping[str, Any]) -> str:
+    """Over the whole run; points of experts have limits of their own."""
     limits = f"{found['bandwidth_gb_per_s']:.1f} GB/s, {found['peak_gmac_per_s']:.0f} GMAC/s"
-    return f"bounds by what the machine gave between the calls (medians): {limits}"
+    return f"the machine between the calls, which bounds go by: {limits} (medians over the run)"
 
 
 def _finish(
