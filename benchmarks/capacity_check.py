@@ -53,9 +53,7 @@ def expert_layer() -> list[Check]:
     results = _results("experts-mini-2.json")
     card = _machine(results)
     cases = [case for case in results["cases"] if case["backend"] == "cpu"]
-    return [
-        _check(f"{c['unique']} experts", c["unique"], c["ms"], card, layers=2, part="experts_s") for c in cases
-    ]
+    return [_check(f"{c['unique']} experts", c["unique"], c["ms"], card, layers=2, part="experts_s") for c in cases]
 
 
 def forwards() -> list[Check]:
@@ -76,7 +74,7 @@ def decoding(name: str, scheme: str) -> list[Check]:
     found = []
     for point in _points(name):
         seconds = (sum(point["seconds_by_part"].values()) - point["stall_s"]) / point["forwards"]
-        label = f"{scheme}, {point['policy']}"
+        label = f"{point['budget']}, {point['policy']}"
         found.append(
             _check(label, point["unique_experts"], 1e3 * seconds, card, layers=20, part="step_s", scheme=scheme)
         )
@@ -86,20 +84,19 @@ def decoding(name: str, scheme: str) -> list[Check]:
 def memory() -> list[Check]:
     """Anonymous memory of those processes without the budget for experts, GB; nothing is predicted for the process."""
     found = []
-    for name, scheme in (("memory-mini-bf16.json", "bf16"),):
-        for point in _points(name):
-            measured = point["peak_anonymous_bytes"] - parse_size(point["budget"])
-            parts = _replica(point["unique_experts"], _machine(_results("experts-mini-2.json")), layers=20).memory
-            predicted = (parts.dense + parts.cache + parts.logits) / 1e9
-            found.append(
-                Check(
-                    what=f"{scheme}, {point['policy']}",
-                    unique=point["unique_experts"],
-                    measured=measured / 1e9,
-                    low=predicted,
-                    high=predicted,
-                )
+    for point in _points("memory-mini-bf16.json"):
+        measured = point["peak_anonymous_bytes"] - parse_size(point["budget"])
+        parts = _replica(point["unique_experts"], _machine(_results("experts-mini-2.json")), layers=20).memory
+        predicted = (parts.dense + parts.cache + parts.logits) / 1e9
+        found.append(
+            Check(
+                what=f"{point['budget']}, {point['policy']}",
+                unique=point["unique_experts"],
+                measured=measured / 1e9,
+                low=predicted,
+                high=predicted,
             )
+        )
     return found
 
 

@@ -34,7 +34,7 @@ def generate(model: Path, policy: str, budget: str, options: argparse.Namespace)
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over rounds; counts are the same in every round."""
     first, speeds = runs[0], [run["tokens_per_s"] for run in runs]
-    store = first["expert_store"]
+    store, parts = first["expert_store"], first["seconds_by_part"]
     return {
         "tokens_per_s": statistics.median(speeds),
         "tokens_per_s_range": [min(speeds), max(speeds)],
@@ -44,7 +44,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "hit_rate": store["hit_rate"],
         "expert_bytes_read": store["bytes_read"],
         "stall_s": statistics.median(run["expert_store"]["stall_s"] for run in runs),
-        "seconds_by_part": first["seconds_by_part"],
+        "seconds_by_part": {part: statistics.median(run["seconds_by_part"][part] for run in runs) for part in parts},
         "steps": first["steps"],
         "forwards": first["forwards"],
         "tokens": len(first["token_ids"]),

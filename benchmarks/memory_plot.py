@@ -24,9 +24,11 @@ def main() -> None:
     figure = new_figure(7.2, 3.6)
     axes = figure.add_subplot()
     labels: list[str] = []
+    places: list[float] = []
     for index, (name, path) in enumerate(zip(names, options.results, strict=True)):
         points = json.loads(path.read_text(encoding="utf-8"))["points"]
-        rows = [len(labels) + row for row in range(len(points))]
+        rows = _rows([point["budget"] for point in points], after=places)
+        places += rows
         speeds = [point["tokens_per_s"] for point in points]
         axes.barh(rows, speeds, color=COLOURS[index], label=name)
         for row, point in zip(rows, points, strict=True):
@@ -34,12 +36,21 @@ def main() -> None:
             told = f" {point['tokens_per_s']:.2f}" + ("" if faster is None else f"  ({faster:.1f}x)")
             axes.text(point["tokens_per_s"], row, told, va="center", fontsize=9, color=INK)
         labels += [f"{point['policy']}, {point['peak_anonymous_bytes'] / 2**30:.1f} GiB" for point in points]
-    axes.set_yticks(range(len(labels)), labels, fontsize=9)
+    axes.set_yticks(places, labels, fontsize=9)
     axes.invert_yaxis()
     axes.margins(x=0.18)
     frame(axes, title=options.title, x="tokens per second (and against vanilla in the same memory)", y="")
     axes.legend(frameon=False, fontsize=9, loc="upper right")
     save(figure, options.out)
+
+
+def _rows(budgets: list[str], *, after: list[float]) -> list[float]:
+    """A place for each bar below those there are, with half a row between budgets."""
+    rows: list[float] = []
+    for index, budget in enumerate(budgets):
+        above = (rows or after or [-1.5])[-1]
+        rows.append(above + (1.0 if index and budget == budgets[index - 1] else 1.5))
+    return rows
 
 
 if __name__ == "__main__":

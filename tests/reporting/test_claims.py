@@ -70,12 +70,13 @@ VALUE = {"a": {"b": 2.5, "yes": True}, "rows": [{"x": "p:q=1,r=0.5", "n": 1}, {"
 
 
 def test_keys() -> None:
+    assert look_up(VALUE, "rows[n=2][x=s].n", "f") == 2  # one is left before the last filter
     assert look_up(VALUE, "a.b", "f") == 2.5
     assert look_up(VALUE, "rows[x=p:q=1,r=0.5].n", "f") == 1
     assert look_up(VALUE, "rows[x=s][n=3].n", "f") == 3
 
 
-@pytest.mark.parametrize("key", ["a.c", "a", "a.yes", "a[x=s].n", "rows[x=t].n", "rows[x=s].n", "rows"])
+@pytest.mark.parametrize("key", ["a.c", "a", "a.yes", "a[x=s].n", "rows[x=t].n", "rows[x=s].n", "rows", "rows[n=2][x=t].n"])
 def test_a_key_that_names_no_single_number_is_refused(key: str) -> None:
     with pytest.raises(InputError, match="f: expected"):
         look_up(VALUE, key, "f")

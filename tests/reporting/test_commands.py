@@ -56,7 +56,7 @@ def test_a_shown_command_can_be_given(source: Source) -> None:
     [
         ("forward-mini-half", "--masked 16 --report FILE"),
         ("forward-mini", "block-max:budget=16 --report FILE"),
-        ("generate-mini-float32", "--policies vanilla --dtype float32 --report FILE"),
+        ("generate-mini-float32", "--policies vanilla,des-vote:budget=16 --dtype float32 --report FILE"),
         ("generate-reference", "--policies vanilla,des-vote --report FILE"),
         ("experts-mini-width", "--case llada2.0-mini --experts 64,128,256,512 --unique 32 --report FILE"),
         ("experts-mini-tokens", "--tokens 8,16,32,64 --report FILE"),

@@ -30,8 +30,8 @@ def test_expert_layers_lie_between_the_roofline_and_the_sum(checks: ModuleType) 
     assert len(found) == 8
     for check in found:
         assert check.low <= check.measured <= check.high
-        assert -0.45 <= check.error_low <= 0
-        assert 0 <= check.error_high <= 0.25
+        assert -0.35 <= check.error_low <= 0
+        assert 0 <= check.error_high <= 0.35
     for check in found[-2:]:  # where memory is the limit
         assert -0.08 <= check.error_low <= 0
 
@@ -44,12 +44,12 @@ def test_forwards_lie_between_the_roofline_and_the_sum(checks: ModuleType) -> No
         assert 0 <= check.error_high <= 0.25
 
 
-def test_twenty_layers_behind_a_store_take_up_to_a_third_more_than_the_sum(checks: ModuleType) -> None:
+def test_twenty_layers_behind_a_store_take_about_the_sum(checks: ModuleType) -> None:
     found = checks.decoding("memory-mini-bf16.json", "none")
     assert len(found) == 3
     for check in found:
-        assert -0.26 <= check.error_high <= 0.1
-        assert -0.47 <= check.error_low <= 0
+        assert -0.15 <= check.error_high <= 0.15
+        assert -0.4 <= check.error_low <= 0
 
 
 def test_what_sharing_gains_is_predicted_within_a_fifth(checks: ModuleType) -> None:

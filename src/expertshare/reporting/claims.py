@@ -139,6 +139,8 @@ def look_up(value: Any, key: str, file: str) -> float:
                 raise InputError(f"{file}: expected {name!r} of {key!r}, it is not there")
             found = found[name]
             continue
+        if isinstance(found, Mapping) and str(found.get(field)) == wanted:
+            continue  # the only one that earlier filters left
         if not isinstance(found, list):
             raise InputError(f"{file}: expected a list at [{field}={wanted}] of {key!r}, got {type(found).__name__}")
         found = [entry for entry in found if str(entry.get(field)) == wanted]
