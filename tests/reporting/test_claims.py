@@ -76,7 +76,9 @@ def test_keys() -> None:
     assert look_up(VALUE, "rows[x=s][n=3].n", "f") == 3
 
 
-@pytest.mark.parametrize("key", ["a.c", "a", "a.yes", "a[x=s].n", "rows[x=t].n", "rows[x=s].n", "rows", "rows[n=2][x=t].n"])
+@pytest.mark.parametrize(
+    "key", ["a.c", "a", "a.yes", "a[x=s].n", "rows[x=t].n", "rows[x=s].n", "rows", "rows[n=2][x=t].n"]
+)
 def test_a_key_that_names_no_single_number_is_refused(key: str) -> None:
     with pytest.raises(InputError, match="f: expected"):
         look_up(VALUE, key, "f")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import ClassVar
 from unittest.mock import patch
@@ -19,6 +20,7 @@ from expertshare.errors import ConfigError
 from expertshare.routing import (
     POLICIES,
     LayerStep,
+    blanks,
     compiled,
     count_load,
     gate_scores,
@@ -271,3 +273,42 @@ def test_what_was_prepared_ends_with_what_it_was_made_of() -> None:
     weight.data = weight.data.clone()
     assert not made.is_of(weight, bias, policy, spec)
     assert pickle.loads(pickle.dumps(made)).constants == made.constants
+
+
+def test_plans_share_nothing() -> None:
+    """Memory for plans is made for many at a time: what one holds must not change when others are written."""
+    spec = plain_spec(64, 8)
+    policy = DesVote(budget=16).bind(spec)
+    layers = [inputs(spec, (2, 32, 64), seed=seed) for seed in range(70)]
+    routed = [route_layer(layer, policy, spec) for layer in layers]
+    for layer, found in zip(layers, routed, strict=True):
+        assert found is not None
+        plan, load, unique = found
+        _, wanted, wanted_load, wanted_unique = in_pieces(layer, policy, spec)
+        assert_same_plan(plan, wanted)
+        assert torch.equal(load, wanted_load)
+        assert torch.equal(unique, wanted_unique)
+
+
+def test_plans_of_inference_mode_stay_there() -> None:
+    spec = plain_spec(64, 8)
+    policy = DesVote(budget=16).bind(spec)
+    layer = inputs(spec, (1, 32, 64))
+    with torch.inference_mode():
+        inside = route_layer(layer, policy, spec)
+    with torch.no_grad():
+        outside = route_layer(layer, policy, spec)
+    assert inside is not None
+    assert outside is not None
+    assert inside[0].weights_TK.is_inference()
+    assert not outside[0].weights_TK.is_inference()
+    outside[0].weights_TK.add_(1.0)
+
+
+def test_blanks_of_several_threads_are_different_ones() -> None:
+    found: list[blanks.Blank] = []
+    with ThreadPoolExecutor(8) as pool:
+        for some in pool.map(lambda _: [blanks.blank(8, 2, 16, 1) for _ in range(200)], range(8)):
+            found += some
+    addresses = [address for one in found for address in one.addresses]
+    assert len(set(addresses)) == len(addresses) == 5 * 1600

@@ -39,7 +39,8 @@ _ARGUMENTS = {
 
 
 @cache
-def _declared() -> ctypes.CDLL:
+def declared() -> ctypes.CDLL:
+    """The library, with the types of this room's functions. Raises ConfigError where there is none."""
     library = native.library()
     for name, arguments in _ARGUMENTS.items():
         getattr(library, name).argtypes = arguments
@@ -54,7 +55,7 @@ def library_for(*scores: Tensor, masks: tuple[Tensor, ...] = (), ids: tuple[Tens
         for tensor in tensors:
             if tensor.dtype != dtype or not tensor.is_cpu:
                 return None
-    return _declared()
+    return declared()
 
 
 def _finish(status: int) -> None:

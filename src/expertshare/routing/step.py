@@ -12,6 +12,7 @@ from expertshare import native
 from expertshare.config import GroupLimit, RouterSpec
 from expertshare.routing import compiled
 from expertshare.routing.assign import reach_limit
+from expertshare.routing.blanks import blank
 from expertshare.routing.gate import Gate, check_status, gate_of_weights, weights_are_taken
 from expertshare.routing.recipe import Recipe, recipe_of
 from expertshare.types import RoutingPlan, RoutingPolicy
@@ -121,36 +122,29 @@ class LayerStep:
         None where `gate_takes` would refuse, or the library has no room for so long a group. coreset_GE: bool [G, E],
         contiguous, where the coreset is wanted too: written in full.
         """
-        library = compiled.library_for(masks=(live_GL,))
         groups, length, depth = x_GLD.shape
         if (
-            library is None
-            or self.constants is None
+            self.constants is None
             or x_GLD.dtype not in (torch.bfloat16, torch.float32)
-            or not x_GLD.is_cpu
+            or live_GL.dtype is not torch.bool
+            or not (x_GLD.is_cpu and live_GL.is_cpu)
             or depth != self.weight_ED.shape[1]
             or length > MOST_TOKENS
             or live_GL.shape != (groups, length)
             or (torch.is_grad_enabled() and self._has_gradients(x_GLD))
+            or torch.compiler.is_compiling()
         ):
             return None
+        library = compiled.declared()
         x_GLD, live_GL = x_GLD.contiguous(), live_GL.contiguous()
         spec = self.spec
-        ids_TK = torch.empty((groups * length, spec.top_k), dtype=torch.int64)
-        weights_TK = torch.empty((groups * length, spec.top_k))
-        active_E = torch.empty(spec.num_experts, dtype=torch.bool)
-        load_E = torch.empty(spec.num_experts, dtype=torch.int64)
-        unique_G = torch.empty(groups, dtype=torch.int64)
+        new = blank(groups * length, spec.top_k, spec.num_experts, groups)
         call = (
             self.constants,
             x_GLD.data_ptr(),
             live_GL.data_ptr(),
             None if coreset_GE is None else coreset_GE.data_ptr(),
-            ids_TK.data_ptr(),
-            weights_TK.data_ptr(),
-            active_E.data_ptr(),
-            load_E.data_ptr(),
-            unique_G.data_ptr(),
+            *new.addresses,
             groups,
             length,
             x_GLD.dtype is torch.bfloat16,
@@ -160,7 +154,7 @@ class LayerStep:
         if status == native.ISA_NAMED:
             status = library.es_route(*call, native.isa_number())
         check_status(status)
-        return RoutingPlan(ids_TK, weights_TK, active_E), load_E, unique_G
+        return RoutingPlan(new.ids_TK, new.weights_TK, new.active_E), new.load_E, new.unique_G
 
     def _has_gradients(self, x_GLD: Tensor) -> bool:
         bias_E = self.bias_E
