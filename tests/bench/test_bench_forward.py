@@ -111,6 +111,9 @@ def test_what_cannot_be_run_is_refused() -> None:
         bench_forward("tiny", tiny, VANILLA, ["transformers-eagr"], ForwardSettings())
     with pytest.raises(InputError, match=r"masked rows must lie in 1\.\.8"):
         bench_forward("tiny", tiny, VANILLA, ["grouped"], ForwardSettings(num_layers=3, masked=9))
+    for unique in (1, 33):
+        with pytest.raises(InputError, match=rf"unique experts must lie in 4\.\.32 .* got {unique}"):
+            bench_forward("tiny", tiny, VANILLA, ["grouped"], ForwardSettings(num_layers=3, unique=unique))
     with pytest.raises(InputError, match="fewer --layers"):
         bench_forward("tiny", tiny, VANILLA, ["grouped"], ForwardSettings(memory_bytes=1000))
 

@@ -43,7 +43,7 @@ class ForwardSettings:
     num_layers: int = 4
     tokens: int | None = None
     context: int = 256
-    unique: int | None = 70
+    unique: int | None = None
     masked: int | None = None
     dtype: torch.dtype = torch.bfloat16
     repeats: int = 10
@@ -186,9 +186,7 @@ def _timed(
     if settings.device.type == "cpu":
         return interleave(calls, repeats=settings.repeats, warmup=settings.warmup), {}
     eager = [name for name in calls if name.startswith("transformers-eager")]
-    times = take_turns_on_gpu(
-        calls, turns=1, repeats=settings.repeats, warmup=settings.warmup, host_bound=eager
-    )
+    times = take_turns_on_gpu(calls, turns=1, repeats=settings.repeats, warmup=settings.warmup, host_bound=eager)
     return times.seconds, times.captured
 
 
@@ -209,6 +207,13 @@ def _scene(config: ModelConfig, case: Case, settings: ForwardSettings) -> Scene:
         raise InputError(f"masked rows must lie in 1..{length}, the tokens of a block, got {masked}")
     if settings.context < 0 or settings.context + length > config.max_positions:
         raise InputError(f"context must lie in 0..{config.max_positions - length}, got {settings.context}")
+    spec = config.router
+    most = min(spec.num_experts, length * spec.top_k)
+    if settings.unique is not None and not spec.top_k <= settings.unique <= most:
+        raise InputError(
+            f"unique experts must lie in {spec.top_k}..{most} for {length} tokens of {spec.top_k} experts each, got "
+            f"{settings.unique}"
+        )
     device = settings.device
     model = random_model(config, settings.dtype, settings.seed).to(device)
     generator = torch.Generator().manual_seed(settings.seed)

@@ -59,6 +59,7 @@ DEFAULT_MODEL, DEFAULT_PROMPTS = "models/reference", Path("examples/prompts.json
 POLICIES = "vanilla,des-vote"
 CPU = torch.device("cpu")
 EXPERTS_EXAMPLE = "Example: expertshare bench experts --case llada2.0-mini --unique 16,70 --plot experts.png"
+VANILLA_UNIQUE = 70  # published for LLaDA2.0-mini
 FORWARD_EXAMPLE = "Example: expertshare bench forward --case llada2.0-mini --policies vanilla,des-vote:budget=16"
 GENERATE_EXAMPLE = "Example: expertshare bench generate models/reference --limit 8 --batch-sizes 1,8"
 
@@ -127,8 +128,12 @@ def forward(
     layers: Annotated[int, typer.Option(help="Layers, leading dense ones included.")] = 4,
     policies: Annotated[str, typer.Option(help="Policies, parted by commas, each with knobs if wanted.")] = POLICIES,
     unique: Annotated[
-        int, typer.Option(help="Unique experts that vanilla routing should use; 0 leaves the random routers alone.")
-    ] = 70,
+        int | None,
+        typer.Option(
+            help="Unique experts that vanilla routing should use; 0 leaves the random routers alone. Default: "
+            f"{VANILLA_UNIQUE}, or as many as there can be."
+        ),
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of the block. Default: the case's.")] = None,
     masked: Annotated[int | None, typer.Option(help="Rows that need the head. Default: all.")] = None,
     context: Annotated[int, typer.Option(help="Positions in the cache.")] = 256,
@@ -147,7 +152,10 @@ def forward(
     """Time one denoising forward of a few full-width layers and the head, by part, under several policies."""
     del list_cases
     _prepare(report, plot, threads, repeats)
-    on = device_named(device)
+    on, picked = device_named(device), find_case(case)
+    if unique is None:
+        spec = picked.config.router
+        unique = min(VANILLA_UNIQUE, spec.num_experts, (tokens or picked.tokens) * spec.top_k)
     settings = ForwardSettings(
         num_layers=layers,
         tokens=tokens,
@@ -161,7 +169,7 @@ def forward(
         device=on,
     )
     console = people(as_json=as_json)
-    chosen, picked = policies_by_label(policies), find_case(case)
+    chosen = policies_by_label(policies)
     machine = _measure(console, on)
     size = 2 * CACHE_FACTOR * machine.cache_bytes
     yardstick = CpuYardstick(settings.dtype, buffer_bytes=size) if on.type == "cpu" else None

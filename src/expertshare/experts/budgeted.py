@@ -209,8 +209,8 @@ class BudgetedStore:
         raise ExpertMemoryError(
             f"MoE layer {layer} needs {needed} experts at once: expected an expert memory of at least "
             f"{format_size(needed * slab_bytes)}, got {format_size(have * slab_bytes)}, which holds {have}. Raise "
-            "--expert-memory, or let blocks share fewer experts (e.g. --policy des-vote --budget "
-            f"{have}), or decode fewer prompts together"
+            "--expert-memory (expertshare plan says what is enough for every step under a policy), or let blocks share "
+            f"fewer experts (e.g. --policy des-vote --budget {have}), or decode fewer prompts together"
         )
 
     def _candidates(self, layer: int, *, spare: Ints = _NONE) -> Ints:
