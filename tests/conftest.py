@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,6 +17,21 @@ if not torch.cuda.is_available():
 # Two runs of `make test` on one commit give one answer; a busy machine must not fail a property by its deadline.
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
+
+SERVING_LOGS = ("expertshare.serving", "uvicorn")
+
+
+@pytest.fixture(autouse=True)
+def _logs_end_with_the_test() -> Iterator[None]:
+    """A server that is refused has pointed these at its test's stderr, which is closed when the next one logs."""
+    before = [
+        (logger, logger.handlers[:], logger.level, logger.propagate) for logger in map(logging.getLogger, SERVING_LOGS)
+    ]
+    yield
+    for logger, handlers, level, propagate in before:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
 
 QUICK_FIRST = ("routing", "kernels", "measure", "tasks", "models", "decoding", "evaluation", "training", "cli")
 
