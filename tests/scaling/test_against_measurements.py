@@ -31,7 +31,7 @@ def test_expert_layers_lie_between_the_roofline_and_the_sum(checks: ModuleType) 
     for check in found:
         assert check.low <= check.measured <= check.high
         assert -0.35 <= check.error_low <= 0
-        assert 0 <= check.error_high <= 0.35
+        assert 0 <= check.error_high <= (0.25 if check.unique >= 32 else 0.35)
     for check in found[-2:]:  # where memory is the limit
         assert -0.08 <= check.error_low <= 0
 
