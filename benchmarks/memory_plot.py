@@ -26,7 +26,10 @@ def main() -> None:
     labels: list[str] = []
     places: list[float] = []
     for index, (name, path) in enumerate(zip(names, options.results, strict=True)):
-        points = json.loads(path.read_text(encoding="utf-8"))["points"]
+        try:
+            points = json.loads(path.read_text(encoding="utf-8"))["points"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"expected a result of full_size_memory.py, got {path}: {error!r}; make it again")
         rows = _rows([point["budget"] for point in points], after=places)
         places += rows
         speeds = [point["tokens_per_s"] for point in points]
