@@ -1,6 +1,7 @@
 """Tokens per second and memory, from the results of full_size_memory.py: a bar for every model and policy.
 
-python benchmarks/memory_plot.py benchmarks/results/memory-mini-*.json --out docs/images/memory-mini.png
+python benchmarks/memory_plot.py benchmarks/results/memory-mini-bf16.json benchmarks/results/memory-mini-int4.json \\
+    --names "bfloat16,4 bit (embeddings in int8)" --out docs/images/memory-mini.png
 """
 
 from __future__ import annotations
