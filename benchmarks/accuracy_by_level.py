@@ -14,8 +14,8 @@ from typing import Any
 
 from expertshare.api import generate, load
 from expertshare.evaluation import proportion
+from expertshare.lab.tasks import TASKS, generate_items, score_many
 from expertshare.measure.environment import capture_environment
-from expertshare.tasks import TASKS, generate_items, score_many
 
 
 def measure(model: str, count: int, seed: int) -> dict[str, Any]:

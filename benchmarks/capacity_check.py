@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from expertshare.conversion import likeness
-from expertshare.conversion.sizes import sizes_like
+from expertshare.convert import likeness
+from expertshare.convert.sizes import sizes_like
 from expertshare.experts import parse_size
-from expertshare.scaling import BlockTrace, Card, Cluster, Demand, Replica, find_card, simulate_replica
+from expertshare.lab.simulate import BlockTrace, Card, Cluster, Demand, Replica, find_card, simulate_replica
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "llada2.0-mini"

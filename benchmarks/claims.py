@@ -1,14 +1,14 @@
 """Write docs/claims.md and the claims that the package ships, from claims.toml and the stored results.
 
-    python benchmarks/claims.py
+python benchmarks/claims.py
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from expertshare.lab.report import claims_json, claims_markdown, resolve_claims
 from expertshare.measure.report import write_json
-from expertshare.reporting import claims_json, claims_markdown, resolve_claims
 
 ROOT = Path(__file__).parent.parent
 

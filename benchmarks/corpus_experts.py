@@ -21,12 +21,12 @@ from torch import Tensor
 from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.decoding.canvas import Window
 from expertshare.decoding.row import Row
+from expertshare.lab.tasks import TASKS, generate_items
 from expertshare.measure.cost import ForwardKind
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, Runtime, encode_prompt, load_model
 from expertshare.models.runtime import RoutingTrace
 from expertshare.routing import parse_policy
-from expertshare.tasks import TASKS, generate_items
 
 
 class Load:
@@ -74,12 +74,15 @@ def main() -> None:
         for task in TASKS:
             pairs_NE, unique = usage(loaded, policy, task, options.count, options.seed)
             total = pairs_NE if total is None else total + pairs_NE
-            results.append({"model": Path(model).name, "policy": policy, "task": task, "unique_per_block": unique}
-                           | told(pairs_NE, loaded.config.router.top_k))
+            results.append(
+                {"model": Path(model).name, "policy": policy, "task": task, "unique_per_block": unique}
+                | told(pairs_NE, loaded.config.router.top_k)
+            )
             print(results[-1])
         assert total is not None
-        results.append({"model": Path(model).name, "policy": policy, "task": "all"}
-                       | told(total, loaded.config.router.top_k))
+        results.append(
+            {"model": Path(model).name, "policy": policy, "task": "all"} | told(total, loaded.config.router.top_k)
+        )
         print(results[-1])
     if options.json:
         settings = {"count": options.count, "seed": options.seed, "split": "test"}

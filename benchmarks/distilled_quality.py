@@ -31,10 +31,10 @@ from expertshare.evaluation import (
     retained,
     task_accuracy,
 )
+from expertshare.lab.tasks import PromptRecord
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, load_model
 from expertshare.routing import make_policy
-from expertshare.tasks import PromptRecord
 from expertshare.types import RoutingPolicy
 
 

@@ -20,8 +20,8 @@ from expertshare.experts import ResidentExperts
 from expertshare.experts.eviction import simulate
 from expertshare.experts.forecast import Bools
 from expertshare.experts.resident import ResidentStore
+from expertshare.lab.tasks import read_prompts
 from expertshare.models import LoadedModel, Runtime
-from expertshare.tasks import read_prompts
 from expertshare.types import Loan, RoutingPolicy
 
 Trace = list[tuple[int, Bools]]

@@ -1,7 +1,7 @@
 """Anonymous memory over many blocks under a tight expert budget: it must stay flat.
 
-    expertshare convert models/reference build/reference-experts
-    python benchmarks/flat_memory.py build/reference-experts --blocks 1000 --plot docs/images/flat-memory.png
+expertshare convert models/reference build/reference-experts
+python benchmarks/flat_memory.py build/reference-experts --blocks 1000 --plot docs/images/flat-memory.png
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from expertshare.api import generate, load
+from expertshare.lab.plots.style import COLOURS, check_plot_path, frame, new_figure, save
+from expertshare.lab.tasks.generation import generate_items
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.memory import anonymous_bytes
 from expertshare.measure.report import write_json
-from expertshare.plots.style import COLOURS, check_plot_path, frame, new_figure, save
-from expertshare.tasks.generation import generate_items
 
 
 class EnoughBlocks(Exception):

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from expertshare.bench import find_case, gpu_device, measure_gpu
-from expertshare.bench.gpu import MOST_TURNS, take_turns_on_gpu
 from expertshare.config import RouterSpec
 from expertshare.kernels import select_and_assign
+from expertshare.lab.bench import find_case, gpu_device, measure_gpu
+from expertshare.lab.bench.gpu import MOST_TURNS, take_turns_on_gpu
 from expertshare.routing import POLICIES, count_load, make_policy, recipe_of, route
 from expertshare.types import RouterScores, RoutingPolicy
 

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from expertshare.api.loading import opened
-from expertshare.bench import gpu_device
-from expertshare.bench.bus import bus_bandwidth
-from expertshare.bench.gpu import gpu_facts
 from expertshare.decoding import DecodingOptions
 from expertshare.evaluation import PolicyRun, Setup, answer_prompts, encode_prompts
 from expertshare.experts import ExpertMemory, StoreOptions
+from expertshare.lab.bench import gpu_device
+from expertshare.lab.bench.bus import bus_bandwidth
+from expertshare.lab.bench.gpu import gpu_facts
 from expertshare.measure.environment import capture_environment, peak_memory_bytes
 from expertshare.measure.report import write_json
 from expertshare.models import LoadedModel, load_model

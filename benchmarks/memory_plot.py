@@ -10,7 +10,7 @@ import argparse
 import json
 from pathlib import Path
 
-from expertshare.plots.style import COLOURS, INK, check_plot_path, frame, new_figure, save
+from expertshare.lab.plots.style import COLOURS, INK, check_plot_path, frame, new_figure, save
 
 
 def main() -> None:

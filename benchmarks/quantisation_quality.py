@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from expertshare.api import generate, load
-from expertshare.conversion.convert import small_files
-from expertshare.conversion.scheme import Scheme, make_scheme
-from expertshare.conversion.source import open_checkpoint, read_checkpoint
-from expertshare.conversion.workspace import open_workspace
-from expertshare.conversion.writing import write_expert_layout
+from expertshare.convert.convert import small_files
+from expertshare.convert.scheme import Scheme, make_scheme
+from expertshare.convert.source import open_checkpoint, read_checkpoint
+from expertshare.convert.workspace import open_workspace
+from expertshare.convert.writing import write_expert_layout
 from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.decoding.block_causal import block_causal_mask
 from expertshare.decoding.row import Row
@@ -37,11 +37,11 @@ from expertshare.evaluation import encode_prompts, paired_difference, proportion
 from expertshare.experts import ExpertMemory, StoreOptions, open_store
 from expertshare.kernels import AUTO, resolve_backend
 from expertshare.kernels.quantise import QUANTISATIONS
+from expertshare.lab.tasks import TASKS, TaskItem, generate_items, score_many
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, Runtime
 from expertshare.models.runtime import ForwardInput
 from expertshare.routing import parse_policy
-from expertshare.tasks import TASKS, TaskItem, generate_items, score_many
 
 GEN_LENGTH, BATCH = 64, 64
 SHARED = "des-vote:budget=28"

@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from expertshare import native
-from expertshare.bench.cases import CASES
-from expertshare.bench.weights import random_banks
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.kernels import moe_ffn
+from expertshare.lab.bench.cases import CASES
+from expertshare.lab.bench.weights import random_banks
 from expertshare.measure.environment import capture_environment
 from expertshare.models.moe import Router, lay_side_by_side, narrow
 from expertshare.routing import POLICIES, assign, compiled, count_load, parse_policy

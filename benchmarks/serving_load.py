@@ -28,9 +28,9 @@ from typing import Any
 import httpx
 
 from expertshare import api
+from expertshare.lab.tasks.generation import generate_items
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel
-from expertshare.tasks.generation import generate_items
 
 KINDS = ("arith", "math", "code", "choice")
 

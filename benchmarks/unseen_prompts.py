@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from expertshare.tasks import TASKS, PromptRecord, generate_items
+from expertshare.lab.tasks import TASKS, PromptRecord, generate_items
 
 
 def unseen_prompts(count: int, seed: int, tasks: Iterable[str] = TASKS) -> list[PromptRecord]:

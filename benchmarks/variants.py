@@ -37,11 +37,11 @@ from expertshare.evaluation import (
     task_accuracy,
 )
 from expertshare.experts.resident import ResidentStore
+from expertshare.lab.tasks import PromptRecord
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, load_model
 from expertshare.models.moe import MoE
 from expertshare.routing import Layerwise
-from expertshare.tasks import PromptRecord
 from expertshare.types import ExpertStore, Loan, RoutingPolicy
 
 VANILLA = "vanilla"

@@ -62,8 +62,10 @@ def loss_increases(loaded: LoadedModel, block: NoisyBlock, used_NE: np.ndarray, 
 
 def interval(block_N: np.ndarray, x_N: np.ndarray, y_N: np.ndarray, seed: int) -> list[float]:
     """95 % of r over resamples of whole blocks, from each block's moments."""
-    parts = [np.array([len(m), x_N[m].sum(), y_N[m].sum(), (x_N[m] ** 2).sum(), (y_N[m] ** 2).sum(), x_N[m] @ y_N[m]])
-             for m in (np.flatnonzero(block_N == b) for b in np.unique(block_N))]
+    parts = [
+        np.array([len(m), x_N[m].sum(), y_N[m].sum(), (x_N[m] ** 2).sum(), (y_N[m] ** 2).sum(), x_N[m] @ y_N[m]])
+        for m in (np.flatnonzero(block_N == b) for b in np.unique(block_N))
+    ]
     draws = np.random.default_rng(seed).integers(len(parts), size=(RESAMPLES, len(parts)))
     n, x, y, xx, yy, xy = np.stack(parts)[draws].sum(axis=1).T
     r = (xy - x * y / n) / np.sqrt((xx - x * x / n) * (yy - y * y / n))

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from expertshare.config import ModelConfig, RouterSpec
+from expertshare.lab.tasks import build_tokenizer, save_tokenizer
 from expertshare.models import LoadedModel, MoETransformer, initialise, save_model
-from expertshare.tasks import build_tokenizer, save_tokenizer
 
 ROUTER = RouterSpec(
     num_experts=16,

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from expertshare.cli.streaming import AnswerPrinter, TextStream
 from expertshare.decoding import BlockResult
 from expertshare.decoding.text_stream import REPLACEMENT
+from expertshare.lab.tasks import build_tokenizer
 from expertshare.models import decode_answer
-from expertshare.tasks import build_tokenizer
 
 TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(0))
 

@@ -66,10 +66,12 @@ def test_a_block_keeps_its_coreset_for_so_many_steps(
 ) -> None:
     config: ModelConfig = request.getfixturevalue(layout)
     model = make_model(config)
-    policy = Layerwise(layers=tuple(
-        make_policy("des-vote", {"budget": 6, **({"reuse": reuse} if layer else {})})
-        for layer in range(config.num_moe_layers)
-    ))
+    policy = Layerwise(
+        layers=tuple(
+            make_policy("des-vote", {"budget": 6, **({"reuse": reuse} if layer else {})})
+            for layer in range(config.num_moe_layers)
+        )
+    )
     generate(model, replace(runtime(), policy=policy), OPTIONS, PROMPTS)
     for layer in range(config.num_moe_layers):
         coresets = _by_step(seen, layer)

@@ -156,4 +156,3 @@ def test_the_tables_name_what_is_there() -> None:
     blocks = "\n".join(block.text for block in python_blocks())
     assert all(part in blocks for part in (*NOT_RUN, *SHORTER))
     assert set(PLACEHOLDERS) <= {re.sub(r"\s+#.*", "", line.text) for line in OTHERS}
-

@@ -7,7 +7,7 @@ import pytest
 from expertshare.errors import InputError
 from expertshare.evaluation import judge, task_accuracy
 from expertshare.evaluation.accuracy import check_scorable
-from expertshare.tasks import PromptRecord
+from expertshare.lab.tasks import PromptRecord
 
 
 def test_each_record_is_judged_by_its_own_rule() -> None:

@@ -9,8 +9,8 @@ import pytest
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import PolicyError
 from expertshare.evaluation import Comparison, Setup, compare_policies, parse_policies
+from expertshare.lab.tasks import PromptRecord, generate_items
 from expertshare.models import LoadedModel
-from expertshare.tasks import PromptRecord, generate_items
 
 ITEMS = [item for task in ("arith", "choice") for item in generate_items(task, split="test", count=2, seed=3)]
 RECORDS = [PromptRecord(prompt=i.prompt, reference=i.reference, task=i.task, tests=i.tests) for i in ITEMS]

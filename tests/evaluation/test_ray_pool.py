@@ -130,7 +130,13 @@ def test_ray_writes_what_the_local_pool_writes_and_goes_on_after_a_stop(
     assert len((remote / ITEMS).read_text().splitlines()) == 2
     notices: list[str] = []
     api.evaluate(
-        REFERENCE, out=remote, ray=True, processes=2, dtype="float32", on_notice=notices.append, **ASKED  # type: ignore[arg-type]
+        REFERENCE,
+        out=remote,
+        ray=True,
+        processes=2,
+        dtype="float32",
+        on_notice=notices.append,
+        **ASKED,  # type: ignore[arg-type]
     )
     assert "2 of 12 answers" in notices[0]
     assert (remote / ITEMS).read_bytes() == (local / ITEMS).read_bytes()
@@ -169,7 +175,13 @@ def test_a_killed_actor_is_started_again_and_nothing_is_lost(tmp_path: Path, mon
 
     api.evaluate(REFERENCE, out=tmp_path / "local", dtype="float32", **ASKED)  # type: ignore[arg-type]
     api.evaluate(
-        REFERENCE, out=tmp_path / "ray", ray=True, processes=2, dtype="float32", on_progress=kill_one, **ASKED  # type: ignore[arg-type]
+        REFERENCE,
+        out=tmp_path / "ray",
+        ray=True,
+        processes=2,
+        dtype="float32",
+        on_progress=kill_one,
+        **ASKED,  # type: ignore[arg-type]
     )
     assert killed
     assert (tmp_path / "ray" / ITEMS).read_bytes() == (tmp_path / "local" / ITEMS).read_bytes()

@@ -37,7 +37,9 @@ class SimulatedTransfer:
 
     def __init__(self, pace: str = "late copies", *, seed: int = 0, forget: Collection[str] = ()) -> None:
         self._eager = {
-            "eager": (COPIES, COMPUTATION), "late copies": (COMPUTATION,), "late computation": (COPIES,)
+            "eager": (COPIES, COMPUTATION),
+            "late copies": (COMPUTATION,),
+            "late computation": (COPIES,),
         }.get(pace, ())
         self._random = random.Random(seed) if pace == "random" else None
         self._forget = forget

@@ -132,7 +132,11 @@ def test_a_truncated_file_is_named_and_the_model_still_loads_later(converted: Pa
     try:
         with pytest.raises(CheckpointError, match=r"experts-00001\.safetensors ends within expert"):
             api.generate(
-                str(converted), PROMPT, on_block=cut, store=StoreOptions(memory=slots(converted, 70)), gen_length=96,
+                str(converted),
+                PROMPT,
+                on_block=cut,
+                store=StoreOptions(memory=slots(converted, 70)),
+                gen_length=96,
                 stop_at_eos=False,
             )
         with pytest.raises(CheckpointError, match="bytes, expected"):

@@ -13,7 +13,7 @@ import torch
 
 from expertshare import api
 from expertshare.api import loading
-from expertshare.conversion import convert as quantise
+from expertshare.convert import convert as quantise
 from expertshare.experts import (
     BudgetedStore,
     DeviceSlots,

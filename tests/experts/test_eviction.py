@@ -18,9 +18,9 @@ from expertshare.experts import BudgetedStore, ResidentExperts
 from expertshare.experts.eviction import simulate
 from expertshare.experts.forecast import ReuseForecast
 from expertshare.experts.resident import ResidentStore
+from expertshare.lab.tasks import read_prompts
 from expertshare.models import Runtime, load_model
 from expertshare.routing import parse_policy
-from expertshare.tasks import read_prompts
 from expertshare.types import Loan
 
 from .conversion import FORM, random_model

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from expertshare import api
-from expertshare.conversion import convert
+from expertshare.convert import convert
 from expertshare.experts import BudgetedStore, ExpertMemory, StoreOptions, open_store, read_manifest
 from expertshare.models import Runtime, load_model
 from expertshare.models.runtime import ForwardInput

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from expertshare.api import loading
-from expertshare.conversion import fits
+from expertshare.convert import fits
 from expertshare.errors import ConfigError, ExpertMemoryError, InputError
 from expertshare.evaluation import Setup
 from expertshare.experts import BudgetedStore, ExpertMemory, ResidentSlabs, StoreOptions, open_store, opening, transfer

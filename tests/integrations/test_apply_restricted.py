@@ -179,7 +179,7 @@ def test_padding_never_votes(name: str, side: str) -> None:
         pad = torch.full((1, 3), fill)
         padded = torch.cat((pad, ids_BS) if side == "left" else (ids_BS, pad), dim=1)
         mask = torch.ones(1, 12, dtype=torch.long)
-        mask[:, :3 if side == "left" else None] = 0 if side == "left" else 1
+        mask[:, : 3 if side == "left" else None] = 0 if side == "left" else 1
         if side == "right":
             mask[:, 9:] = 0
         with expertshare.apply(model, "des-vote:budget=6", block_length=12):

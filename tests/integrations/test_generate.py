@@ -37,9 +37,7 @@ def test_diffusion_gemma_generates_under_every_policy(gemma: Any, name: str) -> 
     assert sequences.shape == (2, 6 + 2 * CANVAS)
     assert sequences.min() >= 0
     assert sequences.max() < VOCAB
-    encoder, decoder = (
-        [use for use in used.by_layer if part in use.name] for part in ("encoder", "decoder")
-    )
+    encoder, decoder = ([use for use in used.by_layer if part in use.name] for part in ("encoder", "decoder"))
     assert [use.forwards for use in encoder] == [2, 2], "the prompt, and the first canvas"
     assert {use.forwards for use in decoder} <= {2, 3, 4, 5, 6}
     if "budget" in POLICIES[name].__dataclass_fields__:

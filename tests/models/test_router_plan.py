@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from expertshare import native
-from expertshare.bench.cases import CASES
+from expertshare.lab.bench.cases import CASES
 from expertshare.models.moe import LayerRouting, Router, lay_side_by_side, narrow
 from expertshare.routing import POLICIES, count_load, route
 from expertshare.types import RoutingPlan, RoutingPolicy

@@ -17,8 +17,7 @@ from .test_saving import LLADA2, random_model
 
 WORDS = ["[UNK]", "<|mask|>", "<|end|>", "<|pad|>", "<|user|>", "<|bot|>", "two", "plus", "three", "is", "five"]
 TEMPLATE = (
-    "{% for m in messages %}<|user|> {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}<|bot|>{% endif %}"
+    "{% for m in messages %}<|user|> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<|bot|>{% endif %}"
 )
 
 

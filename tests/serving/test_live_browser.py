@@ -292,14 +292,33 @@ def test_text_of_the_model_stays_text(chromium: webdriver.Chrome) -> None:
     evil = "<img src=x onerror='document.title=1'>"
 
     def script() -> Iterator[Event]:
-        model = {"name": evil, "family": "stub", "num_parameters": 1, "num_moe_layers": 2, "num_experts": 4,
-                 "experts_per_token": 1, "block_length": 2, "threshold": 0.9, "temperature": 0.0, "whole_canvas": False}
+        model = {
+            "name": evil,
+            "family": "stub",
+            "num_parameters": 1,
+            "num_moe_layers": 2,
+            "num_experts": 4,
+            "experts_per_token": 1,
+            "block_length": 2,
+            "threshold": 0.9,
+            "temperature": 0.0,
+            "whole_canvas": False,
+        }
         yield {"type": "start", "model": model}
         token = {"text": evil, "masked": False, "confidence": 0.5, "role": "answer"}
         for run in range(2):
             counts = {"unique_experts": 1.0, "expert_bytes": 9, "expert_bytes_so_far": 9, "elapsed_s": 0.1}
-            yield {"type": "step", "run": run, "block": 0, "step": 0, "steps": 1, "tokens": [token] * 2,
-                   "experts": [[0], [3]], "tokens_so_far": 2, **counts}
+            yield {
+                "type": "step",
+                "run": run,
+                "block": 0,
+                "step": 0,
+                "steps": 1,
+                "tokens": [token] * 2,
+                "experts": [[0], [3]],
+                "tokens_so_far": 2,
+                **counts,
+            }
             yield {"type": "block", "run": run, "block": 0, "answer": evil, "finish_reason": None}
         yield {"type": "error", "message": evil}
 

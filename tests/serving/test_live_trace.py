@@ -83,9 +83,7 @@ def test_the_ids_of_a_step_sum_to_its_counts(request: pytest.FixtureRequest, mod
     loaded: LoadedModel = request.getfixturevalue(model)
     events, config = traced(loaded, max_tokens=32, tokens_per_step=2), loaded.config
     for run, policy in enumerate(POLICIES):
-        options = DecodingOptions(
-            gen_length=32, threshold=None, steps_per_block=config.block_length // 2
-        )
+        options = DecodingOptions(gen_length=32, threshold=None, steps_per_block=config.block_length // 2)
         cost, steps = decoded_alone(loaded, policy, options), of(events, "step", run)
         denoised = [forward for forward in cost.steps if forward.kind == "denoise"]
         assert [tuple(map(len, step["experts"])) for step in steps] == [forward.active_experts for forward in denoised]
@@ -157,7 +155,11 @@ def test_the_start_says_what_will_be_shown(loaded: LoadedModel) -> None:
             "run": 0,
             "policy": "des-vote:budget=16",
             "knobs": {
-                "group_limit": "inside", "voters": "all", "reuse": None, "budget": 16, "ballots": "ungrouped",
+                "group_limit": "inside",
+                "voters": "all",
+                "reuse": None,
+                "budget": 16,
+                "ballots": "ungrouped",
             },
         }
     ]

@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from expertshare import api
-from expertshare.conversion import convert
+from expertshare.convert import convert
 from expertshare.experts import ExpertMemory, StoreOptions
 from expertshare.models import LoadedModel
 from expertshare.serving import EngineLimits

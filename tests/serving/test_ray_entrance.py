@@ -51,9 +51,7 @@ class Here:
 
 @pytest.fixture(scope="module")
 def here(reference: LoadedModel) -> Iterator[Here]:
-    plan = ReplicaPlan(
-        open_engine=lambda: opened_engine(reference), settings=ServerSettings(), page=True, threads=1
-    )
+    plan = ReplicaPlan(open_engine=lambda: opened_engine(reference), settings=ServerSettings(), page=True, threads=1)
     one = Here(plan)
     yield one
     one.replica.__del__()

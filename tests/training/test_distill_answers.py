@@ -10,12 +10,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from expertshare.conversion import convert
+from expertshare.convert import convert
 from expertshare.decoding import DecodingOptions, generate
 from expertshare.errors import InputError, TrainingError
+from expertshare.lab.tasks import save_tokenizer
 from expertshare.models import LoadedModel, MoETransformer, Runtime, encode_prompt, initialise, load_model, save_model
 from expertshare.routing import make_policy
-from expertshare.tasks import save_tokenizer
 from expertshare.training.config import reference_architecture
 from expertshare.training.distill.answers import generate_answers, read_answers
 from expertshare.training.distill.config import DistillConfig

@@ -13,9 +13,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from expertshare.errors import InputError, PolicyError
+from expertshare.lab.tasks import PromptRecord
 from expertshare.models import LoadedModel, load_model
 from expertshare.routing import Layerwise, make_policy
-from expertshare.tasks import PromptRecord
 from expertshare.tuning import PolicyFile, check_model, read_policy_file
 from expertshare.tuning.fingerprint import model_fingerprint, prompts_fingerprint
 from expertshare.tuning.policy_file import model_facts
@@ -113,9 +113,7 @@ def test_an_unusable_policy_is_named(written: Path, change: Callable[[dict[str, 
         (lambda content: content.pop("evidence"), "got none of evidence"),
     ],
 )
-def test_another_kind_of_file_is_refused(
-    written: Path, change: Callable[[dict[str, Any]], None], message: str
-) -> None:
+def test_another_kind_of_file_is_refused(written: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_policy_file(edited(written, change))
 

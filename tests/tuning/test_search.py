@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 
 from expertshare.errors import InputError, PolicyError
+from expertshare.lab.tasks import PromptRecord
 from expertshare.routing import Layerwise, make_policy
-from expertshare.tasks import PromptRecord
 from expertshare.tuning import PairedCounts, TuningOptions
 from expertshare.tuning.allocation import LayerOption, Sensitivity
 from expertshare.tuning.certificate import chance_to_pass

@@ -11,9 +11,9 @@ import pytest
 from expertshare.api import generate, load, load_policy, tune
 from expertshare.cli import main
 from expertshare.evaluation import policy_label
+from expertshare.lab.plots import plot_tuning
+from expertshare.lab.tasks import generate_items, write_prompts
 from expertshare.models import LoadedModel
-from expertshare.plots import plot_tuning
-from expertshare.tasks import generate_items, write_prompts
 from expertshare.tuning import Tuned, TuningOptions
 
 REFERENCE = Path(__file__).parent.parent.parent / "models" / "reference"

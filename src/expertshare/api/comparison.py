@@ -20,11 +20,11 @@ from expertshare.evaluation import Comparison, Setup, compare_policies
 from expertshare.evaluation.comparison import ProgressListener
 from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
+from expertshare.lab.tasks import PromptRecord
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.memory import MemoryWatch
 from expertshare.measure.report import Report
 from expertshare.routing import POLICIES
-from expertshare.tasks import PromptRecord
 from expertshare.tuning import PolicyFile
 from expertshare.types import RoutingPolicy
 
@@ -46,7 +46,7 @@ def compare(
     """Answer the same prompts under several policies and compare each with vanilla, which is always run.
 
     policies: by default all of them, with their default knobs. Prompts with a reference or tests are judged; code that
-    the model wrote for the code tasks is then run, in the sandbox of expertshare.tasks. on_progress(label, done, total)
+    the model wrote for the code tasks is then run, in the sandbox. on_progress(label, done, total)
     hears of every finished prompt. store, memory: as for generate. Raises a subclass of ExpertShareError for anything
     unusable.
     """

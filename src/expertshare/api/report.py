@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from expertshare.reporting import WrittenReport, write_report
+from expertshare.lab.report import WrittenReport, write_report
 
 DEFAULT_TITLE = "Expert sharing: what was measured"
 

@@ -12,7 +12,7 @@ from expertshare.evaluation import Setup
 from expertshare.evaluation.comparison import ProgressListener
 from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
-from expertshare.tasks import PromptRecord
+from expertshare.lab.tasks import PromptRecord
 from expertshare.tuning import PolicyFile, Tuned, TuningOptions, read_policy_file
 from expertshare.tuning import tune as run_tuning
 

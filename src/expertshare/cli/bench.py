@@ -12,22 +12,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from expertshare.bench import (
-    ExpertsSettings,
-    ForwardSettings,
-    Machine,
-    bench_experts,
-    bench_forward,
-    bench_generate,
-    contenders,
-    find_case,
-    gpu_memory_bytes,
-    measure_gpu,
-    measure_machine,
-    random_subject,
-)
-from expertshare.bench.machine import CACHE_FACTOR, CpuYardstick, dtype_name
-from expertshare.bench.weights import memory_limit_bytes
 from expertshare.cli.bench_options import (
     BackendsFlag,
     CasesFlag,
@@ -51,9 +35,25 @@ from expertshare.cli.bench_tables import experts_tables, forward_tables, generat
 from expertshare.cli.console import people, print_json
 from expertshare.cli.threads import ThreadsFlag, set_threads
 from expertshare.errors import InputError
+from expertshare.lab.bench import (
+    ExpertsSettings,
+    ForwardSettings,
+    Machine,
+    bench_experts,
+    bench_forward,
+    bench_generate,
+    contenders,
+    find_case,
+    gpu_memory_bytes,
+    measure_gpu,
+    measure_machine,
+    random_subject,
+)
+from expertshare.lab.bench.machine import CACHE_FACTOR, CpuYardstick, dtype_name
+from expertshare.lab.bench.weights import memory_limit_bytes
+from expertshare.lab.plots import check_plot_path, plot_bench
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.report import Report, check_writable
-from expertshare.plots import check_plot_path, plot_bench
 
 DEFAULT_MODEL, DEFAULT_PROMPTS = "models/reference", Path("examples/prompts.jsonl")
 POLICIES = "vanilla,des-vote"

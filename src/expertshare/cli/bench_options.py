@@ -9,11 +9,11 @@ import torch
 import typer
 
 from expertshare import api
-from expertshare.bench import CASES, gpu_device
 from expertshare.cli.bench_tables import case_table
 from expertshare.cli.console import people
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.evaluation import parse_policies, policy_label
+from expertshare.lab.bench import CASES, gpu_device
 from expertshare.types import RoutingPolicy
 
 

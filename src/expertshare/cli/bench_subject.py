@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from expertshare import api
-from expertshare.bench import Subject
 from expertshare.decoding import DecodingOptions
 from expertshare.evaluation import encode_prompts
-from expertshare.tasks import read_prompts
+from expertshare.lab.bench import Subject
+from expertshare.lab.tasks import read_prompts
 
 
 def loaded_subject(

@@ -8,8 +8,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from expertshare.bench import Case, Machine
 from expertshare.cli.console import percent
+from expertshare.lab.bench import Case, Machine
 
 Found = Mapping[str, Any]
 WORD_WIDTH = {"backend": len("transformers-grouped-mm")}

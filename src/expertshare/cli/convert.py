@@ -9,8 +9,8 @@ import typer
 
 from expertshare.cli.console import megabytes, people, print_json
 from expertshare.cli.progress import bytes_progress
-from expertshare.conversion import Converted, restore, verify
-from expertshare.conversion import convert as convert_model
+from expertshare.convert import Converted, restore, verify
+from expertshare.convert import convert as convert_model
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.experts import parse_size
 

@@ -17,11 +17,11 @@ from expertshare.cli.streaming import AnswerPrinter
 from expertshare.cli.threads import ThreadsFlag, set_threads
 from expertshare.errors import InputError
 from expertshare.evaluation import policy_label
+from expertshare.lab.tasks import read_prompts
 from expertshare.measure.cost import FORWARD_KINDS
 from expertshare.measure.memory import MemoryWatch
 from expertshare.measure.report import check_writable
 from expertshare.models import LoadedModel, decode_answer
-from expertshare.tasks import read_prompts
 
 EXAMPLE = (
     "Example: expertshare generate path/to/model --prompt 'What is 7 plus 8?' --policy des-vote --budget 16   "

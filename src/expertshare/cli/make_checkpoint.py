@@ -9,9 +9,9 @@ import typer
 
 from expertshare.cli.console import megabytes, people, print_json
 from expertshare.cli.progress import bytes_progress
-from expertshare.conversion import default_unique, likeness
-from expertshare.conversion import make_checkpoint as make
-from expertshare.conversion.make_checkpoint import VANILLA_UNIQUE
+from expertshare.convert import default_unique, likeness
+from expertshare.convert import make_checkpoint as make
+from expertshare.lab.random_checkpoint.make_checkpoint import VANILLA_UNIQUE
 
 EXAMPLE = "Example: expertshare make-checkpoint --like llada2.0-mini --layers 4 --quantise int4 --out checkpoints/mini"
 

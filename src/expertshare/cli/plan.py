@@ -9,14 +9,14 @@ import typer
 from rich.table import Table
 
 from expertshare.cli.console import people, print_json
-from expertshare.conversion import likeness
-from expertshare.conversion.machine_memory import usable_memory_bytes
-from expertshare.conversion.make_checkpoint import VANILLA_UNIQUE
-from expertshare.conversion.plan import Figure, Plan, Workload, make_plan, measure_rates
-from expertshare.conversion.sizes import sizes_like, sizes_of
+from expertshare.convert import likeness
+from expertshare.convert.machine_memory import usable_memory_bytes
+from expertshare.convert.plan import Figure, Plan, Workload, make_plan, measure_rates
+from expertshare.convert.sizes import sizes_like, sizes_of
 from expertshare.errors import InputError
 from expertshare.experts import format_size, parse_size
 from expertshare.experts.recording import read_record
+from expertshare.lab.random_checkpoint.make_checkpoint import VANILLA_UNIQUE
 from expertshare.routing import native_policy, parse_policy
 
 EXAMPLE = (

@@ -10,14 +10,14 @@ import typer
 from rich.table import Table
 
 from expertshare.cli.console import people, print_json
-from expertshare.conversion import likeness
-from expertshare.conversion.make_checkpoint import VANILLA_UNIQUE
-from expertshare.conversion.sizes import ModelSizes, sizes_like, sizes_of
+from expertshare.convert import likeness
+from expertshare.convert.sizes import ModelSizes, sizes_like, sizes_of
 from expertshare.errors import InputError
 from expertshare.experts import format_size, parse_size
 from expertshare.experts.recording import read_record
-from expertshare.plots import check_plot_path, plot_scaling
-from expertshare.scaling import (
+from expertshare.lab.plots import check_plot_path, plot_scaling
+from expertshare.lab.random_checkpoint.make_checkpoint import VANILLA_UNIQUE
+from expertshare.lab.simulate import (
     ASSUMPTIONS,
     CARDS,
     GPU_COUNTS,
@@ -153,8 +153,10 @@ def simulate(
     counts = _counts(gpus)
     if max_expert_parallel < 1:
         raise InputError(f"--max-expert-parallel must be at least 1, got {max_expert_parallel}")
-    degrees = [expert_parallel] if expert_parallel is not None else simulations[0].degrees(
-        min(max(counts), max_expert_parallel)
+    degrees = (
+        [expert_parallel]
+        if expert_parallel is not None
+        else simulations[0].degrees(min(max(counts), max_expert_parallel))
     )
     traces = [_run(*each, degrees, counts) for each in zip(simulations, demands, strict=True)]
     values = {

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from expertshare.errors import InputError
+from expertshare.lab.tasks import TASKS, generate_items, write_prompts
 from expertshare.measure.report import check_writable
-from expertshare.tasks import TASKS, generate_items, write_prompts
 
 EXAMPLE = "Example: expertshare tasks prompts.jsonl --task arith --task code --count 100 --seed 1"
 

@@ -62,9 +62,7 @@ def connected(address: str | None = None, *, cpus: int) -> Iterator[None]:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if wanted == LOCAL:
-            ray.init(
-                LOCAL, num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet
-            )
+            ray.init(LOCAL, num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
         else:
             ray.init(wanted, **quiet)
     except (OSError, RuntimeError, TimeoutError, ValueError) as error:

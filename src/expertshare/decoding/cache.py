@@ -114,9 +114,7 @@ class KeyValueCache:
         A view of the cache where those rows lie side by side in it; else a copy, for `put_back` to return.
         """
         pick = self._places(rows)
-        return tuple(
-            Room(layer.keys_BHSD[pick], layer.values_BHSD[pick], tuple(starts)) for layer in self.layers
-        )
+        return tuple(Room(layer.keys_BHSD[pick], layer.values_BHSD[pick], tuple(starts)) for layer in self.layers)
 
     def put_back(self, rows: Sequence[int], rooms: Sequence[Room]) -> None:
         """Keep what a forward wrote into `rooms`; nothing is to be done for views."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from expertshare.errors import InputError
 from expertshare.evaluation.statistics import Proportion, proportion
-from expertshare.tasks import PromptRecord, score_many
-from expertshare.tasks.table import find_task
+from expertshare.lab.tasks import PromptRecord, score_many
+from expertshare.lab.tasks.table import find_task
 
 UNNAMED_TASK = "unnamed"
 

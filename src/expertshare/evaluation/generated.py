@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 from expertshare.evaluation.items import CODE_NOT_ALLOWED, EvalItem, Judgement, failure, sha256_text
-from expertshare.tasks import TASKS, TaskItem, generate_items, run_programs, score
+from expertshare.lab.tasks import TASKS, TaskItem, generate_items, run_programs, score
 
 DEFAULT_COUNT = 100
 DEFAULT_GEN_LENGTH = 64
@@ -16,7 +16,7 @@ DEFAULT_GEN_LENGTH = 64
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedSource:
-    """Items of the test split of one kind of expertshare.tasks."""
+    """Items of the test split of one kind of expertshare.lab.tasks."""
 
     task: str
     count: int

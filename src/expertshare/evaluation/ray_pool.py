@@ -30,9 +30,9 @@ def solve_on_ray(
     with connected(address, cpus=processes * setup.threads):
         import ray
 
-        actor = ray.remote(
-            num_cpus=setup.threads, max_restarts=RESTARTS, max_task_retries=RESTARTS, max_concurrency=1
-        )(RemoteSolver)
+        actor = ray.remote(num_cpus=setup.threads, max_restarts=RESTARTS, max_task_retries=RESTARTS, max_concurrency=1)(
+            RemoteSolver
+        )
         yield from solve_with([_Actor(actor.remote(setup, sha256, versions())) for _ in range(processes)], jobs)
 
 

@@ -11,8 +11,8 @@ from expertshare.evaluation.generated import DEFAULT_COUNT, DEFAULT_GEN_LENGTH, 
 from expertshare.evaluation.harness import BENCHMARKS, HarnessSource
 from expertshare.evaluation.harness.loading import installed_version
 from expertshare.evaluation.items import TaskSource
+from expertshare.lab.tasks import TASKS
 from expertshare.models import LoadedModel
-from expertshare.tasks import TASKS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

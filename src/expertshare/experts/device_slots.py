@@ -33,9 +33,7 @@ class DeviceSlots(Generic[T]):
 
     usable_at_once = False
 
-    def __init__(
-        self, form: SlabFormat, num_slots: int, *, transfer: DeviceTransfer[T], num_kept: int = 0
-    ) -> None:
+    def __init__(self, form: SlabFormat, num_slots: int, *, transfer: DeviceTransfer[T], num_kept: int = 0) -> None:
         with torch.inference_mode(False):  # readers write into these, and they are not in that mode
             self._slabs_SB = transfer.slots(num_slots, form.slab_bytes)
             self.bank = form.bank(self._slabs_SB)

@@ -39,9 +39,7 @@ class StoreOptions:
         return {"memory": str(self.memory), "direct": self.direct, "prefetch": self.prefetch, **host}
 
 
-def open_store(
-    directory: Path, layout: ExpertLayout, options: StoreOptions, device: torch.device = CPU
-) -> SlabStore:
+def open_store(directory: Path, layout: ExpertLayout, options: StoreOptions, device: torch.device = CPU) -> SlabStore:
     """A store over a converted model, for a model on `device`; the caller closes it. Raises ConfigError,
     ExpertMemoryError, CheckpointError."""
     memory = options.memory

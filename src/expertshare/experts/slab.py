@@ -187,7 +187,9 @@ class SlabFormat:
         tensors = {name.removeprefix(prefix): view for name, view in views.items() if name.startswith(prefix)}
         depth = self.hidden if projection == "gate_up" else self.inner
         return QuantisedWeight(
-            **{"minima_EPG": None, **tensors}, bits=self.bits, group_size=self.group_size or depth  # type: ignore[arg-type]
+            **{"minima_EPG": None, **tensors},  # type: ignore[arg-type]
+            bits=self.bits,
+            group_size=self.group_size or depth,
         )
 
 

@@ -160,9 +160,7 @@ def _check(*tensors: Tensor) -> None:
         )
 
 
-def _check_heads(
-    qkv_BSHD: Tensor, num_heads: int, scales: tuple[Tensor, Tensor], tables: tuple[Tensor, Tensor]
-) -> int:
+def _check_heads(qkv_BSHD: Tensor, num_heads: int, scales: tuple[Tensor, Tensor], tables: tuple[Tensor, Tensor]) -> int:
     """The number of heads of keys, and of values."""
     if qkv_BSHD.dim() != 4 or not qkv_BSHD.is_contiguous() or 0 in qkv_BSHD.shape[2:]:
         raise ConfigError(

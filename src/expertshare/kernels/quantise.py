@@ -150,9 +150,7 @@ def _words(part: Tensor) -> Tensor:
     return part.contiguous().view(torch.int32) if part.element_size() == 1 else part
 
 
-def _quantised_rows(
-    weight: Tensor, scheme: Scheme, clips: tuple[float, ...]
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _quantised_rows(weight: Tensor, scheme: Scheme, clips: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and minima, row by row."""
     if weight.dtype not in (torch.float32, torch.bfloat16) or weight.dim() < 2:
         raise ConfigError(f"expected float32 or bfloat16 [..., rows, depth], got {weight.dtype} {tuple(weight.shape)}.")

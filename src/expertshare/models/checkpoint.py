@@ -72,9 +72,7 @@ def _opened(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a safetensors file ({error}): download it again"
-        ) from error
+        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}): download it again") from error
 
 
 def choose_places(family: Family, config: ModelConfig, names: Iterable[str]) -> Sequence[Place]:

@@ -83,9 +83,7 @@ class MoETransformer(nn.Module):
         """Dtype of the weights and activations."""
         return self.norm.weight.dtype
 
-    def forward(
-        self, inputs: ForwardInput, runtime: Runtime, past: Sequence[Past] | None = None
-    ) -> ForwardOutput:
+    def forward(self, inputs: ForwardInput, runtime: Runtime, past: Sequence[Past] | None = None) -> ForwardOutput:
         """Run all layers; `past` holds the keys and values of finished blocks, one entry per layer."""
         x_BSD = self.embed(inputs.tokens_BS)
         cos, sin = rotary_tables(inputs.positions_BS, self.config)

@@ -145,6 +145,7 @@ def _state_routes(engine: Engine, metrics: ServerMetrics) -> APIRouter:
 
 def add_handlers(app: FastAPI) -> None:
     """Every error becomes a refusal as OpenAI's clients know it, and none tells how the server is made."""
+
     @app.exception_handler(ExpertShareError)
     async def refuse(_request: Request, error: ExpertShareError) -> Response:
         return refusal_of(error).response()

@@ -62,9 +62,11 @@ class _Sampling(_Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    stop: Annotated[str, Field(min_length=1)] | Annotated[
-        list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)
-    ] | None = None
+    stop: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOPS)]
+        | None
+    ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     expert_policy: Annotated[str, Field(max_length=1000)] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenizers import Tokenizer
 
-from expertshare.tasks.tokenizer import ASSISTANT, EOS, MASK, PAD, USER
+from expertshare.lab.tasks.tokenizer import ASSISTANT, EOS, MASK, PAD, USER
 from expertshare.training.objective import Sample
 
 

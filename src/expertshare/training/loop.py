@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertshare.errors import TrainingError
+from expertshare.lab.tasks.generation import iterate_items
 from expertshare.models.moe import MoE
 from expertshare.models.runtime import Runtime
 from expertshare.models.transformer import MoETransformer
 from expertshare.routing import make_policy
-from expertshare.tasks.generation import iterate_items
 from expertshare.training.config import TrainingConfig
 from expertshare.training.muon import Muon
 from expertshare.training.objective import NoiseSettings, Sample, TrainingBatch, training_batches

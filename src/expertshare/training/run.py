@@ -12,9 +12,9 @@ import torch
 
 from expertshare.config import ModelConfig
 from expertshare.errors import TrainingError
+from expertshare.lab.tasks.tokenizer import build_tokenizer, save_tokenizer
 from expertshare.models import save_model
 from expertshare.models.transformer import MoETransformer, initialise
-from expertshare.tasks.tokenizer import build_tokenizer, save_tokenizer
 from expertshare.training.config import TrainingConfig, reference_architecture
 from expertshare.training.encode import ChatEncoder
 from expertshare.training.loop import StepResult, Trainer, train

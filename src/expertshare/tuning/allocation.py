@@ -62,9 +62,7 @@ def measure_sensitivity(
         for setting in settings:
             mixed = tuple(setting if n == layer else vanilla for n in range(num_layers))
             seen = replay.measure(Layerwise(layers=mixed))
-            options.append(
-                LayerOption(policy=setting, unique_experts=seen.by_layer[layer], divergence=seen.divergence)
-            )
+            options.append(LayerOption(policy=setting, unique_experts=seen.by_layer[layer], divergence=seen.divergence))
             if on_measured is not None:
                 on_measured()
         layers.append(tuple(options))

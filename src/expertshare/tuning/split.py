@@ -9,7 +9,7 @@ from typing import Literal
 from expertshare.errors import InputError
 from expertshare.evaluation import PolicyRun, judge
 from expertshare.evaluation.accuracy import check_scorable, is_scorable
-from expertshare.tasks import PromptRecord
+from expertshare.lab.tasks import PromptRecord
 from expertshare.tuning.options import Quality
 
 Judged = Literal["accuracy", "agreement"]

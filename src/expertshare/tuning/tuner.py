@@ -9,10 +9,10 @@ from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError
 from expertshare.evaluation import Setup, encode_prompts
 from expertshare.kernels import resolve_backend
+from expertshare.lab.tasks import PromptRecord
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, Runtime
 from expertshare.routing import make_policy
-from expertshare.tasks import PromptRecord
 from expertshare.tuning.certificate import PairedCounts, chance_to_pass, p_value
 from expertshare.tuning.chain import around, best_chain, find_edge, thin_front
 from expertshare.tuning.fingerprint import prompts_fingerprint

@@ -8,9 +8,9 @@ from typing import Any
 
 from expertshare.decoding import BlockResult, DecodingOptions
 from expertshare.evaluation import PolicyRun, Setup, answer_prompts, encode_prompts, policy_label
+from expertshare.lab.tasks import PromptRecord
 from expertshare.models import LoadedModel
 from expertshare.routing import make_policy
-from expertshare.tasks import PromptRecord
 from expertshare.tuning.certificate import PairedCounts, lower_bound, p_value
 from expertshare.tuning.policy_file import policy_json
 from expertshare.tuning.split import Judged, right_answers

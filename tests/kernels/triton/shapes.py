@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from expertshare.bench import CASES
 from expertshare.config import RouterSpec
+from expertshare.lab.bench import CASES
 
 TINY_LLADA2 = CASES["tiny"].config
 TINY_LLADA_MOE = replace(

@@ -70,9 +70,7 @@ def answered(decoder: BlockDecoder, prompts: Sequence[Sequence[int]]) -> tuple[l
     return blocks, generation.cost, generation.uncaptured_because
 
 
-@pytest.mark.parametrize(
-    ("policy", "num_rows"), [("vanilla", 1), ("vanilla", 2), ("des-vote", 2), ("block-top-p", 1)]
-)
+@pytest.mark.parametrize(("policy", "num_rows"), [("vanilla", 1), ("vanilla", 2), ("des-vote", 2), ("block-top-p", 1)])
 @pytest.mark.parametrize("family", CONFIGS)
 def test_answers_equal_those_of_the_ordinary_loop(
     family: str, policy: str, num_rows: int, device: torch.device

@@ -16,9 +16,7 @@ from .test_selection import selected, tied_scores
 
 
 @pytest.mark.parametrize("policy_name", WITH_RECIPE)
-def test_selection_keeps_the_contract(
-    policy_name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_selection_keeps_the_contract(policy_name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """One router rule for each policy in the interpreter, all of them on a GPU."""
 
     def by_triton(

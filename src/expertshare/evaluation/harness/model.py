@@ -93,9 +93,7 @@ class ExpertShareLM(LM):  # type: ignore[misc]
         del requests, disable_tqdm
         raise InputError(f"loglikelihood_rolling was asked for: {NO_LIKELIHOOD}")
 
-    def apply_chat_template(
-        self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
-    ) -> str:
+    def apply_chat_template(self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as text, by the checkpoint's template."""
         tokenizer = self.solver.loaded.tokenizer
         if tokenizer is None or tokenizer.chat_template is None:

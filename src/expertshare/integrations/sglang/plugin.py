@@ -57,9 +57,7 @@ class SelectExperts:
         if num_token_non_padded is not None:
             live = torch.arange(len(router_logits), device=router_logits.device) < num_token_non_padded
 
-        def chosen(
-            hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool
-        ) -> tuple[Tensor, Tensor]:
+        def chosen(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor]:
             del hidden_states, topk, renormalize  # of the same configuration
             return route_batch(gating_output, spec, self.settings, bias_E=bias, live_T=live)
 

@@ -135,9 +135,7 @@ class Handle:
             metrics.record(index, call, choice)
 
 
-def _set_experts(
-    model: Any, sites: Sequence[RouterSite], implementation: str | None
-) -> dict[str, str | None] | None:
+def _set_experts(model: Any, sites: Sequence[RouterSite], implementation: str | None) -> dict[str, str | None] | None:
     """Returns what was set before, None where nothing is to be set."""
     if implementation is None:
         return None

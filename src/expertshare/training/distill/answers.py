@@ -81,9 +81,7 @@ def _parse(line: bytes, place: str) -> StoredAnswer:
         raise TrainingError(f"{place}: expected a stored answer, got {line[:60]!r}: use another folder") from error
 
 
-def check_answerable(
-    loaded: LoadedModel, prompts: Sequence[str], options: DecodingOptions, *, batch_size: int
-) -> None:
+def check_answerable(loaded: LoadedModel, prompts: Sequence[str], options: DecodingOptions, *, batch_size: int) -> None:
     """Raise InputError unless the model can be asked all of `prompts`. options: resolved for the model."""
     if loaded.tokenizer is None:
         raise InputError(f"{loaded.path} has no tokenizer: put the model's tokenizer.json there")

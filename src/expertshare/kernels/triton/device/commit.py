@@ -66,9 +66,7 @@ def commit_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, LP)
-    at, masked, is_open, wanted = _block(
-        masked_ptr, frozen_ptr, control_ptr, edited_ptr, row, place, capacity, LENGTH
-    )
+    at, masked, is_open, wanted = _block(masked_ptr, frozen_ptr, control_ptr, edited_ptr, row, place, capacity, LENGTH)
     there = place < LENGTH
     token = tl.load(tokens_ptr + at, mask=there, other=0)
     proposed = tl.load(proposed_ptr + row * LENGTH + place, mask=there, other=0)
@@ -77,9 +75,7 @@ def commit_kernel(
     rank = tl.zeros((LP,), tl.int32)
     for begin in range(0, LP, AT_A_TIME):
         other = begin + tl.arange(0, AT_A_TIME)
-        _, other_masked, _, _ = _block(
-            masked_ptr, frozen_ptr, control_ptr, edited_ptr, row, other, capacity, LENGTH
-        )
+        _, other_masked, _, _ = _block(masked_ptr, frozen_ptr, control_ptr, edited_ptr, row, other, capacity, LENGTH)
         theirs = tl.load(sure_ptr + row * LENGTH + other, mask=other_masked, other=-float("inf"))
         ahead = theirs[None, :] > confidence[:, None]
         ahead = ahead | ((theirs[None, :] == confidence[:, None]) & (other[None, :] < place[:, None]))

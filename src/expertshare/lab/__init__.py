@@ -1,0 +1,1 @@
+"""The laboratory: what researches, measures and demonstrates. The engine imports none of it."""

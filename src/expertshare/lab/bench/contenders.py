@@ -1,0 +1,192 @@
+"""Who takes part in `bench experts`: ours, and what people would use instead, all on the very same weights."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from expertshare import native
+from expertshare.errors import ConfigError, nearest
+from expertshare.kernels import moe_ffn
+from expertshare.kernels.triton import unavailable_reason as no_triton
+from expertshare.lab.bench.cases import Case
+from expertshare.types import Bank, ExpertBank, RoutingPlan
+
+Run = Callable[[int, Tensor, RoutingPlan], Tensor]
+"""run(layer, x_TD, plan) -> y_TD."""
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contender:
+    """build: makes a Run over layers of weights without copying them. missing: why it cannot take part here, or None.
+    copies_weights: it keeps a copy of its own, which counts as memory. quantisation: a name of QUANTISATIONS; its
+    layers are then QuantisedBanks, which count as memory too. only_on: a kind of device, None: any. host_bound: it
+    waits for the GPU between its kernels, so that no graph can hold it.
+    """
+
+    build: Callable[[Sequence[Any], Case], Run]
+    missing: Callable[[], str | None] = lambda: None
+    copies_weights: bool = False
+    quantisation: str | None = None
+    only_on: str | None = None
+    host_bound: bool = False
+    about: str
+
+    def absent(self, device: torch.device) -> str | None:
+        """Why it cannot take part on this device, or None."""
+        if self.only_on not in (None, device.type):
+            return f"runs on {self.only_on} only"
+        return self.missing()
+
+
+def contenders(names: Sequence[str] | None, device: torch.device = CPU) -> dict[str, Contender]:
+    """Those called `names`, in that order, or all that are made for the device. ConfigError for an unknown name."""
+    for name in names or ():
+        if name not in CONTENDERS:
+            raise ConfigError(f"unknown contender {name!r}. {nearest(name, CONTENDERS)}")
+    made_for_it = [name for name, entrant in CONTENDERS.items() if entrant.only_on in (None, device.type)]
+    return {name: CONTENDERS[name] for name in (names or made_for_it)}
+
+
+def _ours(backend: str) -> Callable[[Sequence[Bank], Case], Run]:
+    def build(banks: Sequence[Bank], case: Case) -> Run:
+        del case  # a plan and a bank say everything
+        return lambda layer, x_TD, plan: moe_ffn(x_TD, plan, banks[layer], backend=backend)
+
+    return build
+
+
+def _torch_loop(banks: Sequence[ExpertBank], case: Case) -> Run:
+    """What one writes first: for every expert in use, two matrix products over its tokens."""
+    del case
+
+    def run(layer: int, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        bank, y_TD = banks[layer], torch.zeros_like(x_TD, dtype=torch.float32)
+        for expert in plan.active_E.nonzero().flatten().tolist():
+            token_R, slot_R = torch.where(plan.expert_ids_TK == expert)
+            gate_RF, up_RF = F.linear(x_TD[token_R], bank.gate_up_EHD[expert]).chunk(2, dim=-1)
+            out_RD = F.linear(F.silu(gate_RF) * up_RF, bank.down_EDF[expert])
+            y_TD.index_add_(0, token_R, out_RD.float() * plan.weights_TK[token_R, slot_R].unsqueeze(-1))
+        return y_TD.to(x_TD.dtype)
+
+    return run
+
+
+def _torch_grouped_mm(banks: Sequence[ExpertBank], case: Case) -> Run:
+    """torch's grouped matrix product with the least around it: one sort, one gather, one weighted sum."""
+    del case
+
+    def run(layer: int, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        bank, num_experts = banks[layer], len(plan.active_E)
+        expert_P, order_P = plan.expert_ids_TK.flatten().sort()
+        experts_E = torch.arange(num_experts, device=expert_P.device)
+        ends_E = torch.searchsorted(expert_P, experts_E, right=True, out_int32=True)  # bincount waits for a GPU
+        token_P = order_P // plan.expert_ids_TK.shape[1]
+        hidden = F.grouped_mm(x_TD[token_P], bank.gate_up_EHD.transpose(1, 2), offs=ends_E)
+        gate_PF, up_PF = hidden.chunk(2, dim=-1)
+        out_PD = F.grouped_mm(F.silu(gate_PF) * up_PF, bank.down_EDF.transpose(1, 2), offs=ends_E)
+        weighted_PD = out_PD.float() * plan.weights_TK.flatten()[order_P].unsqueeze(-1)
+        return torch.zeros_like(x_TD, dtype=torch.float32).index_add_(0, token_P, weighted_PD).to(x_TD.dtype)
+
+    return run
+
+
+def _transformers(implementation: str) -> Callable[[Sequence[ExpertBank], Case], Run]:
+    """transformers' own experts module. It gets its weights in the tokens' dtype, as its own router gives them."""
+
+    def build(banks: Sequence[ExpertBank], case: Case) -> Run:
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+        config = Qwen3MoeConfig(
+            hidden_size=case.config.hidden_size,
+            moe_intermediate_size=case.config.expert_hidden,
+            num_experts=case.config.router.num_experts,
+            num_experts_per_tok=case.config.router.top_k,
+            hidden_act="silu",
+        )
+        config._experts_implementation = implementation
+        modules: list[nn.Module] = []
+        for bank in banks:
+            with torch.device("meta"):
+                module = Qwen3MoeExperts(config)  # type: ignore[no-untyped-call]
+            module.gate_up_proj = nn.Parameter(bank.gate_up_EHD, requires_grad=False)
+            module.down_proj = nn.Parameter(bank.down_EDF, requires_grad=False)
+            modules.append(module)
+
+        def run(layer: int, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+            y_TD: Tensor = modules[layer](x_TD, plan.expert_ids_TK, plan.weights_TK.to(x_TD.dtype))
+            return y_TD
+
+        return run
+
+    return build
+
+
+def _zentorch(banks: Sequence[ExpertBank], case: Case) -> Run:
+    """AMD's fused layer. Some of its versions are wrong when routing changes between calls; hence the checks."""
+    del case
+    importlib.import_module("zentorch")
+    fused = torch.ops.zentorch.zentorch_fused_moe
+
+    def run(layer: int, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
+        bank, y_TD = banks[layer], torch.empty_like(x_TD)
+        ids_TK = plan.expert_ids_TK.to(torch.int32)
+        fused(y_TD, x_TD, bank.gate_up_EHD, bank.down_EDF, None, None, plan.weights_TK, ids_TK, False, "silu")
+        return y_TD
+
+    return run
+
+
+def _zentorch_missing() -> str | None:
+    if importlib.util.find_spec("zentorch") is None:
+        return "not installed: pip install zentorch, for processors that it supports"
+    return None
+
+
+CONTENDERS: dict[str, Contender] = {
+    **{
+        name: Contender(
+            build=_ours("cpu"),
+            missing=native.unavailable_reason,
+            quantisation=form,
+            only_on="cpu",
+            about=f"our kernel{told}",
+        )
+        for name, form, told in (("cpu", None, ""), ("cpu-int8", "int8", ", int8"), ("cpu-int4", "int4", ", 4 bits"))
+    },
+    **{
+        name: Contender(
+            build=_ours("triton"), missing=no_triton, quantisation=form, only_on="cuda", about=f"our GPU kernels{told}"
+        )
+        for name, form, told in (
+            ("triton", None, ""),
+            ("triton-int8", "int8", ", int8"),
+            ("triton-int4", "int4", ", 4 bits"),
+        )
+    },
+    "grouped": Contender(build=_ours("grouped"), about="our torch path, which works everywhere"),
+    "torch": Contender(build=_torch_loop, host_bound=True, about="a loop over experts in plain torch"),
+    "torch-grouped-mm": Contender(build=_torch_grouped_mm, about="F.grouped_mm with the least around it"),
+    "transformers-eager": Contender(
+        build=_transformers("eager"), host_bound=True, about="transformers' experts, its eager loop"
+    ),
+    "transformers-grouped-mm": Contender(
+        build=_transformers("grouped_mm"), about="transformers' experts over grouped_mm, its default"
+    ),
+    "zentorch": Contender(
+        build=_zentorch,
+        missing=_zentorch_missing,
+        copies_weights=True,
+        only_on="cpu",
+        about="AMD's fused layer, where installed",
+    ),
+}

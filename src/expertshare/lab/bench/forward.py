@@ -1,0 +1,337 @@
+"""`bench forward`: one denoising forward of a few full-width layers with the head, under several policies."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertshare import native
+from expertshare.config import ModelConfig
+from expertshare.decoding.cache import KeyValueCache, Room
+from expertshare.errors import ConfigError, InputError, nearest
+from expertshare.kernels import BACKENDS
+from expertshare.lab.bench.cases import Case
+from expertshare.lab.bench.concentration import concentrate
+from expertshare.lab.bench.forward_bound import forward_bound_ms, forward_work
+from expertshare.lab.bench.gpu import take_turns_on_gpu
+from expertshare.lab.bench.machine import MULTIPLY, READ, Yardstick, dtype_name
+from expertshare.lab.bench.peer_models import IMPLEMENTATIONS, build_peer, peer_cache, peer_logits
+from expertshare.lab.bench.timing import interleave, spread
+from expertshare.lab.bench.weights import check_memory, model_bytes, random_model
+from expertshare.measure.clock import PartClock
+from expertshare.models import ForwardInput, LayerKeyValues, MoETransformer, Runtime
+from expertshare.routing import make_policy
+from expertshare.types import RoutingPolicy
+
+CPU = torch.device("cpu")
+GROSSLY_WRONG = 0.5
+"""Relative difference of logits from the reference above which a contender is not timed. bfloat16 alone moves some
+tokens to other experts, each a visible difference; exact agreement in float32 is what the tests check."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ForwardSettings:
+    """unique: experts per block and layer that vanilla routing should use (None: routers left random). context:
+    cached positions. masked: rows that the head runs on (None: the whole block)."""
+
+    num_layers: int = 4
+    tokens: int | None = None
+    context: int = 256
+    unique: int | None = None
+    masked: int | None = None
+    dtype: torch.dtype = torch.bfloat16
+    repeats: int = 10
+    warmup: int = 2
+    seed: int = 0
+    memory_bytes: int = 8 * 10**9
+    device: torch.device = CPU
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One block behind a random cache, in whose room it puts its own keys and values as decoding does. past: what is
+    in the cache, for peers that keep one of their own; empty without context."""
+
+    model: MoETransformer
+    inputs: ForwardInput
+    rooms: tuple[Room, ...]
+    past: tuple[LayerKeyValues, ...]
+    masked: int
+
+
+@dataclass(slots=True)
+class Ours:
+    """Our model under one policy and backend; remembers where the time of every call went."""
+
+    scene: Scene
+    policy: RoutingPolicy
+    backend: str
+    parts_s: list[dict[str, float]] = field(default_factory=list)
+    group_experts_NG: Tensor | None = None
+
+    def __call__(self, turn: int = 0) -> Tensor:
+        """Best tokens of the masked rows [masked] with their probabilities, as a step of decoding needs them."""
+        del turn  # every call is the same block
+        if self.scene.model.device.type != "cpu":
+            return self._step(Runtime(policy=self.policy, backend=self.backend))
+        clock = PartClock()
+        runtime = Runtime(policy=self.policy, backend=self.backend, clock=clock)
+        start = time.perf_counter()
+        tokens_R = self._step(runtime)
+        self.parts_s.append(clock.shares(time.perf_counter() - start))
+        return tokens_R
+
+    def _step(self, runtime: Runtime) -> Tensor:
+        scene = self.scene
+        output = scene.model(scene.inputs, runtime, scene.rooms)
+        with runtime.timed("head"):
+            hidden_RD = output.hidden_BSD[0, : scene.masked]
+            tokens_R, _ = scene.model.best_tokens(hidden_RD, [scene.model.config.mask_id], backend=self.backend)
+        self.group_experts_NG = output.routing.group_experts_NG
+        return tokens_R
+
+    def logits(self) -> Tensor:
+        """Logits of the masked rows [masked, V]."""
+        scene = self.scene
+        output = scene.model(scene.inputs, Runtime(policy=self.policy, backend=self.backend), scene.rooms)
+        return scene.model.logits(output.hidden_BSD[0, : scene.masked], backend=self.backend)
+
+    def to_json(self, repeats: int) -> dict[str, Any]:
+        """Medians over the last `repeats` calls; on a GPU, whose parts the host cannot time, unique experts alone."""
+        assert self.group_experts_NG is not None
+        unique = self.group_experts_NG.float().mean(dim=1).tolist()
+        counted = {"unique_experts": statistics.fmean(unique), "unique_experts_by_layer": unique}
+        if not self.parts_s:
+            return counted
+        timed = self.parts_s[-repeats:]
+        parts = {part: 1e3 * statistics.median(call[part] for call in timed) for part in timed[0]}
+        return {
+            **counted,
+            "ms_by_part": parts,
+            "router_over_experts": parts["router"] / parts["experts"] if parts["experts"] > 0 else None,
+        }
+
+
+def bench_forward(
+    name: str,
+    case: Case,
+    policies: Mapping[str, RoutingPolicy],
+    backends: Sequence[str] | None,
+    settings: ForwardSettings,
+    on_progress: Callable[[str], None] = lambda _: None,
+    yardstick: Yardstick | None = None,
+) -> dict[str, Any]:
+    """Returns {"forwards": points, "left_out": who was not timed and why, "scene": what was run}.
+
+    backends: ours and peers, None for all that are there. Peers run vanilla routing only. yardstick: takes its turns
+    between the calls on a CPU, whose limits are then given, with the bounds that follow. Raises InputError where the
+    model does not fit, ConfigError or PolicyError for names and knobs that cannot be used.
+    """
+    chosen = forward_backends(backends, settings.device)
+    config = case.stack(settings.num_layers)
+    check_memory(model_bytes(config, settings.dtype), settings.memory_bytes, "this model", "measure fewer --layers")
+    bound = {label: policy.bind(config.router) for label, policy in policies.items()}
+    with torch.no_grad():
+        on_progress(f"{name}: filling weights")
+        scene = _scene(config, case, settings)
+        calls: dict[tuple[str, str], Callable[[int], Tensor]] = {}
+        for backend in chosen:
+            if backend in IMPLEMENTATIONS:
+                assert case.peer is not None  # stack() refused it
+                peer = build_peer(scene.model, case.peer, IMPLEMENTATIONS[backend])
+                calls[backend, "vanilla"] = _peer_call(scene, peer)
+            else:
+                calls |= {(backend, label): Ours(scene, policy, backend) for label, policy in bound.items()}
+        on_progress(f"{name}: verifying")
+        agreement = _agreement(calls, bound, scene)
+        right = {key: call for key, call in calls.items() if agreement[key]["difference"] <= GROSSLY_WRONG}
+        on_progress(f"{name}: timing {len(right)} contenders")
+        timed: dict[str, Callable[[int], object]] = {"\n".join(key): call for key, call in right.items()}
+        if yardstick is not None:
+            timed = {READ: yardstick.read, MULTIPLY: yardstick.multiply, **timed}
+        seconds, captured = _timed(timed, settings)
+    points = []
+    for (backend, label), call in right.items():
+        own = call.to_json(settings.repeats) if isinstance(call, Ours) else {}
+        figures = spread(seconds[f"{backend}\n{label}"]).to_json()
+        told: dict[str, Any] = {"captured": captured[f"{backend}\n{label}"]} if captured else {}
+        told |= {**figures, **own, **agreement[backend, label]}
+        points.append({"case": name, "backend": backend, "policy": label, **told})
+    _add_ratios(points)
+    limits = {} if yardstick is None else _add_bounds(points, config, scene, settings, yardstick, seconds)
+    limit = f"of their norm, allowed {GROSSLY_WRONG:g}; not timed"
+    wrong = [
+        {"backend": key[0], "policy": key[1], "reason": f"wrong: logits differ by {found['difference']:.2g} {limit}"}
+        for key, found in agreement.items()
+        if key not in right
+    ]
+    absent = [
+        {"backend": backend, "policy": None, "reason": reason}
+        for backend in (backends or ("cpu",))
+        if backend == "cpu" and (reason := native.unavailable_reason()) is not None
+    ]
+    return {**limits, "forwards": points, "left_out": wrong + absent, "scene": _told(config, scene, settings)}
+
+
+def _timed(
+    calls: Mapping[str, Callable[[int], object]], settings: ForwardSettings
+) -> tuple[dict[str, list[float]], dict[str, bool]]:
+    """Seconds of each call, and on a GPU whether it ran inside a graph."""
+    if settings.device.type == "cpu":
+        return interleave(calls, repeats=settings.repeats, warmup=settings.warmup), {}
+    eager = [name for name in calls if name.startswith("transformers-eager")]
+    times = take_turns_on_gpu(calls, turns=1, repeats=settings.repeats, warmup=settings.warmup, host_bound=eager)
+    return times.seconds, times.captured
+
+
+def forward_backends(names: Sequence[str] | None, device: torch.device = CPU) -> list[str]:
+    """Names that are there: by default our fast ones and transformers. ConfigError for an unknown one."""
+    known = [*BACKENDS, *IMPLEMENTATIONS]
+    for name in names or ():
+        if name not in known:
+            raise ConfigError(f"unknown backend {name!r}. {nearest(name, known)}")
+    wanted = names or ["cpu" if device.type == "cpu" else "triton", "grouped", *IMPLEMENTATIONS]
+    return [name for name in wanted if name != "cpu" or native.available()]
+
+
+def _scene(config: ModelConfig, case: Case, settings: ForwardSettings) -> Scene:
+    length = settings.tokens or case.tokens
+    masked = length if settings.masked is None else settings.masked
+    if not 1 <= masked <= length:
+        raise InputError(f"masked rows must lie in 1..{length}, the tokens of a block, got {masked}")
+    if settings.context < 0 or settings.context + length > config.max_positions:
+        raise InputError(f"context must lie in 0..{config.max_positions - length}, got {settings.context}")
+    spec = config.router
+    most = min(spec.num_experts, length * spec.top_k)
+    if settings.unique is not None and not spec.top_k <= settings.unique <= most:
+        raise InputError(
+            f"unique experts must lie in {spec.top_k}..{most} for {length} tokens of {spec.top_k} experts each, got "
+            f"{settings.unique}"
+        )
+    device = settings.device
+    model = random_model(config, settings.dtype, settings.seed).to(device)
+    generator = torch.Generator().manual_seed(settings.seed)
+    rooms = _filled_rooms(config, settings, settings.context + length, generator)
+    past = tuple(LayerKeyValues(*room.reach(0)) for room in rooms) if settings.context else ()
+    inputs = ForwardInput(
+        tokens_BS=torch.randperm(config.vocab_size, generator=generator)[:length].unsqueeze(0).to(device),
+        positions_BS=torch.arange(settings.context, settings.context + length, device=device).unsqueeze(0),
+        live_BS=torch.ones(1, length, dtype=torch.bool, device=device),
+        mask_BSP=None,
+        block_length=length,
+    )
+    scene = Scene(model, inputs, rooms, past, masked)
+    if settings.unique is not None:
+        concentrate(model, inputs, scene.rooms, unique=settings.unique, seed=settings.seed)
+    return scene
+
+
+def _filled_rooms(
+    config: ModelConfig, settings: ForwardSettings, capacity: int, generator: torch.Generator
+) -> tuple[Room, ...]:
+    """A decoder's cache with `context` random positions, and the place behind them."""
+    cache = KeyValueCache(config, num_rows=1, capacity=capacity, dtype=settings.dtype, device=settings.device)
+    rooms = cache.rooms([0], [settings.context])
+    for room in rooms:
+        for finished in room.reach(0):
+            finished.copy_(torch.randn(finished.shape, generator=generator))
+    return rooms
+
+
+def _peer_call(scene: Scene, peer: Any) -> Callable[[int], Tensor]:
+    """A forward with transformers' cache, and the step back that a denoising loop needs after it. Its class has no
+    way to run the head on some rows only."""
+    cache, inputs = peer_cache(peer, scene.past), scene.inputs
+    length = inputs.tokens_BS.shape[1]
+    seen = int(inputs.positions_BS[0, -1]) + 1
+    mask_BSP = torch.ones(1, length, seen, dtype=torch.bool, device=inputs.tokens_BS.device)
+
+    def call(turn: int) -> Tensor:
+        del turn
+        logits = peer_logits(peer, inputs.tokens_BS, inputs.positions_BS, mask_BSP, cache)
+        cache.crop(-length)
+        return logits[0, : scene.masked]
+
+    return call
+
+
+def _agreement(
+    calls: Mapping[tuple[str, str], Callable[[int], Tensor]], policies: Mapping[str, RoutingPolicy], scene: Scene
+) -> dict[tuple[str, str], dict[str, float]]:
+    """How near each one's logits are to those of our torch path under the same policy."""
+    found = {}
+    for label in dict.fromkeys(label for _, label in calls):
+        policy = policies.get(label)
+        if policy is None:  # peers run vanilla even where nobody asked us to
+            policy = make_policy("vanilla").bind(scene.model.config.router)
+        expected = Ours(scene, policy, "grouped").logits().float()
+        for key, call in calls.items():
+            if key[1] != label:
+                continue
+            logits = (call.logits() if isinstance(call, Ours) else call(0)).float()
+            found[key] = {
+                "difference": float((logits - expected).norm() / expected.norm()),
+                "same_argmax": float((logits.argmax(-1) == expected.argmax(-1)).float().mean()),
+            }
+    return found
+
+
+def _add_ratios(points: list[dict[str, Any]]) -> None:
+    """Speed against the peers and against vanilla in the same backend."""
+    by_key = {(point["backend"], point["policy"]): point["ms"] for point in points}
+    for point in points:
+        others = {
+            name: by_key[name, "vanilla"] / point["ms"] for name in IMPLEMENTATIONS if (name, "vanilla") in by_key
+        }
+        if (point["backend"], "vanilla") in by_key:
+            others["vanilla"] = by_key[point["backend"], "vanilla"] / point["ms"]
+        point["faster_than"] = others
+
+
+def _add_bounds(
+    points: Sequence[dict[str, Any]],
+    config: ModelConfig,
+    scene: Scene,
+    settings: ForwardSettings,
+    yardstick: Yardstick,
+    seconds: Mapping[str, list[float]],
+) -> dict[str, float]:
+    """Give every forward whose experts were counted its bound; returns the limits, as results have them."""
+    yardstick.note(seconds[READ], seconds[MULTIPLY])
+    peaks = yardstick.peaks()
+    tokens = scene.inputs.tokens_BS.shape[1]
+    for point in points:
+        if "unique_experts_by_layer" not in point:
+            continue
+        work = forward_work(
+            config,
+            tokens=tokens,
+            seen=settings.context + tokens,
+            masked=scene.masked,
+            unique_by_layer=point["unique_experts_by_layer"],
+            itemsize=settings.dtype.itemsize,
+        )
+        by_part = forward_bound_ms(work, peaks)
+        bound = sum(by_part.values())
+        point |= {"bound_ms": bound, "bound_ms_by_part": by_part, "share_of_bound": bound / point["ms"]}
+    return {"bandwidth_gb_per_s": peaks.bytes_per_s / 1e9, "peak_gmac_per_s": peaks.macs_per_s / 1e9}
+
+
+def _told(config: ModelConfig, scene: Scene, settings: ForwardSettings) -> dict[str, Any]:
+    return {
+        "num_layers": config.num_layers,
+        "num_moe_layers": config.num_moe_layers,
+        "tokens": scene.inputs.tokens_BS.shape[1],
+        "masked": scene.masked,
+        "context": settings.context,
+        "unique_requested": settings.unique,
+        "dtype": dtype_name(settings.dtype),
+        "seed": settings.seed,
+        "weights": "random, the same tensors for all; routers concentrated by one direction per layer",
+    }

@@ -1,0 +1,141 @@
+"""Pictures of benchmarks: latency against unique experts, roofline, time by part, throughput."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from expertshare.errors import InputError
+from expertshare.lab.plots.style import COLOURS, INK, check_plot_path, frame, literal, new_figure, save
+
+PANEL_WIDTH, PANEL_HEIGHT = 6.4, 4.4
+MARKERS = "osv"  # by turns of the colours
+BOUND_STYLES = ("--", ":", "-.")
+Point = Mapping[str, Any]
+Look = tuple[str, str]  # colour, marker
+
+
+def plot_bench(results: Mapping[str, Any], path: str | Path) -> None:
+    """Draw what `expertshare bench` measured: `results` is its JSON line, or "results" of its report.
+
+    experts: a panel of latency for each case, and one roofline of all. forward: time by part. generate: tokens per
+    second. Raises InputError for results without any measurement, or a path that cannot be written.
+    """
+    check_plot_path(path)
+    if results.get("cases"):
+        _plot_experts(results, path)
+    elif results.get("forwards"):
+        _plot_forwards(results["forwards"], path)
+    elif results.get("generations"):
+        _plot_generations(results["generations"], path)
+    else:
+        raise InputError("expected measurements to draw, got none: see why contenders were left out")
+
+
+def _plot_experts(results: Mapping[str, Any], path: str | Path) -> None:
+    points: Sequence[Point] = results["cases"]
+    cases = list(dict.fromkeys((point["case"], point["tokens"]) for point in points))
+    looks = _looks(point["backend"] for point in points)
+    figure = new_figure(PANEL_WIDTH * (len(cases) + 1), PANEL_HEIGHT)
+    panels = figure.subplots(1, len(cases) + 1)
+    for axes, (case, tokens) in zip(panels, cases, strict=False):
+        mine = [point for point in points if (point["case"], point["tokens"]) == (case, tokens)]
+        _draw_latency(axes, mine, looks)
+        frame(axes, title=f"{case}, {tokens} tokens", x="unique experts", y="ms per layer (bars: quartiles)")
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+    _draw_roofline(panels[-1], points, looks, results["bandwidth_gb_per_s"], results["peak_gmac_per_s"])
+    panels[0].legend(frameon=False, fontsize=8, labelcolor=INK)
+    save(figure, path)
+
+
+def _draw_latency(axes: Axes, points: Sequence[Point], looks: Mapping[str, Look]) -> None:
+    for backend, (colour, marker) in looks.items():
+        mine = sorted((point for point in points if point["backend"] == backend), key=lambda point: point["unique"])
+        if not mine:
+            continue
+        x, y = [point["unique"] for point in mine], [point["ms"] for point in mine]
+        below = [point["ms"] - point["ms_quartiles"][0] for point in mine]
+        above = [point["ms_quartiles"][1] - point["ms"] for point in mine]
+        axes.errorbar(
+            x,
+            y,
+            yerr=[below, above],
+            marker=marker,
+            markersize=4,
+            linewidth=1.2,
+            capsize=2,
+            color=colour,
+            label=backend,
+        )
+    forms = sorted({point.get("quantisation") or "" for point in points})
+    for index, form in enumerate(forms):
+        mine = [point for point in points if (point.get("quantisation") or "") == form]
+        bound = sorted({(point["unique"], point["bound_ms"]) for point in mine})
+        label, style = f"bound of {form}" if form else "bound", BOUND_STYLES[index % len(BOUND_STYLES)]
+        axes.plot([x for x, _ in bound], [y for _, y in bound], style, color=INK, linewidth=1.2, label=label)
+
+
+def _draw_roofline(
+    axes: Axes, points: Sequence[Point], looks: Mapping[str, Look], bandwidth: float, peak: float
+) -> None:
+    intensity = [point["macs"] / point["bytes"] for point in points]
+    edges = [min(intensity) / 2, max(*intensity, peak / bandwidth) * 2]
+    corner = peak / bandwidth
+    axes.plot([edges[0], corner, edges[1]], [edges[0] * bandwidth, peak, peak], "--", color=INK, linewidth=1.2)
+    for backend, (colour, marker) in looks.items():
+        mine = [point for point in points if point["backend"] == backend]
+        x = [point["macs"] / point["bytes"] for point in mine]
+        axes.plot(x, [point["gmac_per_s"] for point in mine], marker, markersize=4, color=colour, label=backend)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    title = f"Roofline: {bandwidth:.0f} GB/s, {peak:.0f} GMAC/s"
+    frame(axes, title=title, x="multiply-accumulates per byte", y="GMAC/s")
+
+
+def _plot_forwards(points: Sequence[Point], path: str | Path) -> None:
+    labels = [literal(f"{point['backend']}, {point['policy']}") for point in points]
+    parts = next((list(point["ms_by_part"]) for point in points if "ms_by_part" in point), [])
+    figure = new_figure(PANEL_WIDTH * 1.4, 1.2 + 0.4 * len(points))
+    axes = figure.add_subplot()
+    left = [0.0] * len(points)
+    for part, colour in zip(parts, COLOURS, strict=False):
+        widths = [point.get("ms_by_part", {}).get(part, 0.0) for point in points]
+        axes.barh(labels, widths, left=left, color=colour, label=part, height=0.6)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    whole = [point["ms"] if "ms_by_part" not in point else 0.0 for point in points]
+    if any(whole):
+        axes.barh(labels, whole, color="#bbbbbb", label="not told apart", height=0.6)
+    frame(axes, title=f"{points[0]['case']}: one denoising forward", x="ms (medians)", y="")
+    axes.invert_yaxis()
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8, labelcolor=INK)
+    save(figure, path)
+
+
+def _plot_generations(points: Sequence[Point], path: str | Path) -> None:
+    figure = new_figure(PANEL_WIDTH * 1.4, PANEL_HEIGHT)
+    axes = figure.add_subplot()
+    lines = list(dict.fromkeys((point["backend"], point["policy"]) for point in points))
+    for index, (backend, policy) in enumerate(lines):
+        mine = [point for point in points if (point["backend"], point["policy"]) == (backend, policy)]
+        mine.sort(key=lambda point: point["batch_size"])
+        x, y = [point["batch_size"] for point in mine], [point["tokens_per_s"] for point in mine]
+        below = [point["tokens_per_s"] - point["tokens_per_s_range"][0] for point in mine]
+        above = [point["tokens_per_s_range"][1] - point["tokens_per_s"] for point in mine]
+        colour = COLOURS[index % len(COLOURS)]
+        label = f"{backend}, {policy}"
+        axes.errorbar(x, y, yerr=[below, above], marker="o", capsize=2, linewidth=1.2, color=colour, label=label)
+    frame(axes, title=f"{points[0]['model']}: whole answers", x="batch size", y="tokens/s (bars: range)")
+    axes.set_xticks(sorted({point["batch_size"] for point in points}))
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8, labelcolor=INK)
+    save(figure, path)
+
+
+def _looks(backends: Any) -> dict[str, Look]:
+    """A colour and a marker for each contender, the same in every panel."""
+    names, colours = list(dict.fromkeys(backends)), len(COLOURS)
+    return {name: (COLOURS[i % colours], MARKERS[i // colours % len(MARKERS)]) for i, name in enumerate(names)}

@@ -1,0 +1,171 @@
+"""`expertshare make-checkpoint`: a random checkpoint of a released model's shapes, for measuring memory and speed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from expertshare.config import ModelConfig
+from expertshare.convert.convert import MAX_SHARD_BYTES
+from expertshare.convert.quantised_embeddings import check_embeddings, embeddings_setting
+from expertshare.convert.scheme import UNQUANTISED, make_scheme
+from expertshare.convert.workspace import is_complete, open_workspace
+from expertshare.convert.writing import (
+    Progress,
+    SmallFile,
+    json_bytes,
+    silent,
+    write_expert_layout,
+    write_huggingface,
+)
+from expertshare.errors import ConfigError, InputError, nearest
+from expertshare.lab.bench.cases import find_case
+from expertshare.lab.random_checkpoint.characters import tokenizer_files
+from expertshare.lab.random_checkpoint.random_model import Recipe
+from expertshare.lab.random_checkpoint.random_source import RandomSource
+from expertshare.models.saving import generation_config
+from expertshare.models.source import read_json
+from expertshare.models.table import FAMILIES
+
+METHOD = 1
+"""Goes up when the same recipe gives other bytes."""
+MEASURED = "random_model.json"
+"""Beside the model: what it was made from, and what was measured on the calibration blocks."""
+LAYOUTS = ("experts", "huggingface")
+VANILLA_UNIQUE = {"llada2.0-mini": 70, "llada2.0-flash": 70, "llada-moe": 59, "sdar-30b-a3b": 55}
+"""Unique experts per block and layer under vanilla routing, as published (flash: as mini)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MadeCheckpoint:
+    """unique_by_layer: experts that the calibration blocks use in each MoE layer, mean over blocks. activations: root
+    mean square of the residual stream behind each of those layers. fresh: False where it already was there."""
+
+    path: Path
+    fresh: bool
+    unique_by_layer: tuple[float, ...]
+    activations: tuple[float, ...]
+
+    @property
+    def unique(self) -> float:
+        """Mean over layers."""
+        return sum(self.unique_by_layer) / len(self.unique_by_layer)
+
+
+def likeness(name: str, *, layers: int | None = None, experts: int | None = None) -> ModelConfig:
+    """The configuration of a released model, with fewer layers or another number of experts.
+
+    Raises ConfigError for an unknown name, InputError for layers that leave no experts or that it does not have.
+    """
+    if name not in VANILLA_UNIQUE:
+        raise ConfigError(f"unknown model {name!r}. {nearest(name, VANILLA_UNIQUE)}")
+    case = find_case(name).with_experts(experts)
+    most = case.config.num_layers
+    if layers is not None and not case.config.num_dense_layers < layers <= most:
+        raise InputError(f"--layers must lie in {case.config.num_dense_layers + 1}..{most} for {name}, got {layers}")
+    return case.config if layers is None else case.stack(layers)
+
+
+def make_checkpoint(
+    config: ModelConfig,
+    out: str | os.PathLike[str],
+    *,
+    unique: int,
+    quantise: str = UNQUANTISED,
+    group_size: int | None = None,
+    quantise_embeddings: str = "none",
+    layout: str = "experts",
+    seed: int = 0,
+    dtype: str = "BF16",
+    on_progress: Progress = silent,
+) -> MadeCheckpoint:
+    """Write a random model of this configuration; docs/memory.md describes how it is made.
+
+    unique: experts per block and layer that vanilla routing should use. quantise: none, int8 or int4, of experts;
+    quantise_embeddings: none or int8. layout: "experts" or "huggingface" (which is not quantised). Resumable and atomic
+    as `convert`. Raises subclasses of ExpertShareError for options that do not go together, an OUT that is something
+    else, a full disk.
+    """
+    if layout not in LAYOUTS:
+        raise ConfigError(f"unknown layout {layout!r}. {nearest(layout, LAYOUTS)}")
+    if layout == "huggingface" and quantise != UNQUANTISED:
+        raise InputError(
+            f"the Hugging Face layout holds no {quantise} experts: use --layout experts, or --quantise none"
+        )
+    check_embeddings(quantise_embeddings)
+    if layout == "huggingface" and quantise_embeddings != "none":
+        raise InputError(
+            f"the Hugging Face layout holds no {quantise_embeddings} embeddings: use --layout experts, or leave "
+            "--quantise-embeddings out"
+        )
+    least, most = config.router.top_k, config.router.num_experts
+    if not least <= unique <= most:
+        raise InputError(f"--unique must lie in {least}..{most}, from experts per token to all, got {unique}")
+    scheme = make_scheme(quantise, group_size=group_size, expert_dtype=dtype)
+    recipe = Recipe(config=config, unique=unique, seed=seed, dtype=dtype)
+    described = {"kind": "random", "method": METHOD, **asdict(recipe)}
+    settings = {"layout": layout, "slab": scheme.slab(config).to_json(), "recipe": described}
+    settings |= embeddings_setting(quantise_embeddings)
+    target = Path(out).expanduser()
+    complete = is_complete(target, settings)
+    if not complete:
+        source = RandomSource(recipe, scheme)
+        with open_workspace(target, settings) as work:
+            if layout == "experts":
+                provenance = {**described, "expert_dtype": dtype}
+                files = _files(recipe, source)
+                write_expert_layout(
+                    source,
+                    work,
+                    scheme,
+                    files=files,
+                    provenance=provenance,
+                    embeddings=quantise_embeddings,
+                    on_progress=on_progress,
+                )
+            else:
+                write_huggingface(
+                    source,
+                    work,
+                    expert_dtype=dtype,
+                    merged=False,
+                    max_shard_bytes=MAX_SHARD_BYTES,
+                    files=_files(recipe, source),
+                    on_progress=on_progress,
+                )
+    measured = read_json(target / MEASURED)
+    return MadeCheckpoint(
+        path=target,
+        fresh=not complete,
+        unique_by_layer=tuple(measured["unique_by_layer"]),
+        activations=tuple(measured["activations"]),
+    )
+
+
+def default_unique(name: str, config: ModelConfig) -> int:
+    """The published figure of this model, or all experts where there are fewer."""
+    return min(VANILLA_UNIQUE[name], config.router.num_experts)
+
+
+def _files(recipe: Recipe, source: RandomSource) -> Mapping[str, SmallFile]:
+    config = recipe.config
+
+    def measured() -> bytes:
+        uses = source.uses()
+        return json_bytes(
+            {
+                "recipe": asdict(recipe),
+                "unique_by_layer": [use.unique for use in uses],
+                "activations": [use.activation for use in uses],
+            }
+        )
+
+    kept = {"BF16": "bfloat16", "F32": "float32"}[recipe.dtype]
+    return {
+        "config.json": json_bytes({**FAMILIES[config.family].to_config(config), "dtype": kept}),
+        "generation_config.json": json_bytes(generation_config(config)),
+        **tokenizer_files(config),
+        MEASURED: measured,
+    }

@@ -1,0 +1,113 @@
+"""The page: one HTML file that loads nothing, and its pictures."""
+
+from __future__ import annotations
+
+import base64
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+import expertshare
+from expertshare.errors import InputError
+from expertshare.lab.report.claims import VERDICTS, Claim, shipped_claims
+from expertshare.lab.report.sections import Section, draw_all, sections
+from expertshare.lab.report.sources import Source, read_sources
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WrittenReport:
+    """What was written. page: the HTML file; images: the PNG files, in the order of the page; missing: titles of
+    sections that no file had anything for."""
+
+    page: Path
+    images: tuple[Path, ...]
+    missing: tuple[str, ...]
+
+
+def write_report(
+    paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    title: str = "Expert sharing: what was measured",
+    claims: bool = True,
+) -> WrittenReport:
+    """Make a page from stored results: at `out`, if that ends in .html, else with its PNG files in the folder `out`.
+
+    Raises InputError for anything that is no known result, and for a place that cannot be written.
+    """
+    sources = read_sources(paths)
+    parts = sections(sources)
+    target = Path(out)
+    shipped = shipped_claims() if claims else []
+    if target.suffix == ".html":
+        with TemporaryDirectory() as folder:
+            drawn = draw_all(parts, Path(folder))
+            _write(target, render(sources, parts, drawn, title=title, claims=shipped))
+        images: tuple[Path, ...] = ()
+    else:
+        _make(target)
+        drawn = draw_all(parts, target)
+        images, target = tuple(drawn.values()), target / PAGE
+        _write(target, render(sources, parts, drawn, title=title, claims=shipped))
+    return WrittenReport(page=target, images=images, missing=tuple(part.title for part in parts if not part.figures))
+
+
+def render(
+    sources: Sequence[Source],
+    parts: Sequence[Section],
+    drawn: Mapping[str, Path],
+    *,
+    title: str,
+    claims: Sequence[Claim],
+) -> str:
+    """The page as text. drawn: the picture of each figure by its slug."""
+    room = resources.files("expertshare.lab.report")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["unbroken"] = _unbroken
+    template = environment.from_string(room.joinpath("page.html.jinja").read_text(encoding="utf-8"))
+    found = Counter(claim.verdict for claim in claims)
+    text = template.render(
+        title=title,
+        version=expertshare.__version__,
+        style=Markup(room.joinpath("style.css").read_text(encoding="utf-8")),
+        sources=sources,
+        shown=[part for part in parts if part.figures],
+        missing=[part for part in parts if not part.figures],
+        images={slug: _data_uri(path) for slug, path in drawn.items()},
+        claims=claims,
+        verdicts=[(verdict, found[verdict]) for verdict in VERDICTS if found[verdict]],
+    )
+    return text.lstrip() + "\n"
+
+
+def _unbroken(text: str) -> str:
+    """No line ends between a number and its sign."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"expected a folder that can be made, or a name ending in .html, got {folder}: {error.strerror}"
+        ) from error
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"expected a place that can be written, got {path}: {error.strerror}") from error

@@ -1,0 +1,108 @@
+"""Which GPU of a replica holds which experts of a layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertshare.errors import ConfigError, InputError, nearest
+from expertshare.lab.simulate.trace import Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """expert_of_S: the expert in every slot; rank_of_S: the GPU that has the slot. Every expert has a slot, some have
+    several: its tokens take these by turns."""
+
+    expert_of_S: Ints
+    rank_of_S: Ints
+    num_ranks: int
+
+    def slots_of(self, experts_XLK: Ints) -> Ints:
+        """The slot that each token goes to for each of its experts; -1 where it has none. Token l of a block takes copy
+        l mod copies."""
+        order = np.argsort(self.expert_of_S, kind="stable")
+        copies_E = np.bincount(self.expert_of_S)
+        first_E = np.cumsum(copies_E) - copies_E
+        token_L = np.arange(experts_XLK.shape[1])[None, :, None]
+        safe = np.maximum(experts_XLK, 0)
+        slots = order[first_E[safe] + token_L % copies_E[safe]]
+        return np.where(experts_XLK < 0, -1, slots)
+
+    def most_slots(self) -> int:
+        """Slots of the GPU that has most."""
+        return int(np.bincount(self.rank_of_S, minlength=self.num_ranks).max())
+
+
+def round_robin(load_E: Ints, num_ranks: int, num_copies: int) -> Placement:
+    """Expert e on GPU e mod R, whatever its load."""
+    _no_copies(num_copies, "round-robin")
+    experts = np.arange(len(load_E))
+    return Placement(experts, experts % num_ranks, num_ranks)
+
+
+def balanced(load_E: Ints, num_ranks: int, num_copies: int) -> Placement:
+    """The heaviest experts first, each to the GPU with the least load that has room; equal numbers on each GPU."""
+    _no_copies(num_copies, "balanced")
+    return _lightest_first(np.arange(len(load_E)), load_E.astype(np.float64), num_ranks)
+
+
+def replicated(load_E: Ints, num_ranks: int, num_copies: int) -> Placement:
+    """As balanced, with `num_copies` more slots, each for the expert that is busiest per copy by then."""
+    copies_E = np.ones(len(load_E), dtype=np.int64)
+    for _ in range(num_copies):
+        may_grow = copies_E < num_ranks  # a second copy on the same GPU helps nobody
+        if not may_grow.any():
+            break
+        copies_E[np.argmax(np.where(may_grow, load_E / copies_E, -1.0))] += 1
+    experts = np.repeat(np.arange(len(load_E)), copies_E)
+    return _lightest_first(experts, (load_E / copies_E)[experts], num_ranks)
+
+
+PLACEMENTS: dict[str, Callable[[Ints, int, int], Placement]] = {
+    "round-robin": round_robin,
+    "balanced": balanced,
+    "replicated": replicated,
+}
+
+
+def place(name: str, load_E: Ints, num_ranks: int, num_copies: int) -> Placement:
+    """Experts of one layer on `num_ranks` GPUs. Raises ConfigError for an unknown name, InputError for GPUs or copies
+    that cannot be."""
+    if name not in PLACEMENTS:
+        raise ConfigError(f"unknown placement {name!r}. {nearest(name, PLACEMENTS)}")
+    if num_copies < 0:
+        raise InputError(f"copies of experts must be at least 0, got {num_copies}")
+    if not 1 <= num_ranks <= len(load_E) + num_copies:
+        raise InputError(
+            f"the expert-parallel degree must lie in 1..{len(load_E) + num_copies} (experts of a layer and their "
+            f"copies), got {num_ranks}"
+        )
+    return PLACEMENTS[name](load_E, num_ranks, num_copies)
+
+
+def _no_copies(num_copies: int, name: str) -> None:
+    if num_copies:
+        raise InputError(f"{name} makes no copies of experts, got {num_copies}: leave --copies out, or replicate")
+
+
+def _lightest_first(expert_of_S: Ints, load_S: NDArray[np.float64], num_ranks: int) -> Placement:
+    room = math.ceil(len(expert_of_S) / num_ranks)
+    rank_of_S = np.zeros(len(expert_of_S), dtype=np.int64)
+    load_R, count_R = np.zeros(num_ranks), np.zeros(num_ranks, dtype=np.int64)
+    holds: list[set[int]] = [set() for _ in range(num_ranks)]
+    for slot in np.argsort(-load_S, kind="stable"):
+        expert = int(expert_of_S[slot])
+        fresh_R = np.array([expert not in held for held in holds])
+        open_R = count_R < room
+        choice_R = open_R & fresh_R if (open_R & fresh_R).any() else open_R
+        rank = int(np.argmin(np.where(choice_R, load_R, np.inf)))
+        rank_of_S[slot] = rank
+        load_R[rank] += load_S[slot]
+        count_R[rank] += 1
+        holds[rank].add(expert)
+    return Placement(expert_of_S, rank_of_S, num_ranks)

@@ -1,0 +1,59 @@
+"""Arithmetic facts that all kinds share, each written in one way: "a + b = c".
+
+One spelling and one small table per operation, so that a fact learnt in a worded problem also serves
+equations. All values lie in 0..48. Added and subtracted operands are 1..10; products are 2..9 times 2..6;
+a division undoes such a product and divides by its second factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+MAX_VALUE = 48
+MAX_OPERAND = 10
+FACTORS = range(2, 10)
+MULTIPLIERS = range(2, 7)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fact:
+    """`left symbol right = result`, all integers in 0..MAX_VALUE."""
+
+    left: int
+    symbol: str
+    right: int
+    result: int
+
+    @property
+    def text(self) -> str:
+        """The one spelling of this fact."""
+        return f"{self.left} {self.symbol} {self.right} = {self.result}"
+
+
+SUMS = tuple(
+    Fact(left=a, symbol="+", right=b, result=a + b) for b in range(1, MAX_OPERAND + 1) for a in range(MAX_VALUE - b + 1)
+)
+DIFFERENCES = tuple(Fact(left=f.result, symbol="-", right=f.right, result=f.left) for f in SUMS)
+PRODUCTS = tuple(
+    Fact(left=a, symbol="*", right=b, result=a * b) for a in FACTORS for b in MULTIPLIERS if a * b <= MAX_VALUE
+)
+QUOTIENTS = tuple(Fact(left=f.result, symbol="/", right=f.right, result=f.left) for f in PRODUCTS)
+
+
+def sum_onto(rng: Random, value: int) -> Fact:
+    """A sum that starts from `value` (below MAX_VALUE)."""
+    operand = rng.randint(1, min(MAX_OPERAND, MAX_VALUE - value))
+    return Fact(left=value, symbol="+", right=operand, result=value + operand)
+
+
+def difference_from(rng: Random, value: int) -> Fact:
+    """A difference that starts from `value` (at least 1)."""
+    operand = rng.randint(1, min(MAX_OPERAND, value))
+    return Fact(left=value, symbol="-", right=operand, result=value - operand)
+
+
+def worked(facts: Sequence[Fact], final: str) -> str:
+    """A worked answer: one fact per line, then the final answer behind "####"."""
+    return "\n".join([*(fact.text for fact in facts), f"#### {final}"])

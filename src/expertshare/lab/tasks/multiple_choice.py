@@ -1,0 +1,90 @@
+"""Kind `choice` (ARC-like): four options, one right. The answer names the option.
+
+Level 1 asks for a category, level 2 for the odd one out, level 3 compares numbers, needs a sum, or asks for
+a property of an animal (two hops).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+from expertshare.lab.tasks.facts import DIFFERENCES, MAX_VALUE, SUMS
+from expertshare.lab.tasks.types import Draft, Task
+from expertshare.lab.tasks.words import CATEGORIES, PROPERTIES
+
+_CATEGORY_NAMES = tuple(CATEGORIES)
+_ANIMALS = CATEGORIES["an animal"]
+
+
+def _pose(rng: Random, question: str, right: str, wrong: Sequence[str], steps: str | None = None) -> Draft:
+    """Shuffle the options; the answer is the right one, after the steps that lead to it if there are any."""
+    options = [right, *wrong]
+    rng.shuffle(options)
+    first, second, third, last = options
+    final = f"#### {right}"
+    return Draft(
+        prompt=f"{question}: {first}, {second}, {third} or {last}?",
+        reference=f"{steps}\n{final}" if steps else final,
+    )
+
+
+def _category(rng: Random) -> Draft:
+    asked, *others = rng.sample(_CATEGORY_NAMES, 4)
+    wrong = [rng.choice(CATEGORIES[name]) for name in others]
+    return _pose(rng, f"Which of these is {asked}", rng.choice(CATEGORIES[asked]), wrong)
+
+
+def _odd_one_out(rng: Random) -> Draft:
+    asked, other = rng.sample(_CATEGORY_NAMES, 2)
+    return _pose(
+        rng,
+        f"Which of these is not {asked}",
+        rng.choice(CATEGORIES[other]),
+        rng.sample(CATEGORIES[asked], 3),
+    )
+
+
+def _extreme(rng: Random) -> Draft:
+    numbers = sorted(rng.sample(range(MAX_VALUE + 1), 4))
+    largest = rng.random() < 0.5
+    right = numbers.pop(-1 if largest else 0)
+    question = f"Which of these is the {'largest' if largest else 'smallest'}"
+    return _pose(rng, question, str(right), [str(n) for n in numbers])
+
+
+def _equals(rng: Random) -> Draft:
+    """Wrong options lie near the right one, so that a guess of the size does not help."""
+    fact = rng.choice(SUMS if rng.random() < 0.5 else DIFFERENCES)
+    near = [n for n in range(fact.result - 5, fact.result + 6) if n != fact.result and 0 <= n <= MAX_VALUE]
+    wrong = [str(n) for n in rng.sample(near, 3)]
+    question = f"Which of these equals {fact.left} {fact.symbol} {fact.right}"
+    return _pose(rng, question, str(fact.result), wrong, steps=fact.text)
+
+
+def _property(rng: Random) -> Draft:
+    asked = rng.choice(tuple(PROPERTIES))
+    has = [animal for animal in _ANIMALS if animal in PROPERTIES[asked]]
+    lacks = [animal for animal in _ANIMALS if animal not in PROPERTIES[asked]]
+    return _pose(rng, f"Which of these {asked}", rng.choice(has), rng.sample(lacks, 3))
+
+
+def _hard(rng: Random) -> Draft:
+    return rng.choice((_extreme, _equals, _property))(rng)
+
+
+def _neither(rng: Random) -> Draft:
+    """Level 4: two exclusions, where training has one."""
+    first, second, other = rng.sample(_CATEGORY_NAMES, 3)
+    wrong = [*rng.sample(CATEGORIES[first], 2), rng.choice(CATEGORIES[second])]
+    question = f"Which of these is not {first} and not {second}"
+    return _pose(rng, question, rng.choice(CATEGORIES[other]), wrong)
+
+
+TASK = Task(
+    name="choice",
+    description="four-way multiple choice, like ARC",
+    levels=(_category, _odd_one_out, _hard),
+    beyond=_neither,
+    answer_rule="text",
+)

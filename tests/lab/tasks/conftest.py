@@ -1,0 +1,13 @@
+"""The tokenizer takes a second to build, so the room shares one."""
+
+from __future__ import annotations
+
+import pytest
+from tokenizers import Tokenizer
+
+from expertshare.lab.tasks import build_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return build_tokenizer(0)
