@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from expertshare.convert import likeness
+from expertshare.convert.shapes import likeness
 from expertshare.convert.sizes import sizes_like
 from expertshare.experts import parse_size
 from expertshare.lab.simulate import BlockTrace, Card, Cluster, Demand, Replica, find_card, simulate_replica

@@ -26,7 +26,8 @@ from expertshare.experts import ExpertMemory, StoreOptions
 from expertshare.lab.bench import gpu_device
 from expertshare.lab.bench.bus import bus_bandwidth
 from expertshare.lab.bench.gpu import gpu_facts
-from expertshare.measure.environment import capture_environment, peak_memory_bytes
+from expertshare.measure.environment import capture_environment
+from expertshare.measure.memory import peak_memory_bytes
 from expertshare.measure.report import write_json
 from expertshare.models import LoadedModel, load_model
 from expertshare.routing import parse_policy

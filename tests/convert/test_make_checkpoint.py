@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertshare.config import ModelConfig
-from expertshare.convert import convert, default_unique, likeness, make_checkpoint, restore, verify
+from expertshare.convert import convert, restore, verify
+from expertshare.convert.shapes import default_unique, likeness
 from expertshare.decoding import DecodingOptions, generate
 from expertshare.errors import CheckpointError, ConfigError, InputError
 from expertshare.experts.layout import open_layers, read_manifest
@@ -19,6 +20,7 @@ from expertshare.kernels import moe_ffn
 from expertshare.kernels.quantise import QUANTISATIONS, dequantise, quantise_bank
 from expertshare.lab.bench.cases import find_case
 from expertshare.lab.random_checkpoint.characters import first_byte_id, printable_ids, tokenizer_files
+from expertshare.lab.random_checkpoint.make_checkpoint import make_checkpoint
 from expertshare.lab.random_checkpoint.pool import ExpertPool
 from expertshare.models import Runtime, load_model
 from expertshare.routing import make_policy

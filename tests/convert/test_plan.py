@@ -10,17 +10,17 @@ import pytest
 from safetensors.torch import load_file
 
 from expertshare.api import generate
-from expertshare.convert import convert, likeness, make_checkpoint
-from expertshare.convert.estimate import Rates, Step, seconds_per_forward, tokens_per_s
-from expertshare.convert.fits import check_fits
-from expertshare.convert.machine_memory import usable_memory_bytes
+from expertshare.convert import convert
+from expertshare.convert.estimate import Step, mean_at_once, most_at_once, replay, seconds_per_forward, tokens_per_s
 from expertshare.convert.plan import Plan, Workload, experts_per_block, make_plan
-from expertshare.convert.replay import mean_at_once, most_at_once, replay
+from expertshare.convert.rates import Rates, storage_speed
+from expertshare.convert.shapes import likeness
 from expertshare.convert.sizes import cache_bytes, sizes_like, sizes_of
-from expertshare.convert.storage import storage_speed
 from expertshare.errors import ExpertMemoryError, InputError
 from expertshare.experts import ExpertMemory, StoreOptions
 from expertshare.experts.recording import RoutingRecord, read_record
+from expertshare.lab.random_checkpoint.make_checkpoint import make_checkpoint
+from expertshare.models.fits import check_fits
 from expertshare.routing import parse_policy
 
 from .models import LLADA2, save_random
@@ -241,24 +241,6 @@ def test_what_cannot_fit_is_refused_with_advice(tmp_path: Path) -> None:
     check_fits(tmp_path / "experts", budget, dense_is_loaded=True, available_bytes=budget.num_bytes)
     with pytest.raises(ExpertMemoryError, match="expertshare plan"):
         check_fits(tmp_path / "experts", budget, dense_is_loaded=True, available_bytes=budget.num_bytes - 1)
-
-
-def test_the_tighter_of_system_and_control_group_holds(tmp_path: Path) -> None:
-    meminfo, membership = tmp_path / "meminfo", tmp_path / "cgroup"
-    meminfo.write_text("MemTotal: 100 kB\nMemAvailable: 50 kB\n", encoding="utf-8")
-    membership.write_text("0::/a/b\n", encoding="utf-8")
-    group = tmp_path / "cgroups" / "a" / "b"
-    group.mkdir(parents=True)
-    files = {"memory.max": "max", "memory.current": "1000", "memory.stat": "anon 5\ninactive_file 300\n"}
-    for name, text in files.items():
-        (group / name).write_text(text, encoding="utf-8")
-    assert usable_memory_bytes(meminfo, tmp_path / "cgroups", membership) == 50 * 1024
-    (group / "memory.max").write_text("2000", encoding="utf-8")
-    assert usable_memory_bytes(meminfo, tmp_path / "cgroups", membership) == 2000 - 1000 + 300
-    (group.parent / "memory.max").write_text("1100", encoding="utf-8")
-    (group.parent / "memory.current").write_text("1000", encoding="utf-8")
-    assert usable_memory_bytes(meminfo, tmp_path / "cgroups", membership) == 100
-    assert usable_memory_bytes(tmp_path / "absent", tmp_path / "absent", tmp_path / "absent") is None
 
 
 def test_every_released_model_can_be_planned() -> None:

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 
 from expertshare import api
 from expertshare.convert import convert, restore
-from expertshare.convert.sizes import loaded_bytes, sizes_of
+from expertshare.convert.sizes import sizes_of
 from expertshare.errors import CheckpointError, ConfigError, InputError
 from expertshare.experts import read_manifest
 from expertshare.experts.layout import DENSE, MANIFEST
 from expertshare.lab.random_checkpoint.make_checkpoint import make_checkpoint
 from expertshare.models import load_model, save_model
-from expertshare.models.checkpoint import read_headers
+from expertshare.models.checkpoint import loaded_bytes, read_headers
 from expertshare.native import available
 
 from .models import CONFIGS, LLADA2, read_all, save_random

@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from expertshare.api import loading
-from expertshare.convert import fits
 from expertshare.errors import ConfigError, ExpertMemoryError, InputError
 from expertshare.evaluation import Setup
 from expertshare.experts import BudgetedStore, ExpertMemory, ResidentSlabs, StoreOptions, open_store, opening, transfer
 from expertshare.experts.transfer import CudaTransfer, in_chunks, pinned
-from expertshare.models import load_model
+from expertshare.models import fits, load_model
 
 from .conversion import FORM, convert, random_model
 from .streams import SimulatedTransfer

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from expertshare.errors import InputError
-from expertshare.measure.environment import capture_environment, checkout_commit, peak_memory_bytes
+from expertshare.measure.environment import capture_environment, checkout_commit
+from expertshare.measure.memory import peak_memory_bytes
 from expertshare.measure.report import Report, check_writable, write_json
 
 

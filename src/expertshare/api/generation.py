@@ -17,8 +17,8 @@ from expertshare.experts import StoreOptions
 from expertshare.experts.recording import RoutingRecorder
 from expertshare.kernels import AUTO
 from expertshare.measure.cost import Cost
-from expertshare.measure.environment import capture_environment, peak_memory_bytes, versions
-from expertshare.measure.memory import MemoryWatch
+from expertshare.measure.environment import capture_environment, versions
+from expertshare.measure.memory import MemoryWatch, peak_memory_bytes
 from expertshare.measure.report import Report
 from expertshare.models import LoadedModel
 from expertshare.routing import knobs, native_policy, parse_policy

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from expertshare.convert.fits import check_fits, check_pinned_fits
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.evaluation import Setup, parse_policies
@@ -18,6 +17,7 @@ from expertshare.experts.opening import check_options
 from expertshare.lab.tasks import PromptRecord
 from expertshare.models import LoadedModel, ModelFacts, describe, load_model
 from expertshare.models.devices import usable_device
+from expertshare.models.fits import check_fits, check_pinned_fits
 from expertshare.models.source import resolve_source
 from expertshare.tuning import PolicyFile, check_model
 from expertshare.types import RoutingPolicy

@@ -34,6 +34,7 @@ from expertshare.cli.bench_subject import loaded_subject
 from expertshare.cli.bench_tables import experts_tables, forward_tables, generate_tables, machine_line
 from expertshare.cli.console import people, print_json
 from expertshare.cli.threads import ThreadsFlag, set_threads
+from expertshare.convert.rates import CACHE_FACTOR
 from expertshare.errors import InputError
 from expertshare.lab.bench import (
     ExpertsSettings,
@@ -49,7 +50,7 @@ from expertshare.lab.bench import (
     measure_machine,
     random_subject,
 )
-from expertshare.lab.bench.machine import CACHE_FACTOR, CpuYardstick, dtype_name
+from expertshare.lab.bench.machine import CpuYardstick, dtype_name
 from expertshare.lab.bench.weights import memory_limit_bytes
 from expertshare.lab.plots import check_plot_path, plot_bench
 from expertshare.measure.environment import capture_environment

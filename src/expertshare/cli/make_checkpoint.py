@@ -9,9 +9,8 @@ import typer
 
 from expertshare.cli.console import megabytes, people, print_json
 from expertshare.cli.progress import bytes_progress
-from expertshare.convert import default_unique, likeness
-from expertshare.convert import make_checkpoint as make
-from expertshare.lab.random_checkpoint.make_checkpoint import VANILLA_UNIQUE
+from expertshare.convert.shapes import VANILLA_UNIQUE, default_unique, likeness
+from expertshare.lab.random_checkpoint.make_checkpoint import make_checkpoint as make
 
 EXAMPLE = "Example: expertshare make-checkpoint --like llada2.0-mini --layers 4 --quantise int4 --out checkpoints/mini"
 

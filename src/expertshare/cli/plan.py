@@ -9,14 +9,14 @@ import typer
 from rich.table import Table
 
 from expertshare.cli.console import people, print_json
-from expertshare.convert import likeness
-from expertshare.convert.machine_memory import usable_memory_bytes
-from expertshare.convert.plan import Figure, Plan, Workload, make_plan, measure_rates
+from expertshare.convert.plan import Figure, Plan, Workload, make_plan
+from expertshare.convert.rates import measure_rates
+from expertshare.convert.shapes import VANILLA_UNIQUE, likeness
 from expertshare.convert.sizes import sizes_like, sizes_of
 from expertshare.errors import InputError
 from expertshare.experts import format_size, parse_size
 from expertshare.experts.recording import read_record
-from expertshare.lab.random_checkpoint.make_checkpoint import VANILLA_UNIQUE
+from expertshare.measure.memory import usable_memory_bytes
 from expertshare.routing import native_policy, parse_policy
 
 EXAMPLE = (
@@ -61,7 +61,7 @@ def plan(
     chosen = parse_policy(policy) if policy is not None else native_policy(sizes.config)
     bound = chosen.bind(sizes.config.router)
     record = read_record(trace) if trace is not None else None
-    made = make_plan(sizes, limit, bound, measure_rates(sizes), workload=workload, record=record)
+    made = make_plan(sizes, limit, bound, measure_rates(sizes.probe), workload=workload, record=record)
     console = people(as_json=as_json)
     console.print(_table(made))
     for sentence in made.advice:

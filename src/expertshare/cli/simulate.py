@@ -10,13 +10,12 @@ import typer
 from rich.table import Table
 
 from expertshare.cli.console import people, print_json
-from expertshare.convert import likeness
+from expertshare.convert.shapes import VANILLA_UNIQUE, likeness
 from expertshare.convert.sizes import ModelSizes, sizes_like, sizes_of
 from expertshare.errors import InputError
 from expertshare.experts import format_size, parse_size
 from expertshare.experts.recording import read_record
 from expertshare.lab.plots import check_plot_path, plot_scaling
-from expertshare.lab.random_checkpoint.make_checkpoint import VANILLA_UNIQUE
 from expertshare.lab.simulate import (
     ASSUMPTIONS,
     CARDS,

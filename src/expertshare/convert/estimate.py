@@ -1,21 +1,18 @@
-"""Time of a forward from bytes, products and measured rates: the formula of docs/memory.md."""
+"""What decoding would take: time from bytes, products and measured rates (the formula of docs/memory.md), and hits of
+a budgeted store by replaying a recorded generation."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from expertshare.config import ModelConfig
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rates:
-    """What the machine can do, measured. storage_bytes_per_s: None where there is no file to read; storage_direct:
-    whether it was read past the page cache."""
-
-    memory_bytes_per_s: float
-    macs_per_s: float
-    storage_bytes_per_s: float | None = None
-    storage_direct: bool = False
+from expertshare.convert.rates import Rates
+from expertshare.experts.eviction import simulate
+from expertshare.experts.forecast import Bools
+from expertshare.experts.recording import RoutingRecord
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,3 +48,47 @@ def tokens_per_s(seconds: float, config: ModelConfig, *, batch_size: int, per_st
     steps = config.block_length / per_step
     forwards = steps if config.attention == "full" else steps + 1
     return batch_size * config.block_length / (forwards * seconds)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replay:
+    """hit_rate: share of requests that were in a slot already; by layer and of all. Slots are empty at the start."""
+
+    hit_rate: float
+    hit_rate_by_layer: tuple[float, ...]
+
+
+def replay(record: RoutingRecord, num_slots: int) -> Replay:
+    """Serve the record's requests from `num_slots` slots with the store's own eviction, without reading ahead.
+
+    What is read ahead turns part of the misses into shorter waits, so a real store does not do worse. Raises
+    ExpertMemoryError where a layer's experts exceed the slots.
+    """
+    layers = simulate(
+        _visits(record), num_slots=num_slots, num_layers=record.num_layers, num_experts=record.num_experts
+    )
+    requests = sum(layer.requests for layer in layers)
+    return Replay(
+        hit_rate=sum(layer.hits or 0 for layer in layers) / max(1, requests),
+        hit_rate_by_layer=tuple(layer.hit_rate or 0.0 for layer in layers),
+    )
+
+
+def _visits(record: RoutingRecord) -> Iterator[tuple[int, Bools]]:
+    """Layers with their active experts, in the order in which they ran."""
+    for layers in record.forwards:
+        for layer, ids in enumerate(layers):
+            member_E = np.zeros(record.num_experts, dtype=np.bool_)
+            member_E[list(ids)] = True
+            yield layer, member_E
+
+
+def most_at_once(record: RoutingRecord) -> int:
+    """Most experts that any layer of any forward used."""
+    return max(len(ids) for layers in record.forwards for ids in layers)
+
+
+def mean_at_once(record: RoutingRecord) -> float:
+    """Experts of a layer, mean over layers and forwards."""
+    counts = [len(ids) for layers in record.forwards for ids in layers]
+    return sum(counts) / len(counts)

@@ -7,17 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import torch
-
 from expertshare.config import ModelConfig, RouterSpec
-from expertshare.convert.estimate import Rates, Step, seconds_per_forward, tokens_per_s
-from expertshare.convert.replay import mean_at_once, most_at_once, replay
+from expertshare.convert.estimate import Step, mean_at_once, most_at_once, replay, seconds_per_forward, tokens_per_s
+from expertshare.convert.rates import Rates
 from expertshare.convert.sizes import ModelSizes, cache_bytes
-from expertshare.convert.storage import storage_speed
 from expertshare.errors import InputError
 from expertshare.experts.recording import RoutingRecord
 from expertshare.experts.sizes import format_size
-from expertshare.lab.bench.machine import CACHE_FACTOR, GEMM_SHAPES, gemm_rate, last_level_cache_bytes, read_bandwidth
 from expertshare.measure.memory import anonymous_bytes
 from expertshare.routing import knobs
 from expertshare.types import RoutingPolicy
@@ -75,17 +71,6 @@ class Plan:
             "advice": list(self.advice),
             "figures": {name: asdict(figure) for name, figure in self.figures.items()},
         }
-
-
-def measure_rates(sizes: ModelSizes) -> Rates:
-    """Memory bandwidth, rate of bfloat16 products, and reads of the checkpoint's own file; a few seconds."""
-    storage = storage_speed(sizes.probe) if sizes.probe is not None else None
-    return Rates(
-        memory_bytes_per_s=read_bandwidth(2 * CACHE_FACTOR * last_level_cache_bytes(), repeats=3),
-        macs_per_s=gemm_rate(torch.bfloat16, GEMM_SHAPES),
-        storage_bytes_per_s=storage.bytes_per_s if storage else None,
-        storage_direct=storage.direct if storage else False,
-    )
 
 
 def make_plan(

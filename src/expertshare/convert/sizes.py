@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,12 +146,3 @@ def _parameters(config: ModelConfig, counts: Mapping[str, int]) -> int:
 
 def _count(tensor: StoredTensor) -> int:
     return math.prod(tensor.shape)
-
-
-def loaded_bytes(tensors: Iterable[StoredTensor], dtype: torch.dtype | None = None) -> int:
-    """As loaded: in `dtype`, or in their own, where float16 and float64 become float32."""
-    return sum(
-        _count(tensor)
-        * (1 if tensor.dtype == "I8" else dtype.itemsize if dtype is not None else 2 if tensor.dtype == "BF16" else 4)
-        for tensor in tensors
-    )

@@ -18,8 +18,7 @@ from expertshare.decoding.options import DecodingOptions
 from expertshare.decoding.results import BlockResult, Generation, join_blocks
 from expertshare.decoding.watching import Watcher
 from expertshare.errors import InputError
-from expertshare.measure.clock import PartClock
-from expertshare.measure.cost import Cost, CostLedger
+from expertshare.measure.cost import Cost, CostLedger, PartClock
 from expertshare.models.runtime import Runtime
 from expertshare.models.transformer import MoETransformer
 

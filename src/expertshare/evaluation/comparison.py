@@ -14,8 +14,7 @@ from expertshare.evaluation.answering import PolicyRun, answer_prompts
 from expertshare.evaluation.setup import Setup, encode_prompts
 from expertshare.evaluation.statistics import PairedDifference, Proportion, Retained, paired_difference, retained
 from expertshare.lab.tasks import PromptRecord
-from expertshare.measure.environment import peak_memory_bytes
-from expertshare.measure.memory import MemoryWatch
+from expertshare.measure.memory import MemoryWatch, peak_memory_bytes
 from expertshare.models import LoadedModel
 from expertshare.routing import POLICIES, knobs
 from expertshare.routing.labels import policy_label

@@ -1,9 +1,12 @@
-"""What decoding asked of the experts, counted without waiting for the device after every forward."""
+"""What decoding costs: experts, counted without waiting for the device after every forward, and time by part."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, Literal, get_args
 
 import torch
@@ -142,3 +145,41 @@ class CostLedger:
         groups = sum(step.groups for step in steps)
         totals = [sum(step.unique_experts[n] * step.groups for step in steps) for n in range(self.num_layers)]
         return tuple(total / max(1, groups) for total in totals)
+
+
+PARTS = ("router", "experts", "attention", "head", "other")
+
+
+class _Charge:
+    """A `with` block whose time goes to one part. No generator: a forward has dozens, and caches are cold at each."""
+
+    __slots__ = ("_name", "_seconds", "_start")
+
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self._seconds, self._name = seconds, name
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._seconds[self._name] += time.perf_counter() - self._start
+
+
+@dataclass(slots=True)
+class PartClock:
+    """Adds up wall-clock seconds by part of the model. Parts do not nest; "other" is what no part claimed.
+
+    Host time: on a GPU, where kernels run behind the host, it is the time to launch them.
+    """
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS[:-1], 0.0))
+
+    def part(self, name: str) -> AbstractContextManager[None]:
+        """Charge the body of the `with` block to part `name`."""
+        return _Charge(self.seconds, name)
+
+    def shares(self, total_s: float) -> dict[str, float]:
+        """Seconds by part, with the rest of `total_s` as "other"."""
+        return {**self.seconds, "other": max(0.0, total_s - sum(self.seconds.values()))}

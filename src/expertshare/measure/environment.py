@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 import expertshare
-from expertshare.measure.memory import peak_resident_bytes
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 
@@ -93,11 +92,3 @@ def _cpu_model() -> str:
     lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def peak_memory_bytes(device: torch.device | None = None) -> int:
-    """Most memory ever in use: of the device's allocator on a GPU, else resident memory of this process, pages of files
-    included."""
-    if device is not None and device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return peak_resident_bytes()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,15 @@ def _opened(path: Path) -> safe_open:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}): download it again") from error
+
+
+def loaded_bytes(tensors: Iterable[StoredTensor], dtype: torch.dtype | None = None) -> int:
+    """As loaded: in `dtype`, or in their own, where float16 and float64 become float32."""
+    return sum(
+        math.prod(tensor.shape)
+        * (1 if tensor.dtype == "I8" else dtype.itemsize if dtype is not None else 2 if tensor.dtype == "BF16" else 4)
+        for tensor in tensors
+    )
 
 
 def choose_places(family: Family, config: ModelConfig, names: Iterable[str]) -> Sequence[Place]:

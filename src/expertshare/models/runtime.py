@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expertshare.kernels import Place
-from expertshare.measure.clock import PartClock
+from expertshare.measure.cost import PartClock
 from expertshare.routing import policy_at
 from expertshare.types import Coreset, ExpertStore, RoutingPlan, RoutingPolicy
 

@@ -7,14 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from expertshare.convert.rates import ASSUMED_CACHE_BYTES, last_level_cache_bytes
 from expertshare.lab.bench.bound import expert_work
 from expertshare.lab.bench.fit import fit_latency
 from expertshare.lab.bench.machine import (
-    ASSUMED_CACHE_BYTES,
     Machine,
     Peaks,
-    available_memory_bytes,
-    last_level_cache_bytes,
     measure_machine,
 )
 from expertshare.lab.bench.timing import interleave, spread
@@ -81,13 +79,6 @@ def test_last_level_caches_are_counted_once_each(tmp_path: Path) -> None:
             (directory / "shared_cpu_list").write_text(f"{shared}\n")
     assert last_level_cache_bytes(tmp_path) == 2 * 16384 * 1024
     assert last_level_cache_bytes(tmp_path / "nowhere") == ASSUMED_CACHE_BYTES
-
-
-def test_free_memory(tmp_path: Path) -> None:
-    meminfo = tmp_path / "meminfo"
-    meminfo.write_text("MemTotal: 100 kB\nMemAvailable:     42 kB\n")
-    assert available_memory_bytes(meminfo) == 42 * 1024
-    assert available_memory_bytes(tmp_path / "absent") is None
 
 
 def test_machine_measures_something_for_each_dtype() -> None:

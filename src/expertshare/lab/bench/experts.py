@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
+from expertshare.convert.rates import CACHE_FACTOR
 from expertshare.lab.bench.bound import Work, expert_work
 from expertshare.lab.bench.cases import Case
 from expertshare.lab.bench.contenders import Contender, Run
 from expertshare.lab.bench.fit import fit_latency
 from expertshare.lab.bench.gpu import MOST_TURNS, GpuTimes, GpuYardstick, take_turns_on_gpu
 from expertshare.lab.bench.machine import (
-    CACHE_FACTOR,
     MULTIPLY,
     READ,
     CpuYardstick,

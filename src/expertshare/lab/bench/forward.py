@@ -24,7 +24,7 @@ from expertshare.lab.bench.machine import MULTIPLY, READ, Yardstick, dtype_name
 from expertshare.lab.bench.peer_models import IMPLEMENTATIONS, build_peer, peer_cache, peer_logits
 from expertshare.lab.bench.timing import interleave, spread
 from expertshare.lab.bench.weights import check_memory, model_bytes, random_model
-from expertshare.measure.clock import PartClock
+from expertshare.measure.cost import PartClock
 from expertshare.models import ForwardInput, LayerKeyValues, MoETransformer, Runtime
 from expertshare.routing import make_policy
 from expertshare.types import RoutingPolicy

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from expertshare.convert.rates import CACHE_FACTOR
 from expertshare.errors import ConfigError
 from expertshare.kernels.triton import interpreted, unavailable_reason
-from expertshare.lab.bench.machine import CACHE_FACTOR, Machine, Peaks, Yardstick, dtype_name
+from expertshare.lab.bench.machine import Machine, Peaks, Yardstick, dtype_name
 from expertshare.measure.environment import capture_environment
 
 GEMM_SIZE = 8192

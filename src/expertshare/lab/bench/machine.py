@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import statistics
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from expertshare import native
+from expertshare.convert.rates import CACHE_FACTOR, GEMM_SHAPES, gemm_rate, last_level_cache_bytes, ones, read_bandwidth
 from expertshare.measure.environment import capture_environment
-
-ASSUMED_CACHE_BYTES = 32 * 2**20
-"""Where the system does not say how large its last-level cache is."""
-CACHE_FACTOR = 8
-"""Weights in rotation and the bandwidth buffer are at least this many times the last-level cache."""
-GEMM_SHAPES = ((1024, 2048, 2048), (2048, 4096, 2048))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +114,7 @@ class CpuYardstick(Yardstick):
     def __init__(
         self, dtype: torch.dtype, *, buffer_bytes: int, gemm_shape: tuple[int, int, int] = GEMM_SHAPES[0]
     ) -> None:
-        self._buffer = _ones(buffer_bytes // 4)
+        self._buffer = ones(buffer_bytes // 4)
         self._half = max(1, len(self._buffer) // 2)
         m, k, n = gemm_shape
         super().__init__(torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype).T, pass_bytes=4 * self._half)
@@ -132,72 +124,6 @@ class CpuYardstick(Yardstick):
         self._buffer[turn % 2 * self._half :][: self._half].sum()
 
 
-def read_bandwidth(num_bytes: int, repeats: int = 7) -> float:
-    """Bytes per second, the best of several passes over a buffer, by three ways of reading all of it."""
-    buffer = _ones(num_bytes // 4)
-    rows = buffer[: len(buffer) // 4096 * 4096].view(-1, 4096) if len(buffer) >= 4096 else buffer.view(1, -1)
-    one = torch.ones(rows.shape[1])
-    readers: tuple[Callable[[], object], ...] = (
-        buffer.sum,
-        buffer.amax,
-        lambda: torch.mv(rows, one),
-    )
-    best = min(_seconds(reader) for _ in range(repeats) for reader in readers)
-    return buffer.numel() * 4 / best
-
-
-def _ones(count: int) -> Tensor:
-    """In huge pages where there are any, as weights are: a pass over small ones is 6 to 8 % slower."""
-    buffer = torch.empty(count)
-    native.ask_for_huge_pages(buffer)
-    return buffer.fill_(1.0)
-
-
-def gemm_rate(dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]], repeats: int = 4) -> float:
-    """Multiply-accumulates per second of the best of several [m, k] x [k, n] products, after one to warm up."""
-    best = 0.0
-    for m, k, n in shapes:
-        left, right = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype).T
-        out = torch.empty(m, n, dtype=dtype)
-        product = partial(torch.mm, left, right, out=out)
-        seconds = [_seconds(product) for _ in range(repeats + 1)]
-        best = max(best, m * k * n / min(seconds[1:]))
-    return best
-
-
-def last_level_cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int:
-    """All last-level caches of the machine together, as Linux lists them; ASSUMED_CACHE_BYTES where it does not."""
-    caches: dict[tuple[int, str], int] = {}
-    for index in root.glob("cpu[0-9]*/cache/index[0-9]*"):
-        try:
-            level = int((index / "level").read_text())
-            shared = (index / "shared_cpu_list").read_text().strip()
-            size = (index / "size").read_text().strip()
-        except (OSError, ValueError):
-            continue
-        if size.endswith("K"):
-            caches[level, shared] = int(size[:-1]) * 1024
-    if not caches:
-        return ASSUMED_CACHE_BYTES
-    last = max(level for level, _ in caches)
-    return sum(size for (level, _), size in caches.items() if level == last)
-
-
-def available_memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Memory that can be had without swapping, None where the system does not say."""
-    try:
-        lines = meminfo.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """float32, bfloat16."""
     return str(dtype).removeprefix("torch.")
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

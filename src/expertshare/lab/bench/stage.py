@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from expertshare.convert.rates import CACHE_FACTOR
 from expertshare.kernels.quantise import quantise_bank, scheme_named
 from expertshare.lab.bench.cases import Case
 from expertshare.lab.bench.contenders import CPU, Contender, Run
-from expertshare.lab.bench.machine import CACHE_FACTOR, Machine
+from expertshare.lab.bench.machine import Machine
 from expertshare.lab.bench.plans import SKEW, rotation
 from expertshare.lab.bench.weights import check_memory, in_slabs, quantised_expert_bytes, random_banks
 from expertshare.types import Bank, ExpertBank, RoutingPlan

@@ -13,7 +13,7 @@ from expertshare.errors import InputError
 from expertshare.experts.page_memory import allocate_slabs
 from expertshare.experts.slab import SlabFormat
 from expertshare.kernels.quantise import scheme_named
-from expertshare.lab.bench.machine import available_memory_bytes
+from expertshare.measure.memory import available_memory_bytes
 from expertshare.models import MoETransformer
 from expertshare.models.moe import Router, lay_side_by_side
 from expertshare.native import ask_for_huge_pages

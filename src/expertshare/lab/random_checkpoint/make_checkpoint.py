@@ -21,7 +21,6 @@ from expertshare.convert.writing import (
     write_huggingface,
 )
 from expertshare.errors import ConfigError, InputError, nearest
-from expertshare.lab.bench.cases import find_case
 from expertshare.lab.random_checkpoint.characters import tokenizer_files
 from expertshare.lab.random_checkpoint.random_model import Recipe
 from expertshare.lab.random_checkpoint.random_source import RandomSource
@@ -34,8 +33,6 @@ METHOD = 1
 MEASURED = "random_model.json"
 """Beside the model: what it was made from, and what was measured on the calibration blocks."""
 LAYOUTS = ("experts", "huggingface")
-VANILLA_UNIQUE = {"llada2.0-mini": 70, "llada2.0-flash": 70, "llada-moe": 59, "sdar-30b-a3b": 55}
-"""Unique experts per block and layer under vanilla routing, as published (flash: as mini)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,20 +49,6 @@ class MadeCheckpoint:
     def unique(self) -> float:
         """Mean over layers."""
         return sum(self.unique_by_layer) / len(self.unique_by_layer)
-
-
-def likeness(name: str, *, layers: int | None = None, experts: int | None = None) -> ModelConfig:
-    """The configuration of a released model, with fewer layers or another number of experts.
-
-    Raises ConfigError for an unknown name, InputError for layers that leave no experts or that it does not have.
-    """
-    if name not in VANILLA_UNIQUE:
-        raise ConfigError(f"unknown model {name!r}. {nearest(name, VANILLA_UNIQUE)}")
-    case = find_case(name).with_experts(experts)
-    most = case.config.num_layers
-    if layers is not None and not case.config.num_dense_layers < layers <= most:
-        raise InputError(f"--layers must lie in {case.config.num_dense_layers + 1}..{most} for {name}, got {layers}")
-    return case.config if layers is None else case.stack(layers)
 
 
 def make_checkpoint(
@@ -142,11 +125,6 @@ def make_checkpoint(
         unique_by_layer=tuple(measured["unique_by_layer"]),
         activations=tuple(measured["activations"]),
     )
-
-
-def default_unique(name: str, config: ModelConfig) -> int:
-    """The published figure of this model, or all experts where there are fewer."""
-    return min(VANILLA_UNIQUE[name], config.router.num_experts)
 
 
 def _files(recipe: Recipe, source: RandomSource) -> Mapping[str, SmallFile]:

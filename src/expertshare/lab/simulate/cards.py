@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from expertshare.convert.estimate import Rates
+from expertshare.convert.rates import Rates
 from expertshare.errors import ConfigError, InputError, nearest
 
 

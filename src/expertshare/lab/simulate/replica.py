@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from expertshare.convert.estimate import Rates
+from expertshare.convert.rates import Rates
 from expertshare.convert.sizes import ModelSizes, cache_bytes
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.lab.simulate.deployment import Cluster, Demand

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 
-from expertshare.convert.machine_memory import usable_memory_bytes
-from expertshare.convert.sizes import loaded_bytes
 from expertshare.errors import ExpertMemoryError
 from expertshare.experts.layout import DENSE, has_expert_layout, read_manifest
 from expertshare.experts.opening import StoreOptions, num_kept
 from expertshare.experts.sizes import ExpertMemory, format_size
-from expertshare.models.checkpoint import WEIGHTS, read_headers
+from expertshare.measure.memory import usable_memory_bytes
+from expertshare.models.checkpoint import WEIGHTS, loaded_bytes, read_headers
 
 _CPU = torch.device("cpu")
 
