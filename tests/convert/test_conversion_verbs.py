@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from expertshare.cli import main
-from expertshare.lab.bench import cases
+from expertshare.convert import shapes
 from expertshare.lab.random_checkpoint.characters import tokenizer_files
 
 from .models import LLADA2, directory_bytes, read_all, same_bits, save_random
@@ -32,8 +32,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture
 def tiny_case(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--like llada2.0-mini` of a size that a test can write."""
-    config = replace(cases.CASES["tiny"].config, vocab_size=400)
-    monkeypatch.setitem(cases.CASES, "llada2.0-mini", replace(cases.CASES["tiny"], config=config))
+    monkeypatch.setitem(shapes.SHAPES, "llada2.0-mini", replace(shapes.SHAPES["tiny"], vocab_size=400))
 
 
 @pytest.fixture
