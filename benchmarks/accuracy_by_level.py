@@ -14,7 +14,8 @@ from typing import Any
 
 from expertshare.api import generate, load
 from expertshare.evaluation import proportion
-from expertshare.lab.tasks import TASKS, generate_items, score_many
+from expertshare.evaluation.scoring import score_many
+from expertshare.lab.tasks import TASKS, generate_items
 from expertshare.measure.environment import capture_environment
 
 

@@ -31,7 +31,7 @@ from expertshare.evaluation import (
     retained,
     task_accuracy,
 )
-from expertshare.lab.tasks import PromptRecord
+from expertshare.evaluation.prompts import PromptRecord
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, load_model
 from expertshare.routing import make_policy

@@ -21,6 +21,7 @@ from unseen_prompts import unseen_prompts
 from expertshare.decoding import DecodingOptions
 from expertshare.evaluation import Setup, answer_prompts, encode_prompts, judge, parse_policies, policy_label
 from expertshare.evaluation.statistics import proportion
+from expertshare.lab.tasks.problems import TaskProblems
 from expertshare.measure.environment import capture_environment
 from expertshare.models import load_model
 from expertshare.training.config import TrainingConfig
@@ -34,7 +35,16 @@ def trained(folder: Path, experts: int, config: TrainingConfig) -> Path:
     paths = RunPaths(folder=folder / f"experts-{experts}")
     if not (paths.model / "model.safetensors").exists():
         resume = paths.config.exists()
-        trainer = prepare(paths, config, num_experts=experts, hidden=128, layers=4, expert_hidden=32, resume=resume)
+        trainer = prepare(
+            paths,
+            config,
+            TaskProblems(config.seed),
+            num_experts=experts,
+            hidden=128,
+            layers=4,
+            expert_hidden=32,
+            resume=resume,
+        )
         run(trainer, paths, resume=resume)
     return paths.model
 

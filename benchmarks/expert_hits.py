@@ -16,11 +16,11 @@ from torch import Tensor
 from expertshare.api import load
 from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.evaluation import encode_prompts, parse_policies
+from expertshare.evaluation.prompts import read_prompts
 from expertshare.experts import ResidentExperts
 from expertshare.experts.eviction import simulate
 from expertshare.experts.forecast import Bools
 from expertshare.experts.resident import ResidentStore
-from expertshare.lab.tasks import read_prompts
 from expertshare.models import LoadedModel, Runtime
 from expertshare.types import Loan, RoutingPolicy
 

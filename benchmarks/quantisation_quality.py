@@ -34,10 +34,11 @@ from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.decoding.block_causal import block_causal_mask
 from expertshare.decoding.row import Row
 from expertshare.evaluation import encode_prompts, paired_difference, proportion
+from expertshare.evaluation.scoring import score_many
 from expertshare.experts import ExpertMemory, StoreOptions, open_store
 from expertshare.kernels import AUTO, resolve_backend
 from expertshare.kernels.quantise import QUANTISATIONS
-from expertshare.lab.tasks import TASKS, TaskItem, generate_items, score_many
+from expertshare.lab.tasks import TASKS, TaskItem, generate_items
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, Runtime
 from expertshare.models.runtime import ForwardInput

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from expertshare.lab.tasks import TASKS, PromptRecord, generate_items
+from expertshare.evaluation.prompts import PromptRecord
+from expertshare.lab.tasks import TASKS, generate_items
 
 
 def unseen_prompts(count: int, seed: int, tasks: Iterable[str] = TASKS) -> list[PromptRecord]:

@@ -36,8 +36,8 @@ from expertshare.evaluation import (
     retained,
     task_accuracy,
 )
+from expertshare.evaluation.prompts import PromptRecord
 from expertshare.experts.resident import ResidentStore
-from expertshare.lab.tasks import PromptRecord
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, load_model
 from expertshare.models.moe import MoE

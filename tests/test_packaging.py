@@ -16,7 +16,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import expertshare
-from expertshare.lab.tasks import TASKS, read_prompts, score_many, split_of
+from expertshare.evaluation.prompts import read_prompts
+from expertshare.evaluation.scoring import score_many
+from expertshare.lab.tasks import TASKS, split_of
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

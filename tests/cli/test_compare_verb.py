@@ -9,7 +9,7 @@ import pytest
 
 from cli.conftest import Run
 from expertshare import api
-from expertshare.lab.tasks import read_prompts
+from expertshare.evaluation.prompts import read_prompts
 from expertshare.routing import POLICIES
 
 POLICY_LIST = "vanilla,des-vote:budget=8,group_limit=ignore,des-vote:budget=0.5,block-top-p:top_p_experts=0.6"

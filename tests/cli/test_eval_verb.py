@@ -15,8 +15,9 @@ import pytest
 
 from cli.conftest import Run
 from expertshare import api
-from expertshare.evaluation import generated
+from expertshare.evaluation.items import GeneratedSource
 from expertshare.evaluation.run_directory import ITEMS, REPORT, RUN
+from expertshare.lab.tasks import generate_items
 from expertshare.models import load_model
 from expertshare.routing import Layerwise, make_policy
 from expertshare.tuning import PolicyFile
@@ -168,15 +169,15 @@ def test_harmful_answers_are_contained_failures_and_the_evaluation_goes_on(
     victim.mkdir()
     (victim / "kept").write_text("content")
     programs = [text.format(victim=str(victim)) for text in HARMFUL.values()]
-    drawn = generated.generate_items("code", split="test", count=len(programs) + 1, seed=0)
+    drawn = generate_items("code", split="test", count=len(programs) + 1, seed=0)
     texts = {item.prompt: text for item, text in zip(drawn, programs, strict=False)}
     right = {drawn[-1].prompt: drawn[-1].reference}
-    real = generated.GeneratedSource.judge
+    real = GeneratedSource.judge
 
     def judge(self: Any, item: Any, _: str) -> Any:
         return real(self, item, {**texts, **right}[item.prompt])
 
-    monkeypatch.setattr(generated.GeneratedSource, "judge", judge)
+    monkeypatch.setattr(GeneratedSource, "judge", judge)
     evaluation = api.evaluate(
         checkpoint, ["code"], ["vanilla"], out=tmp_path / "run", limit=len(drawn), allow_code=True, gen_length=8
     )

@@ -9,7 +9,8 @@ import pytest
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import PolicyError
 from expertshare.evaluation import Comparison, Setup, compare_policies, parse_policies
-from expertshare.lab.tasks import PromptRecord, generate_items
+from expertshare.evaluation.prompts import PromptRecord
+from expertshare.lab.tasks import generate_items
 from expertshare.models import LoadedModel
 
 ITEMS = [item for task in ("arith", "choice") for item in generate_items(task, split="test", count=2, seed=3)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from expertshare.errors import ConfigError, TrainingError
+from expertshare.lab.tasks.problems import TaskProblems
 from expertshare.models import load_model
 from expertshare.training.config import TrainingConfig, reference_architecture
 from expertshare.training.loop import Trainer, train
@@ -22,12 +23,14 @@ def _config(**changes: object) -> TrainingConfig:
 
 
 def _trainer(folder: Path, config: TrainingConfig, *, resume: bool = False) -> Trainer:
-    return prepare(RunPaths(folder=folder), config, hidden=64, layers=2, expert_hidden=8, resume=resume)
+    return prepare(
+        RunPaths(folder=folder), config, TaskProblems(config.seed), hidden=64, layers=2, expert_hidden=8, resume=resume
+    )
 
 
 def test_the_number_of_experts_is_a_choice_that_the_router_checks(tmp_path: Path) -> None:
     paths, sizes = RunPaths(folder=tmp_path), {"hidden": 64, "layers": 2, "expert_hidden": 8}
-    router = prepare(paths, _config(), **sizes, num_experts=16, resume=False).model.config.router
+    router = prepare(paths, _config(), TaskProblems(0), **sizes, num_experts=16, resume=False).model.config.router
     assert (router.num_experts, router.top_k) == (16, 8)
     for number in (8, 20):
         with pytest.raises(ConfigError):

@@ -10,6 +10,7 @@ import torch
 from expertshare.config import ModelConfig
 from expertshare.decoding import DecodingOptions, generate
 from expertshare.errors import ConfigError
+from expertshare.lab.tasks.problems import TaskProblems
 from expertshare.models import MoETransformer, Runtime, initialise, load_model
 from expertshare.routing import make_policy, parse_policy
 from expertshare.training import whole_canvas
@@ -121,7 +122,9 @@ def test_balance_loss_is_the_published_formula(config: ModelConfig) -> None:
 def test_a_run_learns_and_exports_a_model_that_decodes(tmp_path: Path) -> None:
     settings = TrainingConfig(steps=12, samples_per_step=8, dtype="float32", warmup_steps=3, checkpoint_every=12)
     paths = RunPaths(folder=tmp_path / "run")
-    trainer = prepare(paths, settings, family="llada_moe", hidden=64, layers=2, expert_hidden=8, resume=False)
+    trainer = prepare(
+        paths, settings, TaskProblems(0), family="llada_moe", hidden=64, layers=2, expert_hidden=8, resume=False
+    )
     losses: list[float] = []
     folder = run(trainer, paths, resume=False, on_step=lambda result: losses.append(result.loss))
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])

@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from expertshare.errors import InputError, PolicyError
-from expertshare.lab.tasks import PromptRecord
+from expertshare.evaluation.prompts import PromptRecord
 from expertshare.models import LoadedModel, load_model
 from expertshare.routing import Layerwise, make_policy
 from expertshare.tuning import PolicyFile, check_model, read_policy_file

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from expertshare.errors import InputError, PolicyError
-from expertshare.lab.tasks import PromptRecord
+from expertshare.evaluation.prompts import PromptRecord
 from expertshare.routing import Layerwise, make_policy
 from expertshare.tuning import PairedCounts, TuningOptions
 from expertshare.tuning.allocation import LayerOption, Sensitivity

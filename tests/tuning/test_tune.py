@@ -11,8 +11,9 @@ import pytest
 from expertshare.api import generate, load, load_policy, tune
 from expertshare.cli import main
 from expertshare.evaluation import policy_label
+from expertshare.evaluation.prompts import write_prompts
 from expertshare.lab.plots import plot_tuning
-from expertshare.lab.tasks import generate_items, write_prompts
+from expertshare.lab.tasks import generate_items
 from expertshare.models import LoadedModel
 from expertshare.tuning import Tuned, TuningOptions
 

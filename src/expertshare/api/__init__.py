@@ -3,7 +3,7 @@
 Example:
 
     from expertshare.api import compare, generate, info, load
-    from expertshare.lab.tasks import read_prompts
+    from expertshare.evaluation.prompts import read_prompts
 
     model = load("path/to/model")                     # a directory in Hugging Face layout, or a hub id
     print(info(model).router_rule, info(model).min_coreset_inside)

@@ -18,9 +18,9 @@ from expertshare.api.loading import (
 )
 from expertshare.evaluation import Comparison, Setup, compare_policies
 from expertshare.evaluation.comparison import ProgressListener
+from expertshare.evaluation.prompts import PromptRecord
 from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
-from expertshare.lab.tasks import PromptRecord
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.memory import MemoryWatch
 from expertshare.measure.report import Report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from expertshare.evaluation.comparison import ProgressListener
 from expertshare.evaluation.evaluating import NoticeListener
 from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
+from expertshare.lab.tasks import generate_items
 from expertshare.tuning import PolicyFile
 from expertshare.types import RoutingPolicy
 
@@ -88,7 +90,7 @@ def evaluate(
             identity={"allow_code": allow_code, "harness": harness_version(tasks)},
             config={"preset": chosen.to_json() if chosen else None, "limit": limit, "shots": sources.shots},
         )
-        made = make_sources(tasks, sources, loaded)
+        made = make_sources(tasks, sources, loaded, draw=partial(generate_items, split="test"))
         return evaluate_sources(
             loaded, made, chosen_policies, settings, Path(out), on_progress=on_progress, on_notice=on_notice
         )

@@ -10,9 +10,9 @@ import torch
 from expertshare.api.loading import DecodingValue, Model, as_records, decoding_options, load, opened
 from expertshare.evaluation import Setup
 from expertshare.evaluation.comparison import ProgressListener
+from expertshare.evaluation.prompts import PromptRecord
 from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
-from expertshare.lab.tasks import PromptRecord
 from expertshare.tuning import PolicyFile, Tuned, TuningOptions, read_policy_file
 from expertshare.tuning import tune as run_tuning
 

@@ -9,8 +9,8 @@ import torch
 from expertshare import api
 from expertshare.decoding import DecodingOptions
 from expertshare.evaluation import encode_prompts
+from expertshare.evaluation.prompts import read_prompts
 from expertshare.lab.bench import Subject
-from expertshare.lab.tasks import read_prompts
 
 
 def loaded_subject(

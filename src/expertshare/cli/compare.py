@@ -17,9 +17,9 @@ from expertshare.cli.option_groups import DecodingFlags, StoreFlags, with_option
 from expertshare.cli.threads import ThreadsFlag, set_threads
 from expertshare.errors import InputError
 from expertshare.evaluation import Comparison, parse_policies
-from expertshare.evaluation.accuracy import check_scorable
+from expertshare.evaluation.prompts import read_prompts
+from expertshare.evaluation.scoring import check_scorable
 from expertshare.lab.plots import check_plot_path, plot_comparison
-from expertshare.lab.tasks import read_prompts
 from expertshare.measure.memory import MemoryWatch
 from expertshare.measure.report import check_writable
 from expertshare.tuning import PolicyFile, read_policy_file

@@ -15,7 +15,8 @@ from expertshare.cli.console import people, print_json
 from expertshare.cli.threads import set_threads
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError, nearest
-from expertshare.lab.tasks import TASKS, generate_items, read_prompts
+from expertshare.evaluation.prompts import read_prompts
+from expertshare.lab.tasks import TASKS, generate_items
 from expertshare.models import load_model
 from expertshare.training.distill.config import DistillConfig
 from expertshare.training.distill.processes import connect, disconnect

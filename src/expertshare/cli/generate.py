@@ -17,7 +17,7 @@ from expertshare.cli.streaming import AnswerPrinter
 from expertshare.cli.threads import ThreadsFlag, set_threads
 from expertshare.errors import InputError
 from expertshare.evaluation import policy_label
-from expertshare.lab.tasks import read_prompts
+from expertshare.evaluation.prompts import read_prompts
 from expertshare.measure.cost import FORWARD_KINDS
 from expertshare.measure.memory import MemoryWatch
 from expertshare.measure.report import check_writable

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from expertshare.errors import InputError
-from expertshare.lab.tasks import TASKS, generate_items, write_prompts
+from expertshare.evaluation.prompts import write_prompts
+from expertshare.lab.tasks import TASKS, generate_items
 from expertshare.measure.report import check_writable
 
 EXAMPLE = "Example: expertshare tasks prompts.jsonl --task arith --task code --count 100 --seed 1"

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from expertshare.cli.threads import ThreadsFlag, set_threads
 from expertshare.errors import InputError
+from expertshare.lab.tasks.problems import TaskProblems
 from expertshare.training.config import TrainingConfig
 from expertshare.training.loop import StepResult
 from expertshare.training.run import RunPaths, prepare, run
@@ -58,6 +59,7 @@ def train(
     trainer = prepare(
         paths,
         config,
+        TaskProblems(seed),
         family=family,
         hidden=hidden,
         layers=layers,

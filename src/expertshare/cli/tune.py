@@ -13,8 +13,8 @@ from expertshare.cli.bars import Bars
 from expertshare.cli.console import megabytes, people, percent, print_json
 from expertshare.cli.option_groups import DecodingFlags, StoreFlags, with_option_groups
 from expertshare.errors import InputError
+from expertshare.evaluation.prompts import PromptRecord, read_prompts
 from expertshare.lab.plots import check_plot_path, plot_tuning
-from expertshare.lab.tasks import PromptRecord, read_prompts
 from expertshare.measure.report import check_writable
 from expertshare.tuning import Tuned, TuningOptions
 from expertshare.tuning.search import check_optuna

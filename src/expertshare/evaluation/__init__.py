@@ -1,24 +1,29 @@
 """Evaluation: answer many prompts under one policy, and compare policies on the same prompts."""
 
-from expertshare.evaluation.accuracy import TaskAccuracy, judge, task_accuracy
 from expertshare.evaluation.agreement import Agreement, agreement, token_agreement
 from expertshare.evaluation.answering import Answer, PolicyRun, answer_prompts
 from expertshare.evaluation.comparison import ComparedRun, Comparison, compare_policies
 from expertshare.evaluation.evaluating import Evaluation, EvaluationSettings, evaluate_sources
 from expertshare.evaluation.presets import PRESETS, find_preset
+from expertshare.evaluation.prompts import PromptRecord, read_prompts, write_prompts
+from expertshare.evaluation.sandbox import Verdict, run_programs
+from expertshare.evaluation.scoring import ANSWER_RULES, judge, score, score_many
 from expertshare.evaluation.setup import Setup, encode_prompts
 from expertshare.evaluation.sources import SourceOptions, check_task_names, harness_version, make_sources
 from expertshare.evaluation.statistics import (
     PairedDifference,
     Proportion,
     Retained,
+    TaskAccuracy,
     paired_difference,
     proportion,
     retained,
+    task_accuracy,
 )
 from expertshare.routing.labels import parse_policies, policy_label
 
 __all__ = [
+    "ANSWER_RULES",
     "PRESETS",
     "Agreement",
     "Answer",
@@ -28,11 +33,13 @@ __all__ = [
     "EvaluationSettings",
     "PairedDifference",
     "PolicyRun",
+    "PromptRecord",
     "Proportion",
     "Retained",
     "Setup",
     "SourceOptions",
     "TaskAccuracy",
+    "Verdict",
     "agreement",
     "answer_prompts",
     "check_task_names",
@@ -47,7 +54,12 @@ __all__ = [
     "parse_policies",
     "policy_label",
     "proportion",
+    "read_prompts",
     "retained",
+    "run_programs",
+    "score",
+    "score_many",
     "task_accuracy",
     "token_agreement",
+    "write_prompts",
 ]

@@ -8,12 +8,20 @@ from typing import Any
 
 from expertshare.decoding import BlockResult, DecodingOptions
 from expertshare.errors import PolicyError
-from expertshare.evaluation.accuracy import TaskAccuracy, check_scorable, judge, task_accuracy
 from expertshare.evaluation.agreement import Agreement, agreement
 from expertshare.evaluation.answering import PolicyRun, answer_prompts
+from expertshare.evaluation.prompts import PromptRecord
+from expertshare.evaluation.scoring import check_scorable, judge
 from expertshare.evaluation.setup import Setup, encode_prompts
-from expertshare.evaluation.statistics import PairedDifference, Proportion, Retained, paired_difference, retained
-from expertshare.lab.tasks import PromptRecord
+from expertshare.evaluation.statistics import (
+    PairedDifference,
+    Proportion,
+    Retained,
+    TaskAccuracy,
+    paired_difference,
+    retained,
+    task_accuracy,
+)
 from expertshare.measure.memory import MemoryWatch, peak_memory_bytes
 from expertshare.models import LoadedModel
 from expertshare.routing import POLICIES, knobs

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from expertshare.errors import InputError, nearest
-from expertshare.evaluation.generated import DEFAULT_COUNT, DEFAULT_GEN_LENGTH, GeneratedSource
 from expertshare.evaluation.harness import BENCHMARKS, HarnessSource
 from expertshare.evaluation.harness.loading import installed_version
-from expertshare.evaluation.items import TaskSource
-from expertshare.lab.tasks import TASKS
+from expertshare.evaluation.items import GeneratedSource, TaskSource
+from expertshare.evaluation.prompts import PromptRecord
+from expertshare.evaluation.scoring import ANSWER_RULES
 from expertshare.models import LoadedModel
+
+DEFAULT_COUNT = 100
+DEFAULT_GEN_LENGTH = 64
+"""Longer than any reference answer of the generated tasks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,11 +48,12 @@ class SourceOptions:
 
 def check_task_names(names: Sequence[str]) -> tuple[str, ...]:
     """Each name once, in order; InputError for none, or one that is no task's."""
+    known = [*ANSWER_RULES, *BENCHMARKS]
     if not names:
-        raise InputError(f"expected at least one task, got none. {nearest('', [*TASKS, *BENCHMARKS])}")
+        raise InputError(f"expected at least one task, got none. {nearest('', known)}")
     for name in names:
-        if name not in TASKS and name not in BENCHMARKS:
-            raise InputError(f"expected the name of a task, got {name!r}. {nearest(name, [*TASKS, *BENCHMARKS])}")
+        if name not in known:
+            raise InputError(f"expected the name of a task, got {name!r}. {nearest(name, known)}")
     return tuple(dict.fromkeys(names))
 
 
@@ -57,14 +62,20 @@ def harness_version(names: Sequence[str]) -> str | None:
     return installed_version() if any(name in BENCHMARKS for name in names) else None
 
 
-def make_sources(names: Sequence[str], options: SourceOptions, loaded: LoadedModel) -> list[TaskSource]:
-    """A source for each task, ready to give items. Raises InputError, also where an extra is not installed."""
+def make_sources(
+    names: Sequence[str], options: SourceOptions, loaded: LoadedModel, *, draw: Callable[..., Sequence[PromptRecord]]
+) -> list[TaskSource]:
+    """A source for each task, ready to give items. draw: the generator of `GeneratedSource`.
+
+    Raises InputError, also where an extra is not installed.
+    """
     sources: list[TaskSource] = []
     for name in check_task_names(names):
-        if name in TASKS:
+        if name in ANSWER_RULES:
             sources.append(
                 GeneratedSource(
                     task=name,
+                    draw=draw,
                     count=options.limit or DEFAULT_COUNT,
                     seed=options.seed,
                     gen_length=options.gen_length or DEFAULT_GEN_LENGTH,

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 
 from scipy.stats import binomtest, norm
 
+from expertshare.evaluation.prompts import PromptRecord
+
 CONFIDENCE = 0.95
+UNNAMED_TASK = "unnamed"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +34,27 @@ def proportion(outcomes: Sequence[bool]) -> Proportion:
     successes, count = sum(outcomes), len(outcomes)
     interval = binomtest(successes, count).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
     return Proportion(successes=successes, count=count, low=float(interval.low), high=float(interval.high))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskAccuracy:
+    """Share of right answers: over everything that could be judged (None: nothing could), and by task."""
+
+    overall: Proportion | None
+    by_task: Mapping[str, Proportion]
+
+
+def task_accuracy(records: Sequence[PromptRecord], outcomes: Sequence[bool | None]) -> TaskAccuracy:
+    """Count outcomes; records without a task are counted under "unnamed"."""
+    by_task: dict[str, list[bool]] = {}
+    for record, outcome in zip(records, outcomes, strict=True):
+        if outcome is not None:
+            by_task.setdefault(record.task or UNNAMED_TASK, []).append(outcome)
+    judged = [outcome for outcomes_of_task in by_task.values() for outcome in outcomes_of_task]
+    return TaskAccuracy(
+        overall=proportion(judged) if judged else None,
+        by_task={task: proportion(of_task) for task, of_task in by_task.items()},
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

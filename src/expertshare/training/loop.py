@@ -6,9 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from random import Random
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertshare.errors import TrainingError
-from expertshare.lab.tasks.generation import iterate_items
 from expertshare.models.moe import MoE
 from expertshare.models.runtime import Runtime
 from expertshare.models.transformer import MoETransformer
@@ -29,10 +26,21 @@ from expertshare.training.whole_canvas import canvas_batches
 from expertshare.types import RoutingPolicy
 
 
-class SampleEncoder(Protocol):
-    """Turns a problem's texts into token ids under the model's chat format."""
+class Problems(Protocol):
+    """Where a run from scratch takes its samples and its vocabulary."""
 
-    def __call__(self, prompt: str, answer: str) -> Sample: ...
+    vocab_size: int
+    mask_id: int
+    eos_id: int
+    pad_id: int
+
+    def draw(self, config: TrainingConfig, step: int) -> list[Sample]:
+        """The samples of a 0-based step; the same for the same configuration and step."""
+        ...
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Put the vocabulary's files beside the finished model."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,17 +55,6 @@ class StepResult:
     load_imbalance: float
     positions: int
     elapsed_s: float
-
-
-def draw_samples(config: TrainingConfig, encode: SampleEncoder, step: int) -> list[Sample]:
-    """The problems of one step, a function of seed and step alone: a resumed run sees what it would have seen."""
-    random = Random(f"{config.seed}:{step}")
-    names = random.choices(list(config.mixture), weights=list(config.mixture.values()), k=config.samples_per_step)
-    samples = []
-    for name in config.mixture:
-        items = iterate_items(name, split="train", seed=random.getrandbits(48))
-        samples += [encode(item.prompt, item.reference) for item in islice(items, names.count(name))]
-    return samples
 
 
 class LoadBalance:
@@ -98,8 +95,8 @@ def batch_loss(model: MoETransformer, batch: TrainingBatch, runtime: Runtime) ->
 class Trainer:
     """Owns the model, its two optimisers and the position in the data."""
 
-    def __init__(self, model: MoETransformer, config: TrainingConfig, encode: SampleEncoder) -> None:
-        self.model, self.config, self.encode = model, config, encode
+    def __init__(self, model: MoETransformer, config: TrainingConfig, problems: Problems) -> None:
+        self.model, self.config, self.problems = model, config, problems
         self.step_index = 0
         matrices = [p for n, p in model.named_parameters() if _is_matrix(n, p)]
         others = [p for n, p in model.named_parameters() if not _is_matrix(n, p)]
@@ -117,7 +114,7 @@ class Trainer:
         """Draw, forward, backward, update, balance."""
         start = time.perf_counter()
         config, step = self.config, self.step_index
-        samples = draw_samples(config, self.encode, step)
+        samples = self.problems.draw(config, step)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         batches = list(self._batches(samples, self.model.config, self.noise, generator))
         # 1 where the masks hit nothing that is learnt: such a step has a loss of 0.

@@ -12,12 +12,10 @@ import torch
 
 from expertshare.config import ModelConfig
 from expertshare.errors import TrainingError
-from expertshare.lab.tasks.tokenizer import build_tokenizer, save_tokenizer
 from expertshare.models import save_model
 from expertshare.models.transformer import MoETransformer, initialise
 from expertshare.training.config import TrainingConfig, reference_architecture
-from expertshare.training.encode import ChatEncoder
-from expertshare.training.loop import StepResult, Trainer, train
+from expertshare.training.loop import Problems, StepResult, Trainer, train
 from expertshare.training.run_files import append_line, cut_log, read_settings, write_whole
 
 _VOCABULARY_MULTIPLE = 64
@@ -54,6 +52,7 @@ class RunPaths:
 def prepare(
     paths: RunPaths,
     config: TrainingConfig,
+    problems: Problems,
     *,
     family: str = "llada2_moe",
     hidden: int,
@@ -62,19 +61,17 @@ def prepare(
     num_experts: int = 64,
     resume: bool,
 ) -> Trainer:
-    """Build tokenizer, model and trainer; record the configuration. A resumed run must ask for the same one.
+    """Build model and trainer; record the configuration. A resumed run must ask for the same one.
 
     Raises TrainingError if the folder holds another run, ConfigError for an unknown family.
     """
-    tokenizer = build_tokenizer(config.seed)
-    encode = ChatEncoder(tokenizer)
-    entries = -(-tokenizer.get_vocab_size() // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+    entries = -(-problems.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
     architecture = reference_architecture(
         family=family,
         vocab_size=entries,
-        mask_id=encode.mask_id,
-        eos_id=encode.eos_id,
-        pad_id=encode.pad_id,
+        mask_id=problems.mask_id,
+        eos_id=problems.eos_id,
+        pad_id=problems.pad_id,
         hidden=hidden,
         layers=layers,
         expert_hidden=expert_hidden,
@@ -83,7 +80,7 @@ def prepare(
     _record(paths, config, architecture, resume=resume)
     model = MoETransformer(architecture)
     initialise(model, seed=config.seed)
-    return Trainer(model, config, encode)
+    return Trainer(model, config, problems)
 
 
 def _record(paths: RunPaths, config: TrainingConfig, architecture: ModelConfig, *, resume: bool) -> None:
@@ -141,7 +138,7 @@ def run(
             on_step(result)
 
     train(trainer, paths.checkpoint, resume=resume, on_step=record)
-    save_tokenizer(paths.model)
+    trainer.problems.save_tokenizer(paths.model)
     save_model(trainer.model, paths.model, dtype=torch.bfloat16)
     return paths.model
 

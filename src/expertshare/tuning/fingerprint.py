@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from expertshare.errors import InputError
-from expertshare.lab.tasks import PromptRecord
+from expertshare.evaluation.prompts import PromptRecord
 
 _CHUNK_BYTES = 4096
 _NUM_CHUNKS = 256

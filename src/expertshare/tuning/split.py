@@ -8,8 +8,8 @@ from typing import Literal
 
 from expertshare.errors import InputError
 from expertshare.evaluation import PolicyRun, judge
-from expertshare.evaluation.accuracy import check_scorable, is_scorable
-from expertshare.lab.tasks import PromptRecord
+from expertshare.evaluation.prompts import PromptRecord
+from expertshare.evaluation.scoring import check_scorable, is_scorable
 from expertshare.tuning.options import Quality
 
 Judged = Literal["accuracy", "agreement"]

@@ -8,8 +8,8 @@ from dataclasses import replace
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError
 from expertshare.evaluation import Setup, encode_prompts
+from expertshare.evaluation.prompts import PromptRecord
 from expertshare.kernels import resolve_backend
-from expertshare.lab.tasks import PromptRecord
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, Runtime
 from expertshare.routing import make_policy

@@ -8,7 +8,7 @@ from typing import Any
 
 from expertshare.decoding import BlockResult, DecodingOptions
 from expertshare.evaluation import PolicyRun, Setup, answer_prompts, encode_prompts, policy_label
-from expertshare.lab.tasks import PromptRecord
+from expertshare.evaluation.prompts import PromptRecord
 from expertshare.models import LoadedModel
 from expertshare.routing import make_policy
 from expertshare.tuning.certificate import PairedCounts, lower_bound, p_value

@@ -1,4 +1,4 @@
-"""Programs out of answers to code benchmarks, and their tests: pass@1 in the sandbox of expertshare.lab.tasks."""
+"""Programs out of answers to code benchmarks, and their tests: pass@1 in the sandbox."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from expertshare.lab.tasks import Verdict, run_programs
+from expertshare.evaluation.sandbox import Verdict, run_programs
 
 TIMEOUT_S = 10.0
 """Of the reference solutions of MBPP one takes more than three seconds."""

@@ -106,5 +106,4 @@ TASK = Task(
     description="worded arithmetic with steps, like GSM8K",
     levels=(_one_step, _two_steps, _three_steps),
     beyond=_four_steps,
-    answer_rule="number",
 )

@@ -267,5 +267,4 @@ TASK = Task(
     description="one short Python function, checked by unit tests, like HumanEval",
     levels=(_level(EASY), _level(MEDIUM), _level(HARD)),
     beyond=_level((_map_twice_filter,)),
-    answer_rule="program",
 )

@@ -86,5 +86,4 @@ TASK = Task(
     description="four-way multiple choice, like ARC",
     levels=(_category, _odd_one_out, _hard),
     beyond=_neither,
-    answer_rule="text",
 )

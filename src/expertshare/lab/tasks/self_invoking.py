@@ -191,5 +191,4 @@ TASK = Task(
         _level(INT_MEDIUM, HARD_CALLERS),
     ),
     beyond=_level(INT_MEDIUM, (_guarded_shift,)),
-    answer_rule="program",
 )

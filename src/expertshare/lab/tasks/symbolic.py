@@ -158,5 +158,4 @@ TASK = Task(
     description="symbolic mathematics with steps, like MATH",
     levels=(_one_of(EASY), _one_of(MEDIUM), _one_of(HARD)),
     beyond=_evaluate_three_terms,
-    answer_rule="text",
 )

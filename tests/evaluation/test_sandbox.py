@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from expertshare.errors import SandboxError
-from expertshare.lab.tasks import run_programs
-from expertshare.lab.tasks import sandbox as sandbox_module
+from expertshare.evaluation import sandbox as sandbox_module
+from expertshare.evaluation.sandbox import run_programs
 
 PASSING = {
     "assert": "def f(x):\n    return x + 1\nassert f(1) == 2",

@@ -1,19 +1,34 @@
-"""Prompt files: JSONL, one object per line with "prompt" and optionally "reference", "task", "tests"."""
+"""Prompts with what their answers are judged by, and their files: JSONL, one object per line with "prompt" and
+optionally "reference", "task", "tests"."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from expertshare.errors import InputError, nearest
-from expertshare.lab.tasks.types import PromptRecord, TaskItem
 
 KEYS = ("prompt", "reference", "task", "tests")
 
 
-def write_prompts(path: str | Path, items: Iterable[TaskItem | PromptRecord]) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptRecord:
+    """One line of a prompt file; only `prompt` is required there.
+
+    task: a name of `scoring.ANSWER_RULES`. tests: Python statements that must run without an exception after the
+    answer's code.
+    """
+
+    task: str | None = None
+    prompt: str
+    reference: str | None = None
+    tests: tuple[str, ...] = ()
+
+
+def write_prompts(path: str | Path, items: Iterable[PromptRecord]) -> None:
     """One line per item, in a form that read_prompts takes back; keys without a value are left out."""
     lines = []
     for item in items:

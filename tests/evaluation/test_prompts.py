@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from expertshare.errors import InputError
-from expertshare.lab.tasks import PromptRecord, generate_items, read_prompts, write_prompts
+from expertshare.evaluation.prompts import PromptRecord, read_prompts, write_prompts
+from expertshare.lab.tasks import generate_items
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
 RECORDS = st.builds(

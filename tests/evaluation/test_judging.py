@@ -6,8 +6,8 @@ import pytest
 
 from expertshare.errors import InputError
 from expertshare.evaluation import judge, task_accuracy
-from expertshare.evaluation.accuracy import check_scorable
-from expertshare.lab.tasks import PromptRecord
+from expertshare.evaluation.prompts import PromptRecord
+from expertshare.evaluation.scoring import check_scorable
 
 
 def test_each_record_is_judged_by_its_own_rule() -> None:

@@ -7,7 +7,9 @@ import re
 import pytest
 
 from expertshare.errors import InputError
-from expertshare.lab.tasks import PromptRecord, TaskItem, generate_items, iterate_items, score, score_many
+from expertshare.evaluation.prompts import PromptRecord
+from expertshare.evaluation.scoring import score, score_many
+from expertshare.lab.tasks import TaskItem, generate_items, iterate_items
 
 KINDS = ("arith", "math", "code", "code_pro", "choice")
 
