@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -18,7 +19,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("src/expertshare/native/csrc")
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
+LOADING = NATIVE.parent / "loading.py"
+ABI_VERSION = re.findall(r"^ABI_VERSION = (\d+)", LOADING.read_text(), re.MULTILINE)[0]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", f"-DEXPERTSHARE_ABI_VERSION={ABI_VERSION}"]
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # Only these files may use more than the processor's baseline; which of them runs is decided at run time.
@@ -116,7 +119,7 @@ setup(
         Extension(
             "expertshare.native.libexpertshare_cpu",
             sources=[str(path) for path in sorted(NATIVE.glob("*.cpp"))],
-            depends=[str(path) for path in sorted(NATIVE.glob("*.h"))],
+            depends=[str(path) for path in (*sorted(NATIVE.glob("*.h")), LOADING)],
             optional=True,
         )
     ],

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from expertshare import native
 from expertshare.kernels import moe_ffn
-from expertshare.kernels.native_weights import projections, tensors_of
 from expertshare.kernels.quantise import QUANTISATIONS, quantise_bank
+from expertshare.kernels.weights import projections, tensors_of
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.report import write_json
 from expertshare.types import Bank, ExpertBank, RoutingPlan

@@ -13,8 +13,8 @@ from torch import Tensor
 from expertshare import native
 from expertshare.errors import CheckpointError, ConfigError
 from expertshare.kernels import moe_ffn
-from expertshare.kernels.native_weights import projections, tensors_of
 from expertshare.kernels.quantise import QUANTISATIONS, quantise_bank
+from expertshare.kernels.weights import projections, tensors_of
 from expertshare.types import Bank, ExpertBank, QuantisedBank, RoutingPlan
 
 from .test_moe_ffn import plan_of

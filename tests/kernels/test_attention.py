@@ -11,7 +11,8 @@ from torch import Tensor
 from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.kernels import attend
-from expertshare.kernels.attention import _attend_folded, attend_cpu
+from expertshare.kernels.attention import _attend_folded
+from expertshare.kernels.cpu_ops import attend_cpu
 
 from .conftest import ISAS
 
@@ -112,12 +113,12 @@ def test_the_door_has_both() -> None:
 WRONG: dict[str, tuple[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Scene]]] = {
     "half": ("all in float32 or all in bfloat16", lambda q, k, v, m: (q.half(), k.half(), v.half(), m)),
     "mixed": ("all in float32 or all in bfloat16", lambda q, k, v, m: (q, k.bfloat16(), v, m)),
-    "no keys": ("as many keys as values", lambda q, k, v, m: (q, k[:, :, :0], v[:, :, :0], None)),
-    "fewer values": ("as many keys as values", lambda q, k, v, m: (q, k, v[:, :, 1:], m)),
+    "no keys": ("no size of keys 0", lambda q, k, v, m: (q, k[:, :, :0], v[:, :, :0], None)),
+    "fewer values": (r"keys \[B, G, P, D\], values \[B, G, P, D\]", lambda q, k, v, m: (q, k, v[:, :, 1:], m)),
     "odd groups": ("a divisor of H", lambda q, k, v, m: (q[:, :3], k, v, m)),
-    "three dimensions": ("4 dimensions", lambda q, k, v, m: (q[0], k, v, m)),
-    "additive mask": ("expected a bool mask", lambda q, k, v, m: (q, k, v, torch.zeros(2, 8, 24))),
-    "short mask": ("expected a bool mask", lambda q, k, v, m: (q, k, v, torch.ones(2, 8, 23, dtype=torch.bool))),
+    "three dimensions": (r"queries \[B, H, S, D\]", lambda q, k, v, m: (q[0], k, v, m)),
+    "additive mask": ("mask in torch.bool", lambda q, k, v, m: (q, k, v, torch.zeros(2, 8, 24))),
+    "short mask": (r"mask \[B, S, P\]", lambda q, k, v, m: (q, k, v, torch.ones(2, 8, 23, dtype=torch.bool))),
     "gradients": ("no gradients", lambda q, k, v, m: (q, k.clone().requires_grad_(), v, m)),
     "another device": ("on the CPU", lambda q, k, v, m: (q.to("meta"), k, v, m)),
 }

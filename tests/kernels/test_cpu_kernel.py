@@ -20,7 +20,7 @@ from torch import Tensor
 from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.kernels import moe_ffn
-from expertshare.kernels.cpu import moe_ffn_cpu
+from expertshare.kernels.cpu_experts import moe_ffn_cpu
 from expertshare.native import loading
 from expertshare.types import ExpertBank, RoutingPlan
 
@@ -282,7 +282,7 @@ def test_torch_threads_compute_the_same() -> None:
 
 def test_a_process_ends_with_its_threads() -> None:
     script = (
-        "import torch; from expertshare import native; from expertshare.kernels.cpu import moe_ffn_cpu;"
+        "import torch; from expertshare import native; from expertshare.kernels.cpu_experts import moe_ffn_cpu;"
         "from expertshare.types import *;"
         "native.set_num_threads(3); ids = torch.arange(64).view(64, 1) % 8;"
         "plan = RoutingPlan(ids, torch.ones(64, 1), torch.ones(8, dtype=torch.bool));"
@@ -307,11 +307,17 @@ WRONG: dict[str, tuple[str, Callable[[Scene], Scene]]] = {
     "too small an expert id": ("-1 .unused. or 0 to 3", lambda s: (s[0], with_id(s[1], -2), s[2])),
     "half": ("float32 or all in bfloat16", lambda s: (s[0].half(), s[1], s[2])),
     "mixed dtypes": ("float32 or all in bfloat16", lambda s: (s[0].bfloat16(), s[1], s[2])),
-    "int32 ids": ("int64 expert ids", lambda s: (s[0], replace(s[1], expert_ids_TK=s[1].expert_ids_TK.int()), s[2])),
-    "other hidden size": ("do not fit down", lambda s: (s[0][:, :-1].contiguous(), s[1], s[2])),
-    "too few plan rows": ("do not fit down", lambda s: (s[0][:-1], s[1], s[2])),
+    "int32 ids": (
+        "expert ids in torch.int64",
+        lambda s: (s[0], replace(s[1], expert_ids_TK=s[1].expert_ids_TK.int()), s[2]),
+    ),
+    "other hidden size": (r"expected tokens \[\.\.\., D\].* D = 16", lambda s: (s[0][:, :-1].contiguous(), s[1], s[2])),
+    "too few plan rows": (r"expected tokens \[\.\.\., D\], expert ids \[T, K\]", lambda s: (s[0][:-1], s[1], s[2])),
     "gate alone": ("do not fit down", lambda s: (s[0], s[1], ExpertBank(s[2].gate_up_EHD[:, :8], s[2].down_EDF))),
-    "two dimensions": ("expected x", lambda s: (s[0], s[1], ExpertBank(s[2].gate_up_EHD, s[2].down_EDF[0]))),
+    "two dimensions": (
+        r"expected weights \[E, rows, depth\]",
+        lambda s: (s[0], s[1], ExpertBank(s[2].gate_up_EHD, s[2].down_EDF[0])),
+    ),
     "transposed rows": ("contiguous once", lambda s: (s[0], s[1], ExpertBank(s[2].gate_up_EHD, turned(s[2].down_EDF)))),
     "another device": ("on the CPU, got cpu, meta", lambda s: (s[0].to("meta"), s[1], s[2])),
     "gradients": ("has no gradients", lambda s: (s[0].clone().requires_grad_(), s[1], s[2])),

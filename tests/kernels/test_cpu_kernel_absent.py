@@ -14,7 +14,7 @@ import torch
 from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.kernels import moe_ffn, resolve_backend
-from expertshare.native import loading
+from expertshare.native import calls, loading
 
 from .test_moe_ffn import scene
 
@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).parents[2]
 def library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A place where there is no library yet."""
     monkeypatch.setattr(loading, "LIBRARY", tmp_path / "libexpertshare_cpu.so")
-    caches = (loading._load, loading._isas, loading._usable_isa)
+    caches = (loading._load, loading._isas, loading._usable_isa, calls._function)
     for one in caches:
         one.cache_clear()
     yield tmp_path / "libexpertshare_cpu.so"

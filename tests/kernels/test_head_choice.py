@@ -9,8 +9,8 @@ from torch import Tensor
 from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.kernels import head
-from expertshare.kernels.projection import linear_cpu
-from expertshare.kernels.vocabulary import best_token, best_token_cpu
+from expertshare.kernels.cpu_ops import best_token_cpu, linear_cpu
+from expertshare.kernels.vocabulary import best_token
 
 from .conftest import ISAS
 
@@ -163,5 +163,5 @@ def test_exclusions_that_cannot_be(excluded: list[int]) -> None:
 
 def test_other_dtypes_are_refused() -> None:
     hidden_RD, weight_VD = scene((2, 40, 8), torch.float32)
-    with pytest.raises(ConfigError, match="both in float32 or both in bfloat16"):
+    with pytest.raises(ConfigError, match="all in float32 or all in bfloat16"):
         best_token_cpu(hidden_RD.half(), weight_VD.half(), [])

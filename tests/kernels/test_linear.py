@@ -12,7 +12,7 @@ from torch import Tensor
 from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.kernels import linear, swiglu
-from expertshare.kernels.projection import linear_cpu
+from expertshare.kernels.cpu_ops import linear_cpu
 
 from .conftest import ISAS
 
@@ -120,8 +120,8 @@ def test_other_backends_are_torch() -> None:
 
 Scene = tuple[Tensor, Tensor]
 WRONG: dict[str, tuple[str, Callable[[Tensor, Tensor], Scene]]] = {
-    "half": ("both in float32 or both in bfloat16", lambda x, w: (x.half(), w.half())),
-    "mixed": ("both in float32 or both in bfloat16", lambda x, w: (x.bfloat16(), w)),
+    "half": ("all in float32 or all in bfloat16", lambda x, w: (x.half(), w.half())),
+    "mixed": ("all in float32 or all in bfloat16", lambda x, w: (x.bfloat16(), w)),
     "depth": ("expected x", lambda x, w: (x[:, :-1], w)),
     "one dimension": ("expected x", lambda x, w: (x, w[0])),
     "transposed": ("contiguous once", lambda x, w: (x, w.T.contiguous().T)),

@@ -127,16 +127,23 @@ def test_heads_are_turned_and_placed(isa: str, shape: tuple[int, ...], dtype: to
 WRONG: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "half": ("all in float32 or all in bfloat16", lambda g: (g[0].half(), *g[1:])),
     "mixed": ("all in float32 or all in bfloat16", lambda g: (g[0].bfloat16(), *g[1:])),
-    "not contiguous": ("contiguous", lambda g: (g[0].transpose(0, 1), *g[1:])),
-    "odd heads": ("as many heads", lambda g: (g[0], 3, *g[2:])),
-    "no keys": ("as many heads", lambda g: (g[0], 8, *g[2:])),
-    "short scale": ("expected scales", lambda g: (*g[:2], (g[2][0][:3], g[2][1]), *g[3:])),
-    "short table": ("expected scales", lambda g: (*g[:3], (g[3][0], g[3][1][:, :, :3]), g[4])),
+    "not contiguous": ("contiguous", lambda g: (g[0].transpose(2, 3).contiguous().transpose(2, 3), *g[1:])),
+    "odd heads": ("as many of keys", lambda g: (g[0], 3, *g[2:])),
+    "no keys": ("as many of keys", lambda g: (g[0], 8, *g[2:])),
+    "short scale": (r"scale of queries \[D\]", lambda g: (*g[:2], (g[2][0][:3], g[2][1]), *g[3:])),
+    "short table": (r"cosines \[B, 1, S, R\]", lambda g: (*g[:3], (g[3][0], g[3][1][:, :, :3]), g[4])),
     "too far": ("within", lambda g: (*g[:4], Place(g[4].keys_BHCD, g[4].values_BHCD, [0, 9]))),
-    "one start": ("2 places", lambda g: (*g[:4], Place(g[4].keys_BHCD, g[4].values_BHCD, [0]))),
-    "turned room": (
-        "positions of a head together",
-        lambda g: (*g[:4], Place(g[4].keys_BHCD.transpose(1, 2), g[4].values_BHCD, [0, 0])),
+    "one start": ("2 starts", lambda g: (*g[:4], Place(g[4].keys_BHCD, g[4].values_BHCD, [0]))),
+    "other heads": (
+        r"buffer of keys \[B, G, C, D\]",
+        lambda g: (*g[:4], Place(g[4].keys_BHCD[:, :1], g[4].values_BHCD, [0, 0])),
+    ),
+    "positions apart": (
+        "buffer of values in place and expects the last 2 dimensions contiguous",
+        lambda g: (
+            *g[:4],
+            Place(g[4].keys_BHCD, g[4].values_BHCD.transpose(2, 3).contiguous().transpose(2, 3), [0, 0]),
+        ),
     ),
     "gradients": ("no gradients", lambda g: (g[0].requires_grad_(), *g[1:])),
     "another device": ("on the CPU", lambda g: (g[0].to("meta"), *g[1:])),
@@ -156,5 +163,5 @@ def test_norms_that_do_not_fit_are_said_clearly() -> None:
     for wrong in ((x, scale[:3]), (x.double(), scale)):
         with pytest.raises(ConfigError, match="expect"):
             rms_norm(*wrong, EPS, backend="cpu")
-    with pytest.raises(ConfigError, match="in x's shape"):
+    with pytest.raises(ConfigError, match=r"what is added \[\.\.\., D\]"):
         add_and_norm(x, x[:2], scale, EPS, backend="cpu")

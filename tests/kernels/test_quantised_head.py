@@ -141,11 +141,11 @@ def test_embeddings_are_the_rows_asked_for(dtype: torch.dtype) -> None:
 def test_what_the_kernel_cannot_take_is_refused() -> None:
     hidden_RD, weight, _ = scene((2, 40, 64), torch.float32)
     cases = [
-        (hidden_RD, replace(weight, codes_PC=weight.codes_PC.view(torch.uint8)), "codes of head in torch.int8"),
+        (hidden_RD, replace(weight, codes_PC=weight.codes_PC.view(torch.uint8)), "codes of weights in torch.int8"),
         (hidden_RD.double(), weight, "float32 or bfloat16"),
-        (hidden_RD[:, :63], weight, r"\[R, 64\]"),
-        (hidden_RD, replace(weight, scales_PG=weight.scales_PG[1:]), "codes and scales of .* for 40 rows"),
-        (hidden_RD, replace(weight, num_rows=49), "for 49 rows"),
+        (hidden_RD[:, :63], weight, r"C = 16 \* D"),
+        (hidden_RD, replace(weight, scales_PG=weight.scales_PG[1:]), "P panels of 16 rows for N rows.* N = 40"),
+        (hidden_RD, replace(weight, num_rows=49), "P panels of 16 rows for N rows.* N = 49"),
         (hidden_RD, replace(weight, scales_PG=weight.scales_PG.bfloat16()), "scales"),
         (hidden_RD, replace(weight, codes_PC=weight.codes_PC.T.contiguous().T), "contiguous"),
         (hidden_RD.clone().requires_grad_(), weight, "no gradients"),

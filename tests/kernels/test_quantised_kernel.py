@@ -15,7 +15,7 @@ from torch import Tensor
 from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.kernels import moe_ffn
-from expertshare.kernels.cpu import _CHECKED, moe_ffn_cpu
+from expertshare.kernels.cpu_experts import _CHECKED, moe_ffn_cpu
 from expertshare.kernels.quantise import Scheme, dequantise, quantise_bank
 from expertshare.types import ExpertBank, QuantisedBank, QuantisedWeight, RoutingPlan
 
@@ -312,8 +312,11 @@ WRONG: dict[str, tuple[str, Callable[[Scene], Scene]]] = {
         "8 without minima",
         lambda s: with_down(s, bits=8, minima_EPG=s[2].down.scales_EPG),
     ),
-    "other width": ("do not fit down", lambda s: (s[0][:, :64].contiguous(), s[1], s[2])),
-    "two dimensions": ("expected x", lambda s: with_down(s, codes_EPC=s[2].down.codes_EPC[0])),
+    "other width": (r"expected tokens \[\.\.\., D\].* D = 128", lambda s: (s[0][:, :64].contiguous(), s[1], s[2])),
+    "two dimensions": (
+        r"expected weights \[E, rows, depth\]",
+        lambda s: with_down(s, codes_EPC=s[2].down.codes_EPC[0]),
+    ),
     "turned codes": ("codes of down contiguous", lambda s: with_down(s, codes_EPC=turned(s[2].down.codes_EPC))),
     "turned scales": ("scales of down contiguous", lambda s: with_down(s, scales_EPG=turned(s[2].down.scales_EPG))),
     "another device": ("on the CPU", lambda s: with_down(s, scales_EPG=s[2].down.scales_EPG.to("meta"))),

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertshare.kernels.cpu import moe_ffn_cpu
-from expertshare.kernels.projection import check_dense, linear_cpu
+from expertshare.kernels.cpu_experts import swiglu_cpu
+from expertshare.kernels.cpu_ops import best_token_cpu, linear_cpu
 from expertshare.kernels.quantised_head import quantised_head, quantised_logits
 from expertshare.kernels.triton.head import best_token_triton
-from expertshare.kernels.vocabulary import best_token, best_token_cpu
-from expertshare.types import ExpertBank, QuantisedTable, RoutingPlan
+from expertshare.kernels.vocabulary import best_token
+from expertshare.types import QuantisedTable
 
 
 def linear(x: Tensor, weight_ND: Tensor, *, backend: str) -> Tensor:
@@ -33,21 +31,7 @@ def swiglu(x: Tensor, gate_up_HD: Tensor, down_DF: Tensor, *, backend: str) -> T
     if backend != "cpu":
         gate, up = F.linear(x, gate_up_HD).chunk(2, dim=-1)
         return F.linear(F.silu(gate) * up, down_DF)
-    check_dense(x, gate_up_HD)
-    return one_expert_cpu(x, ExpertBank(gate_up_HD.unsqueeze(0), down_DF.unsqueeze(0)))
-
-
-def one_expert_cpu(x: Tensor, bank: ExpertBank) -> Tensor:
-    """`swiglu` under the backend "cpu", of a bank with one expert: kept between calls, it is checked once."""
-    x_TD = x.reshape(-1, x.shape[-1])
-    return moe_ffn_cpu(x_TD, _of_all(len(x_TD)), bank).view(x.shape)
-
-
-@lru_cache(maxsize=64)
-def _of_all(num_tokens: int) -> RoutingPlan:
-    """Every token uses expert 0."""
-    ids_TK, weights_TK = torch.zeros(num_tokens, 1, dtype=torch.int64), torch.ones(num_tokens, 1)
-    return RoutingPlan(ids_TK, weights_TK, torch.ones(1, dtype=torch.bool))
+    return swiglu_cpu(x, gate_up_HD, down_DF)
 
 
 def head(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from expertshare import native
 from expertshare.errors import ConfigError, nearest
-from expertshare.kernels.cpu import moe_ffn_cpu
+from expertshare.kernels.cpu_experts import moe_ffn_cpu
 from expertshare.kernels.grouped import moe_ffn_grouped
 from expertshare.kernels.quantise import dequantised_experts
 from expertshare.kernels.reference import moe_ffn_reference

@@ -1,7 +1,6 @@
-"""The compiled library of kernels for the CPU (csrc/), how it is found, and in which threads it runs."""
+"""The compiled library of kernels for the CPU (csrc/): how it is found, called, and which threads it runs in."""
 
 from expertshare.native.calls import HOW, ISA_NAMED, status_of
-from expertshare.native.cores import usable_cores
 from expertshare.native.loading import (
     available,
     instruction_set,
@@ -10,8 +9,14 @@ from expertshare.native.loading import (
     unavailable_reason,
     usable_instruction_sets,
 )
-from expertshare.native.pages import ask_for_huge_pages
-from expertshare.native.threads import crew, num_threads, set_num_threads, use_torch_threads
+from expertshare.native.machine import (
+    ask_for_huge_pages,
+    crew,
+    num_threads,
+    set_num_threads,
+    usable_cores,
+    use_torch_threads,
+)
 
 __all__ = [
     "HOW",

@@ -2,7 +2,7 @@
 
 It is built when the package is installed (setup.py) and looked for beside this file, nowhere else. EXPERTSHARE_ISA
 names the instruction set to use (avx512_bf16, avx512_vnni, avx512, avx_vnni, avx2, portable) instead of the best that
-the processor has; it is read at every call. Who calls a function of the library declares its argument types.
+the processor has; it is read at every call. calls.py says what its functions take.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from expertshare.errors import ConfigError, nearest
 
 LIBRARY = Path(__file__).with_name("libexpertshare_cpu.so")
-_ABI_VERSION = 7
+ABI_VERSION = 8  # of the structures that cross: raise it when one changes. setup.py builds it into the library
 
 
 @cache
@@ -32,8 +32,8 @@ def _load() -> ctypes.CDLL | str:
         version = int(loaded.es_abi_version())
     except (OSError, AttributeError) as error:
         return f"{LIBRARY.name} cannot be loaded: {error}. Install expertshare again"
-    if version != _ABI_VERSION:
-        return f"{LIBRARY.name} is of version {version}, expected {_ABI_VERSION}. Install expertshare again"
+    if version != ABI_VERSION:
+        return f"{LIBRARY.name} is of version {version}, expected {ABI_VERSION}. Install expertshare again"
     loaded.es_isa_name.restype = c_char_p
     loaded.es_isa_name.argtypes = loaded.es_isa_usable.argtypes = [c_int]
     return loaded

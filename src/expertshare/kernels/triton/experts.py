@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from expertshare.errors import ConfigError
-from expertshare.kernels.native_weights import check_codes, check_layout, projections, shape_of, tensors_of
 from expertshare.kernels.triton.availability import check_devices, interpreted
 from expertshare.kernels.triton.tiles import Tiles, power_of_two, tiles_for
+from expertshare.kernels.weights import check_codes, check_layout, projections, shape_of, tensors_of
 from expertshare.types import Bank, ExpertBank, QuantisedWeight, RoutingPlan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from expertshare.errors import ConfigError
-from expertshare.kernels.native_weights import check_table
 from expertshare.kernels.triton.availability import check_devices, interpreted
 from expertshare.kernels.triton.tiles import power_of_two, tiles_for
 from expertshare.kernels.vocabulary import check_excluded
+from expertshare.kernels.weights import check_table
 from expertshare.types import QuantisedTable
 
 TILES_AT_A_TIME = 1024

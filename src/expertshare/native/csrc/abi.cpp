@@ -52,9 +52,7 @@ class Engine {
     es_status run(const es_layer &whole);
     es_status run(const es_gate &whole);
     es_status run(const es_step &whole);
-    es_status run(const es_dense &whole);
-    es_status run(const es_head &whole);
-    es_status run(const es_quantised_head &whole);
+    es_status run(const es_projection &whole);
     es_status run(const es_attention &whole);
     es_status run(const es_norm &whole);
     es_status run(const es_heads &whole);
@@ -203,53 +201,29 @@ es_status Engine::run(const es_step &whole) {
     });
 }
 
-es_status Engine::run(const es_dense &whole) {
-    const Kernels *kernels = kernels_for(whole.isa, whole.is_bfloat16 != 0);
-    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
-    return in_parts(whole, kTokensAtATime, [&](es_dense &part, Index token, auto compute) {
-        part.y = const_cast<char *>(row_of(whole.y, token, whole.num_rows, whole.is_bfloat16));
-        Linear linear(float_matrix(part, part.num_rows), part.y, {*kernels, *kernels}, arena_, part.num_threads);
-        compute(linear);
-        return ES_OK;
-    });
-}
-
-template <class Whole>
-Head::Choice choice_of(const Whole &whole, Index token) {
-    return {whole.excluded, whole.num_excluded, whole.ids + token, whole.probabilities + token};
-}
-
-es_status Engine::run(const es_head &whole) {
-    const Kernels *kernels = kernels_for(whole.isa, whole.is_bfloat16 != 0);
-    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
-    return in_parts(whole, kTokensAtATime, [&](es_head &part, Index token, auto compute) {
-        Head head(float_matrix(part, part.vocabulary), choice_of(whole, token), {*kernels, *kernels}, arena_,
-                  part.num_threads);
-        compute(head);
-        return ES_OK;
-    });
-}
-
-Matrix table_of(const es_quantised_head &part) {
+Matrix matrix_of(const es_projection &of) {
+    const Index element = of.is_bfloat16 ? 2 : 4, is_float = of.scales == nullptr;
     const auto bytes = [](const void *from) { return static_cast<const char *>(from); };
-    return {part.x, {bytes(part.codes), bytes(part.scales), nullptr}, part.num_tokens, part.vocabulary, part.depth,
-            part.is_bfloat16 ? 2 : 4, part.depth, static_cast<Index>(sizeof(float))};
+    return {of.x,    {bytes(of.w), bytes(of.scales), nullptr}, of.num_tokens, of.num_rows, of.depth,
+            element, of.depth * (is_float ? element : 1),      is_float ? 0 : static_cast<Index>(sizeof(float))};
 }
 
-es_status Engine::run(const es_quantised_head &whole) {
-    const Kernels *floats = kernels_for(whole.isa, whole.is_bfloat16 != 0);
+es_status Engine::run(const es_projection &whole) {
     es_weight table = {};
-    table.bits = 8;
+    table.bits = whole.scales != nullptr ? 8 : whole.is_bfloat16 ? 16 : 32;
+    const Kernels *floats = kernels_for(whole.isa, whole.is_bfloat16 != 0);
     const Kernels *products = kernels_for(whole.isa, whole.is_bfloat16 != 0, table);
     if (floats == nullptr || products == nullptr) return ES_UNSUPPORTED_ISA;
     const PassKernels kernels = {*products, *floats};
-    return in_parts(whole, kTokensAtATime, [&](es_quantised_head &part, Index token, auto compute) {
-        if (whole.logits != nullptr) {
-            const char *y = row_of(whole.logits, token, whole.vocabulary, whole.is_bfloat16);
-            Linear linear(table_of(part), const_cast<char *>(y), kernels, arena_, part.num_threads);
+    return in_parts(whole, kTokensAtATime, [&](es_projection &part, Index token, auto compute) {
+        if (whole.y != nullptr) {
+            const char *y = row_of(whole.y, token, whole.num_rows, whole.is_bfloat16);
+            Linear linear(matrix_of(part), const_cast<char *>(y), kernels, arena_, part.num_threads);
             compute(linear);
         } else {
-            Head head(table_of(part), choice_of(whole, token), kernels, arena_, part.num_threads);
+            const Head::Choice choice = {whole.excluded, whole.num_excluded, whole.ids + token,
+                                         whole.probabilities + token};
+            Head head(matrix_of(part), choice, kernels, arena_, part.num_threads);
             compute(head);
         }
         return ES_OK;
@@ -326,25 +300,7 @@ EXPERTSHARE_EXPORT int es_num_isas() { return expertshare::num_isas(); }
 EXPERTSHARE_EXPORT const char *es_isa_name(int isa) { return expertshare::isa_name(isa); }
 EXPERTSHARE_EXPORT int es_isa_usable(int isa) { return expertshare::isa_usable(isa) ? 1 : 0; }
 
-EXPERTSHARE_EXPORT int es_moe_ffn(const es_layer *layer, const void *x, const int64_t *ids, const float *weights,
-                                  void *y, const uint8_t *arrivals, int64_t *waited_ns, int64_t num_tokens,
-                                  int64_t top_k, int32_t is_bfloat16, int32_t num_threads, es_team team,
-                                  int32_t isa) {
-    es_layer whole = *layer;
-    whole.isa = isa;
-    whole.x = x;
-    whole.ids = ids;
-    whole.weights = weights;
-    whole.y = y;
-    whole.arrivals = arrivals;
-    whole.waited_ns = waited_ns;
-    whole.num_tokens = num_tokens;
-    whole.top_k = top_k;
-    whole.is_bfloat16 = is_bfloat16;
-    whole.num_threads = num_threads;
-    whole.team = team;
-    return expertshare::status_of(whole);
-}
+EXPERTSHARE_EXPORT int es_moe_ffn(const es_layer *layer) { return expertshare::status_of(*layer); }
 EXPERTSHARE_EXPORT int es_affinity(const es_gate *gate) { return expertshare::status_of(*gate); }
 EXPERTSHARE_EXPORT int es_route(const es_step *step, const void *x, const uint8_t *live, uint8_t *coreset, int64_t *ids,
                                 float *weights, uint8_t *active, int64_t *load, int64_t *unique, int64_t groups,
@@ -367,9 +323,7 @@ EXPERTSHARE_EXPORT int es_route(const es_step *step, const void *x, const uint8_
     whole.length = length;
     return expertshare::status_of(whole);
 }
-EXPERTSHARE_EXPORT int es_linear(const es_dense *dense) { return expertshare::status_of(*dense); }
-EXPERTSHARE_EXPORT int es_choose(const es_head *head) { return expertshare::status_of(*head); }
-EXPERTSHARE_EXPORT int es_choose_quantised(const es_quantised_head *head) { return expertshare::status_of(*head); }
+EXPERTSHARE_EXPORT int es_project(const es_projection *projection) { return expertshare::status_of(*projection); }
 EXPERTSHARE_EXPORT int es_attend(const es_attention *attention) { return expertshare::status_of(*attention); }
 EXPERTSHARE_EXPORT int es_normalise(const es_norm *norm) { return expertshare::status_of(*norm); }
 EXPERTSHARE_EXPORT int es_turn_heads(const es_heads *heads) { return expertshare::status_of(*heads); }

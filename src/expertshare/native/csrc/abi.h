@@ -1,9 +1,8 @@
-// The C interface of the kernels: what ctypes binds. No C++ type crosses it, no exception leaves it.
+// The C interface of the kernels: what ctypes binds. No C++ type crosses it, no exception leaves it. A function takes one
+// structure, which native/calls.py packs and whose tensors it has checked: all pointers are to memory of the caller.
 #pragma once
 
 #include <cstdint>
-
-#define EXPERTSHARE_ABI_VERSION 7
 
 extern "C" {
 
@@ -25,62 +24,39 @@ struct es_weight {
 };
 
 // One expert layer: y_t = sum_k weights[t, k] * down_e(silu(gate_e x_t) * up_e x_t), e = ids[t, k].
-// All pointers are to memory of the caller; weights are read in place and only for experts that ids names.
+// Weights are read in place and only for experts that ids names.
 struct es_layer {
+    es_weight gate_up;      // [num_experts, 2 * inner, hidden]: gate rows first
+    es_weight down;         // [num_experts, hidden, inner]
+    int64_t num_experts, hidden, inner;
     const void *x;          // [num_tokens, hidden]
     const int64_t *ids;     // [num_tokens, top_k]; -1 is an unused slot
     const float *weights;   // [num_tokens, top_k]
-    es_weight gate_up;      // [num_experts, 2 * inner, hidden]: gate rows first
-    es_weight down;         // [num_experts, hidden, inner]
-    void *y;                // [num_tokens, hidden]; written in full
     // [num_experts]: 0 while the weights are on their way, 1 when they are there, which another thread writes behind them,
     // 2 if they will not come. Null: all are there.
     const uint8_t *arrivals;
     int64_t *waited_ns;     // the longest that a thread waited for arrivals is added; not null if those are not
-    int64_t num_tokens, top_k, num_experts, hidden, inner;
+    void *y;                // [num_tokens, hidden]; written in full
+    int64_t num_tokens, top_k;
     int32_t is_bfloat16;  // of x and y; otherwise float32. Weights of 16 and 32 bits are of the same type
-    int32_t isa;
+    int32_t isa;          // -1 for the best there is, or ES_ISA_NAMED; here and below
     int32_t num_threads;
     es_team team;  // null: threads of our own
 };
 
-// y_t = W x_t, sums in float32, rounded once.
-struct es_dense {
-    const void *x;  // [num_tokens, depth]
-    const void *w;  // [num_rows, depth]
-    void *y;        // [num_tokens, num_rows]; written in full
-    int64_t num_tokens, num_rows, depth;
-    int32_t is_bfloat16;  // of x, w and y; otherwise float32
-    int32_t isa;
-    int32_t num_threads;
-    es_team team;
-};
-
-// Of logits W x_t, rounded to the weights' type: the largest (of equals the first) and its softmax probability.
-struct es_head {
+// y_t = W x_t, sums in float32, rounded once to the type of x. Without y: of these logits the largest (of equals the
+// first) and its softmax probability. With int8 weights tokens are rounded to 8 bits with a scale per 128 features, as
+// experts' are.
+struct es_projection {
     const void *x;            // [num_tokens, depth]
-    const void *w;            // [vocabulary, depth]
+    const void *w;            // [num_rows, depth]; with scales int8 in panels of 16 rows, the last of them whole
+    const float *scales;      // [panels, 16]; null: w is of the type of x
     const int64_t *excluded;  // [num_excluded]: rows of w that cannot be chosen and have no share in the softmax
     int64_t *ids;             // [num_tokens]
     float *probabilities;     // [num_tokens]; NaN where a logit, excluded or not, is not finite
-    int64_t num_tokens, vocabulary, depth, num_excluded;
-    int32_t is_bfloat16;
-    int32_t isa;
-    int32_t num_threads;
-    es_team team;
-};
-
-// As es_head and es_dense with int8 weights: tokens are rounded to 8 bits with a scale per 128 features, as experts' are.
-struct es_quantised_head {
-    const void *x;            // [num_tokens, depth]
-    const void *codes;        // int8 in panels of 16 rows, the last of them whole: [ceil(vocabulary / 16), 16 * depth]
-    const float *scales;      // [ceil(vocabulary / 16), 16]
-    const int64_t *excluded;  // as in es_head, like ids and probabilities, which are left alone where logits is given
-    int64_t *ids;
-    float *probabilities;
-    void *logits;             // [num_tokens, vocabulary] of the type of x, written in full; or null
-    int64_t num_tokens, vocabulary, depth, num_excluded;
-    int32_t is_bfloat16;      // of x, and of what logits are rounded to; otherwise float32
+    void *y;                  // [num_tokens, num_rows]; written in full; null: choose
+    int64_t num_tokens, num_rows, depth, num_excluded;
+    int32_t is_bfloat16;      // otherwise float32
     int32_t isa;
     int32_t num_threads;
     es_team team;
@@ -113,19 +89,12 @@ enum es_status {
     ES_NOT_ARRIVED = 6,      // some weights will not come, or took too long: y is void; wait for them, then call again
 };
 
-// isa, here and below: -1 for the best there is, or ES_ISA_NAMED.
-int es_abi_version();
+int es_abi_version();             // ABI_VERSION of native/loading.py when this was built
 int es_num_isas();                // instruction sets are numbered from the fastest (0) on
 const char *es_isa_name(int isa);
 int es_isa_usable(int isa);       // whether this build has it and this processor runs it
 
-// layer: what stays the same from call to call: the weights and their sizes. The others are as there.
-int es_moe_ffn(const es_layer *layer, const void *x, const int64_t *ids, const float *weights, void *y,
-               const uint8_t *arrivals, int64_t *waited_ns, int64_t num_tokens, int64_t top_k, int32_t is_bfloat16,
-               int32_t num_threads, es_team team, int32_t isa);
-
-int es_linear(const es_dense *dense);
-int es_choose(const es_head *head);
-int es_choose_quantised(const es_quantised_head *head);
+int es_moe_ffn(const es_layer *layer);
+int es_project(const es_projection *projection);
 int es_attend(const es_attention *attention);
 }

@@ -30,9 +30,9 @@ struct es_heads {
     const void *q_scale, *k_scale;  // [head_dim]
     const void *cos, *sin;          // [batch, length, rotary_dim]
     void *keys, *values;   // [batch, num_kv_heads, capacity, head_dim], positions of a head contiguous; or null
-    const int64_t *starts;  // [batch]: position of the first new key; null without keys
     int64_t batch, length, num_heads, num_kv_heads, head_dim, rotary_dim;
     int64_t keys_batch_stride, keys_head_stride, values_batch_stride, values_head_stride;  // elements
+    const int64_t *starts;  // [batch]: position of the first new key; not read without keys
     float eps;
     int32_t is_bfloat16;
     int32_t isa;

@@ -15,11 +15,6 @@ struct Matrix {
     Index element;                 // bytes of a feature of x
     Index row_bytes, scale_bytes;  // of a row of w: its weights or codes; its scales
 };
-template <class Whole>
-Matrix float_matrix(const Whole &of, Index num_rows) {
-    const Index element = of.is_bfloat16 ? 2 : 4;
-    return {of.x, floats_at(of.w), of.num_tokens, num_rows, of.depth, element, of.depth * element, 0};
-}
 
 // Which kernels multiply, and which treat the sums: those of the type of x, whatever the weights are.
 struct PassKernels {

@@ -1,8 +1,6 @@
-"""Weights as the native library takes them: checked, so that it reads nothing outside a tensor, and where they lie."""
+"""What weights must be for a kernel to read them in place: checked, so that it reads nothing outside a tensor."""
 
 from __future__ import annotations
-
-from ctypes import Structure, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -10,39 +8,6 @@ from torch import Tensor
 from expertshare.errors import ConfigError
 from expertshare.kernels.quantise import check_panels, table_shapes
 from expertshare.types import PANEL_ROWS, Bank, ExpertBank, QuantisedTable, QuantisedWeight
-
-
-class NativeWeight(Structure):
-    """es_weight of native/csrc/abi.h, field by field."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("codes", "scales", "minima")),
-        *((name, c_int64) for name in ("codes_stride", "scales_stride", "minima_stride")),
-        *((name, c_int32) for name in ("bits", "group_size")),
-    )
-
-
-def native_weight(weight: Tensor | QuantisedWeight) -> NativeWeight:
-    """Addresses and strides of weights that were checked; they must outlive it."""
-    if isinstance(weight, Tensor):
-        return NativeWeight(weight.data_ptr(), None, None, _stride_bytes(weight), 0, 0, weight.element_size() * 8, 0)
-    parts = (weight.codes_EPC, weight.scales_EPG, weight.minima_EPG)
-    return NativeWeight(
-        *addresses(weight),
-        *(0 if part is None else _stride_bytes(part) for part in parts),
-        weight.bits,
-        weight.group_size,
-    )
-
-
-def addresses(weight: QuantisedWeight) -> tuple[int, int, int | None]:
-    """Where codes, scales and minima (None: there are none) lie."""
-    minima = weight.minima_EPG
-    return weight.codes_EPC.data_ptr(), weight.scales_EPG.data_ptr(), None if minima is None else minima.data_ptr()
-
-
-def _stride_bytes(tensor: Tensor) -> int:
-    return tensor.stride(0) * tensor.element_size()
 
 
 def projections(bank: Bank) -> dict[str, Tensor | QuantisedWeight]:
@@ -68,13 +33,13 @@ def shape_of(weight: Tensor | QuantisedWeight) -> tuple[int, ...]:
 
 
 def check_layout(name: str, weight: Tensor | QuantisedWeight, *, backend: str = "cpu") -> None:
-    """Raises ConfigError unless the kernel can read every expert of the weights where they lie."""
+    """Raises ConfigError unless the kernel can read every expert of the weights in place."""
     if isinstance(weight, QuantisedWeight):
         _check_groups(name, weight)
     for part, tensor in tensors_of(name, weight).items():
         if len(tensor) and not tensor[0].is_contiguous():
             raise ConfigError(
-                f"the expert backend {backend!r} reads weights where they lie and expects each expert of {part} "
+                f"the expert backend {backend!r} reads weights in place and expects each expert of {part} "
                 f"contiguous, got strides {tensor.stride()} for shape {tuple(tensor.shape)}: make it contiguous once, "
                 "when it is loaded."
             )
