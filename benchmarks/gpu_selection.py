@@ -22,7 +22,7 @@ from expertshare.config import RouterSpec
 from expertshare.kernels import select_and_assign
 from expertshare.lab.bench import find_case, gpu_device, measure_gpu
 from expertshare.lab.bench.gpu import MOST_TURNS, take_turns_on_gpu
-from expertshare.routing import POLICIES, count_load, make_policy, recipe_of, route
+from expertshare.routing import POLICIES, count_load, make_policy, route, runs_on_torch
 from expertshare.types import RouterScores, RoutingPolicy
 
 
@@ -40,15 +40,14 @@ def scenes(spec: RouterSpec, blocks: int, length: int, device: torch.device) -> 
 
 def calls(policy: RoutingPolicy, spec: RouterSpec, of: Sequence[RouterScores]) -> dict[str, Callable[[int], object]]:
     """Ours, and routing's own functions with what a layer counts besides."""
-    recipe = recipe_of(policy, spec)
-    assert recipe is not None
+    rule = policy.rule(spec)
 
     def by_torch(turn: int) -> object:
         _, plan = route(of[turn], policy, spec)
         return count_load(plan, len(of[turn].live_GL))
 
     def by_triton(turn: int) -> object:
-        return select_and_assign(of[turn], spec, recipe, group_limit=policy.group_limit)
+        return select_and_assign(of[turn], spec, rule)
 
     return {"triton": by_triton, "torch": by_torch}
 
@@ -69,8 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         of = scenes(spec, asked.blocks, case.tokens, device)
         for name in POLICIES:
             policy = make_policy(name).bind(spec)
-            if recipe_of(policy, spec) is None:
-                print(f"{name:16s} has no recipe")
+            if runs_on_torch(policy):
+                print(f"{name:16s} is routed by torch: no rule expresses it")
                 continue
             both = calls(policy, spec, of)
             times = take_turns_on_gpu(both, turns=MOST_TURNS, repeats=asked.repeats, warmup=3, host_bound=["torch"])

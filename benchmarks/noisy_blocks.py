@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from unseen_prompts import unseen_prompts
 
-from expertshare.config import GroupLimit, ModelConfig, RouterSpec
+from expertshare.config import ModelConfig, RouterSpec
 from expertshare.decoding import DecodingOptions
 from expertshare.evaluation import Setup, answer_prompts, encode_prompts, judge
 from expertshare.models import LoadedModel, Runtime
 from expertshare.models.runtime import ForwardInput
-from expertshare.routing import Layerwise, assign, everything, make_policy
+from expertshare.routing import Layerwise, everything, make_policy
+from expertshare.routing.assign import weighted_plan
+from expertshare.routing.policy import Policy
 from expertshare.types import Coreset, RouterScores, RoutingPlan
 
 VANILLA = make_policy("vanilla")
@@ -35,7 +37,7 @@ class NoisyBlock:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bans:
+class Bans(Policy):
     """Vanilla routing, but for experts that single groups may not use. banned_GE: bool, None for no ban.
 
     replace: whether tokens take their next expert instead, or make do with the others. plans: where each forward's
@@ -47,28 +49,25 @@ class Bans:
     replace: bool = True
     plans: list[tuple[RouterScores, RoutingPlan]] = field(default_factory=list)
 
-    @property
-    def group_limit(self) -> GroupLimit:
-        return "inside"
-
-    def bind(self, _: RouterSpec) -> Bans:
-        return self
-
     def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
         del previous
         full = everything(scores)
-        self.plans.append((scores, assign(scores, full, spec, policy=VANILLA)))
+        self.plans.append((scores, VANILLA.assign(scores, full, spec)))
         if self.banned_GE is None or not self.replace:
             return full
         return Coreset(full.member_GE & ~self.banned_GE)
 
-    def keep(self, affinity_TK: Tensor) -> Tensor | None:
+    def assign(
+        self, scores: RouterScores, coreset: Coreset, spec: RouterSpec, expert_scale_E: Tensor | None = None
+    ) -> RoutingPlan:
+        plan = VANILLA.assign(scores, coreset, spec, expert_scale_E)
         if self.banned_GE is None or self.replace:
-            return None
-        ids_TK = self.plans[-1][1].expert_ids_TK
-        assert ids_TK.shape == affinity_TK.shape
+            return plan
+        ids_TK = plan.expert_ids_TK
         tokens_per_group = len(ids_TK) // len(self.banned_GE)
-        return ~self.banned_GE.repeat_interleave(tokens_per_group, dim=0).gather(1, ids_TK)
+        banned_TK = self.banned_GE.repeat_interleave(tokens_per_group, dim=0).gather(1, ids_TK.clamp_min(0))
+        affinity_TK = scores.affinity_GLE.flatten(0, 1).gather(-1, ids_TK.clamp_min(0))
+        return weighted_plan(ids_TK, affinity_TK, (ids_TK >= 0) & ~banned_TK, spec, expert_scale_E)
 
 
 def read_options(about: str) -> argparse.Namespace:

@@ -1,12 +1,11 @@
 """What routing costs beside the experts that it is for, per policy, at LLaDA2.0-mini's width.
 
     python benchmarks/router_cost.py --json out.json
-    python benchmarks/router_cost.py --by pieces           # native, but gate, select, assign and count on their own
-    python benchmarks/router_cost.py --by torch            # the same without the native library, but for the experts
+    python benchmarks/router_cost.py --by torch            # without the native library, but for the experts
 
 Run it on a quiet machine. "routing" is what the model does between a layer's hidden states and its plan with the
-counts for reports, in microseconds of one layer for one block of 32 tokens: the median and the quartiles. In pieces
-the gate, select, assign and account (the counts) have a time each. With `--by native,pieces` the two take turns.
+counts for reports, in microseconds of one layer for one block of 32 tokens: the median and the quartiles. By torch
+scores, select, assign and account (the counts) have a time each. With `--by native,torch` the two alternate.
 
 Each layer has a router of its own and its experts run between one routing and the next, so that no cache serves the
 router's weights. Tokens of a block resemble each other by --likeness (0: nothing in common), which decides how many
@@ -19,10 +18,8 @@ import argparse
 import json
 import statistics
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -34,7 +31,7 @@ from expertshare.lab.bench.cases import CASES
 from expertshare.lab.bench.weights import random_banks
 from expertshare.measure.environment import capture_environment
 from expertshare.models.moe import Router, lay_side_by_side, narrow
-from expertshare.routing import POLICIES, assign, compiled, count_load, parse_policy
+from expertshare.routing import POLICIES, count_load, parse_policy, router_scores
 from expertshare.types import ExpertBank, RoutingPlan, RoutingPolicy
 
 TOKENS = 32
@@ -43,7 +40,7 @@ TOKENS = 32
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One policy: median microseconds of routing and experts, quartiles of routing, unique experts, share of the
-    expert time; parts_us where routing was done in pieces."""
+    expert time; parts_us where routing was done by torch."""
 
     policy: str
     by: str
@@ -113,15 +110,15 @@ def plan_whole(
     return plan, routing.group_experts_G
 
 
-def plan_in_pieces(
+def plan_by_torch(
     router: Router, x_GLD: Tensor, live_GL: Tensor, policy: RoutingPolicy, spec: RouterSpec, watch: Stopwatch
 ) -> tuple[RoutingPlan, Tensor]:
-    """By the primitives, as policies without a recipe are routed; or by torch, where there is no library."""
-    scores = router.scores(x_GLD, live_GL, spec, compiled=compiled.library_for() is not None)
-    watch.stop("gate")
+    """Step by step."""
+    scores = router_scores(router(x_GLD), live_GL, spec, router.bias)
+    watch.stop("scores")
     coreset = policy.select(scores, spec)
     watch.stop("select")
-    plan = assign(scores, coreset, spec, policy=policy)
+    plan = policy.assign(scores, coreset, spec)
     watch.stop("assign")
     _, unique_G = count_load(plan, 1)
     watch.stop("account")
@@ -135,10 +132,9 @@ def layer(
     router = scene.routers[call % len(scene.routers)]
     x_GLD = scene.blocks[call % len(scene.blocks)] + 0  # written just before, as in a model
     live_GL = torch.ones(1, TOKENS, dtype=torch.bool)
-    with patch.object(compiled, "library_for", lambda *_, **__: None) if by == "torch" else nullcontext():
-        plan_by = plan_whole if by == "native" else plan_in_pieces
-        watch = Stopwatch()
-        plan, unique_G = plan_by(router, x_GLD, live_GL, policy, scene.spec, watch)
+    plan_by = plan_whole if by == "native" else plan_by_torch
+    watch = Stopwatch()
+    plan, unique_G = plan_by(router, x_GLD, live_GL, policy, scene.spec, watch)
     watch.stop("between")
     moe_ffn(x_GLD[0], plan, scene.bank, backend=options.backend)
     watch.stop("experts")
@@ -181,7 +177,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", default=",".join(POLICIES), help="comma-separated, knobs allowed")
-    parser.add_argument("--by", default="native", help="native, pieces or torch, or some of them, comma-separated")
+    parser.add_argument("--by", default="native", help="native, torch or both, comma-separated")
     parser.add_argument("--router-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of its values")
     parser.add_argument("--likeness", type=float, default=0.75, help="cosine of a block's tokens with its direction")
     parser.add_argument("--backend", help="of the experts; default: cpu where it is there, else grouped")

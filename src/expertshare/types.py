@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -55,8 +55,22 @@ class RoutingPlan:
     active_E: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """What one layer's routing gives: the plan, and what it asks of the experts.
+
+    load_E: int64, (token, expert) pairs of each expert. group_experts_G: int64, unique experts of each sharing group.
+    coreset: None where an implementation had no reason to write it out.
+    """
+
+    plan: RoutingPlan
+    load_E: Tensor
+    group_experts_G: Tensor
+    coreset: Coreset | None
+
+
 class RoutingPolicy(Protocol):
-    """Decides what a block shares. Implementations are frozen dataclasses whose fields are their knobs."""
+    """Decides what a block shares. Implementations (routing.policy.Policy) are frozen dataclasses of their knobs."""
 
     @property
     def name(self) -> str:
@@ -82,33 +96,19 @@ class RoutingPolicy(Protocol):
         """The same policy with every knob concrete for this router; PolicyError if one cannot work with it."""
         ...
 
+    def rule(self, spec: RouterSpec) -> Any:
+        """What it means for a router: a routing.rule.SharingRule."""
+        ...
+
     def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
         """Agree on the experts of each group, from the scores of its live tokens. Pure; mutates nothing."""
         ...
 
-    def keep(self, affinity_TK: Tensor) -> Tensor | None:
-        """Which of a token's experts (best first) it keeps: bool [T, K], or None for all of them."""
+    def assign(
+        self, scores: RouterScores, coreset: Coreset, spec: RouterSpec, expert_scale_E: Tensor | None = None
+    ) -> RoutingPlan:
+        """Give every live token its experts inside the coreset of its group. Pure, too."""
         ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """A policy in a few numbers (routing.recipe): how a coreset is made, and what a token keeps of its K experts in it.
-
-    ranking: of the experts of a group, by the ballots' `tally` ("votes") or by `highest`; "all" shares no coreset. The
-    coreset is the `size` best, those in front before all others: the `num_firsts` best of every token (with "votes"),
-    or the shortest prefix of the ranking that passes `prefix_share`. front_is_whole: a front larger than `size` is not
-    cut. slots: a token keeps so many of its experts, None for all; of these it drops the lightest, up to `drop_share`.
-    """
-
-    ranking: Literal["all", "votes", "highest"] = "all"
-    ballots: Literal["ungrouped", "grouped"] = "ungrouped"
-    size: int = 0
-    num_firsts: int = 0
-    prefix_share: float | None = None
-    front_is_whole: bool = False
-    slots: int | None = None
-    drop_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

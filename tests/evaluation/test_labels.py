@@ -6,8 +6,7 @@ import pytest
 
 from expertshare.errors import PolicyError
 from expertshare.evaluation import parse_policies, policy_label
-from expertshare.routing import POLICIES, make_policy
-from expertshare.routing.labels import split_policies
+from expertshare.routing import POLICIES, make_policy, split_policies
 
 
 @pytest.mark.parametrize(

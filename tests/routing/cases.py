@@ -6,15 +6,15 @@ Random scores lie on a coarse dyadic grid: sums of them are exact in any order, 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import Field, dataclass, fields
+from typing import Any, get_args, get_type_hints
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expertshare.config import RouterSpec
+from expertshare.config import GroupLimit, RouterSpec
+from expertshare.routing.policy import worded_knobs
 from expertshare.types import RouterScores, RoutingPolicy
 
 SPECS: dict[str, RouterSpec] = {
@@ -60,30 +60,29 @@ SPECS: dict[str, RouterSpec] = {
     "expert scale": RouterSpec(num_experts=32, top_k=4, activation="softmax", renormalise=True, has_expert_scale=True),
 }
 
-# Values worth trying of each numeric knob, by its name; a knob that is not listed keeps its default.
-_NUMBERS: dict[str, Callable[[RouterSpec, int], tuple[Any, ...]]] = {
-    "budget": lambda spec, least: (least, (least + spec.num_experts) // 2, 1.0),
-    "guard": lambda spec, least: (least, spec.num_experts),
-    "top_p_experts": lambda _spec, _least: (0.125, 0.6, 1.0),
-    "skip_share": lambda _spec, _least: (0.0, 0.5, 0.9),
-    "experts_per_token": lambda spec, _least: (1, spec.top_k),
-    "experts_per_vote": lambda spec, _least: (2, spec.top_k),
-    "saturation": lambda _spec, _least: (0.125, 1.0),
-    "reuse": lambda _spec, _least: (3,),
-}
+
+def numbers_to_try(knob: Field[Any], type_of_knob: Any, spec: RouterSpec, group_limit: GroupLimit) -> list[Any]:
+    """Both ends and the middle of what the knob's declaration allows, and a fraction where it takes one."""
+    if knob.name == "reuse":
+        return [3]
+    limits = knob.metadata.get("limits")
+    if limits is None:
+        return []
+    if isinstance(limits, str):
+        return [0.125, 0.6, 1.0] if limits == "(0, 1]" else [0.0, 0.5, 0.9]
+    least, most = limits(spec, group_limit)
+    return [least, (least + most) // 2, most, *([1.0] if float in (type_of_knob, *get_args(type_of_knob)) else [])]
 
 
 def policy_settings(kind: type[Any], spec: RouterSpec) -> list[RoutingPolicy]:
-    """Settings of one policy, bound to `spec`: every choice of words, times its defaults and each listed number."""
+    """Settings of one policy, bound to `spec`: every choice of words, times its defaults and numbers worth trying."""
     hints = get_type_hints(kind)
-    names = [f.name for f in fields(kind)]
-    worded = {name: get_args(hints[name]) for name in names if get_origin(hints[name]) is Literal}
+    worded = worded_knobs(kind)
     bound: list[RoutingPolicy] = []
     for words in itertools.product(*worded.values()):
         chosen = dict(zip(worded, words, strict=True))
-        policy = kind(**chosen)
-        least = spec.min_coreset_size(policy.group_limit)
-        numbers = [{n: v} for n in names if n in _NUMBERS for v in _NUMBERS[n](spec, least)]
+        limit = kind(**chosen).group_limit
+        numbers = [{f.name: n} for f in fields(kind) for n in numbers_to_try(f, hints[f.name], spec, limit)]
         bound += [kind(**chosen, **number).bind(spec) for number in [{}, *numbers]]
     return bound
 

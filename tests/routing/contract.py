@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from expertshare.config import RouterSpec
-from expertshare.routing import assign, route
+from expertshare.routing import route
 from expertshare.types import Coreset, RouterScores, RoutingPlan, RoutingPolicy
 
 from .cases import Scene
@@ -62,7 +62,8 @@ def plan_is_inside_the_coreset(policy: RoutingPolicy, spec: RouterSpec, scene: S
 def every_live_token_has_its_experts(policy: RoutingPolicy, spec: RouterSpec, scene: Scene) -> None:
     """K distinct experts; at least one where the policy itself lets tokens keep fewer."""
     _, plan = _route(policy, spec, scene, scene.scores)
-    keeps_all = policy.keep(torch.ones(1, spec.top_k)) is None
+    rule = policy.rule(spec)
+    keeps_all = rule.experts_per_token is None and rule.drop_share is None
     for ids, live in zip(plan.expert_ids_TK.tolist(), scene.scores.live_GL.flatten().tolist(), strict=True):
         used = [e for e in ids if e != -1]
         assert len(set(used)) == len(used)
@@ -166,7 +167,7 @@ def route_is_select_then_assign(policy: RoutingPolicy, spec: RouterSpec, scene: 
     coreset, plan = _route(policy, spec, scene, scene.scores)
     selected = policy.select(scene.scores, spec)
     assert torch.equal(coreset.member_GE, selected.member_GE)
-    assert_same_plan(plan, assign(scene.scores, selected, spec, policy=policy, expert_scale_E=scene.scale_E))
+    assert_same_plan(plan, policy.assign(scene.scores, selected, spec, scene.scale_E))
 
 
 def ties_go_to_the_lower_id(policy: RoutingPolicy, spec: RouterSpec, scene: Scene) -> None:

@@ -14,16 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertshare.errors import PolicyError
-from expertshare.routing import table
+from expertshare.routing import policy_record, table
 from expertshare.types import RoutingPolicy
 
 from .cases import SPECS, policy_settings, scenes
 from .contract import CHECKS, Check
 
 PAGE = (Path(__file__).parents[2] / "docs" / "add-a-policy.md").read_text(encoding="utf-8")
-POLICY_CODE, TEST_CODE = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+POLICY_CODE, TEST_CODE, UNRULED_CODE = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
 TABLE_EDITS = re.findall(r"```diff\n (.*?)\n\+(.*?)\n```", PAGE)  # (line that is there, line to add below it)
-MODULE = "expertshare.routing.head_count"
+MODULE = "expertshare.routing.firm_vote"
+UNRULED = "expertshare.routing.head_count"
 
 
 def load(name: str, code: str, folder: Path) -> ModuleType:
@@ -40,10 +41,17 @@ def load(name: str, code: str, folder: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def head_count(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+def firm_vote(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     """The module of step 1."""
     yield load(MODULE, POLICY_CODE, tmp_path_factory.mktemp("routing"))
     del sys.modules[MODULE]
+
+
+@pytest.fixture(scope="module")
+def head_count(tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """The module of the policy that no rule expresses."""
+    yield load(UNRULED, UNRULED_CODE, tmp_path_factory.mktemp("unruled"))
+    del sys.modules[UNRULED]
 
 
 def edited_table() -> str:
@@ -55,25 +63,25 @@ def edited_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_the_table_takes_its_line(head_count: ModuleType, tmp_path: Path) -> None:
+def test_the_table_takes_its_line(firm_vote: ModuleType, tmp_path: Path) -> None:
     assert len(TABLE_EDITS) == 2
     try:
         edited = load("edited_table", edited_table(), tmp_path)
     finally:
         sys.modules.pop("edited_table", None)
-    assert edited.POLICIES["head-count"] is head_count.HeadCount
+    assert edited.POLICIES["firm-vote"] is firm_vote.FirmVote
     assert list(edited.POLICIES) != list(table.POLICIES)
-    assert edited.parse_policy("head-count:budget=16") == edited.make_policy("head-count", {"budget": 16})
-    with pytest.raises(PolicyError, match="Did you mean 'head-count'"):
-        edited.make_policy("headcount")
+    assert edited.parse_policy("firm-vote:budget=16") == edited.make_policy("firm-vote", {"budget": 16})
+    with pytest.raises(PolicyError, match="Did you mean 'firm-vote'"):
+        edited.make_policy("firmvote")
 
 
-@pytest.mark.usefixtures("head_count")
+@pytest.mark.usefixtures("firm_vote")
 def test_its_test_passes(tmp_path: Path) -> None:
     try:
-        module = load("test_head_count", TEST_CODE, tmp_path)
+        module = load("test_firm_vote", TEST_CODE, tmp_path)
     finally:
-        sys.modules.pop("test_head_count", None)
+        sys.modules.pop("test_firm_vote", None)
     tests = [value for name, value in vars(module).items() if name.startswith("test_")]
     assert len(tests) == 1
     for test in tests:
@@ -82,11 +90,13 @@ def test_its_test_passes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("spec_name", ["softmax renormalised", "sigmoid groups 64", "few kept groups"])
-def test_the_contract_holds_for_it(head_count: ModuleType, spec_name: str, check: Check) -> None:
+def test_the_contract_holds_for_both(
+    firm_vote: ModuleType, head_count: ModuleType, spec_name: str, check: Check
+) -> None:
     spec = SPECS[spec_name]
-    policies: list[RoutingPolicy] = policy_settings(head_count.HeadCount, spec)
+    policies = [p for kind in (firm_vote.FirmVote, head_count.HeadCount) for p in policy_settings(kind, spec)]
 
-    @settings(max_examples=8, deadline=None, derandomize=True)
+    @settings(max_examples=16, deadline=None, derandomize=True)
     @given(policy=st.sampled_from(policies), scene=scenes(spec))
     def holds(policy: RoutingPolicy, scene) -> None:  # type: ignore[no-untyped-def]
         check(policy, spec, scene)
@@ -94,9 +104,23 @@ def test_the_contract_holds_for_it(head_count: ModuleType, spec_name: str, check
     holds()
 
 
+def test_its_knobs_are_known_from_their_declaration(firm_vote: ModuleType) -> None:
+    """Limits are kept by `bind`, and tried by the contract suite."""
+    spec = SPECS["sigmoid groups 64"]
+    tried = {policy.firm for policy in policy_settings(firm_vote.FirmVote, spec)}  # type: ignore[attr-defined]
+    assert tried == {1, 2, 4, 8}
+    with pytest.raises(PolicyError, match=r"firm-vote: firm must lie in 1\.\.8 for this model, got 9"):
+        firm_vote.FirmVote(firm=9).bind(spec)
+
+
+def test_only_the_one_without_a_rule_runs_on_torch(firm_vote: ModuleType, head_count: ModuleType) -> None:
+    assert "routed_by" not in policy_record(firm_vote.FirmVote())
+    assert policy_record(head_count.HeadCount())["routed_by"] == "torch"
+
+
 def test_the_files_that_the_page_names_are_there() -> None:
     root = Path(__file__).parents[2]
     named = re.findall(r"`((?:src|tests)/[\w/]+\.py)`", PAGE)
     assert len(named) >= 4
     for path in named:
-        assert "head_count" in path or (root / path).is_file(), path
+        assert "firm_vote" in path or (root / path).is_file(), path

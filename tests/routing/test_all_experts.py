@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from expertshare.config import RouterSpec
-from expertshare.routing import POLICIES, assign, everything, route, router_scores
+from expertshare.routing import POLICIES, everything, route, router_scores
 from expertshare.types import RouterScores
 
 from .cases import SPECS
@@ -72,8 +72,8 @@ def test_assignment_inside_all_experts_is_vanilla(policy_name: str, spec_name: s
     kind: Any = POLICIES[policy_name]
     scores = random_scores(spec)
     policy = replace(kind(), group_limit="inside").bind(spec)
-    plan = assign(scores, everything(scores), spec, policy=policy)
-    assert_same_plan(plan, assign(scores, everything(scores), spec, policy=VANILLA))
+    plan = policy.assign(scores, everything(scores), spec)
+    assert_same_plan(plan, VANILLA.assign(scores, everything(scores), spec))
 
 
 def test_per_group_coresets_may_hold_different_experts() -> None:

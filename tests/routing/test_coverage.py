@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from expertshare.errors import PolicyError
 from expertshare.routing import make_policy
-from expertshare.routing.coverage import greedy_cover
+from expertshare.routing.select import greedy_cover
 from expertshare.types import RouterScores
 
 from .cases import members, one_group, plain_spec

@@ -9,7 +9,7 @@ import torch
 
 from expertshare.config import RouterSpec
 from expertshare.routing import make_policy, route
-from expertshare.routing.ballots import ballots, tally
+from expertshare.routing.select import ballots, tally
 from expertshare.types import RouterScores
 
 from .cases import members, one_group, plain_spec

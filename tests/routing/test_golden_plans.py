@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from expertshare.config import GroupLimit, ModelConfig
-from expertshare.routing import assign, everything, make_policy, native_policy, route, router_scores
+from expertshare.routing import SharingRule, assign, everything, make_policy, native_policy, route, router_scores
 from expertshare.types import Coreset, RouterScores
 
 from .cases import SPECS, one_group, plain_spec
@@ -42,8 +42,8 @@ class TestGroupLimitInsideACoreset:
     def test_by_hand(self, coreset: list[int], group_limit: GroupLimit, ids: list[int]) -> None:
         member = torch.zeros(1, 8, dtype=torch.bool)
         member[0, coreset] = True
-        policy = make_policy("des-vote", {"group_limit": group_limit})
-        plan = assign(self.scores, Coreset(member), FOUR_GROUPS, policy=policy)
+        rule = SharingRule(group_limit=group_limit)
+        plan = assign(self.scores, Coreset(member), rule, FOUR_GROUPS)
         assert plan.expert_ids_TK.tolist() == [ids]
         expected = [0.0 if e == -1 else (e + 1) / 10 for e in ids]
         torch.testing.assert_close(plan.weights_TK, torch.tensor([expected]))
@@ -109,7 +109,7 @@ class TestTopKCap:
         bias_E = torch.randn(spec.num_experts, generator=generator) if spec.has_bias else None
         scores = router_scores(logits, torch.ones(2, 9, dtype=torch.bool), spec, bias_E)
         _, capped = route(scores, make_policy("top-k-cap", {"experts_per_token": cap}).bind(spec), spec)
-        smaller = assign(scores, everything(scores), replace(spec, top_k=cap), policy=make_policy("vanilla"))
+        smaller = assign(scores, everything(scores), SharingRule(), replace(spec, top_k=cap))
         assert torch.equal(capped.expert_ids_TK[:, :cap], smaller.expert_ids_TK)
         torch.testing.assert_close(capped.weights_TK[:, :cap], smaller.weights_TK)
         assert (capped.expert_ids_TK[:, cap:] == -1).all()

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from expertshare.config import RouterSpec
-from expertshare.routing import POLICIES, assign
+from expertshare.routing import SharingRule, assign
 from expertshare.types import Coreset, RouterScores
 
-VANILLA = POLICIES["vanilla"]()  # "inside" is its group rule; it keeps all K experts of a token
+VANILLA = SharingRule()  # "inside" is its group rule; a token keeps all K experts
 
 
 def grouped(num_experts: int, top_k: int, num_groups: int, kept_groups: int) -> RouterSpec:
@@ -45,7 +45,7 @@ def fewest_experts(member_CE: Tensor, tastes_XE: Tensor, spec: RouterSpec) -> in
     """The least number of experts that any token of any coreset is given. C coresets, X tokens, all tried together."""
     choice = tastes_XE.expand(len(member_CE), -1, -1)
     scores = RouterScores(choice, choice, torch.ones(choice.shape[:2], dtype=torch.bool))
-    plan = assign(scores, Coreset(member_CE), spec, policy=VANILLA)
+    plan = assign(scores, Coreset(member_CE), VANILLA, spec)
     return int((plan.expert_ids_TK != -1).sum(dim=-1).min())
 
 
@@ -102,7 +102,7 @@ def climb(spec: RouterSpec, size: int, generator: torch.Generator, steps: int) -
         scores = RouterScores(new_taste.unsqueeze(1), new_taste.unsqueeze(1), torch.ones(rows, 1, dtype=torch.bool))
         # all reachable experts count, not only K of them, so that climbing has a slope
         wide = grouped(experts, spec.kept_groups * spec.group_size, spec.num_groups, spec.kept_groups)
-        plan = assign(scores, Coreset(new_member), wide, policy=VANILLA)
+        plan = assign(scores, Coreset(new_member), VANILLA, wide)
         now = (plan.expert_ids_TK != -1).sum(dim=-1)
         better = now <= reached
         member[better], taste[better], reached[better] = new_member[better], new_taste[better], now[better]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from expertshare.config import RouterSpec
-from expertshare.routing import assign, everything, make_policy, route, router_scores
+from expertshare.routing import SharingRule, assign, everything, make_policy, route, router_scores
 from expertshare.types import RoutingPlan
 
 from .cases import SPECS, plain_spec
@@ -114,7 +114,7 @@ def test_expert_scale_multiplies_the_renormalised_weight() -> None:
     logits = torch.tensor([[[math.log(1), math.log(2), math.log(5)]]])
     scores = router_scores(logits, torch.ones(1, 1, dtype=torch.bool), spec, None)
     scale_E = torch.tensor([1.0, 10.0, 100.0])
-    plan = assign(scores, everything(scores), spec, policy=VANILLA, expert_scale_E=scale_E)
+    plan = assign(scores, everything(scores), SharingRule(), spec, expert_scale_E=scale_E)
     assert plan.expert_ids_TK.tolist() == [[2, 1]]
     torch.testing.assert_close(plan.weights_TK, torch.tensor([[500 / 7, 20 / 7]]))
 

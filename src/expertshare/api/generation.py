@@ -21,7 +21,7 @@ from expertshare.measure.environment import capture_environment, versions
 from expertshare.measure.memory import MemoryWatch, peak_memory_bytes
 from expertshare.measure.report import Report
 from expertshare.models import LoadedModel
-from expertshare.routing import knobs, native_policy, parse_policy
+from expertshare.routing import native_policy, parse_policy, policy_record
 from expertshare.tuning import PolicyFile
 from expertshare.types import RoutingPolicy
 
@@ -58,9 +58,8 @@ class Generated:
                 key: results[0][key] if single else [result[key] for result in results]
                 for key in ("token_ids", "text", "finish_reason")
             },
-            "policy": self.run.policy.name,
+            **policy_record(self.run.policy),
             "label": policy_label(self.run.policy),
-            "knobs": knobs(self.run.policy),
             "unique_experts": dict(self.cost.unique_experts),
             "union_experts": dict(self.cost.union_experts),
             "expert_bytes": dict(self.cost.expert_bytes),
@@ -98,7 +97,7 @@ class Generated:
             command="generate",
             environment=capture_environment(self.device),
             seeds={"decoding": self.run.options.seed},
-            config={**self.config, "policy": self.run.policy.name, "knobs": knobs(self.run.policy)},
+            config={**self.config, **policy_record(self.run.policy)},
             results={**self.to_json(), "cost": self.cost.to_json()},
         )
 

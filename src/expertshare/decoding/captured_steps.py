@@ -11,7 +11,7 @@ from expertshare.decoding.row import Row
 from expertshare.experts.whole import ResidentSlabs
 from expertshare.models.runtime import Runtime
 from expertshare.models.transformer import MoETransformer
-from expertshare.routing import policy_at, recipe_of
+from expertshare.routing import policy_at, runs_on_torch
 
 FEWEST_POSITIONS, FINEST_POSITIONS = 128, 1024
 """Capacities are powers of two from the first to the second, then multiples of the second."""
@@ -41,7 +41,6 @@ class CapturedSteps:
         """Why a batch cannot be decoded by replays, for people; None where it can, as far as is known before."""
         runtime, config = self._runtime, self._model.config
         policies = [policy_at(runtime.policy, layer, config.num_moe_layers) for layer in range(config.num_moe_layers)]
-        recipes = [recipe_of(policy, config.router) for policy in policies]
         reasons = {
             "graphs are switched off": not runtime.graphs,
             f"the model is on {self._model.device}; graphs are a GPU's": self._graphs is None,
@@ -54,7 +53,7 @@ class CapturedSteps:
             "a watcher hears of every forward": watched,
             "tokens are sampled, or restricted ones judged": not self._options.takes_the_best,
             f"the policy {runtime.policy.name!r} needs to know of steps": runtime.policy.needs_steps,
-            f"the policy {runtime.policy.name!r} has no recipe with these knobs": None in recipes,
+            f"no rule expresses the policy {runtime.policy.name!r}: torch routes it": any(map(runs_on_torch, policies)),
         }
         return next((reason for reason, holds in reasons.items() if holds), None)
 

@@ -20,7 +20,7 @@ from expertshare.evaluation.statistics import (
     retained,
     task_accuracy,
 )
-from expertshare.routing.labels import parse_policies, policy_label
+from expertshare.routing import parse_policies, policy_label
 
 __all__ = [
     "ANSWER_RULES",

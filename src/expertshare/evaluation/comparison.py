@@ -24,8 +24,7 @@ from expertshare.evaluation.statistics import (
 )
 from expertshare.measure.memory import MemoryWatch, peak_memory_bytes
 from expertshare.models import LoadedModel
-from expertshare.routing import POLICIES, knobs
-from expertshare.routing.labels import policy_label
+from expertshare.routing import POLICIES, policy_label, policy_record
 from expertshare.types import RoutingPolicy
 
 VANILLA = POLICIES["vanilla"]()
@@ -54,9 +53,8 @@ class ComparedRun:
         """Plain values; shares as fractions, intervals as [low, high] at the 95 % level."""
         cost, overall = self.run.cost, self.accuracy.overall
         return {
-            "policy": self.run.policy.name,
+            **policy_record(self.run.policy),
             "label": self.label,
-            "knobs": knobs(self.run.policy),
             "unique_experts": dict(cost.unique_experts),
             "union_experts": dict(cost.union_experts),
             "expert_bytes": dict(cost.expert_bytes),

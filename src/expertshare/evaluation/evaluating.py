@@ -23,8 +23,7 @@ from expertshare.evaluation.summary import summarise
 from expertshare.measure.environment import capture_environment, versions
 from expertshare.measure.report import Report
 from expertshare.models import LoadedModel
-from expertshare.routing import POLICIES, knobs
-from expertshare.routing.labels import policy_label
+from expertshare.routing import POLICIES, policy_label, policy_record
 from expertshare.types import RoutingPolicy
 
 SCHEMA_VERSION = 1
@@ -197,7 +196,7 @@ def _describe(
             **settings.identity,
         },
         "model": str(loaded.path),
-        "policies": [{"label": policy_label(p), "policy": p.name, "knobs": knobs(p)} for p in policies],
+        "policies": [{"label": policy_label(p), **policy_record(p)} for p in policies],
         "config": {**resolved, **settings.config},
         "environment": capture_environment(loaded.model.device).to_json(),
     }

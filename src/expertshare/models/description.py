@@ -8,7 +8,7 @@ from expertshare.config import ModelConfig, RouterSpec
 from expertshare.models.loading import LoadedModel
 from expertshare.models.quantised_vocabulary import QuantisedVocabulary
 from expertshare.models.source import read_optional_json
-from expertshare.routing.base import default_budget
+from expertshare.routing import default_budget
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

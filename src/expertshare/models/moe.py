@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,14 +14,12 @@ from expertshare import native
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.errors import ConfigError
 from expertshare.experts import ResidentExperts
-from expertshare.kernels import moe_ffn, select_and_assign
+from expertshare.kernels import moe_ffn, route_layer_cpu, route_layer_triton
 from expertshare.models.layers import SwiGLU
 from expertshare.models.runtime import Runtime
-from expertshare.routing import LayerStep, count_load, gate_scores, gate_takes, recipe_of, route, router_scores
-from expertshare.types import Bank, Coreset, ExpertBank, Loan, RouterScores, RoutingPlan, RoutingPolicy
+from expertshare.routing import route_layer
+from expertshare.types import Bank, Coreset, ExpertBank, Loan, RoutingPlan, RoutingPolicy
 
-_MOST_STEPS = 16
-"""Policies that a router is prepared for at once: those of a comparison, or of a server's requests."""
 _MOST_GROUPS = 1024
 """Of torch's grouped product on a GPU: fewer than these. A store's slots may be more."""
 
@@ -80,18 +78,11 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(spec.num_experts, config.hidden_size))
         self.bias: Tensor | None
         self.register_buffer("bias", torch.zeros(spec.num_experts) if spec.has_bias else None)
-        self._steps: dict[int, LayerStep] = {}  # by id of the policies that came last
 
     def forward(self, x_GLD: Tensor) -> Tensor:
         """Logits, float32 [G, L, E]."""
         with torch.autocast(x_GLD.device.type, enabled=False):
             return F.linear(x_GLD.float(), self.weight.float())
-
-    def scores(self, x_GLD: Tensor, live_GL: Tensor, spec: RouterSpec, *, compiled: bool) -> RouterScores:
-        """Scores of every expert; compiled: by the native library where it takes these tensors."""
-        if compiled and gate_takes(x_GLD, self.weight, self.bias):
-            return gate_scores(x_GLD, self.weight, self.bias, live_GL, spec)
-        return router_scores(self(x_GLD), live_GL, spec, self.bias)
 
     def plan(
         self,
@@ -104,35 +95,13 @@ class Router(nn.Module):
         masked_GL: Tensor | None = None,
         previous: Coreset | None = None,
     ) -> tuple[RoutingPlan, LayerRouting]:
-        """Gate, selection and assignment of a layer, and what they ask of the experts: for policies with a recipe under
-        "cpu" by the native library, under "triton" by kernels that need no word from the host; else by torch.
+        """Router scores, selection and assignment of a layer, and what they ask of the experts, by the backend.
 
         masked_GL, previous: for policies that need to know of steps, as in RouterScores and `route`.
         """
-        if backend == "cpu":
-            weight, bias = self._parameters["weight"], self._buffers["bias"]  # spares three calls of Module.__getattr__
-            assert weight is not None
-            step = self._steps.get(id(policy))
-            if step is None or not step.is_of(weight, bias, policy, spec):
-                step = self._prepare(weight, bias, policy, spec)
-            routed = step.route(x_GLD, live_GL)
-            if routed is not None:
-                plan, load_E, unique_G = routed
-                return plan, LayerRouting(load_E, unique_G)
-        scores = replace(self.scores(x_GLD, live_GL, spec, compiled=backend == "cpu"), masked_GL=masked_GL)
-        recipe = recipe_of(policy, spec) if backend == "triton" else None
-        if recipe is not None:
-            found = select_and_assign(scores, spec, recipe, group_limit=policy.group_limit)
-            return found.plan, LayerRouting(found.load_E, found.group_experts_G, found.coreset)
-        coreset, plan = route(scores, policy, spec, previous=previous)
-        return plan, LayerRouting(*count_load(plan, len(live_GL)), coreset)
-
-    def _prepare(self, weight: Tensor, bias: Tensor | None, policy: RoutingPolicy, spec: RouterSpec) -> LayerStep:
-        """A step for this policy, kept (with the policy, so that its id stays its own) while few others come."""
-        if len(self._steps) >= _MOST_STEPS:
-            self._steps.clear()
-        step = self._steps[id(policy)] = LayerStep.of(weight, bias, policy, spec)
-        return step
+        route = {"cpu": route_layer_cpu, "triton": route_layer_triton}.get(backend, route_layer)
+        found = route(x_GLD, self.weight, self.bias, policy, spec, live_GL, masked_GL=masked_GL, previous=previous)
+        return found.plan, LayerRouting(found.load_E, found.group_experts_G, found.coreset)
 
 
 def lay_side_by_side(routers: Sequence[Router], dtype: torch.dtype = torch.float32) -> None:

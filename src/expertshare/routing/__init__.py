@@ -1,31 +1,47 @@
-"""Expert sharing: policies choose a coreset (`select`), the model's rule routes inside it (`assign`)."""
+"""Expert sharing: a policy is a rule; the rule chooses a coreset (`select`), the model routes inside it (`assign`)."""
 
-from expertshare.routing.assign import assign, count_load, everything, route, router_scores
-from expertshare.routing.gate import gate_scores
-from expertshare.routing.gate import takes as gate_takes
+from expertshare.routing.assign import assign
 from expertshare.routing.layerwise import Layerwise, policy_at
-from expertshare.routing.recipe import Recipe, recipe_of
-from expertshare.routing.step import LayerStep
-from expertshare.routing.table import POLICIES, Knob, knobs, make_policy, native_policy, parse_knob, parse_policy
+from expertshare.routing.policy import default_budget, runs_on_torch
+from expertshare.routing.route import count_load, route, route_layer, router_scores
+from expertshare.routing.rule import SharingRule
+from expertshare.routing.select import everything, select
+from expertshare.routing.table import (
+    POLICIES,
+    Knob,
+    knobs,
+    make_policy,
+    native_policy,
+    parse_knob,
+    parse_policies,
+    parse_policy,
+    policy_label,
+    policy_record,
+    split_policies,
+)
 
 __all__ = [
     "POLICIES",
     "Knob",
-    "LayerStep",
     "Layerwise",
-    "Recipe",
+    "SharingRule",
     "assign",
     "count_load",
+    "default_budget",
     "everything",
-    "gate_scores",
-    "gate_takes",
     "knobs",
     "make_policy",
     "native_policy",
     "parse_knob",
+    "parse_policies",
     "parse_policy",
     "policy_at",
-    "recipe_of",
+    "policy_label",
+    "policy_record",
     "route",
+    "route_layer",
     "router_scores",
+    "runs_on_torch",
+    "select",
+    "split_policies",
 ]

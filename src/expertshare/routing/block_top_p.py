@@ -1,17 +1,13 @@
-"""Block top-p, the router of dMoE (arXiv 2605.30876): as many experts as the block's vote mass asks for."""
+"""Block top-p, the router of dMoE: as many experts as the block's votes ask for."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from expertshare.config import RouterSpec
-from expertshare.errors import PolicyError
-from expertshare.routing.ballots import Ballots, election, grow
-from expertshare.routing.base import CoresetPolicy, check_count
-from expertshare.routing.recipe import Recipe
-from expertshare.routing.shares import shortest_prefix
-from expertshare.types import Coreset, RouterScores
+from expertshare.routing.policy import BALLOTS, CoresetPolicy, coreset_sizes, knob
+from expertshare.routing.rule import Ballots, SharingRule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,28 +21,23 @@ class BlockTopP(CoresetPolicy):
     """
 
     name: ClassVar[str] = "block-top-p"
-    top_p_experts: float = field(default=0.6, metadata={"help": "share of the block's votes that the coreset holds"})
-    guard: int | None = field(default=None, metadata={"help": "least number of experts (default: derived)"})
-    ballots: Ballots = field(default="ungrouped", metadata={"help": "experts a token may vote for: ungrouped, grouped"})
+    source: ClassVar[str] = "arXiv 2605.30876"
+    top_p_experts: float = field(
+        default=0.6,
+        metadata=knob("share of the block's votes that the coreset holds", limits="(0, 1]", tuned=(0.3, 1.0)),
+    )
+    guard: int | None = field(
+        default=None,
+        metadata=knob(
+            "least number of experts (default: derived)",
+            limits=coreset_sizes,
+            derived=lambda spec, limit: spec.min_coreset_size(limit),
+        ),
+    )
+    ballots: Ballots = field(default="ungrouped", metadata=BALLOTS)
 
-    def bind(self, spec: RouterSpec) -> BlockTopP:
-        """Derive the guard; refuse p outside (0, 1] or a guard that could leave a token without K choices."""
-        if not 0.0 < self.top_p_experts <= 1.0:
-            raise PolicyError(f"{self.name}: top_p_experts must lie in (0, 1], got {self.top_p_experts}")
-        least = spec.min_coreset_size(self.group_limit)
-        if self.guard is None:
-            return replace(self, guard=least)
-        check_count(self.guard, least=least, most=spec.num_experts, knob="guard", policy=self.name)
-        return self
-
-    def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
-        """The shortest prefix of the ranking that passes p."""
-        votes_GE, _ = election(self.voting(scores), spec, self.ballots)
-        guard = spec.min_coreset_size(self.group_limit) if self.guard is None else self.guard
-        return grow(shortest_prefix(votes_GE, self.top_p_experts), votes_GE, guard)
-
-    def recipe(self, spec: RouterSpec) -> Recipe | None:
-        """`select` in numbers."""
-        guard = spec.min_coreset_size(self.group_limit) if self.guard is None else self.guard
-        share = self.top_p_experts
-        return Recipe(ranking="votes", ballots=self.ballots, size=guard, prefix_share=share, front_is_whole=True)
+    def rule(self, spec: RouterSpec) -> SharingRule:
+        """The shortest prefix of the ranking by votes that passes p."""
+        return self.sharing(
+            ranking="votes", ballots=self.ballots, size=self.bind(spec).guard, prefix_share=self.top_p_experts
+        )

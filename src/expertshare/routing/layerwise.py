@@ -9,7 +9,10 @@ from torch import Tensor
 
 from expertshare.config import GroupLimit, RouterSpec
 from expertshare.errors import PolicyError
-from expertshare.types import Coreset, RouterScores, RoutingPolicy
+from expertshare.routing.rule import SharingRule
+from expertshare.types import Coreset, RouterScores, RoutingPlan, RoutingPolicy
+
+_ONE_LAYER = "layerwise: expected the policy of one layer, got that of all; use at(layer, num_layers)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,11 +60,17 @@ class Layerwise:
 
     def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
         """Never: which layer's policy is meant is not said here."""
-        raise PolicyError(f"{self.name}: expected the policy of one layer, got that of all; use at(layer, num_layers)")
+        raise PolicyError(_ONE_LAYER)
 
-    def keep(self, affinity_TK: Tensor) -> Tensor | None:
+    def assign(
+        self, scores: RouterScores, coreset: Coreset, spec: RouterSpec, expert_scale_E: Tensor | None = None
+    ) -> RoutingPlan:
         """Never, for the same reason."""
-        raise PolicyError(f"{self.name}: expected the policy of one layer, got that of all; use at(layer, num_layers)")
+        raise PolicyError(_ONE_LAYER)
+
+    def rule(self, spec: RouterSpec) -> SharingRule:
+        """Never, for the same reason."""
+        raise PolicyError(_ONE_LAYER)
 
 
 def policy_at(policy: RoutingPolicy, layer: int, num_layers: int) -> RoutingPolicy:

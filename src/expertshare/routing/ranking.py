@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from expertshare.routing import compiled
-
 
 def top_k_ids(score_xE: Tensor, k: int) -> Tensor:
     """Ids of the `k` largest scores along the last dimension, best first, ties to the lower id.
@@ -17,9 +15,6 @@ def top_k_ids(score_xE: Tensor, k: int) -> Tensor:
     distinct and torch's own top-k has only one right answer.
     """
     num_experts = score_xE.shape[-1]
-    library = compiled.library_for(score_xE)
-    if library is not None and 0 < k <= num_experts:
-        return compiled.top_k(library, score_xE, k, None, as_mask=False)
     bits = (score_xE.detach() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0: they must tie
     ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).to(torch.int64)
     reversed_id = torch.arange(num_experts - 1, -1, -1, device=score_xE.device)
@@ -33,14 +28,10 @@ def top_k_mask(score_xE: Tensor, k: int, front_xE: Tensor | None = None) -> Tens
 
     front_xE: bool, same shape; those in front outrank all others, and rank by score among themselves.
     """
-    num_experts = score_xE.shape[-1]
-    library = compiled.library_for(score_xE, masks=() if front_xE is None else (front_xE,))
-    if library is not None and 0 < k <= num_experts:
-        return compiled.top_k(library, score_xE, k, front_xE, as_mask=True)
     if front_xE is None:
         order = top_k_ids(score_xE, k)
     else:
-        by_score = top_k_ids(score_xE, num_experts)
+        by_score = top_k_ids(score_xE, score_xE.shape[-1])
         front = front_xE.gather(-1, by_score).to(torch.int8)
         order = by_score.gather(-1, front.argsort(dim=-1, descending=True, stable=True))[..., :k]
     return torch.zeros(score_xE.shape, dtype=torch.bool, device=score_xE.device).scatter_(-1, order, True)

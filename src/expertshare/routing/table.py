@@ -1,8 +1,8 @@
-"""The POLICIES table: every policy by name, and how one is made from text knobs."""
+"""The POLICIES table: every policy by name, and how policies are read from text and written as it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -11,13 +11,11 @@ from expertshare.errors import PolicyError, nearest
 from expertshare.routing.block_max import BlockMax
 from expertshare.routing.block_top_p import BlockTopP
 from expertshare.routing.coverage import Coverage
-from expertshare.routing.des_seq import DesSeq
-from expertshare.routing.des_vote import DesVote
+from expertshare.routing.des import DesSeq, DesVote
 from expertshare.routing.layerwise import Layerwise
+from expertshare.routing.per_token import Skip, TopKCap, Vanilla
+from expertshare.routing.policy import runs_on_torch
 from expertshare.routing.protected_vote import ProtectedVote
-from expertshare.routing.skip import Skip
-from expertshare.routing.top_k_cap import TopKCap
-from expertshare.routing.vanilla import Vanilla
 from expertshare.types import RoutingPolicy
 
 Knob = int | float | str
@@ -43,6 +41,13 @@ def knobs(policy: RoutingPolicy) -> dict[str, Any]:
     if isinstance(policy, Layerwise):
         return {"layers": [{"policy": layer.name, "knobs": knobs(layer)} for layer in policy.layers]}
     return {f.name: getattr(policy, f.name) for f in fields(policy)}  # type: ignore[arg-type]
+
+
+def policy_record(policy: RoutingPolicy) -> dict[str, Any]:
+    """Name and knobs for reports; where no rule expresses the policy, that torch routed it whatever the backend."""
+    layers = policy.layers if isinstance(policy, Layerwise) else (policy,)
+    record = {"policy": policy.name, "knobs": knobs(policy)}
+    return {**record, "routed_by": "torch"} if any(map(runs_on_torch, layers)) else record
 
 
 def make_policy(name: str, settings: Mapping[str, Knob] | None = None) -> AnyPolicy:
@@ -108,3 +113,40 @@ def native_policy(config: ModelConfig) -> AnyPolicy:
     if config.expert_capacity is None:
         return Vanilla()
     return BlockMax(budget=config.expert_capacity)
+
+
+def policy_label(policy: RoutingPolicy) -> str:
+    """`name:knob=value,...` with every number that is set and the words that differ; parse_policy reads it back."""
+    if isinstance(policy, Layerwise):  # has no short form that parse_policy could read: its home is a policy file
+        return f"{policy.name}({'; '.join(policy_label(layer) for layer in policy.layers)})"
+    told: list[str] = []
+    for knob in fields(policy):  # type: ignore[arg-type]
+        value = getattr(policy, knob.name)
+        if value is not None and (not isinstance(value, str) or value != knob.default):
+            told.append(f"{knob.name}={value}")
+    text = ",".join(told)
+    return f"{policy.name}:{text}" if text else policy.name
+
+
+def parse_policies(texts: Sequence[str]) -> list[RoutingPolicy]:
+    """Policies from lists such as "vanilla,skip:skip_share=0.3,des-vote:budget=16,group_limit=ignore".
+
+    Commas part policies as well as knobs: a part with "=" and without ":" belongs to the policy before it. Raises
+    PolicyError for a list that cannot be read.
+    """
+    return [parse_policy(text) for listed in texts for text in split_policies(listed)]
+
+
+def split_policies(listed: str) -> list[str]:
+    """One text per policy of a list."""
+    policies: list[str] = []
+    for part in (part.strip() for part in listed.split(",")):
+        if not part:
+            continue
+        if "=" in part and ":" not in part:
+            if not policies:
+                raise PolicyError(f"expected a policy before the knob {part!r} in {listed!r}, e.g. des-vote:{part}")
+            policies[-1] += ("," if ":" in policies[-1] else ":") + part
+        else:
+            policies.append(part)
+    return policies

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from expertshare.config import RouterSpec
 from expertshare.errors import PolicyError
-from expertshare.routing import POLICIES, Layerwise, parse_policy
-from expertshare.routing.labels import policy_label, split_policies
+from expertshare.routing import POLICIES, Layerwise, parse_policy, policy_label, split_policies
 from expertshare.types import RoutingPolicy
 
 

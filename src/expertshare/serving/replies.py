@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from expertshare.measure.cost import FORWARD_KINDS
-from expertshare.routing.labels import policy_label
+from expertshare.routing import policy_label
 from expertshare.serving.running_request import Choice
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import Field, dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -22,13 +23,13 @@ class KnobRange:
     whole: bool
 
 
-_RANGES: Mapping[str, Callable[[RouterSpec, GroupLimit], KnobRange]] = {
-    "budget": lambda spec, limit: KnobRange(spec.min_coreset_size(limit), spec.num_experts, whole=True),
-    "experts_per_vote": lambda spec, _: KnobRange(1, spec.top_k, whole=True),
-    "experts_per_token": lambda spec, _: KnobRange(1, spec.top_k, whole=True),
-    "top_p_experts": lambda *_: KnobRange(0.3, 1.0, whole=False),
-    "skip_share": lambda *_: KnobRange(0.0, 0.6, whole=False),
-}
+def range_of(knob: Field[Any], spec: RouterSpec, group_limit: GroupLimit) -> KnobRange | None:
+    """What the knob's declaration says may be tried; None where it is not for tuning."""
+    tuned = knob.metadata.get("tuned", False)
+    if not tuned:
+        return None
+    low, high = knob.metadata["limits"](spec, group_limit) if tuned is True else tuned
+    return KnobRange(low, high, whole=tuned is True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,13 +60,14 @@ def dials(names: Sequence[str] | None, spec: RouterSpec) -> list[Dial]:
     for name in POLICIES if names is None else dict.fromkeys(names):
         if name not in POLICIES:
             raise PolicyError(f"unknown policy {name!r}. {nearest(name, POLICIES)}")
-        knob = next((f.name for f in fields(POLICIES[name]) if f.name in _RANGES), None)
-        if knob is not None:
-            reach = _RANGES[knob](spec, make_policy(name).group_limit)
+        limit = make_policy(name).group_limit
+        ranges = {f.name: reach for f in fields(POLICIES[name]) if (reach := range_of(f, spec, limit))}
+        for knob, reach in list(ranges.items())[:1]:
             found.append(Dial(policy=name, knob=knob, range=reach))
-        elif names is not None:
+        if not ranges and names is not None:
+            known = dict.fromkeys(f.name for p in POLICIES.values() for f in fields(p) if f.metadata.get("tuned"))
             raise PolicyError(
-                f"expected policies with one of the knobs {', '.join(_RANGES)}, got {name!r}: there is nothing to tune"
+                f"expected policies with one of the knobs {', '.join(known)}, got {name!r}: there is nothing to tune"
             )
     if not found:
         raise PolicyError(f"expected at least one policy to tune, got none. {nearest('', POLICIES)}")

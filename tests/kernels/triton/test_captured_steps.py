@@ -6,13 +6,14 @@ Without a GPU a step is called again instead of replayed, and held to what a gra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 
-from expertshare.config import ModelConfig
+from expertshare.config import ModelConfig, RouterSpec
 from expertshare.decoding import BlockDecoder, BlockResult, BlockStream, DecodingOptions
 from expertshare.decoding.captured_steps import CapturedSteps, capacity_for
 from expertshare.decoding.graphs import CudaGraphs, Graphs
@@ -20,7 +21,9 @@ from expertshare.errors import NumericsError
 from expertshare.experts.whole import ResidentSlabs
 from expertshare.measure.cost import Cost
 from expertshare.models import MoETransformer, Runtime
-from expertshare.routing import parse_policy
+from expertshare.routing import everything, parse_policy
+from expertshare.routing.policy import Policy
+from expertshare.types import Coreset, RouterScores
 
 from .checked_graphs import CheckedGraphs, HostWaits
 from .shapes import TINY_LLADA2, TINY_LLADA_MOE, TINY_SDAR
@@ -39,6 +42,16 @@ CONFIGS = {
 }
 PROMPTS = [[5, 6, 7], [9, 4, 3] * 2]
 OPTIONS = DecodingOptions(gen_length=5, threshold=0.3, steps_per_block=2, stop_at_eos=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unruled(Policy):
+    """Chooses by itself, in torch."""
+
+    name: ClassVar[str] = "unruled"
+
+    def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
+        return everything(scores)
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +213,7 @@ REASONS = [
     ({}, {}, True, "a watcher"),
     ({"policy": parse_policy("des-vote:reuse=2")}, {}, False, "needs to know of steps"),
     ({"policy": parse_policy("des-vote:voters=masked")}, {}, False, "needs to know of steps"),
-    ({"policy": parse_policy("coverage")}, {}, False, "has no recipe"),
+    ({"policy": Unruled()}, {}, False, "no rule expresses"),
     ({}, {}, False, None),
     ({}, {"top_k": 3}, False, None),
     ({"store": ResidentSlabs.__new__(ResidentSlabs)}, {}, False, None),

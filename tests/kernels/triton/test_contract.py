@@ -6,16 +6,15 @@ import pytest
 import torch
 
 from expertshare.config import RouterSpec
-from expertshare.routing import make_policy
+from expertshare.routing import POLICIES, make_policy
 from expertshare.types import Coreset, RouterScores, RoutingPlan, RoutingPolicy
 from routing import contract
 from routing.cases import SPECS, Scene
 
-from .recipes import WITH_RECIPE
-from .test_selection import selected, tied_scores
+from .test_selection import member, selected, tied_scores
 
 
-@pytest.mark.parametrize("policy_name", WITH_RECIPE)
+@pytest.mark.parametrize("policy_name", [name for name in POLICIES if name != "coverage"])
 def test_selection_keeps_the_contract(policy_name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """One router rule for each policy in the interpreter, all of them on a GPU."""
 
@@ -24,10 +23,10 @@ def test_selection_keeps_the_contract(policy_name: str, device: torch.device, mo
     ) -> tuple[Coreset, RoutingPlan]:
         found = selected(scores, policy, spec, device, expert_scale_E)
         plan = RoutingPlan(*(t.cpu() for t in (found.plan.expert_ids_TK, found.plan.weights_TK, found.plan.active_E)))
-        return Coreset(found.coreset.member_GE.cpu()), plan
+        return Coreset(member(found).cpu()), plan
 
     monkeypatch.setattr(contract, "route", by_triton)
-    number = WITH_RECIPE.index(policy_name)
+    number = list(POLICIES).index(policy_name)
     names = list(SPECS)
     for spec_name in names if device.type == "cuda" else [names[number % len(names)]]:
         spec = SPECS[spec_name]

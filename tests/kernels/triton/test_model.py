@@ -12,9 +12,8 @@ from expertshare.config import ModelConfig
 from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.models import ForwardInput, MoETransformer, Runtime
 from expertshare.models.transformer import initialise
-from expertshare.routing import make_policy
+from expertshare.routing import POLICIES, make_policy
 
-from .recipes import WITH_RECIPE
 from .shapes import TINY_LLADA2, TINY_LLADA_MOE, TINY_SDAR
 
 CONFIGS = {"llada2_moe": TINY_LLADA2, "llada_moe": TINY_LLADA_MOE, "sdar_moe": TINY_SDAR}
@@ -102,7 +101,7 @@ def test_a_forward_asks_the_host_nothing(policy_name: str, device: torch.device)
         step()
 
 
-@pytest.mark.parametrize("policy_name", WITH_RECIPE)
+@pytest.mark.parametrize("policy_name", POLICIES)
 def test_a_captured_forward_equals_an_eager_one(policy_name: str, device: torch.device) -> None:
     """One graph for every coreset: nothing in it depends on what the host knew when it was captured."""
     if device.type != "cuda":

@@ -11,13 +11,11 @@ from torch import Tensor
 
 from expertshare.config import RouterSpec
 from expertshare.errors import ConfigError
-from expertshare.kernels import Selection, select_and_assign
-from expertshare.kernels.triton.selection import MOST_EXPERTS
-from expertshare.routing import POLICIES, count_load, make_policy, recipe_of, route
-from expertshare.types import Recipe, RouterScores, RoutingPolicy
+from expertshare.kernels import select_and_assign
+from expertshare.kernels.triton.route import MOST_EXPERTS, _expresses
+from expertshare.routing import POLICIES, SharingRule, count_load, make_policy, route
+from expertshare.types import Routed, RouterScores, RoutingPolicy
 from routing.cases import SPECS, dyadic, policy_settings
-
-from .recipes import WITH_RECIPE
 
 INTERPRETED_SETTINGS = 2
 """Of a policy under one router rule: the interpreter takes 0.1 s for each. The rules take turns; a GPU runs all."""
@@ -26,7 +24,7 @@ INTERPRETED_SETTINGS = 2
 def chosen_settings(policy_name: str, spec_name: str, device: torch.device) -> list[RoutingPolicy]:
     spec = SPECS[spec_name]
     bound = policy_settings(POLICIES[policy_name], spec)
-    settings = [policy for policy in bound if recipe_of(policy, spec) is not None]
+    settings = [policy for policy in bound if _expresses(policy.rule(spec))]
     if device.type != "cpu" or len(settings) <= INTERPRETED_SETTINGS:
         return settings
     first = 2 * list(SPECS).index(spec_name)
@@ -59,12 +57,15 @@ def moved(scores: RouterScores, device: torch.device) -> RouterScores:
 
 def selected(
     scores: RouterScores, policy: RoutingPolicy, spec: RouterSpec, device: torch.device, scale_E: Tensor | None = None
-) -> Selection:
-    recipe = recipe_of(policy, spec)
-    assert recipe is not None
+) -> Routed:
     scale_E = None if scale_E is None else scale_E.to(device)
     scores = moved(scores, device)
-    return select_and_assign(scores, spec, recipe, group_limit=policy.group_limit, expert_scale_E=scale_E)
+    return select_and_assign(scores, spec, policy.rule(spec), expert_scale_E=scale_E)
+
+
+def member(found: Routed) -> Tensor:
+    assert found.coreset is not None
+    return found.coreset.member_GE
 
 
 def check(scores: RouterScores, policy: RoutingPolicy, spec: RouterSpec, device: torch.device) -> None:
@@ -73,7 +74,7 @@ def check(scores: RouterScores, policy: RoutingPolicy, spec: RouterSpec, device:
     load_E, unique_G = count_load(plan, len(scores.live_GL))
     found = selected(scores, policy, spec, device, scale_E)
     pairs = {
-        "coreset": (found.coreset.member_GE, coreset.member_GE),
+        "coreset": (member(found), coreset.member_GE),
         "ids": (found.plan.expert_ids_TK, plan.expert_ids_TK),
         "active": (found.plan.active_E, plan.active_E),
         "load": (found.load_E, load_E),
@@ -85,7 +86,7 @@ def check(scores: RouterScores, policy: RoutingPolicy, spec: RouterSpec, device:
 
 
 @pytest.mark.parametrize("spec_name", SPECS)
-@pytest.mark.parametrize("policy_name", WITH_RECIPE)
+@pytest.mark.parametrize("policy_name", [name for name in POLICIES if name != "coverage"])
 def test_equals_the_policy(policy_name: str, spec_name: str, device: torch.device) -> None:
     spec = SPECS[spec_name]
     for number, policy in enumerate(chosen_settings(policy_name, spec_name, device)):
@@ -129,7 +130,7 @@ def test_what_stands_in_padding_is_not_read(device: torch.device) -> None:
         scores.affinity_GLE.masked_fill(dead, torch.nan), scores.choice_GLE.masked_fill(dead, torch.nan), scores.live_GL
     )
     found = selected(poisoned, policy, spec, device)
-    assert torch.equal(found.coreset.member_GE, clean.coreset.member_GE)
+    assert torch.equal(member(found), member(clean))
     assert torch.equal(found.plan.expert_ids_TK, clean.plan.expert_ids_TK)
     assert torch.equal(found.plan.weights_TK, clean.plan.weights_TK)
 
@@ -173,11 +174,6 @@ def test_what_it_cannot_take_is_said_clearly(device: torch.device) -> None:
     spec = SPECS["softmax plain"]
     scores = moved(smooth_scores(spec, 0), device)
     with pytest.raises(ConfigError, match=r"float32 and live in bool, got torch\.float64"):
-        select_and_assign(replace(scores, choice_GLE=scores.choice_GLE.double()), spec, Recipe(), group_limit="ignore")
+        select_and_assign(replace(scores, choice_GLE=scores.choice_GLE.double()), spec, SharingRule())
     with pytest.raises(ConfigError, match=f"at most {MOST_EXPERTS}, got 64"):
-        select_and_assign(scores, replace(spec, num_experts=32), Recipe(), group_limit="ignore")
-
-
-def test_every_policy_of_the_papers_has_a_recipe() -> None:
-    coresets = {"des-seq", "des-vote", "block-top-p", "block-max", "protected-vote"}
-    assert {"vanilla", "top-k-cap", "skip"} | coresets <= set(WITH_RECIPE)
+        select_and_assign(scores, replace(spec, num_experts=32), SharingRule())

@@ -69,7 +69,7 @@ def test_dropping_leaves_the_other_experts_of_a_token(blocks: ModuleType) -> Non
     banned = torch.tensor([[True, False, False, False]])
     dropping, replacing = blocks.Bans(banned_GE=banned, replace=False), blocks.Bans(banned_GE=banned)
     assert dropping.select(scores, spec).member_GE.all()
-    kept = dropping.keep(torch.zeros(2, 2))
-    assert kept.tolist() == [[False, True], [True, True]]
+    full = dropping.select(scores, spec)
+    assert dropping.assign(scores, full, spec).expert_ids_TK.tolist() == [[-1, 1], [3, 2]]
     assert replacing.select(scores, spec).member_GE.tolist() == [[False, True, True, True]]
-    assert replacing.keep(torch.zeros(2, 2)) is None
+    assert replacing.assign(scores, replacing.select(scores, spec), spec).expert_ids_TK.tolist() == [[1, 2], [3, 2]]

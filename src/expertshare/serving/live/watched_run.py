@@ -13,7 +13,7 @@ from expertshare.decoding.canvas import Window
 from expertshare.decoding.row import Row
 from expertshare.measure.cost import ForwardKind
 from expertshare.models.runtime import RoutingTrace
-from expertshare.routing import knobs
+from expertshare.routing import policy_record
 from expertshare.serving.live.texts import TokenTexts
 from expertshare.serving.live.trace_source import Event
 
@@ -79,7 +79,7 @@ class WatchedRun:
         self.index, self.policy, self.finished = index, policy, False
         self._notebook = _Notebook()
         self._stream: BlockStream = decoder.blocks([prompt], watcher=self._notebook)
-        self._knobs = knobs(decoder.runtime.policy)
+        self._record = policy_record(decoder.runtime.policy)
         own_bytes = decoder.model.config.num_expert_parameters * decoder.model.dtype.itemsize
         self._bytes_per_expert = decoder.runtime.bytes_per_expert or own_bytes
         self._eos_ids, self._texts, self._decode = decoder.model.config.eos_ids, texts, decode
@@ -89,7 +89,7 @@ class WatchedRun:
 
     def describe(self) -> Event:
         """The run in the start event."""
-        return {"run": self.index, "policy": self.policy, "knobs": self._knobs}
+        return {**self._record, "run": self.index, "policy": self.policy}
 
     def advance(self) -> bool:
         """One denoising step; returns whether it completed the block. Raises NumericsError or ExpertMemoryError."""

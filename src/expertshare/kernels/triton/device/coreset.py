@@ -118,7 +118,7 @@ def _clear(used_ptr, unique_ptr, active_ptr, load_ptr, group, expert, exists, NU
 
 @triton.jit
 def _prefix(key, keys_at, share_bits, LANES: tl.constexpr, KEYS_AT_A_TIME: tl.constexpr):
-    """Length of the shortest prefix of a ranking that passes the share: routing.shares.shortest_prefix."""
+    """Length of the shortest prefix of a ranking that passes the share: routing.select.shortest_prefix."""
     share = share_bits.to(tl.int64).to(tl.float64, bitcast=True)
     score = scores_of_keys(key)
     ahead = tl.zeros((LANES,), tl.float64)

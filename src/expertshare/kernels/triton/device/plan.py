@@ -69,6 +69,7 @@ def plan_kernel(
         weight = tl.where(slot == rank, tl.sum(tl.where(hit, affinity, 0.0), axis=1)[:, None], weight)
         key = tl.where(hit, -1, key)
     kept = slot < slots
+    weight = tl.where(kept, weight, 0.0)
     if HAS_DROP:
         kept = kept & _heavy(weight, slot, drop_bits, TOKENS, TOP_K, TOP_KP)
     ids = tl.where(kept, ids, -1)
@@ -101,7 +102,7 @@ def _sum_of_slots(weight, slot, TOP_K: tl.constexpr):
 
 @triton.jit
 def _heavy(weight, slot, drop_bits, TOKENS: tl.constexpr, TOP_K: tl.constexpr, TOP_KP: tl.constexpr):
-    """routing.shares.drop_lightest, in its order of addition: from the lightest up, of equals the last slot first."""
+    """routing.assign.drop_lightest, in its order of addition: from the lightest up, of equals the last slot first."""
     share = drop_bits.to(tl.int64).to(tl.float64, bitcast=True)
     mass = weight.to(tl.float64)
     total = tl.zeros((TOKENS,), tl.float64)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from expertshare.config import GroupLimit, RouterSpec
 from expertshare.errors import ConfigError
 from expertshare.kernels.triton.availability import check_devices
 from expertshare.kernels.triton.tiles import power_of_two
-from expertshare.types import Coreset, Recipe, RouterScores, RoutingPlan
+from expertshare.routing import SharingRule, route_layer, router_scores, runs_on_torch
+from expertshare.types import Coreset, Routed, RouterScores, RoutingPlan, RoutingPolicy
 
 RANKINGS = {"all": 0, "votes": 1, "highest": 2}
 LANES_AT_A_TIME = 2048
@@ -20,30 +21,36 @@ LANES_AT_A_TIME = 2048
 MOST_EXPERTS = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """What a layer decided. load_E int64 [E]: (token, expert) pairs of each expert. group_experts_G int64 [G]: unique
-    experts of each sharing group."""
+def route_layer_triton(
+    x_GLD: Tensor,
+    weight_ED: Tensor,
+    bias_E: Tensor | None,
+    policy: RoutingPolicy,
+    spec: RouterSpec,
+    live_GL: Tensor,
+    *,
+    masked_GL: Tensor | None = None,
+    previous: Coreset | None = None,
+) -> Routed:
+    """`route_layer`, with coreset, plan and counts from two kernels; by torch for a policy that no rule expresses."""
+    if runs_on_torch(policy) or not _expresses(policy.rule(spec)):
+        return route_layer(x_GLD, weight_ED, bias_E, policy, spec, live_GL, masked_GL=masked_GL, previous=previous)
+    with torch.autocast(x_GLD.device.type, enabled=False):
+        logits_GLE = F.linear(x_GLD.float(), weight_ED.float())
+    return select_and_assign(router_scores(logits_GLE, live_GL, spec, bias_E), spec, policy.rule(spec))
 
-    coreset: Coreset
-    plan: RoutingPlan
-    load_E: Tensor
-    group_experts_G: Tensor
+
+def _expresses(rule: SharingRule) -> bool:
+    return rule.ranking in RANKINGS and rule.voters == "all" and rule.reuse == 1
 
 
 def select_and_assign(
-    scores: RouterScores,
-    spec: RouterSpec,
-    recipe: Recipe,
-    *,
-    group_limit: GroupLimit,
-    expert_scale_E: Tensor | None = None,
-) -> Selection:
-    """routing.route and routing.count_load for a policy that is written as a recipe: the same coreset and experts to
-    the bit, weights within the rounding of float32. For inference: weights have no gradient.
+    scores: RouterScores, spec: RouterSpec, rule: SharingRule, *, expert_scale_E: Tensor | None = None
+) -> Routed:
+    """routing.route and routing.count_load for a rule: the same coreset and experts to the bit, weights within the
+    rounding of float32. For inference: weights have no gradient.
 
-    group_limit: of the plan, the policy's. Raises ConfigError for scores that are
-    not float32 or not where Triton runs.
+    Raises ConfigError for scores that are not float32 or not where Triton runs.
     """
     choice, affinity, live = _checked(scores, spec)
     found, used_GE = _allocated(choice, spec.top_k)
@@ -51,13 +58,13 @@ def select_and_assign(
         found.plan.active_E.zero_()
         found.load_E.zero_()
         return found
-    _find_coresets(choice, live, spec, recipe, found, used_GE)
+    _find_coresets(choice, live, spec, rule, found, used_GE)
     scale_E = None if expert_scale_E is None else expert_scale_E.float().contiguous()
-    _make_plan(choice, affinity, live, spec, recipe, _reach(spec, group_limit), scale_E, found, used_GE)
+    _make_plan(choice, affinity, live, spec, rule, scale_E, found, used_GE)
     return found
 
 
-def _allocated(choice_GLE: Tensor, top_k: int) -> tuple[Selection, Tensor]:
+def _allocated(choice_GLE: Tensor, top_k: int) -> tuple[Routed, Tensor]:
     """What the kernels write, and int32 [G, E] where they mark the experts that each group has used."""
     groups, length, num_experts = choice_GLE.shape
     device = choice_GLE.device
@@ -70,36 +77,41 @@ def _allocated(choice_GLE: Tensor, top_k: int) -> tuple[Selection, Tensor]:
     load_E = torch.empty(num_experts, dtype=torch.int64, device=device)
     unique_G = torch.empty(groups, dtype=torch.int64, device=device)
     used_GE = torch.empty((groups, num_experts), dtype=torch.int32, device=device)
-    return Selection(Coreset(member_GE), plan, load_E, unique_G), used_GE
+    return Routed(plan, load_E, unique_G, Coreset(member_GE)), used_GE
+
+
+def _member(found: Routed) -> Tensor:
+    assert found.coreset is not None
+    return found.coreset.member_GE
 
 
 def _find_coresets(
-    choice: Tensor, live: Tensor, spec: RouterSpec, recipe: Recipe, found: Selection, used_GE: Tensor
+    choice: Tensor, live: Tensor, spec: RouterSpec, rule: SharingRule, found: Routed, used_GE: Tensor
 ) -> None:
     from expertshare.kernels.triton.device.coreset import coreset_kernel
 
     groups, length, num_experts = choice.shape
-    reach = _reach(spec, "inside" if recipe.ballots == "grouped" else "ignore")
+    reach = _reach(spec, "inside" if rule.ballots == "grouped" else "ignore")
     sizes = _lanes(num_experts, reach, length, most_tokens=16)
     lanes = sizes["NGP"] * sizes["GSP"]
     coreset_kernel[(groups,)](
         choice,
         live,
-        found.coreset.member_GE,
+        _member(found),
         torch.empty((groups, lanes), dtype=torch.int64, device=choice.device),
         used_GE,
         found.group_experts_G,
         found.plan.active_E,
         found.load_E,
         length,
-        recipe.size,
-        _bits(recipe.prefix_share or 0.0),
+        rule.size,
+        _bits(rule.prefix_share or 0.0),
         NUM_EXPERTS=num_experts,
         TOP_K=spec.top_k,
-        RANKING=RANKINGS[recipe.ranking],
-        FRONT=recipe.num_firsts,
-        WHOLE_FRONT=recipe.front_is_whole,
-        HAS_SHARE=recipe.prefix_share is not None,
+        RANKING=RANKINGS[rule.ranking],
+        FRONT=rule.protected,
+        WHOLE_FRONT=rule.keep_protected,
+        HAS_SHARE=rule.prefix_share is not None,
         KEYS_AT_A_TIME=min(16, lanes),
         **sizes,
         num_warps=8,
@@ -111,21 +123,20 @@ def _make_plan(
     affinity: Tensor,
     live: Tensor,
     spec: RouterSpec,
-    recipe: Recipe,
-    reach: tuple[int, int],
+    rule: SharingRule,
     scale_E: Tensor | None,
-    found: Selection,
+    found: Routed,
     used_GE: Tensor,
 ) -> None:
     from expertshare.kernels.triton.device.plan import plan_kernel
 
     groups, length, num_experts = choice.shape
-    sizes = _lanes(num_experts, reach, length, most_tokens=4)
+    sizes = _lanes(num_experts, _reach(spec, rule.group_limit), length, most_tokens=4)
     plan_kernel[(groups, -(-length // sizes["TOKENS"]))](
         choice,
         affinity,
         live,
-        found.coreset.member_GE,
+        _member(found),
         affinity if scale_E is None else scale_E,
         found.plan.expert_ids_TK,
         found.plan.weights_TK,
@@ -134,13 +145,13 @@ def _make_plan(
         used_GE,
         found.group_experts_G,
         length,
-        spec.top_k if recipe.slots is None else recipe.slots,
-        _bits(recipe.drop_share or 0.0),
+        spec.top_k if rule.experts_per_token is None else rule.experts_per_token,
+        _bits(rule.drop_share or 0.0),
         float(spec.scaling),
         NUM_EXPERTS=num_experts,
         TOP_K=spec.top_k,
         TOP_KP=power_of_two(spec.top_k),
-        HAS_DROP=recipe.drop_share is not None,
+        HAS_DROP=rule.drop_share is not None,
         RENORMALISE=spec.renormalise,
         HAS_EXPERT_SCALE=scale_E is not None,
         **sizes,

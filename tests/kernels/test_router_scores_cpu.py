@@ -1,4 +1,4 @@
-"""The native gate against a product in float64, and that a token's scores depend on nothing but the token."""
+"""The native router scores against a product in float64, and that a token's scores depend on nothing but the token."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from expertshare import native
-from expertshare.routing import gate_scores, gate_takes, router_scores
+from expertshare.kernels.cpu_route import router_scores_cpu, takes
+from expertshare.routing import router_scores
 from expertshare.types import RouterScores
-
-from .cases import SPECS, plain_spec
+from routing.cases import SPECS, plain_spec
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.unavailable_reason()))
 
@@ -30,7 +30,7 @@ def tensors(shape: tuple[int, int, int], hidden: str, weights: str) -> tuple[Ten
 
 def scores_of(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "sigmoid") -> RouterScores:
     spec = plain_spec(len(weight), 1, activation=activation)
-    return gate_scores(x, weight, bias, torch.ones(x.shape[:2], dtype=torch.bool), spec)
+    return router_scores_cpu(x, weight, bias, torch.ones(x.shape[:2], dtype=torch.bool), spec)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -102,24 +102,24 @@ def test_extreme_logits_stay_finite() -> None:
 
 def test_what_it_takes() -> None:
     x, weight, bias = tensors((4, 16, 8), "bfloat16", "float32")
-    assert gate_takes(x, weight, bias)
-    assert gate_takes(x, weight, None)
-    assert not gate_takes(x.half(), weight, bias)
-    assert gate_takes(x, weight.bfloat16(), bias)
-    assert not gate_takes(x, weight.half(), bias)
-    assert not gate_takes(x, weight, bias.double())
-    assert not gate_takes(x, weight.t(), bias)
-    assert not gate_takes(x.to("meta"), weight, bias)
+    assert takes(x, weight, bias)
+    assert takes(x, weight, None)
+    assert not takes(x.half(), weight, bias)
+    assert takes(x, weight.bfloat16(), bias)
+    assert not takes(x, weight.half(), bias)
+    assert not takes(x, weight, bias.double())
+    assert not takes(x, weight.t(), bias)
+    assert not takes(x.to("meta"), weight, bias)
     trained = weight.requires_grad_()
-    assert not gate_takes(x, trained, bias)
+    assert not takes(x, trained, bias)
     with torch.no_grad():
-        assert gate_takes(x, trained, bias)
+        assert takes(x, trained, bias)
 
 
 def test_close_to_torch() -> None:
     x, weight, bias = tensors((32, 1024, 64), "bfloat16", "float32")
     spec = SPECS["sigmoid groups 64"]
     live = torch.ones(1, 32, dtype=torch.bool)
-    native_scores = gate_scores(x, weight, bias, live, spec)
+    native_scores = router_scores_cpu(x, weight, bias, live, spec)
     torch_scores = router_scores(torch.nn.functional.linear(x.float(), weight), live, spec, bias)
     torch.testing.assert_close(native_scores.choice_GLE, torch_scores.choice_GLE, rtol=1e-6, atol=1e-6)
