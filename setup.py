@@ -12,6 +12,8 @@ import re
 import shlex
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -22,26 +24,28 @@ NATIVE = Path("src/expertshare/native/csrc")
 LOADING = NATIVE.parent / "loading.py"
 ABI_VERSION = re.findall(r"^ABI_VERSION = (\d+)", LOADING.read_text(), re.MULTILINE)[0]
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", f"-DEXPERTSHARE_ABI_VERSION={ABI_VERSION}"]
-AVX2 = ["-mavx2", "-mfma"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-# Only these files may use more than the processor's baseline; which of them runs is decided at run time.
-# Quantised kernels give the same bits with every instruction set: they fuse where they say so and nowhere else.
-AS_WRITTEN = ["-mf16c", "-ffp-contract=off"]
-X86_FLAGS = {
-    "avx2.cpp": AVX2,
-    "avx512.cpp": AVX512,
-    "avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
-    "quantised_avx2.cpp": [*AVX2, *AS_WRITTEN],
-    "quantised_avx_vnni.cpp": [*AVX2, *AS_WRITTEN, "-mavxvnni"],
-    "quantised_avx512_vnni.cpp": [*AVX512, *AS_WRITTEN, "-mavx512vnni"],
-    "affinity_avx2.cpp": AVX2,
-    "affinity_avx512.cpp": AVX512,
-    "affinity_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
-    "norm_avx2.cpp": AVX2,
-    "norm_avx512.cpp": AVX512,
+ISAS = {
+    "portable": [],
+    "avx2": AVX2,
+    "avx_vnni": [*AVX2, "-mavxvnni"],
+    "avx512": AVX512,
+    "avx512_vnni": [*AVX512, "-mavx512vnni"],
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
-# Every product is rounded before it is added, as torch does it.
-EXACT_FLAGS = {f"norm_{name}.cpp": ["-ffp-contract=off"] for name in ("portable", "avx2", "avx512")}
+# Quantised kernels give the same bits with every instruction set: they fuse where they say so and nowhere else. Norms
+# round every product before it is added, as torch does.
+AS_WRITTEN = ["-ffp-contract=off"]
+# Compiled once for each instruction set, with its flags and those of the source. Only these may use more than the
+# processor's baseline; which of them runs is decided at run time.
+FAMILIES = {
+    "kernels_float32.cpp": (["portable", "avx2", "avx512"], []),
+    "kernels_bfloat16.cpp": (["portable", "avx2", "avx512", "avx512_bf16"], []),
+    "kernels_quantised.cpp": (["portable", "avx2", "avx_vnni", "avx512_vnni"], AS_WRITTEN),
+    "kernels_gate.cpp": (["portable", "avx2", "avx512", "avx512_bf16"], []),
+    "kernels_norm.cpp": (["portable", "avx2", "avx512"], AS_WRITTEN),
+}
 
 
 class CannotBuild(Exception):
@@ -68,18 +72,40 @@ def call(command: list[str]) -> None:
         raise CannotBuild(f"{command[0]} failed: {lines[0] if lines else f'exit status {done.returncode}'}")
 
 
-def compile_source(source: Path, to: Path, cxx: list[str]) -> None:
-    """One object file; a compiler that does not know an instruction set yields a file without it."""
-    flags = [*FLAGS, *EXACT_FLAGS.get(source.name, []), *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    command = [*cxx, *flags, "-c", str(source), "-o", str(to)]
-    wide = X86_FLAGS.get(source.name, []) if platform.machine() in ("x86_64", "AMD64") else []
-    try:
-        call([*command, *wide])
-    except CannotBuild as reason:
-        if not wide:
-            raise
-        print(f"expertshare: built without {source.stem}: {reason}")
-        call(command)
+@dataclass(frozen=True)
+class Unit:
+    """What becomes one object: a source, for one instruction set where it is of a family."""
+
+    source: Path
+    isa: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.source.stem}_{self.isa}" if self.isa else self.source.stem
+
+    def compile(self, to: Path, cxx: list[str]) -> str | None:
+        """Write the object; a compiler that does not know the instruction set yields one without it: returns why."""
+        command = [*cxx, *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), "-c", str(self.source), "-o", str(to)]
+        if not self.isa:
+            return call(command)
+        command += [*FAMILIES[self.source.name][1], f"-DEXPERTSHARE_ISA={self.isa}"]
+        wide = ISAS[self.isa]
+        if wide and platform.machine() not in ("x86_64", "AMD64"):
+            return call([*command, "-DEXPERTSHARE_ABSENT"])
+        try:
+            return call([*command, *wide])
+        except CannotBuild as reason:
+            if not wide:
+                raise
+            call([*command, "-DEXPERTSHARE_ABSENT"])
+            return f"expertshare: built without {self.name}: {reason}"
+
+
+def units(sources: list[str]) -> list[Unit]:
+    """Every object that these sources make, those that take longest first."""
+    paths = [Path(source) for source in sources]
+    plain = [Unit(path) for path in paths if path.name not in FAMILIES]
+    return [Unit(path, isa) for path in paths if path.name in FAMILIES for isa in FAMILIES[path.name][0]] + plain
 
 
 class BuildKernel(build_ext):
@@ -95,9 +121,11 @@ class BuildKernel(build_ext):
             cxx = compiler()
             objects.mkdir(parents=True, exist_ok=True)
             library.parent.mkdir(parents=True, exist_ok=True)
-            made = [objects / f"{Path(source).stem}.o" for source in ext.sources]
-            for source, to in zip(ext.sources, made, strict=True):
-                compile_source(Path(source), to, cxx)
+            made = {objects / f"{unit.name}.o": unit for unit in units(ext.sources)}
+            with ThreadPoolExecutor(os.cpu_count()) as threads:
+                notes = list(threads.map(lambda to: made[to].compile(to, cxx), made))
+            for note in filter(None, notes):
+                print(note)
             fresh = library.with_suffix(".new")
             flags = shlex.split(os.environ.get("LDFLAGS", ""))
             call([*cxx, "-shared", "-pthread", *map(str, made), *flags, "-o", str(fresh)])

@@ -28,11 +28,7 @@ struct AffinityKernels {
                    float *choice);
 };
 
-// Null where the compiler could not build for that instruction set.
-extern const AffinityKernels *const avx512_bf16_affinity;
-extern const AffinityKernels *const avx512_affinity;
-extern const AffinityKernels *const avx2_affinity;
-extern const AffinityKernels *const portable_affinity;
+extern const AffinityKernels *const gate_portable, *const gate_avx2, *const gate_avx512, *const gate_avx512_bf16;
 
 // By number, as isa.h counts them; null unless usable.
 const AffinityKernels *affinity_kernels_for(int isa);

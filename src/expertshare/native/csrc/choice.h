@@ -14,22 +14,22 @@ void round_row(const float *out, Index count, void *y) {
 }
 
 // Sixteen partial results side by side, whatever the vector length: sums do not depend on the instruction set's.
-constexpr Index kLanes = 16;
+constexpr Index kPartials = 16;
 constexpr Index kMostLogits = 256;
 
 // All lanes in one, by halves: a chain of sixteen would take longer than what it follows.
 template <class Merge>
-inline float folded(float (&lanes)[kLanes], Merge merge) {
-    for (Index half = kLanes / 2; half > 0; half /= 2) {
+inline float folded(float (&lanes)[kPartials], Merge merge) {
+    for (Index half = kPartials / 2; half > 0; half /= 2) {
         for (Index j = 0; j < half; j++) lanes[j] = merge(lanes[j], lanes[j + half]);
     }
     return lanes[0];
 }
 
-inline float sum_of(float (&lanes)[kLanes]) {
+inline float sum_of(float (&lanes)[kPartials]) {
     return folded(lanes, [](float a, float b) { return a + b; });
 }
-inline float largest_of(float (&lanes)[kLanes]) {
+inline float largest_of(float (&lanes)[kPartials]) {
     return folded(lanes, [](float a, float b) { return b > a ? b : a; });
 }
 
@@ -39,19 +39,19 @@ inline float softmax_weight(float below) {
 }
 
 inline float exponentials(float *scores, Index count, float scale) {
-    alignas(64) float sums[kLanes], lanes[kLanes];
-    for (Index j = 0; j < kLanes; j++) {
+    alignas(64) float sums[kPartials], lanes[kPartials];
+    for (Index j = 0; j < kPartials; j++) {
         sums[j] = 0.0f;
         lanes[j] = scores[0];
     }
-    const Index whole = count / kLanes * kLanes;
-    for (Index i = 0; i < whole; i += kLanes) {
-        for (Index j = 0; j < kLanes; j++) lanes[j] = scores[i + j] > lanes[j] ? scores[i + j] : lanes[j];
+    const Index whole = count / kPartials * kPartials;
+    for (Index i = 0; i < whole; i += kPartials) {
+        for (Index j = 0; j < kPartials; j++) lanes[j] = scores[i + j] > lanes[j] ? scores[i + j] : lanes[j];
     }
     for (Index i = whole; i < count; i++) lanes[i - whole] = scores[i] > lanes[i - whole] ? scores[i] : lanes[i - whole];
     const float largest = largest_of(lanes);
-    for (Index i = 0; i < whole; i += kLanes) {
-        for (Index j = 0; j < kLanes; j++) {
+    for (Index i = 0; i < whole; i += kPartials) {
+        for (Index j = 0; j < kPartials; j++) {
             const float weight = softmax_weight((scores[i + j] - largest) * scale);
             scores[i + j] = weight;
             sums[j] += weight;
@@ -67,20 +67,20 @@ inline float exponentials(float *scores, Index count, float scale) {
 template <class V>
 expertshare::Best choose(const float *logits, Index count) {
     alignas(64) float rounded[kMostLogits];
-    alignas(64) float largest[kLanes], sums[kLanes];
+    alignas(64) float largest[kPartials], sums[kPartials];
     for (Index i = 0; i < count; i++) {
         typename V::Weight weight;
         store(&weight, logits[i]);
         rounded[i] = load(weight);
     }
-    const Index padded = (count + kLanes - 1) / kLanes * kLanes;
+    const Index padded = (count + kPartials - 1) / kPartials * kPartials;
     for (Index i = count; i < padded; i++) rounded[i] = expertshare::kExcluded;
-    for (Index j = 0; j < kLanes; j++) {
+    for (Index j = 0; j < kPartials; j++) {
         largest[j] = expertshare::kExcluded;
         sums[j] = 0.0f;
     }
-    for (Index i = 0; i < padded; i += kLanes) {
-        for (Index j = 0; j < kLanes; j++) {
+    for (Index i = 0; i < padded; i += kPartials) {
+        for (Index j = 0; j < kPartials; j++) {
             const float logit = rounded[i + j];
             largest[j] = logit > largest[j] ? logit : largest[j];
         }
@@ -90,8 +90,8 @@ expertshare::Best choose(const float *logits, Index count) {
         const int here = rounded[i] == best.logit ? i : static_cast<int>(count);
         best.index = here < best.index ? here : best.index;
     }
-    for (Index i = 0; i < padded; i += kLanes) {
-        for (Index j = 0; j < kLanes; j++) {
+    for (Index i = 0; i < padded; i += kPartials) {
+        for (Index j = 0; j < kPartials; j++) {
             const float logit = rounded[i + j];
             float below = logit - best.logit;
             below = below < -87.0f ? -87.0f : below;

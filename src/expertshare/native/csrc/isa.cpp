@@ -1,7 +1,7 @@
 #include "isa.h"
 
 #include "affinity_kernels.h"
-#include "norm_kernels.h"
+#include "norm.h"
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
@@ -37,23 +37,19 @@ bool always() { return true; }
 struct Isa {
     const char *name;
     bool (*on_this_processor)();
-    const Kernels *const *bfloat16;
-    const Kernels *const *float32;
-    const Kernels *const *quantised;
-    const AffinityKernels *const *affinity;
-    const NormPair *const *norms;
+    const Kernels *const &float32, *const &bfloat16, *const &quantised;
+    const AffinityKernels *const &gate;
+    const NormPair *const &norm;
 };
 
 const Isa isas[] = {
-    {"avx512_bf16", has_avx512_bf16, &avx512_bf16_bfloat16, &avx512_float32, &quantised_avx512_vnni,
-     &avx512_bf16_affinity, &avx512_norms},
-    {"avx512_vnni", has_avx512_vnni, &avx512_bfloat16, &avx512_float32, &quantised_avx512_vnni, &avx512_affinity,
-     &avx512_norms},
-    {"avx512", has_avx512, &avx512_bfloat16, &avx512_float32, &quantised_avx2, &avx512_affinity, &avx512_norms},
-    {"avx_vnni", has_avx_vnni, &avx2_bfloat16, &avx2_float32, &quantised_avx_vnni, &avx2_affinity, &avx2_norms},
-    {"avx2", has_avx2, &avx2_bfloat16, &avx2_float32, &quantised_avx2, &avx2_affinity, &avx2_norms},
-    {"portable", always, &portable_bfloat16, &portable_float32, &quantised_portable, &portable_affinity,
-     &portable_norms},
+    {"avx512_bf16", has_avx512_bf16, float32_avx512, bfloat16_avx512_bf16, quantised_avx512_vnni, gate_avx512_bf16,
+     norm_avx512},
+    {"avx512_vnni", has_avx512_vnni, float32_avx512, bfloat16_avx512, quantised_avx512_vnni, gate_avx512, norm_avx512},
+    {"avx512", has_avx512, float32_avx512, bfloat16_avx512, quantised_avx2, gate_avx512, norm_avx512},
+    {"avx_vnni", has_avx_vnni, float32_avx2, bfloat16_avx2, quantised_avx_vnni, gate_avx2, norm_avx2},
+    {"avx2", has_avx2, float32_avx2, bfloat16_avx2, quantised_avx2, gate_avx2, norm_avx2},
+    {"portable", always, float32_portable, bfloat16_portable, quantised_portable, gate_portable, norm_portable},
 };
 
 Format format_of(const es_weight &weight) {
@@ -72,27 +68,27 @@ const char *isa_name(int isa) { return isas[isa].name; }
 bool isa_usable(int isa) {
     if (isa < 0 || isa >= num_isas()) return false;
     const Isa &known = isas[isa];
-    return *known.bfloat16 != nullptr && *known.float32 != nullptr && *known.quantised != nullptr &&
-           *known.affinity != nullptr && *known.norms != nullptr && known.on_this_processor();
+    return known.float32 != nullptr && known.bfloat16 != nullptr && known.quantised != nullptr &&
+           known.gate != nullptr && known.norm != nullptr && known.on_this_processor();
 }
 
 const Kernels *kernels_for(int isa, bool is_bfloat16) {
     if (!isa_usable(isa)) return nullptr;
-    return is_bfloat16 ? *isas[isa].bfloat16 : *isas[isa].float32;
+    return is_bfloat16 ? isas[isa].bfloat16 : isas[isa].float32;
 }
 
 const Kernels *kernels_for(int isa, bool is_bfloat16, const es_weight &weight) {
     if (weight.bits == (is_bfloat16 ? 16 : 32)) return kernels_for(isa, is_bfloat16);
     if (!isa_usable(isa)) return nullptr;
     const int format = format_of(weight);
-    return format == kNumFormats ? nullptr : *isas[isa].quantised + 2 * format + (is_bfloat16 ? 1 : 0);
+    return format == kNumFormats ? nullptr : isas[isa].quantised + 2 * format + (is_bfloat16 ? 1 : 0);
 }
 
-const AffinityKernels *affinity_kernels_for(int isa) { return isa_usable(isa) ? *isas[isa].affinity : nullptr; }
+const AffinityKernels *affinity_kernels_for(int isa) { return isa_usable(isa) ? isas[isa].gate : nullptr; }
 
 const NormKernels *norm_kernels_for(int isa, bool is_bfloat16) {
     if (!isa_usable(isa)) return nullptr;
-    return is_bfloat16 ? &(*isas[isa].norms)->bfloat16 : &(*isas[isa].norms)->float32;
+    return is_bfloat16 ? &isas[isa].norm->bfloat16 : &isas[isa].norm->float32;
 }
 
 }  // namespace expertshare

@@ -16,6 +16,4 @@ const Kernels *kernels_for(int isa, bool is_bfloat16);
 // For tokens of that type and such weights; null unless the instruction set is usable and the weights are known.
 const Kernels *kernels_for(int isa, bool is_bfloat16, const es_weight &weight);
 
-// For int8 rows and tokens of either type; null unless the instruction set is usable.
-
 }  // namespace expertshare

@@ -60,20 +60,18 @@ struct Kernels {
     Best (*choose)(const float *logits, Index count);
 };
 
-// One pair per translation unit; null where the compiler could not build for that instruction set.
-extern const Kernels *const avx512_bf16_bfloat16;
-extern const Kernels *const avx512_bfloat16;
-extern const Kernels *const avx512_float32;
-extern const Kernels *const avx2_bfloat16;
-extern const Kernels *const avx2_float32;
-extern const Kernels *const portable_bfloat16;
-extern const Kernels *const portable_float32;
+// Sources named kernels_* are compiled once for each instruction set that setup.py lists for them. What each defines, by
+// the name of the instruction set; null where the compiler could not build for it.
+#define EXPERTSHARE_JOIN_(a, b) a##b
+#define EXPERTSHARE_JOIN(a, b) EXPERTSHARE_JOIN_(a, b)
+#define EXPERTSHARE_TABLE(family) EXPERTSHARE_JOIN(family##_, EXPERTSHARE_ISA)
+extern const Kernels *const float32_portable, *const float32_avx2, *const float32_avx512;
+extern const Kernels *const bfloat16_portable, *const bfloat16_avx2, *const bfloat16_avx512,
+    *const bfloat16_avx512_bf16;
 
-// For quantised weights: an array with two entries for each format, float32 tokens first; or null.
+// For quantised weights: an array with two entries for each format, float32 tokens first.
 enum Format { kInt8, kInt4By32, kInt4By64, kInt4By32Minima, kInt4By64Minima, kNumFormats };
-extern const Kernels *const quantised_avx512_vnni;
-extern const Kernels *const quantised_avx_vnni;
-extern const Kernels *const quantised_avx2;
-extern const Kernels *const quantised_portable;
+extern const Kernels *const quantised_portable, *const quantised_avx2, *const quantised_avx_vnni,
+    *const quantised_avx512_vnni;
 
 }  // namespace expertshare

@@ -1,9 +1,10 @@
 // Activations as small integers: 128 features at a time share a float32 scale, so that one large feature costs only its
-// neighbours their precision. Everything has internal linkage: no file may end up with another instruction set's copy.
+// neighbours their precision.
 #pragma once
 
 #include "activation.h"
 #include "kernels.h"
+#include "quantised_panel.h"
 
 namespace {
 
@@ -47,7 +48,7 @@ inline std::int32_t largest_bits(const float *features) {
 }
 
 // To nearest, ties to even. A span with a NaN or an infinity gets NaN for a scale, and so does all that it enters.
-// `zero`: the unsigned code of weight zero, as V multiplies it.
+// `zero`: the code of weight zero, as `dot` multiplies it.
 template <class F>
 void quantise_span(const float *features, std::int32_t zero, Span &to) {
     constexpr std::int32_t kInfinity = 0x7f800000, kTooSmall = 0x0d800000;  // 2^-100: its reciprocal could overflow
@@ -80,7 +81,7 @@ inline Index num_spans(Index depth) { return (depth + kSpan - 1) / kSpan; }
 
 inline Index span_row_bytes(Index depth) { return num_spans(depth) * static_cast<Index>(sizeof(Span)); }
 
-template <class V, class F, class Token>
+template <class F, class Token>
 void encode_spans(const void *features, Index depth, void *row) {
     const Token *from = static_cast<const Token *>(features);
     Span *to = static_cast<Span *>(row);
@@ -89,12 +90,12 @@ void encode_spans(const void *features, Index depth, void *row) {
         float span[kSpan];
         copy_features(from + first, count, span);
         for (Index i = count; i < kSpan; i++) span[i] = 0.0f;
-        quantise_span<F>(span, V::zero_of(F::kBits), *to);
+        quantise_span<F>(span, zero_of(F::kBits), *to);
     }
 }
 
 // `first` is the beginning of a span, and `count` ends one or the row.
-template <class V, class F>
+template <class F>
 void swiglu_spans(const float *gate, const float *up, Index first, Index count, Index, void *row) {
     Span *to = static_cast<Span *>(row) + first / kSpan;
     for (Index start = 0; start < count; start += kSpan, to++) {
@@ -102,7 +103,7 @@ void swiglu_spans(const float *gate, const float *up, Index first, Index count, 
         float span[kSpan];
         for (Index i = 0; i < n; i++) span[i] = silu(gate[start + i]) * up[start + i];
         for (Index i = n; i < kSpan; i++) span[i] = 0.0f;
-        quantise_span<F>(span, V::zero_of(F::kBits), *to);
+        quantise_span<F>(span, zero_of(F::kBits), *to);
     }
 }
 

@@ -3,10 +3,9 @@
 // Few tokens: one row of W after the other, as they lie, so that memory sees a single stream; M sums in registers. More:
 // R rows by M tokens at a time, so that each load of a token serves R rows.
 //
-// A vector type V gives: Weight, Act; kStep (features per step); Acc, zero(); Loaded, load(w), load_some(w, n) with
-// zeros behind n; dot(acc, loaded, x); sum4(acc, acc, acc, acc), each summed in the same order; kMaxTokens: M with four
-// rows; kHoldsRows: whether all R vectors of W stay in registers, or one at a time while x is reloaded. Everything has
-// internal linkage: no file may end up with another instruction set's copy.
+// A type V gives: Weight, Act; kStep (features per step); Loaded, load(w), load_some(w, n) with zeros behind n;
+// dot(acc, loaded, x); place(i), where feature i is in a packed token; kMaxTokens: M with four rows; kHoldsRows: whether
+// all R vectors of W stay in registers, or one at a time while x is reloaded.
 //
 // The depth is cut into segments. Each has a sum of its own, and the sums of a row are added in order: so tiles may
 // take segments in whatever order suits the caches, and the bits stay the same.
@@ -18,10 +17,9 @@
 #include "choice.h"
 #include "fetch.h"
 #include "kernels.h"
+#include "vec.h"
 
 namespace {
-
-typedef float Quad __attribute__((vector_size(16)));
 
 // Features of a segment. What two tiles of tokens have of one fits the first cache beside the rows that pass by: a load
 // that misses it waits for one of the few buffers that the lines on their way from memory hold (docs/performance.md).
@@ -42,12 +40,12 @@ constexpr int quads(int tokens) { return (tokens + 3) / 4; }
 // Adds the sums of `count` features of one row from w on, and of M tokens from `at` on: one segment, or what is left
 // behind the last.
 template <class V, int M, bool Fetch>
-inline __attribute__((always_inline)) void add_piece(const typename V::Weight *w, Index at, Index count,
+EXPERTSHARE_INLINE void add_piece(const typename V::Weight *w, Index at, Index count,
                                                      const void *const *x, const char *ahead, Quad *totals) {
     constexpr Index kColumn = kLine / sizeof(typename V::Weight);
     const typename V::Act *tokens[M];
-    typename V::Acc acc[4 * quads(M)];
-    for (int m = 0; m < 4 * quads(M); m++) acc[m] = V::zero();
+    Floats acc[4 * quads(M)];
+    for (int m = 0; m < 4 * quads(M); m++) acc[m] = Floats{};
     for (int m = 0; m < M; m++) tokens[m] = static_cast<const typename V::Act *>(x[m]) + at;
     const auto add = [&](const typename V::Loaded &loaded, Index i) __attribute__((always_inline)) {
 #pragma GCC unroll 8
@@ -63,7 +61,7 @@ inline __attribute__((always_inline)) void add_piece(const typename V::Weight *w
     for (; i + V::kStep <= count; i += V::kStep) add(V::load(w + i), i);
     if (i < count) add(V::load_some(w + i, static_cast<int>(count - i)), i);
     for (int q = 0; q < quads(M); q++) {
-        const Quad sums = V::sum4(acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]);
+        const Quad sums = sum4(acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]);
         totals[q] = at == 0 ? sums : totals[q] + sums;
     }
 }
@@ -92,15 +90,15 @@ __attribute__((noinline)) void few_tokens(const typename V::Weight *w, Index num
 // `count` features of R rows from w on, and of M tokens from `at` on: one segment, or what is left behind the last. The
 // first of a row sets `out`, the others add to it.
 template <class V, int R, int M, int Lines>
-inline __attribute__((always_inline)) void add_segment(const typename V::Weight *w, Index depth, Index at, Index count,
+EXPERTSHARE_INLINE void add_segment(const typename V::Weight *w, Index depth, Index at, Index count,
                                                        const void *const *x, float *out, Index out_stride,
                                                        Share share) {
     constexpr Index kColumn = kLine / sizeof(typename V::Weight);
     const typename V::Act *tokens[M];
-    typename V::Acc acc[M][R];
+    Floats acc[M][R];
     for (int m = 0; m < M; m++) {
         tokens[m] = static_cast<const typename V::Act *>(x[m]) + at;
-        for (int r = 0; r < R; r++) acc[m][r] = V::zero();
+        for (int r = 0; r < R; r++) acc[m][r] = Floats{};
     }
     const auto step = [&](Index i) __attribute__((always_inline)) {
         if constexpr (V::kHoldsRows) {
@@ -137,7 +135,7 @@ inline __attribute__((always_inline)) void add_segment(const typename V::Weight 
     for (int m = 0; m < M; m++) {
         for (int r = 0; r < R; r += 4) {
             float *to = out + m * out_stride + r;
-            Quad sums = V::sum4(acc[m][r], acc[m][r + 1], acc[m][r + 2], acc[m][r + 3]), before;
+            Quad sums = sum4(acc[m][r], acc[m][r + 1], acc[m][r + 2], acc[m][r + 3]), before;
             if (at != 0) {
                 std::memcpy(&before, to, sizeof before);
                 sums = before + sums;
@@ -165,7 +163,7 @@ void segment(const typename V::Weight *w, Index depth, Index at, Index count, co
 
 // Calls `run` with the number of tokens as a constant, 1 to M.
 template <int M, class Run>
-inline __attribute__((always_inline)) void with_tokens(Index num_tokens, Run run) {
+EXPERTSHARE_INLINE void with_tokens(Index num_tokens, Run run) {
     if constexpr (M > 1) {
         if (num_tokens < M) return with_tokens<M - 1>(num_tokens, run);
     }

@@ -1,13 +1,12 @@
-// Norm and rotation of a row, as plain loops that the compiler vectorises for whatever the including file is built for.
+// Norm and rotation of a row, as plain loops that the compiler vectorises for each instruction set.
 //
-// Built without contraction (setup.py): a product that torch rounds before it adds is rounded here too. Everything has
-// internal linkage, as in tile.h.
-#pragma once
+// Built without contraction (setup.py): a product that torch rounds before it adds is rounded here too.
+#include "norm.h"
 
+#if !defined(EXPERTSHARE_ABSENT)
 #include <cmath>
 
 #include "bfloat16.h"
-#include "norm_kernels.h"
 
 namespace {
 
@@ -76,6 +75,11 @@ void turn(void *head, const void *scale, Index head_dim, float eps, const void *
     rotate(x, x + half, half, static_cast<const T *>(cos), static_cast<const T *>(sin));
 }
 
-constexpr expertshare::NormPair norms = {{norm<std::uint16_t>, turn<std::uint16_t>}, {norm<float>, turn<float>}};
+constexpr expertshare::NormPair kernels = {{norm<std::uint16_t>, turn<std::uint16_t>}, {norm<float>, turn<float>}};
 
 }  // namespace
+
+const expertshare::NormPair *const expertshare::EXPERTSHARE_TABLE(norm) = &kernels;
+#else
+const expertshare::NormPair *const expertshare::EXPERTSHARE_TABLE(norm) = nullptr;
+#endif

@@ -7,19 +7,20 @@
 // once. Of each group of features the products are summed as integers, which become floats and go, times the weights'
 // scales, into the sum of a span, and that, times the token's scale, into the total; with 8 bits a row's scale comes last.
 // Since integers are exact and the order of floats is fixed, every instruction set gets the same bits.
-//
-// A vector type V gives, for the 16 rows of a panel: Ints, all(int); Floats, all(float), floats(ints), multiply(a, b),
-// fma(a, b, acc), scales(float16), load, store; Codes, whole(line), low(line), high(line); token(codes);
-// dot<bits>(ints, codes, token); zero_of(bits); kPanels and kMaxTokens.
-#pragma once
+#include "kernels.h"
 
+#if !defined(EXPERTSHARE_ABSENT)
 #include <algorithm>
 #include <type_traits>
 
 #include "panel_stream.h"
+#include "quantised_panel.h"
 #include "quantised_span.h"
 
 namespace {
+
+// Panels and tokens that meet in registers.
+constexpr int kMostPanels = kLanes == 16 ? 2 : 1, kMaxTokens = kLanes == 16 ? 6 : 2;
 
 constexpr Index kStretchSpans = 4;  // of two panels: 16 KiB of int8
 
@@ -38,10 +39,10 @@ inline Strides strides_of(Index depth) {
 }
 
 // Sums of R panels by M tokens. Those of a span stay in registers, the totals of all spans in `out`.
-template <class V, class F, int R, int M>
+template <class F, int R, int M>
 struct Tile {
-    using Sums = typename V::Ints[M][R];
-    using Totals = typename V::Floats[M][R];
+    using Sums = Ints16[M][R];
+    using Totals = Floats16[M][R];
 
     const Strides strides;
     Rows w;
@@ -51,34 +52,34 @@ struct Tile {
     const Index out_stride;
 
     // One line of each panel; `at` is where its features begin among a token's codes.
-    inline __attribute__((always_inline)) void add_line(Sums &sums, const char *line, Index at) {
-        typename V::Codes first[R], second[R];
+    EXPERTSHARE_INLINE void add_line(Sums &sums, const char *line, Index at) {
+        Codes16 first[R], second[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
             const char *of_panel = line + r * strides.codes;
             if constexpr (F::kBits == 8) {
-                first[r] = V::whole(of_panel);
+                first[r] = whole(of_panel);
             } else {
-                first[r] = V::low(of_panel), second[r] = V::high(of_panel);
+                first[r] = low(of_panel), second[r] = high(of_panel);
             }
         }
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-            const auto token = V::token(tokens[m]->codes + at);
+            const auto token = four_of(tokens[m]->codes + at);
 #pragma GCC unroll 4
-            for (int r = 0; r < R; r++) sums[m][r] = V::template dot<F::kBits>(sums[m][r], first[r], token);
+            for (int r = 0; r < R; r++) sums[m][r] = dot<F::kBits>(sums[m][r], first[r], token);
             if constexpr (F::kBits == 4) {
-                const auto behind = V::token(tokens[m]->codes + at + F::kGroup / 2);
+                const auto behind = four_of(tokens[m]->codes + at + F::kGroup / 2);
 #pragma GCC unroll 4
-                for (int r = 0; r < R; r++) sums[m][r] = V::template dot<F::kBits>(sums[m][r], second[r], behind);
+                for (int r = 0; r < R; r++) sums[m][r] = dot<F::kBits>(sums[m][r], second[r], behind);
             }
         }
     }
 
-    inline __attribute__((always_inline)) void sum_group(Sums &sums, Index group, Index lines) {
+    EXPERTSHARE_INLINE void sum_group(Sums &sums, Index group, Index lines) {
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-            const typename V::Ints start = V::all(F::kMinima ? 0 : tokens[m]->start[group]);
+            const Ints16 start = all(F::kMinima ? 0 : tokens[m]->start[group]);
             for (int r = 0; r < R; r++) sums[m][r] = start;
         }
         for (Index line = 0; line < lines; line += kUnit) {
@@ -92,36 +93,36 @@ struct Tile {
     }
 
     // The sums of a group, as floats, times the scales of its weights.
-    inline __attribute__((always_inline)) void add_group(Totals &span, Index group) {
+    EXPERTSHARE_INLINE void add_group(Totals &span, Index group) {
         constexpr Index lines = kPanelRows * F::kRun * F::kBits / 8 / kLineBytes;
         Sums sums;
         sum_group(sums, group, lines);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
-            const typename V::Floats scale = V::scales(w.scales + r * strides.scales);
-            [[maybe_unused]] typename V::Floats minimum;
-            if constexpr (F::kMinima) minimum = V::scales(w.minima + r * strides.scales);
+            const Floats16 scale = scales(w.scales + r * strides.scales);
+            [[maybe_unused]] Floats16 minimum;
+            if constexpr (F::kMinima) minimum = scales(w.minima + r * strides.scales);
 #pragma GCC unroll 8
             for (int m = 0; m < M; m++) {
-                span[m][r] = V::fma(V::floats(sums[m][r]), scale, span[m][r]);
-                if constexpr (F::kMinima) span[m][r] = V::fma(minimum, V::all(tokens[m]->sums[group]), span[m][r]);
+                span[m][r] = fused(floats(sums[m][r]), scale, span[m][r]);
+                if constexpr (F::kMinima) span[m][r] = fused(minimum, all(tokens[m]->sums[group]), span[m][r]);
             }
         }
         w.scales += kPanelRows * sizeof(std::uint16_t);
         if constexpr (F::kMinima) w.minima += kPanelRows * sizeof(std::uint16_t);
     }
 
-    inline __attribute__((always_inline)) void add_span(Index features) {
+    EXPERTSHARE_INLINE void add_span(Index features) {
         Totals span;
         if constexpr (F::kGroup == 0) {
             Sums sums;
             sum_group(sums, 0, features / kQuad);
             for (int m = 0; m < M; m++) {
-                for (int r = 0; r < R; r++) span[m][r] = V::floats(sums[m][r]);
+                for (int r = 0; r < R; r++) span[m][r] = floats(sums[m][r]);
             }
         } else {
             for (int m = 0; m < M; m++) {
-                for (int r = 0; r < R; r++) span[m][r] = V::all(0.0f);
+                for (int r = 0; r < R; r++) span[m][r] = all(0.0f);
             }
             for (Index group = 0; group < features / F::kRun; group++) add_group(span, group);
         }
@@ -130,7 +131,7 @@ struct Tile {
 #pragma GCC unroll 4
             for (int r = 0; r < R; r++) {
                 float *total = out + m * out_stride + r * kPanelRows;
-                V::store(V::fma(span[m][r], V::all(tokens[m]->scale), V::load(total)), total);
+                store16(total, fused(span[m][r], all(tokens[m]->scale), load16(total)));
             }
             tokens[m]++;
         }
@@ -150,9 +151,9 @@ struct Tile {
         const void *const *x, Index span, Index features, float *out, Index out_stride, const char *ahead_at, \
         Index ahead_lines, Index ahead_left, const char *ahead_scales, const char *ahead_minima, Index scale_step
 
-template <class V, class F, int R, int M>
+template <class F, int R, int M>
 void panels_tile(EXPERTSHARE_PANELS_TILE) {
-    Tile<V, F, R, M> tile = {{codes_stride, scales_stride}, {codes, scales, minima}, {},
+    Tile<F, R, M> tile = {{codes_stride, scales_stride}, {codes, scales, minima}, {},
                              {ahead_at, ahead_lines, ahead_left, ahead_scales, ahead_minima, scale_step}, out, out_stride};
     for (int m = 0; m < M; m++) tile.tokens[m] = static_cast<const Span *>(x[m]) + span;
     tile.add_spans(features);
@@ -160,37 +161,34 @@ void panels_tile(EXPERTSHARE_PANELS_TILE) {
 
 using PanelsTile = void (*)(EXPERTSHARE_PANELS_TILE);
 
-template <class V, class F, int R, int M = V::kMaxTokens>
+template <class F, int R, int M = kMaxTokens>
 PanelsTile tile_for(Index num_tokens) {
     if constexpr (M > 1) {
-        if (num_tokens < M) return tile_for<V, F, R, M - 1>(num_tokens);
+        if (num_tokens < M) return tile_for<F, R, M - 1>(num_tokens);
     }
-    return panels_tile<V, F, R, M>;
+    return panels_tile<F, R, M>;
 }
 
-template <class V>
-void fill(float *out, Index panels, Index num_tokens, Index out_stride) {
+inline void fill(float *out, Index panels, Index num_tokens, Index out_stride) {
     for (Index m = 0; m < num_tokens; m++) {
-        for (Index r = 0; r < panels; r++) V::store(V::all(0.0f), out + m * out_stride + r * kPanelRows);
+        for (Index r = 0; r < panels; r++) store16(out + m * out_stride + r * kPanelRows, all(0.0f));
     }
 }
 
-template <class V>
-void scale_rows(const float *scales, float *out, Index panels, Index num_tokens, Index out_stride) {
+inline void scale_rows(const float *scales, float *out, Index panels, Index num_tokens, Index out_stride) {
     for (Index m = 0; m < num_tokens; m++) {
         for (Index r = 0; r < panels; r++) {
             float *total = out + m * out_stride + r * kPanelRows;
-            V::store(V::multiply(V::load(total), V::load(scales + r * kPanelRows)), total);
+            store16(total, multiply(load16(total), load16(scales + r * kPanelRows)));
         }
     }
 }
 
 // Tokens of a call in tiles, as evenly as it goes. Made once: a division takes as long as a line of a panel.
-template <class V>
 struct Tiles {
-    Index count, begin[(expertshare::kTokenBlock + V::kMaxTokens - 1) / V::kMaxTokens + 1];
+    Index count, begin[(expertshare::kTokenBlock + kMaxTokens - 1) / kMaxTokens + 1];
 
-    explicit Tiles(Index num_tokens) : count((num_tokens + V::kMaxTokens - 1) / V::kMaxTokens) {
+    explicit Tiles(Index num_tokens) : count((num_tokens + kMaxTokens - 1) / kMaxTokens) {
         for (Index i = 0; i <= count; i++) begin[i] = num_tokens * i / count;
     }
 
@@ -200,9 +198,9 @@ struct Tiles {
 
 // Many tokens are several tiles, which meet the same R panels, a stretch of features at a time: what the first tile has
 // read is in the first cache for the others. `distance`: panels from those that are read to those that are fetched.
-template <class V, class F, int R>
+template <class F, int R>
 void panels_of_tiles(const Region &region, Index first_panel, Index distance, Index depth, const void *const *x,
-                     const Tiles<V> &tiles, float *out, Index out_stride) {
+                     const Tiles &tiles, float *out, Index out_stride) {
     constexpr bool kScalesOfRows = F::kGroup == 0;
     const Index stretch = tiles.count == 1 ? depth : std::min(depth, kStretchSpans * kSpan);
     const Index lines_a_unit = tiles.share(R * kUnit);
@@ -210,7 +208,7 @@ void panels_of_tiles(const Region &region, Index first_panel, Index distance, In
     const Rows w = region.panel(first_panel);
     const Strides strides = region.strides;
     if constexpr (kScalesOfRows) region.fetch_scales(first_panel + R, R);
-    fill<V>(out, R, tiles.begin[tiles.count], out_stride);
+    fill(out, R, tiles.begin[tiles.count], out_stride);
     for (Index begin = 0; begin < depth; begin += stretch) {
         const Index features = std::min(stretch, depth - begin);
         const Index codes = kPanelRows * F::row_bytes(begin);
@@ -221,7 +219,7 @@ void panels_of_tiles(const Region &region, Index first_panel, Index distance, In
         const Index share = tiles.share(left), step = features / kUnitFeatures<F> * scale_step;
         for (Index i = 0; i < tiles.count; i++) {
             const Index first = tiles.begin[i], lines = std::min(share, left);
-            tile_for<V, F, R>(tiles.begin[i + 1] - first)(
+            tile_for<F, R>(tiles.begin[i + 1] - first)(
                 w.codes + codes, w.scales + scales, F::kMinima ? w.minima + scales : nullptr, strides.codes,
                 strides.scales, x + first, begin / kSpan, features, out + first * out_stride, out_stride, ahead.codes,
                 lines_a_unit, lines, ahead.scales, F::kMinima ? ahead.minima : nullptr, scale_step);
@@ -232,43 +230,34 @@ void panels_of_tiles(const Region &region, Index first_panel, Index distance, In
     }
     if constexpr (kScalesOfRows) {
         const float *row_scales = reinterpret_cast<const float *>(region.panel(first_panel).scales);
-        scale_rows<V>(row_scales, out, R, tiles.begin[tiles.count], out_stride);
+        scale_rows(row_scales, out, R, tiles.begin[tiles.count], out_stride);
     }
 }
 
 // Rows that begin and end a panel. One panel after the other is one stream from memory; where tokens are many, arithmetic
 // counts more, and several panels share each load of a token.
-template <class V, class F>
+template <class F>
 void quantised_rows(const Rows &w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
                     Index out_stride, const Rows &next) {
     const Region region = {w, next, strides_of<F>(depth), num_rows / kPanelRows};
     Index first = 0;
-    const Tiles<V> tiles(num_tokens);
+    const Tiles tiles(num_tokens);
     const auto run = [&](auto panels) {
         constexpr int R = decltype(panels)::value;
         const Index distance = (kAheadBytes<F> + R * region.strides.codes - 1) / (R * region.strides.codes) * R;
         for (; first + R <= region.num_panels; first += R) {
-            panels_of_tiles<V, F, R>(region, first, distance, depth, x, tiles, out + first * kPanelRows, out_stride);
+            panels_of_tiles<F, R>(region, first, distance, depth, x, tiles, out + first * kPanelRows, out_stride);
         }
     };
-    if (num_tokens > V::kMaxTokens) run(std::integral_constant<int, V::kPanels>{});
+    if (num_tokens > kMaxTokens) run(std::integral_constant<int, kMostPanels>{});
     run(std::integral_constant<int, 1>{});
 }
 
-template <class V, class F, class Token>
+template <class F, class Token>
 constexpr expertshare::Kernels quantised_kernels_of() {
-    return {kSpan,          span_row_bytes, encode_spans<V, F, Token>, quantised_rows<V, F>,
-            swiglu_spans<V, F>, mix<MixedInto<Token>>, nullptr, nullptr, nullptr};
+    return {kSpan,          span_row_bytes, encode_spans<F, Token>, quantised_rows<F>,
+            swiglu_spans<F>, mix<MixedInto<Token>>, nullptr, nullptr, nullptr};
 }
-
-// In the order of expertshare::Format.
-#define EXPERTSHARE_BOTH_TOKENS(V, F) quantised_kernels_of<V, F, float>(), quantised_kernels_of<V, F, std::uint16_t>()
-#define EXPERTSHARE_QUANTISED_KERNELS(V)                                                                   \
-    {                                                                                                      \
-        EXPERTSHARE_BOTH_TOKENS(V, Int8), EXPERTSHARE_BOTH_TOKENS(V, Int4By32),                            \
-            EXPERTSHARE_BOTH_TOKENS(V, Int4By64), EXPERTSHARE_BOTH_TOKENS(V, Int4By32Minima),              \
-            EXPERTSHARE_BOTH_TOKENS(V, Int4By64Minima)                                                     \
-    }
 
 using Int8 = Format<8, 0, false>;
 using Int4By32 = Format<4, 32, false>;
@@ -276,4 +265,15 @@ using Int4By64 = Format<4, 64, false>;
 using Int4By32Minima = Format<4, 32, true>;
 using Int4By64Minima = Format<4, 64, true>;
 
+// In the order of expertshare::Format.
+#define EXPERTSHARE_BOTH_TOKENS(F) quantised_kernels_of<F, float>(), quantised_kernels_of<F, std::uint16_t>()
+constexpr expertshare::Kernels kernels[] = {
+    EXPERTSHARE_BOTH_TOKENS(Int8), EXPERTSHARE_BOTH_TOKENS(Int4By32), EXPERTSHARE_BOTH_TOKENS(Int4By64),
+    EXPERTSHARE_BOTH_TOKENS(Int4By32Minima), EXPERTSHARE_BOTH_TOKENS(Int4By64Minima)};
+
 }  // namespace
+
+const expertshare::Kernels *const expertshare::EXPERTSHARE_TABLE(quantised) = kernels;
+#else
+const expertshare::Kernels *const expertshare::EXPERTSHARE_TABLE(quantised) = nullptr;
+#endif

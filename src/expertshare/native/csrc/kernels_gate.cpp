@@ -1,0 +1,204 @@
+// The arithmetic of the router's gate, side by side for a block of two vectors of tokens.
+//
+// A feature of W is spread over a vector and multiplied with two vectors of tokens: no sums across lanes, and the tokens,
+// which stay in the second cache, are read once for every kRows experts. Each sum is taken in strips of kStrip features,
+// whose sums are added up in order: 2048 terms in one chain would round more than torch's product does.
+#include "affinity_kernels.h"
+
+#if !defined(EXPERTSHARE_ABSENT)
+#include <algorithm>
+
+#include "activation.h"
+#include "vec.h"
+
+namespace {
+
+using expertshare::GateRows;
+
+// At a time: sixteen sums of 32 registers, or twelve of sixteen. More than eight would not pay: at a power of two of
+// features they all fall into one set of the cache.
+constexpr int kRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 4;
+constexpr Index kWidth = 2 * kLanes;
+constexpr Index kStrip = 256;
+constexpr Index kLineBytes = 64;
+
+template <int N>
+struct Count {
+    static constexpr int value = N;
+};
+
+// As much of the rows that follow as is read now, front to back: rows are contiguous, and memory is fastest in order.
+// `offset`: bytes into a row.
+inline void fetch_lines(const void *next, Index num_rows, Index offset) {
+    if (next == nullptr) return;
+    const char *from = static_cast<const char *>(next) + offset * num_rows;
+    for (Index r = 0; r < num_rows; r++) __builtin_prefetch(from + r * kLineBytes, 0, 3);
+}
+
+// Packed one by one: features begin .. end of the rows of w.
+template <int Rows, int Halves, class Weight>
+struct OneByOne {
+    static void add(const Weight *w, Index depth, Index begin, Index end, const float *packed, const void *next,
+                    Floats (&sums)[Rows][Halves]) {
+        constexpr Index kLine = kLineBytes / static_cast<Index>(sizeof(Weight));
+        for (Index line = begin; line < end; line += kLine) {
+            fetch_lines(next, Rows, line * static_cast<Index>(sizeof(Weight)));
+            const Index stop = std::min(line + kLine, end);
+            for (Index i = line; i < stop; i++) {
+                Floats x[Halves];
+                for (int half = 0; half < Halves; half++) x[half] = load_vec<Floats>(packed + i * kWidth + half * kLanes);
+                for (int r = 0; r < Rows; r++) {
+                    const Floats spread = splat<Floats>(load(w[r * depth + i]));
+                    for (int half = 0; half < Halves; half++) sums[r][half] = fma(spread, x[half], sums[r][half]);
+                }
+            }
+        }
+    }
+};
+
+#if EXPERTSHARE_LEVEL == EXPERTSHARE_LEVEL_avx512_bf16
+// Packed in pairs: two features of a token are a word. Twice the products an instruction where the weights are bfloat16
+// too, each exact in float32, and so are the sums taken; weights in float32 are multiplied in float32, as elsewhere.
+template <int Rows, int Halves, class Weight>
+struct InPairs {
+    static void add(const Weight *w, Index depth, Index begin, Index end, const float *packed, const void *next,
+                    Floats (&sums)[Rows][Halves]) {
+        for (Index i = begin; i < end; i += 2) {
+            const Index offset = i * static_cast<Index>(sizeof(Weight));
+            if (offset % kLineBytes == 0) fetch_lines(next, Rows, offset);
+            Words x[Halves];
+            for (int half = 0; half < Halves; half++) x[half] = load_vec<Words>(packed + (i + half) * kLanes);
+            for (int r = 0; r < Rows; r++) {
+                const Weight *pair = w + r * depth + i;
+                for (int half = 0; half < Halves; half++) sums[r][half] = dot(pair, x[half], sums[r][half]);
+            }
+        }
+    }
+    static Floats dot(const std::uint16_t *pair, Words x, Floats sum) {
+        std::uint32_t both;
+        std::memcpy(&both, pair, sizeof both);
+        return _mm512_dpbf16_ps(sum, bits_as<__m512bh>(splat<Words>(both)), bits_as<__m512bh>(x));
+    }
+    static Floats dot(const float *pair, Words x, Floats sum) {
+        return fma(splat<Floats>(pair[1]), widen_odd(x), fma(splat<Floats>(pair[0]), widen_even(x), sum));
+    }
+};
+
+// An odd depth is packed one by one.
+bool in_pairs(bool is_bfloat16, Index depth) { return is_bfloat16 && depth % 2 == 0; }
+#else
+template <int Rows, int Halves, class Weight>
+using InPairs = OneByOne<Rows, Halves, Weight>;
+
+bool in_pairs(bool, Index) { return false; }
+#endif
+
+template <class Product, int Rows, int Halves, class Weight>
+void multiply_rows(const Weight *w, Index depth, const float *packed, float *logits, const void *next) {
+    for (Index begin = 0; begin < depth; begin += kStrip) {
+        Floats sums[Rows][Halves] = {};
+        Product::add(w, depth, begin, std::min(begin + kStrip, depth), packed, next, sums);
+        for (int r = 0; r < Rows; r++) {
+            for (int half = 0; half < Halves; half++) {
+                float *to = logits + (2 * r + half) * kLanes;
+                store_vec(to, begin == 0 ? sums[r][half] : load_vec<Floats>(to) + sums[r][half]);
+            }
+        }
+    }
+}
+
+// A whole block of rows, or one after the other; one vector is enough for few tokens.
+template <template <int, int, class> class Product, class Weight>
+void multiply_all(const Weight *w, Index num_rows, Index depth, const float *packed, Index num_tokens, float *logits,
+                  const void *next) {
+    const auto of_height = [&](auto rows, Index first, const void *then) {
+        constexpr int R = decltype(rows)::value;
+        float *to = logits + first * kWidth;
+        if (num_tokens <= kLanes) {
+            return multiply_rows<Product<R, 1, Weight>, R, 1>(w + first * depth, depth, packed, to, then);
+        }
+        multiply_rows<Product<R, 2, Weight>, R, 2>(w + first * depth, depth, packed, to, then);
+    };
+    if (num_rows == kRows) return of_height(Count<kRows>{}, 0, next);
+    for (Index r = 0; r < num_rows; r++) of_height(Count<1>{}, r, nullptr);
+}
+
+void multiply(const GateRows &w, Index num_rows, Index depth, const float *packed, bool is_bfloat16, Index num_tokens,
+              float *logits) {
+    const auto all = [&](const auto *weights) {
+        if (in_pairs(is_bfloat16, depth)) {
+            return multiply_all<InPairs>(weights, num_rows, depth, packed, num_tokens, logits, w.next);
+        }
+        multiply_all<OneByOne>(weights, num_rows, depth, packed, num_tokens, logits, w.next);
+    };
+    if (w.is_bfloat16) return all(static_cast<const std::uint16_t *>(w.at));
+    all(static_cast<const float *>(w.at));
+}
+
+template <class Feature>
+void pack_of(const Feature *x, Index num_tokens, Index depth, Index begin, Index end, float *packed) {
+    Index i = begin;
+    for (; i + kLanes <= end; i += kLanes) {
+        for (Index from = 0; from < kWidth; from += kLanes) {
+            Floats square[kLanes];
+            for (Index t = 0; t < kLanes; t++) {
+                square[t] = from + t < num_tokens ? widen_all(x + (from + t) * depth + i) : Floats{};
+            }
+            transpose(square);
+            for (Index k = 0; k < kLanes; k++) store_vec(packed + (i + k) * kWidth + from, square[k]);
+        }
+    }
+    for (; i < end; i++) {
+        for (Index t = 0; t < kWidth; t++) packed[i * kWidth + t] = t < num_tokens ? load(x[t * depth + i]) : 0.0f;
+    }
+}
+
+void pack(const void *x, bool is_bfloat16, Index num_tokens, Index depth, Index begin, Index end, float *packed) {
+    if (in_pairs(is_bfloat16, depth)) {  // words, as if they were floats
+        return pack_of(static_cast<const float *>(x), num_tokens, depth / 2, begin / 2, end / 2, packed);
+    }
+    if (is_bfloat16) return pack_of(static_cast<const std::uint16_t *>(x), num_tokens, depth, begin, end, packed);
+    pack_of(static_cast<const float *>(x), num_tokens, depth, begin, end, packed);
+}
+
+inline float clamped(float x) {  // a NaN passes both comparisons
+    x = x > 87.0f ? 87.0f : x;
+    return x < -87.0f ? -87.0f : x;
+}
+
+inline void softmax(float *row, Index count) {
+    constexpr Index kSums = 16;
+    float most = row[0];
+    for (Index e = 1; e < count; e++) most = most < row[e] ? row[e] : most;
+    float sums[kSums] = {};
+    const Index whole = count / kSums * kSums;
+    for (Index e = 0; e < count; e++) row[e] = exp_clamped(clamped(row[e] - most));
+    for (Index e = 0; e < whole; e += kSums) {
+        for (Index i = 0; i < kSums; i++) sums[i] += row[e + i];
+    }
+    for (Index e = whole; e < count; e++) sums[0] += row[e];
+    float total = 0.0f;
+    for (Index i = 0; i < kSums; i++) total += sums[i];
+    for (Index e = 0; e < count; e++) row[e] /= total;
+}
+
+void finish(const float *logits, Index num_experts, bool is_softmax, const float *bias, float *affinity,
+            float *choice) {
+    for (Index e = 0; e < num_experts; e++) affinity[e] = logits[e * kWidth];
+    if (is_softmax) {
+        softmax(affinity, num_experts);
+    } else {
+        for (Index e = 0; e < num_experts; e++) affinity[e] = 1.0f / (1.0f + exp_clamped(clamped(-affinity[e])));
+    }
+    if (choice == nullptr) return;
+    for (Index e = 0; e < num_experts; e++) choice[e] = affinity[e] + bias[e];
+}
+
+constexpr expertshare::AffinityKernels kernels = {kWidth, kRows, pack, multiply, finish};
+
+}  // namespace
+
+const expertshare::AffinityKernels *const expertshare::EXPERTSHARE_TABLE(gate) = &kernels;
+#else
+const expertshare::AffinityKernels *const expertshare::EXPERTSHARE_TABLE(gate) = nullptr;
+#endif
