@@ -1,15 +1,15 @@
-"""Claims: every number is from a stored result, and what is shipped and documented is what the generator writes."""
+"""Claims: every number is from a stored result, and they are read from the repository (docs/claims.md: tests/docs)."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from expertshare.errors import InputError
-from expertshare.lab.report import claims_json, claims_markdown, resolve_claims, shipped_claims
-from expertshare.lab.report.claims import VERDICTS, look_up
+from expertshare.lab.report import claims as claims_module
+from expertshare.lab.report import clone_root, resolve_claims
+from expertshare.lab.report.claims import CLAIMS, VERDICTS, look_up
 from lab.report.conftest import ROOT, content
 
 # A word of every claim that the sources make, as they were listed when this page was planned.
@@ -35,23 +35,25 @@ LISTED = (
 
 
 def test_every_listed_claim_has_a_row() -> None:
-    claims = shipped_claims()
+    claims = resolve_claims(ROOT)
     assert [words for words in LISTED if not any(words in claim.claim for claim in claims)] == []
     assert all(claim.verdict in VERDICTS and claim.published and claim.measured and claim.command for claim in claims)
     assert all(claim.files or claim.verdict == "not testable here" for claim in claims)
     assert all(claim.why for claim in claims if claim.verdict != "reproduced")
 
 
-def test_what_is_shipped_and_documented_is_what_the_results_say() -> None:
-    claims = resolve_claims(ROOT)
-    assert claims == shipped_claims(), "run: python benchmarks/claims.py"
-    stored = json.loads((ROOT / "src" / "expertshare" / "reporting" / "claims.json").read_text(encoding="utf-8"))
-    assert stored == json.loads(json.dumps(claims_json(claims)))
-    assert (ROOT / "docs" / "claims.md").read_text(encoding="utf-8") == claims_markdown(claims)
+def test_claims_are_found_in_a_clone_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "docs")
+    assert clone_root() == ROOT
+    monkeypatch.chdir(tmp_path)
+    assert clone_root() == ROOT  # the package is of a clone
+    monkeypatch.setattr(claims_module, "__file__", str(tmp_path / "site-packages" / "claims.py"))
+    with pytest.raises(InputError, match=r"expected a clone .* \(--no-claims\)"):
+        clone_root()
 
 
 def test_numbers_in_the_text_are_those_of_the_files() -> None:
-    measured = {claim.id: claim.measured for claim in shipped_claims()}
+    measured = {claim.id: claim.measured for claim in resolve_claims(ROOT)}
     runs = {run["label"]: run for run in content("policies")["runs"]}
     assert f"{100 * runs['des-vote:budget=28']['retained_capped']:.1f} %" in measured["des-activations"]
     cases = [case for case in content("experts-mini-1")["results"]["cases"] if case["backend"] == "cpu"]
@@ -62,6 +64,10 @@ def test_numbers_in_the_text_are_those_of_the_files() -> None:
 
 
 def test_a_claim_without_its_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected the claims in"):
+        resolve_claims(tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / CLAIMS).write_text((ROOT / CLAIMS).read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(InputError, match="expected a result that can be read"):
         resolve_claims(tmp_path)
 

@@ -12,8 +12,7 @@ import pytest
 
 from expertshare.errors import InputError
 from expertshare.lab.report import KINDS, read_source, read_sources
-from expertshare.lab.report.page import render
-from expertshare.lab.report.sections import sections
+from expertshare.lab.report.page import render, sections
 from lab.report.conftest import NAMES, content, stored
 
 

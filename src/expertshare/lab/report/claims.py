@@ -1,7 +1,6 @@
 """What papers claim beside what was measured here: every measured number is read from a stored result by its key.
 
-claims.toml holds the claims; `resolve_claims` reads the numbers; docs/claims.md and the package's claims.json, which
-the page shows, are written from that by benchmarks/claims.py.
+The claims are benchmarks/claims.toml of the repository, and the results lie beside it: neither comes with the package.
 """
 
 from __future__ import annotations
@@ -10,13 +9,13 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from importlib import resources
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from expertshare.errors import InputError
 
+CLAIMS = "benchmarks/claims.toml"
 VERDICTS = ("reproduced", "not reproduced", "not testable here", "not tested")
 _STEP = re.compile(r"([^.\[\]]+)|\[([^=\]]+)=([^\]]*)\]")
 _REQUIRED = {"id", "claim", "source", "published", "verdict", "measured", "model", "command"}
@@ -41,15 +40,18 @@ class Claim:
     files: tuple[str, ...]
 
 
-def shipped_claims() -> list[Claim]:
-    """As this version was published: from claims.json of the package."""
-    text = resources.files("expertshare.lab.report").joinpath("claims.json").read_text(encoding="utf-8")
-    return [Claim(**{**entry, "files": tuple(entry["files"])}) for entry in json.loads(text)["claims"]]
+def clone_root() -> Path:
+    """The clone of the repository that holds the claims: the one that this is run in, or that the package is from.
 
-
-def claims_json(claims: list[Claim]) -> dict[str, Any]:
-    """What claims.json holds."""
-    return {"claims": [asdict(claim) for claim in claims]}
+    Raises InputError outside of one.
+    """
+    for folder in (Path.cwd(), *Path.cwd().parents, *Path(__file__).resolve().parents):
+        if (folder / CLAIMS).is_file():
+            return folder
+    raise InputError(
+        f"expected a clone of the repository for the papers' claims, whose numbers are in its results: {CLAIMS} is "
+        "neither here nor beside the package. Run it in a clone, or leave the claims out (--no-claims)"
+    )
 
 
 def resolve_claims(root: Path) -> list[Claim]:
@@ -57,8 +59,10 @@ def resolve_claims(root: Path) -> list[Claim]:
 
     Raises InputError for a file or key that is not there, a number that no text uses, and an unknown verdict.
     """
-    text = resources.files("expertshare.lab.report").joinpath("claims.toml").read_text(encoding="utf-8")
-    entries = tomllib.loads(text)["claim"]
+    try:
+        entries = tomllib.loads((root / CLAIMS).read_text(encoding="utf-8"))["claim"]
+    except OSError as error:
+        raise InputError(f"expected the claims in {root / CLAIMS}: {error.strerror}") from error
     names = [entry.get("id") for entry in entries]
     if len(set(names)) < len(names):
         raise InputError(f"claims.toml: expected every id once, got {names}")

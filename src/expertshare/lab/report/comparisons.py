@@ -1,15 +1,16 @@
-"""Comparisons and evaluations in one form: what the main table and the quality figures are made from."""
+"""Figures of comparisons and evaluations, brought into one form: the main table, sweeps, quality against experts."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from expertshare.evaluation.statistics import proportion
+from expertshare.lab import plots
 from expertshare.lab.report.sources import Source
-
-Values = Mapping[str, Any]
+from expertshare.lab.report.tables import Figure, Values, main_table, number, percent, plain_table, section
 
 
 def comparison_of(source: Source) -> Values:
@@ -27,11 +28,9 @@ def _run(summary: Values, policy: Values, rows: list[Values]) -> dict[str, Any]:
     correct, judged = sum(row["correct"] for row in mine), sum(row["judged"] for row in mine)
     share = proportion([True] * correct + [False] * (judged - correct)) if judged else None
     return {
-        "policy": policy["policy"],
-        "label": policy["label"],
-        "knobs": policy["knobs"],
-        "unique_experts": summary["unique_experts"],
-        "unique_experts_reduction": summary["unique_experts_reduction"],
+        **{key: policy[key] for key in ("policy", "label", "knobs")},
+        **{key: summary[key] for key in ("unique_experts", "unique_experts_reduction")},
+        **{key: summary[key] for key in ("retained", "retained_capped", "retained_capped_interval")},
         "accuracy": share.value if share else None,
         "accuracy_interval": [share.low, share.high] if share else None,
         "tasks": {
@@ -39,9 +38,6 @@ def _run(summary: Values, policy: Values, rows: list[Values]) -> dict[str, Any]:
             for row in mine
             if row["judged"]
         },
-        "retained": summary["retained"],
-        "retained_capped": summary["retained_capped"],
-        "retained_capped_interval": summary["retained_capped_interval"],
         "agreement": None,
         "difference": None,
     }
@@ -63,7 +59,7 @@ def p_sweep_of(comparison: Values) -> list[Values]:
     return sorted(largest, key=lambda run: float(run["knobs"]["top_p_experts"])) if len(largest) > 2 else []
 
 
-def block_length_sweeps(sources: list[Source]) -> list[dict[int, Source]]:
+def block_length_sweeps(sources: Sequence[Source]) -> list[dict[int, Source]]:
     """Comparisons of one model on as many prompts, with the same seeds, answer length and threshold, that differ in
     the block length."""
     groups: dict[tuple[Any, ...], dict[int, Source]] = {}
@@ -76,3 +72,131 @@ def block_length_sweeps(sources: list[Source]) -> list[dict[int, Source]]:
         key = (source.config["model"], source.results["num_prompts"], rest, policies)
         groups.setdefault(key, {}).setdefault(decoding["block_length"], source)
     return [dict(sorted(group.items())) for group in groups.values() if len(group) > 1]
+
+
+def _compared(sources: Sequence[Source]) -> list[tuple[Source, Values]]:
+    """Comparisons and evaluations, but for those of a block-length sweep at lengths that are not the model's own."""
+    in_sweeps = {id(source) for sweep in block_length_sweeps(sources) for source in sweep.values()}
+
+    def own_length(source: Source) -> bool:
+        return bool(source.config["decoding"]["block_length"] == source.config["model_facts"]["block_length"])
+
+    return [
+        (source, comparison_of(source))
+        for source in sources
+        if source.kind in ("compare", "eval") and (id(source) not in in_sweeps or own_length(source))
+    ]
+
+
+@section(
+    "main",
+    "Main table",
+    "Unique experts: of one block in one layer, mean over denoising forwards. Retained: accuracy as a share of "
+    "vanilla's, mean over tasks; capped: no task counts for more than 100 %. Small figures are 95 % intervals.",
+    "expertshare compare MODEL --prompts FILE --json > out.json, or expertshare eval",
+)
+def main(sources: Sequence[Source]) -> list[Figure]:
+    """The main table of every comparison."""
+    return [
+        Figure(
+            title=f"{source.config['model']}, {comparison['num_prompts']:,} prompts",
+            caption="",
+            sources=(source,),
+            table=main_table(comparison),
+        )
+        for source, comparison in _compared(sources)
+    ]
+
+
+def _kept_and_used(run: Values) -> tuple[str, ...]:
+    shares = (run["unique_experts_reduction"], run["accuracy"], run["retained_capped"])
+    return (number(run["unique_experts"]["denoise"]), *(percent(share) for share in shares))
+
+
+KEPT_AND_USED = ("unique experts", "fewer, %", "accuracy, %", "capped, %")
+
+
+@section(
+    "p-sweep",
+    "Sweep of p",
+    "Block top-p keeps the experts that hold a share p of a block's votes.",
+    "expertshare compare with block-top-p at three or more values of top_p_experts",
+)
+def p_sweeps(sources: Sequence[Source]) -> list[Figure]:
+    """What is kept and used against p."""
+    found: list[Figure] = []
+    for source, comparison in _compared(sources):
+        runs = p_sweep_of(comparison)
+        if not runs or not is_drawable(comparison):
+            continue
+        rows = [(f"{run['knobs']['top_p_experts']}", *_kept_and_used(run)) for run in runs]
+        first, last = rows[0], rows[-1]
+        found.append(
+            Figure(
+                title=f"{source.config['model']}: p from {first[0]} to {last[0]}",
+                caption="Left: what is kept. Right: what is used. Dashed: vanilla routing.",
+                alt=f"Line charts over p. Unique experts go from {first[1]} at p = {first[0]} to {last[1]} "
+                f"at p = {last[0]}, retained accuracy from {first[-1]} to {last[-1]} per cent.",
+                sources=(source,),
+                table=plain_table(("p", *KEPT_AND_USED), rows),
+                draw=partial(plots.plot_p_sweep, runs, comparison["reference"]),
+            )
+        )
+    return found
+
+
+@section(
+    "block-lengths",
+    "Sweep of the block length",
+    "A block is what shares experts: longer blocks have larger unions, of which more can be saved. A model "
+    "loses accuracy at lengths that it was not trained at.",
+    "expertshare compare ... --block-length N --json > N.json, for two or more N",
+)
+def block_lengths(sources: Sequence[Source]) -> list[Figure]:
+    """What is saved and kept against the block length."""
+    found: list[Figure] = []
+    for sweep in block_length_sweeps(sources):
+        comparisons = {length: source.results for length, source in sweep.items()}
+        labels = ["vanilla", *plots.common_labels(comparisons)]
+        rows = []
+        for length, comparison in comparisons.items():
+            named = {run["label"]: run for run in [comparison["reference"], *comparison["runs"]]}
+            rows += [(f"{length}, {label}", *_kept_and_used(named[label])) for label in labels]
+        lengths = ", ".join(str(length) for length in comparisons)
+        found.append(
+            Figure(
+                title=f"{next(iter(sweep.values())).config['model']}: blocks of {lengths}",
+                caption="Left: experts saved. Right: accuracy kept; dashed: vanilla's own accuracy at each length.",
+                alt=f"Two line charts over the block lengths {lengths}, a line for each policy; all points are tabled.",
+                sources=tuple(sweep.values()),
+                table=plain_table(("block length, policy", *KEPT_AND_USED), rows),
+                draw=partial(plots.plot_block_lengths, comparisons),
+            )
+        )
+    return found
+
+
+@section(
+    "quality",
+    "Quality against experts",
+    "Up and to the left is better.",
+    "expertshare compare or eval with several policies",
+)
+def quality(sources: Sequence[Source]) -> list[Figure]:
+    """Quality against experts, all policies."""
+    found: list[Figure] = []
+    for source, comparison in _compared(sources):
+        policies = {run["policy"] for run in comparison["runs"]} - {"vanilla"}
+        if not is_drawable(comparison) or not policies or (policies == {"block-top-p"} and p_sweep_of(comparison)):
+            continue
+        found.append(
+            Figure(
+                title=f"{source.config['model']}: {len(policies)} policies",
+                caption="A colour for each policy, its settings joined by a line; the diamond is vanilla routing.",
+                alt=f"Scatter chart of accuracy against unique experts for {', '.join(sorted(policies))}; the "
+                "main table holds all points.",
+                sources=(source,),
+                draw=partial(plots.plot_comparison, comparison),
+            )
+        )
+    return found

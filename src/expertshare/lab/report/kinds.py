@@ -6,177 +6,114 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from expertshare.lab.report.shape import FLAG, NUMBER, TEXT, Each, Row
+from expertshare.lab.report.shape import FLAG, NUMBER, TEXT, Each, Row, numbers
 
-COUNTS = {"denoise": NUMBER}
-ENVIRONMENT = {"versions": Each(TEXT), "commit": (None, TEXT), "cpu": TEXT, "cpu_count": NUMBER, "threads": NUMBER}
-
+Shape = Mapping[str, Any]
+ENVIRONMENT: Shape = {"versions": Each(TEXT), "commit": (None, TEXT), "cpu": TEXT, **numbers("cpu_count", "threads")}
+_MAYBE = (None, NUMBER)
+_KNOBS = {"top_p_experts?": NUMBER}
 _RUN = {
     "policy": TEXT,
     "label": TEXT,
-    "knobs": {"top_p_experts?": NUMBER},
-    "unique_experts": COUNTS,
-    "unique_experts_reduction": NUMBER,
+    "knobs": _KNOBS,
+    "unique_experts": numbers("denoise"),
     "seconds_by_part": Each(NUMBER),
-    "agreement": NUMBER,
-    "accuracy": (None, NUMBER),
+    **numbers("unique_experts_reduction", "agreement"),
+    "accuracy": _MAYBE,
     "accuracy_interval": (None, Row(2)),
-    "tasks": Each({"accuracy": NUMBER, "interval": Row(2), "count": NUMBER}),
-    "retained": (None, NUMBER),
-    "retained_capped": (None, NUMBER),
-    "difference": (None, {"value": NUMBER, "low": NUMBER, "high": NUMBER, "p_value": NUMBER}),
+    "tasks": Each({**numbers("accuracy", "count"), "interval": Row(2)}),
+    "retained": _MAYBE,
+    "retained_capped": _MAYBE,
+    "difference": (None, numbers("value", "low", "high", "p_value")),
 }
 COMPARISON = {"runs": [_RUN], "reference": _RUN, "num_prompts": NUMBER}
 COMPARISON_CONFIG = {
     "model": TEXT,
-    "model_facts": {"block_length": NUMBER},
-    "decoding": {"gen_length": NUMBER, "block_length": NUMBER, "threshold": (None, NUMBER)},
+    "model_facts": numbers("block_length"),
+    "decoding": {**numbers("gen_length", "block_length"), "threshold": _MAYBE},
     "batch_size": NUMBER,
 }
-EVALUATION = {
-    "tasks": [TEXT],
-    "policies": [TEXT],
-    "num_answers": NUMBER,
-    "rows": [
-        {
-            "task": TEXT,
-            "policy": TEXT,
-            "count": NUMBER,
-            "judged": NUMBER,
-            "correct": NUMBER,
-            "accuracy": (None, NUMBER),
-            "interval": (None, Row(2)),
-            "retained": (None, NUMBER),
-        }
-    ],
-    "summary": [
-        {
-            "policy": TEXT,
-            "retained": (None, NUMBER),
-            "retained_capped": (None, NUMBER),
-            "retained_capped_interval": (None, Row(2)),
-            "unique_experts": COUNTS,
-            "unique_experts_reduction": (None, NUMBER),
-        }
-    ],
+_ROW = {
+    "task": TEXT,
+    "policy": TEXT,
+    **numbers("count", "judged", "correct"),
+    "accuracy": _MAYBE,
+    "interval": (None, Row(2)),
+    "retained": _MAYBE,
 }
+_SUMMARY = {
+    "policy": TEXT,
+    "retained": _MAYBE,
+    "retained_capped": _MAYBE,
+    "retained_capped_interval": (None, Row(2)),
+    "unique_experts": numbers("denoise"),
+    "unique_experts_reduction": _MAYBE,
+}
+EVALUATION = {"tasks": [TEXT], "policies": [TEXT], "num_answers": NUMBER, "rows": [_ROW], "summary": [_SUMMARY]}
 EVALUATION_CONFIG = {
     "model": TEXT,
-    "policies": [{"label": TEXT, "policy": TEXT, "knobs": {"top_p_experts?": NUMBER}}],
+    "policies": [{"label": TEXT, "policy": TEXT, "knobs": _KNOBS}],
     "identity": {"items": Each(NUMBER)},
-    "config": {"limit": (None, NUMBER), "decoding": {"gen_length": NUMBER, "block_length": NUMBER}},
+    "config": {"limit": _MAYBE, "decoding": numbers("gen_length", "block_length")},
 }
 _VERIFIED = {
     "label": TEXT,
-    "retained": NUMBER,
-    "lower_bound": NUMBER,
-    "counts": {"kept": NUMBER, "lost": NUMBER, "gained": NUMBER},
-    "unique_experts": NUMBER,
-    "expert_bytes": NUMBER,
-    "seconds_per_block": (None, NUMBER),
+    **numbers("retained", "lower_bound", "unique_experts", "expert_bytes"),
+    "counts": numbers("kept", "lost", "gained"),
+    "seconds_per_block": _MAYBE,
 }
 TUNING = {
     "certified": FLAG,
-    "claim": TEXT,
-    "quality": TEXT,
-    "cost_kind": TEXT,
+    **dict.fromkeys(("claim", "quality", "cost_kind"), TEXT),
     "chosen": _VERIFIED,
     "vanilla": _VERIFIED,
     "tested": [{**_VERIFIED, "passed": FLAG}],
     "tried": [_VERIFIED],
-    "num_prompts": {"search": NUMBER, "certify": NUMBER},
-    "options": {"retain": NUMBER, "confidence": NUMBER, "policies?": (None, [TEXT])},
+    "num_prompts": numbers("search", "certify"),
+    "options": {**numbers("retain", "confidence"), "policies?": (None, [TEXT])},
 }
-_BANDWIDTH = {"bandwidth_gb_per_s": NUMBER, "peak_gmac_per_s": NUMBER}
-BENCH_EXPERTS = {
-    **_BANDWIDTH,
-    "cases": [
-        {
-            "case": TEXT,
-            "tokens": NUMBER,
-            "unique": NUMBER,
-            "backend": TEXT,
-            "ms": NUMBER,
-            "ms_quartiles": Row(2),
-            "bound_ms": NUMBER,
-            "quantisation?": (None, TEXT),
-            "bytes": NUMBER,
-            "macs": NUMBER,
-            "gmac_per_s": NUMBER,
-        }
-    ],
-    "fits": [{"case": TEXT, "backend": TEXT, "us_per_expert": NUMBER, "r_squared": NUMBER}],
-}
-_FORWARD = {
+_LIMITS = numbers("bandwidth_gb_per_s", "peak_gmac_per_s")
+_CASE = {
     "case": TEXT,
     "backend": TEXT,
-    "policy": TEXT,
+    **numbers("tokens", "unique", "ms", "bound_ms", "bytes", "macs", "gmac_per_s"),
+    "ms_quartiles": Row(2),
+    "quantisation?": (None, TEXT),
+}
+_FIT = {"case": TEXT, "backend": TEXT, **numbers("us_per_expert", "r_squared")}
+_FORWARD = {
+    **dict.fromkeys(("case", "backend", "policy"), TEXT),
     "ms": NUMBER,
     "ms_by_part?": Each(NUMBER),
     "unique_experts?": NUMBER,
 }
-BENCH_FORWARD = {**_BANDWIDTH, "forwards": [_FORWARD]}
-BENCH_GENERATE = {
-    **_BANDWIDTH,
-    "generations": [
-        {
-            "model": TEXT,
-            "backend": TEXT,
-            "policy": TEXT,
-            "batch_size": NUMBER,
-            "tokens_per_s": NUMBER,
-            "tokens_per_s_range": Row(2),
-            "unique_experts?": NUMBER,
-        }
-    ],
+_GENERATION = {
+    **dict.fromkeys(("model", "backend", "policy"), TEXT),
+    **numbers("batch_size", "tokens_per_s"),
+    "tokens_per_s_range": Row(2),
+    "unique_experts?": NUMBER,
 }
-STEPS = {
-    "runs": [
-        {
-            "label": TEXT,
-            "steps": NUMBER,
-            "unique_experts": NUMBER,
-            "cv": NUMBER,
-            "cv_by_layer": [NUMBER],
-            "cv_of_step_means": NUMBER,
-            "histogram_by_layer": [[NUMBER]],
-            "by_step": [{"step": NUMBER, "mean": NUMBER, "std": NUMBER}],
-        }
-    ]
+_STEPS = {
+    "label": TEXT,
+    **numbers("steps", "unique_experts", "cv", "cv_of_step_means"),
+    "cv_by_layer": [NUMBER],
+    "histogram_by_layer": [[NUMBER]],
+    "by_step": [numbers("step", "mean", "std")],
 }
-_CORRELATION = {
-    "pearson_r": NUMBER,
-    "pearson_r_interval": Row(2),
-    "spearman_r": NUMBER,
-    "pearson_r_by_expert": NUMBER,
-}
+_CORRELATION = {**numbers("pearson_r", "spearman_r", "pearson_r_by_expert"), "pearson_r_interval": Row(2)}
 _KNOCKED_OUT = {
-    "points": NUMBER,
-    "blocks": NUMBER,
-    "weights": {name: _CORRELATION for name in ("sum", "max", "tokens")},
+    **numbers("points", "blocks"),
+    "weights": dict.fromkeys(("sum", "max", "tokens"), _CORRELATION),
     "sample": [Row(3)],
-    "tenths": [{"weight": NUMBER, "increase": NUMBER}],
+    "tenths": [numbers("weight", "increase")],
 }
-WEIGHTS = {"replaced": _KNOCKED_OUT, "dropped": _KNOCKED_OUT}
 GROWTH = {
-    "num_experts": NUMBER,
-    "experts_per_token": NUMBER,
-    "blocks": NUMBER,
-    "exponent": NUMBER,
-    "linear_r_squared": NUMBER,
-    "points": [
-        {
-            "tokens": NUMBER,
-            "unique_experts": NUMBER,
-            "independent": NUMBER,
-            "macs_per_byte": NUMBER,
-            "dense_macs_per_byte": NUMBER,
-        }
-    ],
+    **numbers("num_experts", "experts_per_token", "blocks", "exponent", "linear_r_squared"),
+    "points": [numbers("tokens", "unique_experts", "independent", "macs_per_byte", "dense_macs_per_byte")],
 }
 
 
-def _no_fault(*_: Mapping[str, Any]) -> None:
+def _no_fault(*_: Shape) -> None:
     return None
 
 
@@ -188,8 +125,8 @@ class Kind:
     """
 
     how: str
-    results: Mapping[str, Any]
-    config: Mapping[str, Any]
+    results: Shape
+    config: Shape
     fault: Callable[[Mapping[str, Any], Mapping[str, Any]], str | None] = _no_fault
 
 
@@ -210,7 +147,16 @@ def _growth_fault(_: Mapping[str, Any], results: Mapping[str, Any]) -> str | Non
     return None if results["points"] else "at least one point, got none"
 
 
-_SCRIPT = {"model": TEXT}
+def _bench(verb: str, results: Shape, config: Shape) -> Kind:
+    return Kind(how=f"expertshare bench {verb} ... --report FILE", results={**_LIMITS, **results}, config=config)
+
+
+def _script(name: str, results: Shape, fault: Callable[..., str | None] = _no_fault) -> Kind:
+    how = f"python benchmarks/{name}.py ... --json FILE"
+    return Kind(how=how, results=results, config={"model": TEXT}, fault=fault)
+
+
+_GENERATED = {**dict.fromkeys(("name", "weights"), TEXT), **numbers("num_layers", "num_prompts"), "policies": [TEXT]}
 KINDS: dict[str, Kind] = {
     "eval": Kind(
         how="expertshare eval ... --out RUN_DIR",
@@ -222,37 +168,17 @@ KINDS: dict[str, Kind] = {
         how="expertshare compare ... --report FILE, or --json > FILE", results=COMPARISON, config=COMPARISON_CONFIG
     ),
     "tune": Kind(how="expertshare tune ... --out FILE, or --json > FILE", results=TUNING, config={}),
-    "bench experts": Kind(
-        how="expertshare bench experts ... --report FILE", results=BENCH_EXPERTS, config={"cases": [TEXT]}
+    "bench experts": _bench("experts", {"cases": [_CASE], "fits": [_FIT]}, {"cases": [TEXT]}),
+    "bench forward": _bench(
+        "forward", {"forwards": [_FORWARD]}, {"case": TEXT, "policies": [TEXT], "num_layers": NUMBER}
     ),
-    "bench forward": Kind(
-        how="expertshare bench forward ... --report FILE",
-        results=BENCH_FORWARD,
-        config={"case": TEXT, "policies": [TEXT], "num_layers": NUMBER},
-    ),
-    "bench generate": Kind(
-        how="expertshare bench generate ... --report FILE",
-        results=BENCH_GENERATE,
-        config={"name": TEXT, "num_layers": NUMBER, "num_prompts": NUMBER, "weights": TEXT, "policies": [TEXT]},
-    ),
-    "steps-distribution": Kind(
-        how="python benchmarks/steps_distribution.py ... --json FILE",
-        results=STEPS,
-        config=_SCRIPT,
-        fault=_steps_fault,
-    ),
-    "weight-against-loss": Kind(
-        how="python benchmarks/weight_against_loss.py ... --json FILE", results=WEIGHTS, config=_SCRIPT
-    ),
-    "expert-growth": Kind(
-        how="python benchmarks/expert_growth.py ... --json FILE",
-        results=GROWTH,
-        config=_SCRIPT,
-        fault=_growth_fault,
-    ),
+    "bench generate": _bench("generate", {"generations": [_GENERATION]}, _GENERATED),
+    "steps-distribution": _script("steps_distribution", {"runs": [_STEPS]}, _steps_fault),
+    "weight-against-loss": _script("weight_against_loss", {"replaced": _KNOCKED_OUT, "dropped": _KNOCKED_OUT}),
+    "expert-growth": _script("expert_growth", GROWTH, _growth_fault),
 }
 
 
 def known_kinds() -> str:
-    """For messages: what can be read, and where it comes from."""
+    """What can be read, and where it comes from, for messages."""
     return "; ".join(f"{name} ({kind.how})" for name, kind in KINDS.items())

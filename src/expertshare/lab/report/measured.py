@@ -3,200 +3,233 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from functools import partial
 
 from expertshare.lab import plots
-from expertshare.lab.report.figure import Figure
 from expertshare.lab.report.sources import Source
 from expertshare.lab.report.tables import (
-    Table,
-    Values,
+    Figure,
     latency_table,
     number,
     parts_table,
     percent,
     plain_table,
+    section,
     tuning_table,
 )
 
 
-def _each(sources: Sequence[Source], kind: str, slug: str, make: Callable[[Source], dict[str, Any]]) -> list[Figure]:
-    mine = [source for source in sources if source.kind == kind]
-    return [Figure(slug=f"{slug}-{index}", sources=(source,), **make(source)) for index, source in enumerate(mine, 1)]
+def per_result(kind: str, needs: str = "") -> Callable[[Callable[[Source], Figure]], Callable[..., list[Figure]]]:
+    """Make the decorated function, which draws one result, draw all of a kind that hold any `needs`."""
+
+    def wrap(draw: Callable[[Source], Figure]) -> Callable[[Sequence[Source]], list[Figure]]:
+        def make(sources: Sequence[Source]) -> list[Figure]:
+            return [draw(each) for each in sources if each.kind == kind and (not needs or each.results[needs])]
+
+        return make
+
+    return wrap
 
 
-def _drawing(plot: Callable[[Any, Path], None], results: Any) -> Callable[[Path], None]:
-    return lambda path: plot(results, path)
-
-
-def steps(sources: Sequence[Source]) -> list[Figure]:
+@section(
+    "steps",
+    "Unique experts over steps",
+    "CV: coefficient of variation, standard deviation by mean.",
+    "python benchmarks/steps_distribution.py MODEL --json FILE",
+)
+@per_result("steps-distribution")
+def steps(source: Source) -> Figure:
     """Distribution of unique experts over steps."""
-
-    def make(source: Source) -> dict[str, Any]:
-        runs = source.results["runs"]
-        said = "; ".join(f"{r['label']} mean {number(r['unique_experts'])}, CV {percent(r['cv'])} %" for r in runs)
-        rows = [
-            (
-                run["label"],
-                f"{run['steps']:,}",
-                number(run["unique_experts"]),
-                percent(run["cv"]),
-                ", ".join(percent(cv) for cv in run["cv_by_layer"]),
-                percent(run["cv_of_step_means"]),
-            )
-            for run in runs
-        ]
-        head = ("policy", "steps", "unique experts", "CV, %", "CV by layer, %", "CV of step means, %")
-        return {
-            "title": f"{source.config['model']}: denoising steps, one block at a time",
-            "caption": "Left: all steps and layers. Right: mean over layers by step of a block, with its deviation.",
-            "alt": f"Histogram of unique experts and their course over steps. {said}.",
-            "table": plain_table(head, rows),
-            "draw": _drawing(plots.plot_steps, source.results),
-        }
-
-    return _each(sources, "steps-distribution", "steps", make)
+    runs = source.results["runs"]
+    said = "; ".join(f"{r['label']} mean {number(r['unique_experts'])}, CV {percent(r['cv'])} %" for r in runs)
+    rows = [
+        (
+            run["label"],
+            f"{run['steps']:,}",
+            number(run["unique_experts"]),
+            percent(run["cv"]),
+            ", ".join(percent(cv) for cv in run["cv_by_layer"]),
+            percent(run["cv_of_step_means"]),
+        )
+        for run in runs
+    ]
+    return Figure(
+        title=f"{source.config['model']}: denoising steps, one block at a time",
+        caption="Left: all steps and layers. Right: mean over layers by step of a block, with its deviation.",
+        alt=f"Histogram of unique experts and their course over steps. {said}.",
+        sources=(source,),
+        table=plain_table(
+            ("policy", "steps", "unique experts", "CV, %", "CV by layer, %", "CV of step means, %"), rows
+        ),
+        draw=partial(plots.plot_steps, source.results),
+    )
 
 
-def weights(sources: Sequence[Source]) -> list[Figure]:
+@section(
+    "weights",
+    "Router weight against loss increase",
+    "One expert at a time is taken out of one layer for one block.",
+    "python benchmarks/weight_against_loss.py MODEL --json FILE",
+)
+@per_result("weight-against-loss")
+def weights(source: Source) -> Figure:
     """Router weight against the loss that an expert's absence costs."""
     names = {"sum": "sum over the block", "max": "largest of a token", "tokens": "tokens that use it"}
-
-    def make(source: Source) -> dict[str, Any]:
-        rows = []
-        for way in ("replaced", "dropped"):
-            for key, name in names.items():
-                found = source.results[way]["weights"][key]
-                low, high = found["pearson_r_interval"]
-                shown = [f"{found[figure]:.2f}" for figure in ("pearson_r", "spearman_r", "pearson_r_by_expert")]
-                rows.append((f"{way}, {name}", shown[0], f"{low:.2f} to {high:.2f}", *shown[1:]))
-        found = source.results["replaced"]
-        head = ("way, weight", "Pearson's r", "95 % interval", "Spearman's r", "r of sums by expert")
-        return {
-            "title": f"{source.config['model']}: {found['points']:,} knock-outs in {found['blocks']:,} blocks",
-            "caption": "Light: a sample of knock-outs. Orange: means by tenths of router weight, of all knock-outs.",
-            "alt": f"Scatter charts of loss increase against router weight; Pearson's r is {rows[0][1]} where tokens "
-            "take their next expert.",
-            "table": plain_table(head, rows),
-            "draw": _drawing(plots.plot_weight_against_loss, source.results),
-        }
-
-    return _each(sources, "weight-against-loss", "weights", make)
+    rows = []
+    for way in ("replaced", "dropped"):
+        for key, name in names.items():
+            r = source.results[way]["weights"][key]
+            low, high = r["pearson_r_interval"]
+            shown = [f"{r[figure]:.2f}" for figure in ("pearson_r", "spearman_r", "pearson_r_by_expert")]
+            rows.append((f"{way}, {name}", shown[0], f"{low:.2f} to {high:.2f}", *shown[1:]))
+    found = source.results["replaced"]
+    return Figure(
+        title=f"{source.config['model']}: {found['points']:,} knock-outs in {found['blocks']:,} blocks",
+        caption="Light: a sample of knock-outs. Orange: means by tenths of router weight, of all knock-outs.",
+        alt=f"Scatter charts of loss increase against router weight; Pearson's r is {rows[0][1]} where tokens "
+        "take their next expert.",
+        sources=(source,),
+        table=plain_table(("way, weight", "Pearson's r", "95 % interval", "Spearman's r", "r of sums by expert"), rows),
+        draw=partial(plots.plot_weight_against_loss, source.results),
+    )
 
 
-def growth(sources: Sequence[Source]) -> list[Figure]:
+@section(
+    "growth",
+    "Experts against tokens",
+    "What a block needs as it gets longer, and how much work each byte of weights then does.",
+    "python benchmarks/expert_growth.py MODEL --json FILE",
+)
+@per_result("expert-growth")
+def growth(source: Source) -> Figure:
     """The union of experts against the tokens of a block."""
-
-    def make(source: Source) -> dict[str, Any]:
-        results = source.results
-        keys = ("unique_experts", "independent", "macs_per_byte", "dense_macs_per_byte")
-        rows = [(f"{p['tokens']}", *(number(p[key]) for key in keys)) for p in results["points"]]
-        last = results["points"][-1]
-        return {
-            "title": f"{source.config['model']}: {results['blocks']:,} blocks under vanilla routing",
-            "caption": f"Growth exponent {results['exponent']:.2f} (1 is linear, 0 is flat).",
-            "alt": f"Line charts: unique experts grow to {number(last['unique_experts'])} of {results['num_experts']} "
-            f"at {last['tokens']} tokens; a byte of the MoE layer's weights serves {number(last['macs_per_byte'])} "
-            f"multiply-accumulates there, one of a dense layer {number(last['dense_macs_per_byte'])}.",
-            "table": plain_table(
-                ("tokens", "unique experts", "if independent", "MAC per byte, MoE", "MAC per byte, dense"), rows
-            ),
-            "draw": _drawing(plots.plot_growth, results),
-        }
-
-    return _each(sources, "expert-growth", "growth", make)
+    results = source.results
+    keys = ("unique_experts", "independent", "macs_per_byte", "dense_macs_per_byte")
+    rows = [(f"{p['tokens']}", *(number(p[key]) for key in keys)) for p in results["points"]]
+    tokens, unique, _, moe, dense = rows[-1]
+    return Figure(
+        title=f"{source.config['model']}: {results['blocks']:,} blocks under vanilla routing",
+        caption=f"Growth exponent {results['exponent']:.2f} (1 is linear, 0 is flat).",
+        alt=f"Line charts: unique experts grow to {unique} of {results['num_experts']} at {tokens} tokens; a byte of "
+        f"the MoE layer's weights serves {moe} multiply-accumulates there, one of a dense layer {dense}.",
+        sources=(source,),
+        table=plain_table(
+            ("tokens", "unique experts", "if independent", "MAC per byte, MoE", "MAC per byte, dense"), rows
+        ),
+        draw=partial(plots.plot_growth, results),
+    )
 
 
+@per_result("bench forward", needs="forwards")
+def _forward(source: Source) -> Figure:
+    forwards = source.results["forwards"]
+    said = "; ".join(f"{f['backend']} {f['policy']} {number(f['ms'])} ms" for f in forwards)
+    return Figure(
+        title=f"{source.config['case']}: one denoising forward, {source.config['num_layers']} layers",
+        caption=f"{_bounds(source)} Grey: contenders whose parts cannot be told apart.",
+        alt=f"Stacked bars of milliseconds by part. {said}.",
+        sources=(source,),
+        table=parts_table(forwards),
+        draw=partial(plots.plot_bench, source.results),
+    )
+
+
+@per_result("compare", needs="runs")
+def _decoding(source: Source) -> Figure:
+    runs = source.results["runs"]
+    names = list(runs[0]["seconds_by_part"])
+    rows = [(run["label"], *(number(run["seconds_by_part"].get(name), 2) for name in names)) for run in runs]
+    return Figure(
+        title=f"{source.config['model']}: a comparison's decoding",
+        caption="As it ran, beside whatever else the machine did; policies may take different numbers of steps.",
+        alt=f"Stacked bars of seconds by part ({', '.join(names)}) for {len(runs)} policies; see the table.",
+        sources=(source,),
+        table=plain_table(("policy", *(f"{name}, s" for name in names)), rows),
+        draw=partial(plots.plot_parts, runs),
+    )
+
+
+@section(
+    "parts",
+    "Latency by part",
+    "Sharing makes the experts' part smaller and leaves the others as they are.",
+    "expertshare bench forward --report FILE",
+)
 def parts(sources: Sequence[Source]) -> list[Figure]:
     """Time by part of the model: of one forward, or else of comparisons, which ran beside other work."""
-
-    def forward(source: Source) -> dict[str, Any]:
-        forwards = source.results["forwards"]
-        said = "; ".join(f"{f['backend']} {f['policy']} {number(f['ms'])} ms" for f in forwards)
-        return {
-            "title": f"{source.config['case']}: one denoising forward, {source.config['num_layers']} layers",
-            "caption": f"{_bounds(source)} Grey: contenders whose parts cannot be told apart.",
-            "alt": f"Stacked bars of milliseconds by part. {said}.",
-            "table": parts_table(forwards),
-            "draw": _drawing(plots.plot_bench, source.results),
-        }
-
-    def compared(source: Source) -> dict[str, Any]:
-        runs = source.results["runs"]
-        names = list(runs[0]["seconds_by_part"])
-        rows = [(run["label"], *(number(run["seconds_by_part"].get(name), 2) for name in names)) for run in runs]
-        return {
-            "title": f"{source.config['model']}: a comparison's decoding",
-            "caption": "As it ran, beside whatever else the machine did; policies may take different numbers of steps.",
-            "alt": f"Stacked bars of seconds by part ({', '.join(names)}) for {len(runs)} policies; see the table.",
-            "table": plain_table(("policy", *(f"{name}, s" for name in names)), rows),
-            "draw": _drawing(plots.plot_parts, runs),
-        }
-
-    benched = _each([s for s in sources if s.results.get("forwards")], "bench forward", "parts", forward)
-    timed = [source for source in sources if source.kind == "compare" and source.results["runs"]]
-    return benched or _each(timed, "compare", "parts", compared)
+    return _forward(sources) or _decoding(sources)
 
 
-def latency(sources: Sequence[Source]) -> list[Figure]:
+@section(
+    "latency",
+    "Latency against unique experts",
+    "One expert layer; the bound is what memory bandwidth and arithmetic allow.",
+    "expertshare bench experts --report FILE",
+)
+@per_result("bench experts", needs="cases")
+def latency(source: Source) -> Figure:
     """One expert layer against unique experts."""
-
-    def make(source: Source) -> dict[str, Any]:
-        cases = source.results["cases"]
-        fits = "; ".join(
-            f"{fit['case']} {fit['backend']} {number(fit['us_per_expert'])} µs an expert, R² {fit['r_squared']:.3f}"
-            for fit in source.results["fits"]
-        )
-        return {
-            "title": f"{', '.join(source.config['cases'])}: one expert layer",
-            "caption": f"{_bounds(source)} Bars: quartiles. Last panel: roofline of all points.",
-            "alt": f"Line charts of milliseconds against unique experts. {fits or 'See the table'}.",
-            "table": latency_table(cases),
-            "draw": _drawing(plots.plot_bench, source.results),
-        }
-
-    return _each([s for s in sources if s.results.get("cases")], "bench experts", "latency", make)
+    fits = "; ".join(
+        f"{fit['case']} {fit['backend']} {number(fit['us_per_expert'])} µs an expert, R² {fit['r_squared']:.3f}"
+        for fit in source.results["fits"]
+    )
+    return Figure(
+        title=f"{', '.join(source.config['cases'])}: one expert layer",
+        caption=f"{_bounds(source)} Bars: quartiles. Last panel: roofline of all points.",
+        alt=f"Line charts of milliseconds against unique experts. {fits or 'See the table'}.",
+        sources=(source,),
+        table=latency_table(source.results["cases"]),
+        draw=partial(plots.plot_bench, source.results),
+    )
 
 
-def answers(sources: Sequence[Source]) -> list[Figure]:
+@section(
+    "answers",
+    "Whole answers",
+    "Tokens per second of complete generations.",
+    "expertshare bench generate --report FILE",
+)
+@per_result("bench generate", needs="generations")
+def answers(source: Source) -> Figure:
     """Whole answers, by batch size."""
-
-    def make(source: Source) -> dict[str, Any]:
-        points = source.results["generations"]
-        return {
-            "title": f"{points[0]['model']}: tokens per second",
-            "caption": f"{_bounds(source)} Bars: range over repetitions.",
-            "alt": "Line chart of tokens per second against batch size; see the table.",
-            "table": _answers_table(points),
-            "draw": _drawing(plots.plot_bench, source.results),
-        }
-
-    return _each([s for s in sources if s.results.get("generations")], "bench generate", "answers", make)
-
-
-def _answers_table(points: Sequence[Values]) -> Table:
+    points = source.results["generations"]
     rows = [
-        (f"{p['backend']}, {p['policy']}", f"{p['batch_size']}", number(p["tokens_per_s"]), number(experts))
-        for p, experts in ((p, p.get("unique_experts")) for p in points)
+        (
+            f"{point['backend']}, {point['policy']}",
+            f"{point['batch_size']}",
+            number(point["tokens_per_s"]),
+            number(point.get("unique_experts")),
+        )
+        for point in points
     ]
-    return plain_table(("backend, policy", "batch size", "tokens/s", "unique experts"), rows)
+    return Figure(
+        title=f"{points[0]['model']}: tokens per second",
+        caption=f"{_bounds(source)} Bars: range over repetitions.",
+        alt="Line chart of tokens per second against batch size; see the table.",
+        sources=(source,),
+        table=plain_table(("backend, policy", "batch size", "tokens/s", "unique experts"), rows),
+        draw=partial(plots.plot_bench, source.results),
+    )
 
 
-def tuning(sources: Sequence[Source]) -> list[Figure]:
+@section(
+    "tuning",
+    "Tuning",
+    "What the tuner tried on its prompts, and what it certified on others.",
+    "expertshare tune MODEL --prompts FILE --out policy.json",
+)
+@per_result("tune")
+def tuning(source: Source) -> Figure:
     """What a tuning run found."""
-
-    def make(source: Source) -> dict[str, Any]:
-        tuned = source.results
-        return {
-            "title": f"Promise: keep {100 * tuned['options']['retain']:g} % of vanilla's {tuned['quality']}",
-            "caption": tuned["claim"],
-            "alt": f"Scatter chart of what policies keep against their cost. {tuned['claim']}",
-            "table": tuning_table(tuned),
-            "draw": _drawing(plots.plot_tuning, tuned),
-        }
-
-    return _each(sources, "tune", "tuning", make)
+    tuned = source.results
+    return Figure(
+        title=f"Promise: keep {100 * tuned['options']['retain']:g} % of vanilla's {tuned['quality']}",
+        caption=tuned["claim"],
+        alt=f"Scatter chart of what policies keep against their cost. {tuned['claim']}",
+        sources=(source,),
+        table=tuning_table(tuned),
+        draw=partial(plots.plot_tuning, tuned),
+    )
 
 
 def _bounds(source: Source) -> str:

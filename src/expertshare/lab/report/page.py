@@ -15,11 +15,17 @@ from markupsafe import Markup
 
 import expertshare
 from expertshare.errors import InputError
-from expertshare.lab.report.claims import VERDICTS, Claim, shipped_claims
-from expertshare.lab.report.sections import Section, draw_all, sections
+from expertshare.lab.report import comparisons, measured
+from expertshare.lab.report.claims import VERDICTS, Claim, clone_root, resolve_claims
 from expertshare.lab.report.sources import Source, read_sources
+from expertshare.lab.report.tables import Section
 
 PAGE = "report.html"
+ORDER = (
+    *(comparisons.main, comparisons.p_sweeps, comparisons.block_lengths, comparisons.quality),
+    *(measured.steps, measured.weights, measured.growth),
+    *(measured.parts, measured.latency, measured.answers, measured.tuning),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,23 +47,37 @@ def write_report(
 ) -> WrittenReport:
     """Make a page from stored results: at `out`, if that ends in .html, else with its PNG files in the folder `out`.
 
-    Raises InputError for anything that is no known result, and for a place that cannot be written.
+    claims: what papers claim too, from the repository. Raises InputError for anything that is no known result, for a
+    path that cannot be written, and for claims outside of a clone.
     """
     sources = read_sources(paths)
     parts = sections(sources)
-    target = Path(out)
-    shipped = shipped_claims() if claims else []
-    if target.suffix == ".html":
-        with TemporaryDirectory() as folder:
+    resolved = resolve_claims(clone_root()) if claims else []
+    target, images = Path(out), tuple[Path, ...]()
+    with TemporaryDirectory() as folder:
+        if target.suffix == ".html":
             drawn = draw_all(parts, Path(folder))
-            _write(target, render(sources, parts, drawn, title=title, claims=shipped))
-        images: tuple[Path, ...] = ()
-    else:
-        _make(target)
-        drawn = draw_all(parts, target)
-        images, target = tuple(drawn.values()), target / PAGE
-        _write(target, render(sources, parts, drawn, title=title, claims=shipped))
+        else:
+            _make(target)
+            drawn = draw_all(parts, target)
+            images, target = tuple(drawn.values()), target / PAGE
+        _write(target, render(sources, parts, drawn, title=title, claims=resolved))
     return WrittenReport(page=target, images=images, missing=tuple(part.title for part in parts if not part.figures))
+
+
+def sections(sources: Sequence[Source]) -> list[Section]:
+    """All parts in the order of the page, those without a figure included."""
+    return [make(sources) for make in ORDER]
+
+
+def draw_all(parts: Sequence[Section], folder: Path) -> dict[str, Path]:
+    """Draw every figure into `folder` as PNG, named by its slug. Raises InputError where it cannot be written."""
+    drawn = {}
+    for figure in (figure for part in parts for figure in part.figures):
+        if figure.draw is not None:
+            drawn[figure.slug] = folder / f"{figure.slug}.png"
+            figure.draw(drawn[figure.slug])
+    return drawn
 
 
 def render(
@@ -69,15 +89,15 @@ def render(
     claims: Sequence[Claim],
 ) -> str:
     """The page as text. drawn: the picture of each figure by its slug."""
-    room = resources.files("expertshare.lab.report")
+    package = resources.files("expertshare.lab.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["unbroken"] = _unbroken
-    template = environment.from_string(room.joinpath("page.html.jinja").read_text(encoding="utf-8"))
+    environment.filters["unbroken"] = lambda text: text.replace(" %", "\N{NO-BREAK SPACE}%")  # no line ends there
+    template = environment.from_string(package.joinpath("page.html.jinja").read_text(encoding="utf-8"))
     found = Counter(claim.verdict for claim in claims)
     text = template.render(
         title=title,
         version=expertshare.__version__,
-        style=Markup(room.joinpath("style.css").read_text(encoding="utf-8")),
+        style=Markup(package.joinpath("style.css").read_text(encoding="utf-8")),
         sources=sources,
         shown=[part for part in parts if part.figures],
         missing=[part for part in parts if not part.figures],
@@ -86,11 +106,6 @@ def render(
         verdicts=[(verdict, found[verdict]) for verdict in VERDICTS if found[verdict]],
     )
     return text.lstrip() + "\n"
-
-
-def _unbroken(text: str) -> str:
-    """No line ends between a number and its sign."""
-    return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _data_uri(path: Path) -> str:
@@ -110,4 +125,4 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise InputError(f"expected a place that can be written, got {path}: {error.strerror}") from error
+        raise InputError(f"expected a path that can be written, got {path}: {error.strerror}") from error
