@@ -16,13 +16,14 @@ PROMPT := Tom has 12 apples. He finds 7 more. He sells 4. How many apples does T
 POLICIES := vanilla,des-seq,des-vote,block-top-p
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test quality bench report docs clean
+.PHONY: help demo test quality bench figures report docs clean
 
 help:
 	@echo 'make demo   generate with the reference model, with and without expert sharing, and draw what was saved'
 	@echo 'make test   lint, types, import contracts, tests'
 	@echo 'make quality  accuracy and experts of every policy, the figures of README; a quarter of an hour'
 	@echo 'make bench  a few minutes of benchmarks on this machine, into build/bench/ (docs/performance.md)'
+	@echo 'make figures  write the figures of README and docs again, from the results in the repository'
 	@echo 'make report  a page of the results in the repository, build/report/report.html (docs/report.md)'
 	@echo 'make docs   the documentation site, into build/site/'
 	@echo 'make clean  remove build products and caches (rm -r $(VENV) for the environment)'
@@ -60,8 +61,8 @@ quality: $(VENV)/runtime.stamp
 	cat $(TASKS:%=build/quality/%.jsonl) > build/quality/prompts.jsonl
 	$(BIN)/expertshare compare $(MODEL) --prompts build/quality/prompts.jsonl --policies '$(SETTINGS)' \
 		--batch-size 64 --gen-length 64 --plot docs/images/policies.png --json > $(QUALITY)
-	$(BIN)/python benchmarks/policy_table.py $(QUALITY)
 	$(BIN)/python benchmarks/accuracy_by_level.py $(MODEL) --count 500 --seed 2026 --out benchmarks/results/levels.json
+	$(MAKE) figures
 
 # Small: one layer, three full-width layers with the head, the reference model. Close everything else first.
 bench: $(VENV)/runtime.stamp
@@ -73,12 +74,16 @@ bench: $(VENV)/runtime.stamp
 	$(BIN)/expertshare bench generate $(MODEL) --limit 4 --policies vanilla,des-vote \
 		--report build/bench/generate.json --plot build/bench/generate.png
 
+# Every figure of README and docs, from benchmarks/results and claims.toml; nothing is measured.
+figures: $(VENV)/runtime.stamp
+	$(BIN)/python benchmarks/figures
+
 # Everything that `expertshare report` has a figure for; nothing is measured.
-FIGURES := policies p-sweep block-length-8 block-length-16 block-length-24 block-length-32 steps-distribution $\
+DRAWN := policies p-sweep block-length-8 block-length-16 block-length-24 block-length-32 steps-distribution $\
 	weight-against-loss expert-growth forward-mini experts-mini-3 generate-reference tuning
 report: $(VENV)/runtime.stamp
 	@mkdir -p build
-	$(BIN)/expertshare report $(FIGURES:%=benchmarks/results/%.json) --out build/report
+	$(BIN)/expertshare report $(DRAWN:%=benchmarks/results/%.json) --out build/report
 
 # No network: neither to build the site nor to read it.
 docs: $(VENV)/docs.stamp

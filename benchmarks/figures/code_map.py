@@ -1,0 +1,79 @@
+"""Line counts and a map of the package, for README. tests/test_size.py holds the limits by the same counts."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from pathlib import Path
+
+from writing import ROOT, paragraph, table
+
+BLOCKS = ("code_size", "code_map")
+PACKAGE = ROOT / "src" / "expertshare"
+ENGINE = (
+    *("__init__.py", "__main__.py", "errors.py", "config.py", "types.py"),
+    *("routing", "kernels", "native", "experts", "models", "decoding", "measure"),
+)
+ABOVE = ("api", "evaluation", "tuning", "training", "convert", "serving", "integrations", "cluster", "cli")
+
+
+def files_of(names: Sequence[str], kinds: Sequence[str] = (".py",)) -> list[Path]:
+    """Source files of some parts of the package (files or folders; those that are not there give none)."""
+    found = []
+    for name in names:
+        place = PACKAGE / name
+        found += sorted(place.rglob("*")) if place.is_dir() else [place]
+    return [path for path in found if path.suffix in kinds and path.is_file() and "__pycache__" not in path.parts]
+
+
+def lines_of(files: Sequence[Path]) -> int:
+    """All lines, as the formatter writes them: empty ones, comments and docstrings count."""
+    return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+
+
+def parts() -> list[str]:
+    """Files and folders of the package that the import contracts know, the engine first."""
+    others = (
+        path.name for path in sorted(PACKAGE.iterdir()) if path.suffix == ".py" or (path / "__init__.py").is_file()
+    )
+    lab = [f"lab/{path.name}" for path in sorted((PACKAGE / "lab").iterdir()) if (path / "__init__.py").is_file()]
+    listed = [name for name in (*ENGINE, *ABOVE) if (PACKAGE / name).exists()]
+    rest = [name for name in others if name not in listed and name not in ("lab", "__pycache__")]
+    return [*listed, *rest, *lab]
+
+
+def purpose(name: str) -> str:
+    """The first line of a file's or package's docstring."""
+    place = PACKAGE / name
+    text = (place / "__init__.py" if place.is_dir() else place).read_text(encoding="utf-8")
+    said = (ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0]
+    return " ".join(said.split()).rstrip(".").replace("|", "\\|")
+
+
+def code_size() -> str:
+    """The engine, the whole package and the native library, in a sentence."""
+    engine, package = files_of(ENGINE), files_of(parts())
+    native = files_of(["native/csrc"], (".cpp", ".h"))
+    return paragraph(
+        f"From a prompt to its tokens: {lines_of(engine):,} lines of Python in {len(engine)} files, and "
+        f"{lines_of(native):,} of C++. The whole package, with training, serving and the laboratory: "
+        f"{lines_of(package):,} lines of Python in {len(package)} files."
+    )
+
+
+def code_map() -> str:
+    """A row for every package: files, lines, what it is for."""
+    rows = []
+    single = [name for name in ENGINE if name.endswith(".py")]
+    for name in ["", *(name for name in parts() if name not in single)]:
+        files = files_of([name] if name else single)
+        label = (
+            f"`{name}/`"
+            if name and not name.endswith(".py")
+            else f"`{name}`"
+            if name
+            else "`types.py`, `config.py` ..."
+        )
+        about = purpose(name) if name else "values that all others share, settings, errors"
+        rows.append((label, about, f"{len(files)}", f"{lines_of(files):,}"))
+    return table(("part", "what it is for", "files", "lines"), rows, words=2)
