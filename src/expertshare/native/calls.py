@@ -13,7 +13,7 @@ import struct
 from collections.abc import Callable, Iterable
 from ctypes import POINTER, Structure, byref, c_char_p, c_int32, c_void_p
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from operator import or_
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -28,7 +28,7 @@ FEATURES = (torch.float32, torch.bfloat16)
 _OK, _BAD_EXPERT_ID, _ISA_NAMED, _NOT_ARRIVED = 0, 1, 5, 6  # es_status of csrc/abi.h
 _BEST_ISA = -1
 _MOST_KNOWN = 4096
-_PINNED = 7  # the last bits of an address, which tell whether elements are aligned
+_LOW_BITS = 7  # the last bits of an address, which tell whether elements are aligned
 
 
 class NotArrived(Exception):
@@ -57,12 +57,7 @@ class Arg:
 
     def is_laid_out(self, tensor: Tensor) -> bool:
         """Whether the kernel could read it as it is."""
-        wanted = 1
-        for size, stride in reversed(list(zip(tensor.shape, tensor.stride(), strict=True))[self.strides :]):
-            if size != 1 and stride != wanted:
-                return tensor.numel() == 0
-            wanted *= size
-        return True
+        return tensor.numel() == 0 or tensor[(0,) * self.strides].is_contiguous()
 
 
 class _Known(NamedTuple):
@@ -120,14 +115,13 @@ class Call:
             refuse_gradients(tensors)
         pointers = [0 if t is None else t.data_ptr() for t in tensors]
         facts = [None if t is None else (t.shape, self._layout(t), t.dtype, t.is_cpu) for t in tensors]
-        unaligned = reduce(or_, pointers) & _PINNED and tuple(pointer & _PINNED for pointer in pointers)
+        unaligned = reduce(or_, pointers) & _LOW_BITS and tuple(pointer & _LOW_BITS for pointer in pointers)
         key = (weights, given, unaligned, *facts)
         known = self._known.get(key)
         if known is None:
-            known = self._learn(tensors, given, weights)
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
-            self._known[key] = known
+            known = self._known[key] = self._learn(tensors, given, weights)
         sizes, is_bfloat16, copies, made_like, _ = known
         if copies:
             tensors = tuple(t.contiguous() if t is not None and i in copies else t for i, t in enumerate(tensors))
@@ -147,38 +141,39 @@ class Call:
         return made
 
     def _learn(self, tensors: tuple[Tensor | None, ...], given: tuple[int, ...], weights: torch.dtype | None) -> _Known:
+        """Check everything that would make the kernel read outside a tensor, or compute something else."""
         present = [(arg, t) for arg, t in zip(self._args, tensors, strict=True) if t is not None]
-        _check_devices(present)
+        missing = [arg.name for arg, t in zip(self._args, tensors, strict=True) if t is None and not arg.optional]
+        devices = {tensor.device.type for _, tensor in present}
+        if missing or devices != {"cpu"}:
+            got = ", ".join(sorted(devices)) + "".join(f", no {name}" for name in missing)
+            raise ConfigError(f"the backend 'cpu' expects tensors on the CPU, got {got}.")
         features = _check_dtypes(present, weights)
         sizes, leading = self._bind(present, dict(zip(self._given, given, strict=True)))
-        copies, strides = [], list[int]()
-        for index, (arg, tensor) in enumerate(zip(self._args, tensors, strict=True)):
-            if tensor is None:
-                strides += [0] * arg.strides
-                continue
+        for arg, tensor in present:
             if tensor.data_ptr() % tensor.element_size():
-                raise ConfigError(
-                    f"{arg.name} is not aligned to its elements of {tensor.element_size()} bytes: clone it."
-                )
-            kept = arg.is_laid_out(tensor)
-            if not kept and arg.role == "in place":
+                size = tensor.element_size()
+                raise ConfigError(f"{arg.name} is not aligned to its elements of {size} bytes: clone it.")
+            if arg.role == "in place" and not arg.is_laid_out(tensor):
                 raise ConfigError(
                     f"the backend 'cpu' takes {arg.name} in place and expects the last {tensor.dim() - arg.strides} "
                     f"dimensions contiguous, got strides {tensor.stride()} for shape {tuple(tensor.shape)}: make it "
                     "contiguous once, when it is loaded."
                 )
-            copies += [] if kept else [index]
-            strides += (tensor if kept else tensor.contiguous()).stride()[: arg.strides]
+        given_tensors = list(zip(self._args, tensors, strict=True))
+        copies = [i for i, (arg, t) in enumerate(given_tensors) if t is not None and not arg.is_laid_out(t)]
         numbers = [int(name) if name.isdigit() else sizes[name] for name in self._sizes]
+        for i, (arg, t) in enumerate(given_tensors):
+            laid_out = t.contiguous() if t is not None and i in copies else t
+            numbers += [0] * arg.strides if laid_out is None else laid_out.stride()[: arg.strides]
         made = []
         for arg in self._made:
-            dims = arg.dims.split()
+            first_dim, *_ = dims = arg.dims.split()
             shape = [math.prod(sizes[name] for name in dim.split("*")) for dim in dims if dim[0] != "*"]
-            shape = [*leading, *shape] if dims[0][0] == "*" else shape
+            shape = [*leading, *shape] if first_dim[0] == "*" else shape
             is_like_first = arg.dtype is None and not copies and shape == list(present[0][1].shape)
             made.append((None if is_like_first else shape, arg.dtype or features))
-        packed = struct.pack(f"{len(numbers) + len(strides)}q", *numbers, *strides)
-        return _Known(packed, features is torch.bfloat16, copies, made, sizes)
+        return _Known(struct.pack(f"{len(numbers)}q", *numbers), features is torch.bfloat16, copies, made, sizes)
 
     def _bind(self, present: list[tuple[Arg, Tensor]], sizes: dict[str, int]) -> tuple[dict[str, int], list[int]]:
         """Sizes by their names, and what "*" stands for."""
@@ -196,7 +191,7 @@ class Call:
                 fits &= size == (int(name) if name.isdigit() else known.setdefault(name, size))
         text, holds = self._rule
         if not fits or not holds(known):
-            wanted = ", ".join(map(str, (arg for arg, _ in present))) + text
+            wanted = ", ".join(str(arg) for arg, _ in present) + text
             told = "".join(f", {name} = {size}" for name, size in sizes.items())
             raise ConfigError(f"expected {wanted}{told}, got shapes {[tuple(tensor.shape) for _, tensor in present]}.")
         return known, leading or []
@@ -206,12 +201,6 @@ def refuse_gradients(tensors: Iterable[Tensor | None]) -> None:
     """ConfigError where torch would record what is done with one of these: the kernels have no backward pass."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         raise ConfigError("the backend 'cpu' has no gradients: call it under torch.no_grad(), or use 'grouped'.")
-
-
-def _check_devices(present: list[tuple[Arg, Tensor]]) -> None:
-    devices = {tensor.device.type for _, tensor in present}
-    if devices != {"cpu"}:
-        raise ConfigError(f"the backend 'cpu' expects tensors on the CPU, got {', '.join(sorted(devices))}.")
 
 
 def _check_dtypes(present: list[tuple[Arg, Tensor]], weights: torch.dtype | None) -> torch.dtype:
@@ -252,54 +241,34 @@ def _raise_for(status: int, sizes: dict[str, int]) -> NoReturn:
     raise ConfigError(f"the backend 'cpu' failed: {reasons[status]}.")
 
 
-_X, _Y = Arg("x", "*T D"), Arg("y", "*T N", role="made")
-_WEIGHTS = Arg("weights", "N D", role="in place")
-_CODES, _SCALES = (
-    Arg("codes of weights", "P C", torch.int8, "in place"),
-    Arg("scales of weights", "P 16", torch.float32, "in place"),
-)
+_made = partial(Arg, role="made")
+_in_place = partial(Arg, role="in place")
+
+_X, _WEIGHTS = Arg("x", "*T D"), _in_place("weights", "N D")
+_TABLE = _in_place("codes of weights", "P C", torch.int8), _in_place("scales of weights", "P 16", torch.float32)
 _EXCLUDED = Arg("excluded ids", "X", torch.int64)
-_CHOICE = Arg("ids", "*T", torch.int64, "made"), Arg("probabilities", "*T", torch.float32, "made")
-_ROWS = (" with N and D above 0", lambda sizes: sizes["N"] > 0 and sizes["D"] > 0)
+_CHOICE = _made("ids", "*T", torch.int64), _made("probabilities", "*T", torch.float32)
+_NO_CHOICE = None, None, None
+_ROWS = " with N and D above 0", lambda s: s["N"] * s["D"] > 0
 _PANELS = (
     " with P panels of 16 rows for N rows, C = 16 * D and D a multiple of 16",
     lambda s: s["N"] > 0 == s["D"] % 16 and s["P"] == -(-s["N"] // 16) and s["C"] == 16 * s["D"] > 0,
 )
+_project = partial(Call, "es_project", _X)
+LINEAR = _project(_WEIGHTS, None, *_NO_CHOICE, _made("y", "*T N"), sizes="T N D 0", rule=_ROWS)
+BEST_TOKEN = _project(_WEIGHTS, None, _EXCLUDED, *_CHOICE, None, sizes="T N D X", rule=_ROWS)
+QUANTISED_LINEAR = _project(*_TABLE, *_NO_CHOICE, _made("y", "*T N"), sizes="T N D 0", given="N", rule=_PANELS)
+QUANTISED_BEST_TOKEN = _project(*_TABLE, _EXCLUDED, *_CHOICE, None, sizes="T N D X", given="N", rule=_PANELS)
 
-LINEAR = Call("es_project", _X, _WEIGHTS, None, None, None, None, _Y, sizes="T N D 0", rule=_ROWS)
-BEST_TOKEN = Call("es_project", _X, _WEIGHTS, None, _EXCLUDED, *_CHOICE, None, sizes="T N D X", rule=_ROWS)
-QUANTISED_LINEAR = Call(
-    "es_project", _X, _CODES, _SCALES, None, None, None, _Y, sizes="T N D 0", given="N", rule=_PANELS
-)
-QUANTISED_BEST_TOKEN = Call(
-    "es_project", _X, _CODES, _SCALES, _EXCLUDED, *_CHOICE, None, sizes="T N D X", given="N", rule=_PANELS
-)
-
-_SCALE = Arg("scale", "D")
-_WIDE = (" with D above 0", lambda sizes: sizes["D"] > 0)
-RMS_NORM = Call(
-    "es_normalise", _X, None, _SCALE, None, Arg("y", "*T D", role="made"), sizes="T D", numbers="f", rule=_WIDE
-)
-ADD_AND_NORM = Call(
-    "es_normalise",
-    _X,
-    Arg("what is added", "*T D"),
-    _SCALE,
-    Arg("sum", "*T D", role="made"),
-    Arg("y", "*T D", role="made"),
-    sizes="T D",
-    numbers="f",
-    rule=_WIDE,
-)
+_normalise = partial(Call, "es_normalise", _X, sizes="T D", numbers="f", rule=(" with D above 0", lambda s: s["D"] > 0))
+RMS_NORM = _normalise(None, Arg("scale", "D"), None, _made("y", "*T D"))
+ADD_AND_NORM = _normalise(Arg("what is added", "*T D"), Arg("scale", "D"), _made("sum", "*T D"), _made("y", "*T D"))
 TURN_HEADS = Call(
     "es_turn_heads",
-    Arg("queries, keys and values", "B S N D", role="in place"),
-    Arg("scale of queries", "D"),
-    Arg("scale of keys", "D"),
-    Arg("cosines", "B 1 S R"),
-    Arg("sines", "B 1 S R"),
-    Arg("buffer of keys", "B G C D", role="in place", strides=2, optional=True),
-    Arg("buffer of values", "B G C D", role="in place", strides=2, optional=True),
+    _in_place("queries, keys and values", "B S N D"),
+    *(Arg("scale of queries", "D"), Arg("scale of keys", "D"), Arg("cosines", "B 1 S R"), Arg("sines", "B 1 S R")),
+    _in_place("buffer of keys", "B G C D", strides=2, optional=True),
+    _in_place("buffer of values", "B G C D", strides=2, optional=True),
     sizes="B S H G D R",
     given="H G",
     numbers="Pf",
@@ -310,11 +279,9 @@ TURN_HEADS = Call(
 )
 ATTEND = Call(
     "es_attend",
-    Arg("queries", "B H S D", strides=3),
-    Arg("keys", "B G P D", strides=2),
-    Arg("values", "B G P D", strides=2),
+    *(Arg("queries", "B H S D", strides=3), Arg("keys", "B G P D", strides=2), Arg("values", "B G P D", strides=2)),
     Arg("mask", "B S P", torch.bool, strides=2, optional=True),
-    Arg("y", "B S H*D", role="made"),
+    _made("y", "B S H*D"),
     sizes="B H G S P D",
     numbers="f",
     rule=(
@@ -324,12 +291,10 @@ ATTEND = Call(
 )
 MOE_FFN = Call(
     "es_moe_ffn",
-    Arg("tokens", "*T D"),
-    Arg("expert ids", "T K", torch.int64),
-    Arg("weights of the plan", "T K", torch.float32),
-    Arg("states of arrivals", "E", torch.uint8, "in place", optional=True),
-    Arg("nanoseconds waited", "1", torch.int64, "in place", optional=True),
-    Arg("y", "*T D", role="made"),
+    *(Arg("tokens", "*T D"), Arg("expert ids", "T K", torch.int64), Arg("weights of the plan", "T K", torch.float32)),
+    _in_place("states of arrivals", "E", torch.uint8, optional=True),
+    _in_place("nanoseconds waited", "1", torch.int64, optional=True),
+    _made("y", "*T D"),
     sizes="T K",
     given="E D F",
     constants=136,
