@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from expertshare.integrations.transformers import apply as apply
 
 __version__ = "0.1.0"
 
 _LAZY = {"apply": "expertshare.integrations.transformers"}
-"""What is loaded when it is first asked for: importing expertshare loads neither torch nor transformers."""
+"""Name: the module that is imported when it is first used. Importing expertshare imports neither torch nor
+transformers."""
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ import typer
 import typer.main
 
 from expertshare.cli import main
-from expertshare.cli.app import app
+from expertshare.cli.app import app, load_verb
 from expertshare.evaluation import parse_policies
 from expertshare.routing import parse_policy
 
@@ -55,10 +55,17 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def program() -> Any:
+    """The program with all its verbs imported."""
+    group: Any = typer.main.get_command(app)
+    group.commands = {name: load_verb(name) for name in group.commands}
+    return group
+
+
 def parsed(words: list[str]) -> dict[str, Any]:
     """The parameters that the command line's own parser reads from a command, without running it."""
-    command: Any = typer.main.get_command(app)
     name = words.pop(0)
+    command: Any = program()
     while hasattr(command, "commands") and words and not words[0].startswith("-"):
         name = words.pop(0)
         assert name in command.commands, f"no command {name!r} among {', '.join(command.commands)}"
@@ -95,7 +102,7 @@ def test_a_command_is_understood(example: Example) -> None:
 @pytest.mark.parametrize("example", inline_commands(), ids=str)
 def test_a_command_in_a_sentence_exists(example: Example) -> None:
     words = example.words
-    command: Any = typer.main.get_command(app)
+    command: Any = program()
     for word in words[1:]:
         if word.startswith("-") or not hasattr(command, "commands"):
             break

@@ -159,8 +159,8 @@ def test_a_door_that_is_shut_lets_finish_what_is_inside(here: Here) -> None:
 
 def test_how_many_replicas_and_threads() -> None:
     assert not ReplicaScale().on_ray
-    assert ReplicaScale(wanted=True).on_ray
-    assert ReplicaScale(address="auto").on_ray
+    assert ReplicaScale(ray=True).on_ray
+    assert ReplicaScale(ray_address="auto").on_ray
     scale = ReplicaScale(replicas=2, max_replicas=4)
     assert (scale.on_ray, scale.most, scale.grows) == (True, 4, True)
     assert not ReplicaScale(replicas=2, max_replicas=2).grows

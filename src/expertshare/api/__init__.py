@@ -23,12 +23,18 @@ Example:
     tuned.policy_file().write("policy.json")          # generate(model, ..., policy=load_policy("policy.json"))
 """
 
-from expertshare.api.comparison import compare, comparison_report
-from expertshare.api.evaluation import evaluate
-from expertshare.api.generation import Generated, generate
-from expertshare.api.loading import DTYPES, DecodingValue, Model, info, load
-from expertshare.api.report import DEFAULT_TITLE, report
-from expertshare.api.tuning import load_policy, tune
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from expertshare.api.comparison import compare, comparison_report
+    from expertshare.api.evaluation import evaluate
+    from expertshare.api.generation import Generated, generate
+    from expertshare.api.loading import DTYPES, DecodingValue, Model, info, load
+    from expertshare.api.reporting import DEFAULT_TITLE, report
+    from expertshare.api.tuning import load_policy, tune
 
 __all__ = [
     "DEFAULT_TITLE",
@@ -46,3 +52,24 @@ __all__ = [
     "report",
     "tune",
 ]
+
+_MODULES = {
+    "comparison": ("compare", "comparison_report"),
+    "evaluation": ("evaluate",),
+    "generation": ("Generated", "generate"),
+    "loading": ("DTYPES", "DecodingValue", "Model", "info", "load"),
+    "reporting": ("DEFAULT_TITLE", "report"),
+    "tuning": ("load_policy", "tune"),
+}
+"""Module of this package: the names that it gives. It is imported when one of them is first used."""
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

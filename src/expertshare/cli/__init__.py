@@ -1,5 +1,5 @@
 """The command line: one file per verb."""
 
-from expertshare.cli.app import app, main
+from expertshare.cli.app import app, load_verb, main
 
-__all__ = ["app", "main"]
+__all__ = ["app", "load_verb", "main"]

@@ -4,47 +4,36 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from expertshare.cli.bench_options import (
-    BackendsFlag,
-    CasesFlag,
-    DeviceFlag,
-    DtypeFlag,
-    JsonFlag,
-    ListFlag,
-    MemoryFlag,
-    PlotFlag,
-    RepeatsFlag,
-    ReportFlag,
-    SeedFlag,
-    counts,
-    device_named,
-    dtype_named,
-    names,
-    policies_by_label,
-)
-from expertshare.cli.bench_subject import loaded_subject
-from expertshare.cli.bench_tables import experts_tables, forward_tables, generate_tables, machine_line
-from expertshare.cli.console import people, print_json
-from expertshare.cli.threads import ThreadsFlag, set_threads
+from expertshare import api
+from expertshare.cli.bench_tables import case_table, experts_tables, forward_tables, generate_tables, machine_line
+from expertshare.cli.console import check_at_least_one, check_outputs, people, print_json, split_names
+from expertshare.cli.options import OptionGroup, expanded, option
+from expertshare.cli.shared_options import set_threads
 from expertshare.convert.rates import CACHE_FACTOR
-from expertshare.errors import InputError
+from expertshare.decoding import DecodingOptions
+from expertshare.errors import ConfigError, InputError, nearest
+from expertshare.evaluation import encode_prompts, parse_policies, policy_label
+from expertshare.evaluation.prompts import read_prompts
 from expertshare.lab.bench import (
+    CASES,
     ExpertsSettings,
     ForwardSettings,
     Machine,
+    Subject,
     bench_experts,
     bench_forward,
     bench_generate,
     contenders,
     find_case,
+    gpu_device,
     gpu_memory_bytes,
     measure_gpu,
     measure_machine,
@@ -52,82 +41,186 @@ from expertshare.lab.bench import (
 )
 from expertshare.lab.bench.machine import CpuYardstick, dtype_name
 from expertshare.lab.bench.weights import memory_limit_bytes
-from expertshare.lab.plots import check_plot_path, plot_bench
+from expertshare.lab.plots import plot_bench
 from expertshare.measure.environment import capture_environment
-from expertshare.measure.report import Report, check_writable
+from expertshare.measure.report import Report
+from expertshare.types import RoutingPolicy
 
 DEFAULT_MODEL, DEFAULT_PROMPTS = "models/reference", Path("examples/prompts.jsonl")
 POLICIES = "vanilla,des-vote"
-CPU = torch.device("cpu")
-EXPERTS_EXAMPLE = "Example: expertshare bench experts --case llada2.0-mini --unique 16,70 --plot experts.png"
 VANILLA_UNIQUE = 70  # published for LLaDA2.0-mini
-FORWARD_EXAMPLE = "Example: expertshare bench forward --case llada2.0-mini --policies vanilla,des-vote:budget=16"
-GENERATE_EXAMPLE = "Example: expertshare bench generate models/reference --limit 8 --batch-sizes 1,8"
+_REPEATS = "Timed calls of each contender, in turn with all others."
+PoliciesFlag = Annotated[str, typer.Option(help="Policies, parted by commas, each with knobs if wanted.")]
+DtypeFlag = Annotated[str, typer.Option(help="Of weights and activations: bfloat16 or float32.")]
+
+
+def _list_cases(wanted: bool) -> None:
+    if wanted:
+        people(as_json=False).print(case_table(CASES))
+        raise typer.Exit
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListOption(OptionGroup):
+    """What prints the registry and leaves; its callback does everything."""
+
+    list_cases: bool = option(
+        "Print the cases and leave.", "--list", default=False, callback=_list_cases, is_eager=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(ListOption):
+    """How to measure, and where the outcome goes."""
+
+    device: str = option("cpu, or cuda: the GPU, timed by its own events.", default="cpu")
+    backends: str | None = option("Contenders, parted by commas. Default: all that are there.", default=None)
+    repeats: int = option(_REPEATS, default=15)
+    threads: int | None = option(
+        "Threads of one operation. Default: OMP_NUM_THREADS if set, else one for each physical core.", default=None
+    )
+    memory: float | None = option("Gigabytes for weights. Default: 3/4 of what is free.", default=None)
+    seed: int = option("Of weights, tokens and routing.", default=0)
+    as_json: bool = option("End with one JSON line on stdout; everything else goes to stderr.", "--json", default=False)
+    report: Path | None = option("Write a JSON report with machine and commit.", default=None)
+    plot: Path | None = option("Draw the results to this .png, .svg or .pdf file.", default=None)
+
+    def prepare(self) -> torch.device:
+        """Refuse what would fail only after minutes; set the threads once. The device to measure."""
+        check_outputs(self.report, plot=self.plot)
+        check_at_least_one("repeats", self.repeats)
+        set_threads(self.threads)
+        if self.device not in ("cpu", "cuda"):
+            raise ConfigError(f"unknown device {self.device!r}. {nearest(self.device, ('cpu', 'cuda'))}")
+        return gpu_device() if self.device == "cuda" else torch.device("cpu")
+
+    def names(self) -> list[str] | None:
+        """Contenders by name; None: all."""
+        return _names(self.backends)
+
+    def memory_bytes(self) -> int:
+        """For weights, on the device."""
+        return gpu_memory_bytes(self.memory) if self.device == "cuda" else memory_limit_bytes(self.memory)
+
+    def machine(self) -> Machine:
+        """The machine, measured and told of."""
+        _progress()("measuring bandwidth and peak")
+        machine = measure_gpu(torch.device("cuda")) if self.device == "cuda" else measure_machine()
+        people(as_json=self.as_json).print(machine_line(machine))
+        return machine
+
+    def finish(
+        self,
+        command: str,
+        machine: Machine,
+        found: Mapping[str, Any],
+        tables: Sequence[Table],
+        config: Mapping[str, Any],
+        dtype: torch.dtype,
+    ) -> None:
+        """Tell people, and write what was asked for."""
+        console, numbers = people(as_json=self.as_json), dtype_name(dtype)
+        for table in tables:
+            console.print(table)
+        for entry in found["left_out"]:
+            where = f" at {entry['unique']} unique experts of {entry['case']}" if entry.get("unique") else ""
+            console.print(f"not timed: {entry['backend']}{where}: {entry['reason']}", soft_wrap=True)
+        results = {
+            "machine": machine.to_json(),
+            "bandwidth_gb_per_s": machine.bytes_per_s / 1e9,
+            "peak_gmac_per_s": machine.macs_per_s[numbers] / 1e9,
+            **found,
+        }
+        if self.report is not None:
+            Report(
+                command=command,
+                environment=capture_environment(torch.device("cuda") if "gpu" in machine.facts else None),
+                seeds={"bench": self.seed},
+                config={**config, "dtype": numbers},
+                results=results,
+            ).write(self.report)
+        if self.plot is not None:
+            plot_bench(results, self.plot)
+        if self.as_json:
+            print_json(results)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardBenchOptions(BenchOptions):
+    """As for the others, with fewer repeats by default."""
+
+    repeats: int = option(_REPEATS, default=10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerBenchOptions(BenchOptions):
+    """As for the others, with the fewest repeats by default."""
+
+    repeats: int = option(_REPEATS, default=3)
+
 
 app = typer.Typer(
     help="Speed: a layer's experts, a forward, whole answers, each beside what people would use instead.",
     no_args_is_help=True,
     invoke_without_command=True,
+    add_completion=False,
 )
 
 
 @app.callback()
-def _shared(list_cases: ListFlag = False) -> None:
-    del list_cases  # its callback has done everything
+@expanded
+def _shared(listing: ListOption) -> None:
+    del listing  # its callback has done everything
 
 
-@app.command("experts", epilog=EXPERTS_EXAMPLE)
+@app.command(
+    "experts", epilog="Example: expertshare bench experts --case llada2.0-mini --unique 16,70 --plot experts.png"
+)
+@expanded
 def experts(
-    case: CasesFlag = "llada2.0-mini",
+    case: Annotated[str, typer.Option("--case", help="Cases, parted by commas; --list shows them.")] = "llada2.0-mini",
     unique: Annotated[str | None, typer.Option(help="Unique experts per block, e.g. 16,70.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Tokens per block, e.g. 32 or 16,32,64.")] = None,
     num_experts: Annotated[
         str | None, typer.Option("--experts", help="Experts in the layer instead of the model's number, e.g. 64,512.")
     ] = None,
     dtype: DtypeFlag = "bfloat16",
-    device: DeviceFlag = "cpu",
-    backends: BackendsFlag = None,
-    repeats: RepeatsFlag = 15,
-    threads: ThreadsFlag = None,
-    memory: MemoryFlag = None,
-    seed: SeedFlag = 0,
-    as_json: JsonFlag = False,
-    report: ReportFlag = None,
-    plot: PlotFlag = None,
-    list_cases: ListFlag = False,
+    *,
+    bench: BenchOptions,
 ) -> None:
     """Time one layer's experts by number of unique experts. Wrong results are reported, not timed."""
-    del list_cases
-    _prepare(report, plot, threads, repeats)
-    on = device_named(device)
-    entrants = contenders(names(backends), on)
+    device = bench.prepare()
+    entrants = contenders(bench.names(), device)
     cases = {
         name if size is None else f"{name}/{size}-experts": find_case(name).with_experts(size)
-        for name in names(case) or ()
-        for size in (counts("--experts", num_experts) or (None,))
+        for name in _names(case) or ()
+        for size in (_counts("--experts", num_experts) or (None,))
     }
     settings = ExpertsSettings(
-        tokens=counts("--tokens", tokens),
-        unique=counts("--unique", unique),
-        dtype=dtype_named(dtype),
-        repeats=repeats,
-        seed=seed,
-        memory_bytes=gpu_memory_bytes(memory) if on.type == "cuda" else memory_limit_bytes(memory),
-        device=on,
+        tokens=_counts("--tokens", tokens),
+        unique=_counts("--unique", unique),
+        dtype=_dtype(dtype),
+        repeats=bench.repeats,
+        seed=bench.seed,
+        memory_bytes=bench.memory_bytes(),
+        device=device,
     )
-    console = people(as_json=as_json)
-    machine = _measure(console, on)
+    machine = bench.machine()
     found = bench_experts(cases, entrants, machine, settings, _progress())
-    console.print(_limits(found))
-    config = {"cases": list(cases), "repeats": repeats, "warmup": settings.warmup, "skew": settings.skew}
-    _finish("bench experts", console, machine, found, experts_tables(found), config, seed, dtype, as_json, report, plot)
+    people(as_json=bench.as_json).print(_limits(found))
+    config = {"cases": list(cases), "repeats": bench.repeats, "warmup": settings.warmup, "skew": settings.skew}
+    bench.finish("bench experts", machine, found, experts_tables(found), config, settings.dtype)
 
 
-@app.command("forward", epilog=FORWARD_EXAMPLE)
+@app.command(
+    "forward",
+    epilog="Example: expertshare bench forward --case llada2.0-mini --policies vanilla,des-vote:budget=16",
+)
+@expanded
 def forward(
     case: Annotated[str, typer.Option("--case", help="One case; --list shows them.")] = "llada2.0-mini",
     layers: Annotated[int, typer.Option(help="Layers, leading dense ones included.")] = 4,
-    policies: Annotated[str, typer.Option(help="Policies, parted by commas, each with knobs if wanted.")] = POLICIES,
+    policies: PoliciesFlag = POLICIES,
     unique: Annotated[
         int | None,
         typer.Option(
@@ -139,21 +232,11 @@ def forward(
     masked: Annotated[int | None, typer.Option(help="Rows that need the head. Default: all.")] = None,
     context: Annotated[int, typer.Option(help="Positions in the cache.")] = 256,
     dtype: DtypeFlag = "bfloat16",
-    device: DeviceFlag = "cpu",
-    backends: BackendsFlag = None,
-    repeats: RepeatsFlag = 10,
-    threads: ThreadsFlag = None,
-    memory: MemoryFlag = None,
-    seed: SeedFlag = 0,
-    as_json: JsonFlag = False,
-    report: ReportFlag = None,
-    plot: PlotFlag = None,
-    list_cases: ListFlag = False,
+    *,
+    bench: ForwardBenchOptions,
 ) -> None:
     """Time one denoising forward of a few full-width layers and the head, by part, under several policies."""
-    del list_cases
-    _prepare(report, plot, threads, repeats)
-    on, picked = device_named(device), find_case(case)
+    device, picked = bench.prepare(), find_case(case)
     if unique is None:
         spec = picked.config.router
         unique = min(VANILLA_UNIQUE, spec.num_experts, (tokens or picked.tokens) * spec.top_k)
@@ -163,25 +246,25 @@ def forward(
         context=context,
         unique=unique or None,
         masked=masked,
-        dtype=dtype_named(dtype),
-        repeats=repeats,
-        seed=seed,
-        memory_bytes=gpu_memory_bytes(memory) if on.type == "cuda" else memory_limit_bytes(memory),
-        device=on,
+        dtype=_dtype(dtype),
+        repeats=bench.repeats,
+        seed=bench.seed,
+        memory_bytes=bench.memory_bytes(),
+        device=device,
     )
-    console = people(as_json=as_json)
-    chosen = policies_by_label(policies)
-    machine = _measure(console, on)
+    chosen = _policies(policies)
+    machine = bench.machine()
     size = 2 * CACHE_FACTOR * machine.cache_bytes
-    yardstick = CpuYardstick(settings.dtype, buffer_bytes=size) if on.type == "cpu" else None
-    found = bench_forward(case, picked, chosen, names(backends), settings, _progress(), yardstick)
+    yardstick = CpuYardstick(settings.dtype, buffer_bytes=size) if device.type == "cpu" else None
+    found = bench_forward(case, picked, chosen, bench.names(), settings, _progress(), yardstick)
     if yardstick is not None:
-        console.print(_limits(found))
-    config = {**found["scene"], "case": case, "policies": list(chosen), "repeats": repeats}
-    _finish("bench forward", console, machine, found, forward_tables(found), config, seed, dtype, as_json, report, plot)
+        people(as_json=bench.as_json).print(_limits(found))
+    config = {**found["scene"], "case": case, "policies": list(chosen), "repeats": bench.repeats}
+    bench.finish("bench forward", machine, found, forward_tables(found), config, settings.dtype)
 
 
-@app.command("generate", epilog=GENERATE_EXAMPLE)
+@app.command("generate", epilog="Example: expertshare bench generate models/reference --limit 8 --batch-sizes 1,8")
+@expanded
 def generate(
     model: Annotated[
         str | None,
@@ -201,33 +284,34 @@ def generate(
         typer.Option(metavar="FILE", help=f"Without --case: JSONL file of prompts. Default: {DEFAULT_PROMPTS}."),
     ] = None,
     limit: Annotated[int, typer.Option(help="Prompts to answer.")] = 4,
-    policies: Annotated[str, typer.Option(help="Policies, parted by commas, each with knobs if wanted.")] = POLICIES,
+    policies: PoliciesFlag = POLICIES,
     gen_length: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 64,
     threshold: Annotated[float, typer.Option(help="Commit tokens more probable than this.")] = 0.95,
     batch_sizes: Annotated[str, typer.Option(help="Prompts decoded together, e.g. 1,4,16.")] = "1",
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")] = None,
-    device: DeviceFlag = "cpu",
-    backends: BackendsFlag = None,
-    repeats: RepeatsFlag = 3,
-    threads: ThreadsFlag = None,
-    memory: MemoryFlag = None,
-    seed: SeedFlag = 0,
-    as_json: JsonFlag = False,
-    report: ReportFlag = None,
-    plot: PlotFlag = None,
-    list_cases: ListFlag = False,
+    *,
+    bench: AnswerBenchOptions,
 ) -> None:
     """Time whole answers, end to end: tokens per second, and whether every repetition says the same."""
-    del list_cases
-    _prepare(report, plot, threads, repeats)
-    if limit < 1:
-        raise InputError(f"limit must be at least 1, got {limit}")
-    _check_subject(case, {"--layers": layers, "--prompt-blocks": prompt_blocks, "--memory": memory}, (model, prompts))
-    on = device_named(device)
-    chosen, sizes = policies_by_label(policies), counts("--batch-sizes", batch_sizes) or (1,)
+    device = bench.prepare()
+    check_at_least_one("limit", limit)
+    of_case = {"--layers": layers, "--prompt-blocks": prompt_blocks, "--memory": bench.memory}
+    given = [name for name, value in of_case.items() if value is not None]
+    if case is None and given:
+        raise InputError(f"{', '.join(given)} belong to a random model: name its --case, or leave them out")
+    if case is not None and (model, prompts) != (None, None):
+        raise InputError(f"--case {case} decodes random prompts with a random model: leave out MODEL and --prompts")
+    chosen, sizes = _policies(policies), _counts("--batch-sizes", batch_sizes) or (1,)
     if case is None:
-        where, asked = model or DEFAULT_MODEL, prompts or DEFAULT_PROMPTS
-        subject = loaded_subject(where, asked, limit, dtype, gen_length, threshold, seed, on)
+        records = read_prompts(prompts or DEFAULT_PROMPTS)[:limit]
+        loaded = api.load(model or DEFAULT_MODEL, dtype=dtype, device=device)
+        loaded.model.requires_grad_(False)
+        subject = Subject(
+            name=str(loaded.path),
+            model=loaded.model,
+            prompts=encode_prompts(loaded, [record.prompt for record in records], None),
+            options=DecodingOptions(gen_length=gen_length, threshold=threshold, seed=bench.seed),
+        )
     else:
         subject = random_subject(
             case,
@@ -237,90 +321,53 @@ def generate(
             prompt_blocks=2 if prompt_blocks is None else prompt_blocks,
             gen_length=gen_length,
             threshold=threshold,
-            dtype=dtype_named(dtype or "bfloat16"),
-            seed=seed,
-            memory_bytes=gpu_memory_bytes(memory) if on.type == "cuda" else memory_limit_bytes(memory),
-            device=on,
+            dtype=_dtype(dtype or "bfloat16"),
+            seed=bench.seed,
+            memory_bytes=bench.memory_bytes(),
+            device=device,
         )
-    console = people(as_json=as_json)
-    machine = _measure(console, on)
+    machine = bench.machine()
     found = bench_generate(
-        subject, chosen, names(backends), batch_sizes=sizes, repeats=repeats, on_progress=_progress()
+        subject, chosen, bench.names(), batch_sizes=sizes, repeats=bench.repeats, on_progress=_progress()
     )
     config = {**found["subject"], "policies": list(chosen), "gen_length": gen_length, "threshold": threshold}
-    told = dtype_name(subject.model.dtype)
-    tables = generate_tables(found)
-    _finish("bench generate", console, machine, found, tables, config, seed, told, as_json, report, plot)
+    bench.finish("bench generate", machine, found, generate_tables(found), config, subject.model.dtype)
 
 
-def _check_subject(case: str | None, of_case: Mapping[str, object], of_model: tuple[str | None, Path | None]) -> None:
-    """Refuse what would go unused: a random model has no directory and no prompts, a real one its own size."""
-    given = [name for name, value in of_case.items() if value is not None]
-    if case is None and given:
-        raise InputError(f"{', '.join(given)} belong to a random model: name its --case, or leave them out")
-    if case is not None and of_model != (None, None):
-        raise InputError(f"--case {case} decodes random prompts with a random model: leave out MODEL and --prompts")
+def _names(listed: str | None) -> list[str] | None:
+    """Names parted by commas."""
+    found = None if listed is None else split_names(listed)
+    if found == []:
+        raise InputError(f"expected names parted by commas, got {listed!r}")
+    return found
 
 
-def _prepare(report: Path | None, plot: Path | None, threads: int | None, repeats: int) -> None:
-    """Refuse what would fail only after minutes; set the threads once."""
-    if plot is not None:
-        check_plot_path(plot)
-    for path in (report, plot):
-        if path is not None:
-            check_writable(path)
-    if repeats < 1:
-        raise InputError(f"repeats must be at least 1, got {repeats}")
-    set_threads(threads)
+def _counts(flag: str, listed: str | None) -> tuple[int, ...] | None:
+    """Whole numbers of at least 1, parted by commas."""
+    found = _names(listed)
+    if found is None:
+        return None
+    if not all(text.isdecimal() and int(text) >= 1 for text in found):
+        raise InputError(f"{flag} takes whole numbers of at least 1 parted by commas, got {listed!r}")
+    return tuple(int(text) for text in found)
 
 
-def _measure(console: Console, device: torch.device = CPU) -> Machine:
-    _progress()("measuring bandwidth and peak")
-    machine = measure_gpu(device) if device.type == "cuda" else measure_machine()
-    console.print(machine_line(machine))
-    return machine
+def _policies(listed: str) -> dict[str, RoutingPolicy]:
+    """Policies parted by commas, under the labels that name them in results."""
+    return {policy_label(policy): policy for policy in parse_policies([listed])}
+
+
+def _dtype(name: str) -> torch.dtype:
+    """float32 or bfloat16; ConfigError for others."""
+    if name not in api.DTYPES:
+        raise ConfigError(f"unknown dtype {name!r}. {nearest(name, api.DTYPES)}")
+    return api.DTYPES[name]
 
 
 def _limits(found: Mapping[str, Any]) -> str:
     """Over the whole run; points of experts have limits of their own."""
     limits = f"{found['bandwidth_gb_per_s']:.1f} GB/s, {found['peak_gmac_per_s']:.0f} GMAC/s"
     return f"the machine between the calls, which bounds go by: {limits} (medians over the run)"
-
-
-def _finish(
-    command: str,
-    console: Console,
-    machine: Machine,
-    found: Mapping[str, Any],
-    tables: Sequence[Table],
-    config: Mapping[str, Any],
-    seed: int,
-    dtype: str,
-    as_json: bool,
-    report: Path | None,
-    plot: Path | None,
-) -> None:
-    for table in tables:
-        console.print(table)
-    for entry in found["left_out"]:
-        where = f" at {entry['unique']} unique experts of {entry['case']}" if entry.get("unique") else ""
-        console.print(f"not timed: {entry['backend']}{where}: {entry['reason']}", soft_wrap=True)
-    results = {
-        "machine": machine.to_json(),
-        "bandwidth_gb_per_s": machine.bytes_per_s / 1e9,
-        "peak_gmac_per_s": machine.macs_per_s[dtype] / 1e9,
-        **found,
-    }
-    if report is not None:
-        full = {**config, "dtype": dtype}
-        environment = capture_environment(torch.device("cuda") if "gpu" in machine.facts else None)
-        Report(command=command, environment=environment, seeds={"bench": seed}, config=full, results=results).write(
-            report
-        )
-    if plot is not None:
-        plot_bench(results, plot)
-    if as_json:
-        print_json(results)
 
 
 def _progress() -> Callable[[str], None]:

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
-from expertshare.cli.console import percent
+from expertshare.cli.tables import figure, percent, table
 from expertshare.lab.bench import Case, Machine
 
-Found = Mapping[str, Any]
-WORD_WIDTH = {"backend": len("transformers-grouped-mm")}
+Point = Mapping[str, Any]
+Columns = dict[str, Callable[[Point], str]]
 PEERS_TITLE = "x: times as fast as torch's loop, transformers' eager and grouped_mm, vanilla"
 
 
 def case_table(cases: Mapping[str, Case]) -> Table:
     """The registry."""
-    table = _table("Cases", ["case"], ["hidden", "expert", "experts", "K", "MB/expert", "tokens", "unique"], "note")
-    for name, case in cases.items():
-        config = case.config
-        table.add_row(
-            name,
-            str(config.hidden_size),
-            str(config.expert_hidden),
-            str(config.router.num_experts),
-            str(config.router.top_k),
-            f"{config.num_expert_parameters * 2 / 1e6:.2f}",
-            str(case.tokens),
-            ",".join(map(str, case.unique)),
-            case.note,
-        )
-    return table
+    columns: dict[str, Callable[[tuple[str, Case]], str]] = {
+        "case": lambda row: row[0],
+        "hidden": lambda row: str(row[1].config.hidden_size),
+        "expert": lambda row: str(row[1].config.expert_hidden),
+        "experts": lambda row: str(row[1].config.router.num_experts),
+        "K": lambda row: str(row[1].config.router.top_k),
+        "MB/expert": lambda row: f"{row[1].config.num_expert_parameters * 2 / 1e6:.2f}",
+        "tokens": lambda row: str(row[1].tokens),
+        "unique": lambda row: ",".join(map(str, row[1].unique)),
+        "note": lambda row: row[1].note,
+    }
+    made = table("Cases", columns, cases.items(), compact=True)
+    made.columns[-1].justify = "left"
+    return made
 
 
 def machine_line(machine: Machine) -> str:
@@ -51,109 +49,94 @@ def machine_line(machine: Machine) -> str:
     )
 
 
-def experts_tables(found: Found) -> list[Table]:
+def experts_tables(found: Point) -> list[Table]:
     """A table for each case and number of tokens, then the lines through the points."""
-    columns = ["unique", "ms", "quartiles", "GB/s", "GMAC/s", "bound", "% of it", "x loop", "x eager", "x grouped"]
+    columns: Columns = {
+        "backend": lambda point: point["backend"],
+        "unique": lambda point: str(point["unique"]),
+        "ms": lambda point: figure(point["ms"], 2),
+        "quartiles": lambda point: _between(point["ms_quartiles"]),
+        "GB/s": lambda point: figure(point["gb_per_s"]),
+        "GMAC/s": lambda point: figure(point["gmac_per_s"]),
+        "bound": lambda point: figure(point["bound_ms"], 2),
+        "% of it": lambda point: percent(point["share_of_bound"]),
+        "x loop": _times("torch"),
+        "x eager": _times("transformers-eager"),
+        "x grouped": _times("transformers-grouped-mm"),
+    }
     tables = []
     for case, tokens in dict.fromkeys((point["case"], point["tokens"]) for point in found["cases"]):
-        title = f"{case}: one layer's experts, {tokens} tokens, {PEERS_TITLE}"
-        table = _table(title, ["backend"], columns)
-        for point in found["cases"]:
-            if (point["case"], point["tokens"]) == (case, tokens):
-                table.add_row(*_experts_row(point))
-        tables.append(table)
-    if not found["fits"]:
-        return tables
-    numbers = ["us/expert", "as GB/s", "us/pair", "R^2", "largest residual ms"]
-    fits = _table("latency = b * unique + a * pairs", ["case", "backend"], numbers)
-    for fit in found["fits"]:
-        fits.add_row(
-            fit["case"],
-            fit["backend"],
-            f"{fit['us_per_expert']:.1f}",
-            "-" if fit["gb_per_s"] is None else f"{fit['gb_per_s']:.1f}",
-            f"{fit['us_per_pair']:.2f}",
-            f"{fit['r_squared']:.4f}",
-            f"{max(map(abs, fit['residuals_ms'])):.3f}",
+        points = [point for point in found["cases"] if (point["case"], point["tokens"]) == (case, tokens)]
+        tables.append(
+            table(f"{case}: one layer's experts, {tokens} tokens, {PEERS_TITLE}", columns, points, compact=True)
         )
-    return [*tables, fits]
+    fits: Columns = {
+        "case": lambda fit: fit["case"],
+        "backend": lambda fit: fit["backend"],
+        "us/expert": lambda fit: figure(fit["us_per_expert"]),
+        "as GB/s": lambda fit: figure(fit["gb_per_s"]),
+        "us/pair": lambda fit: figure(fit["us_per_pair"], 2),
+        "R^2": lambda fit: figure(fit["r_squared"], 4),
+        "largest residual ms": lambda fit: figure(max(map(abs, fit["residuals_ms"])), 3),
+    }
+    if found["fits"]:
+        tables.append(table("latency = b * unique + a * pairs", fits, found["fits"], words=2, compact=True))
+    return tables
 
 
-def _experts_row(point: Mapping[str, Any]) -> list[str]:
+def forward_tables(found: Point) -> list[Table]:
+    """Every contender, then where our time goes."""
+    who: Columns = {"backend": lambda point: point["backend"], "policy": lambda point: point["policy"]}
+    columns: Columns = {
+        **who,
+        "unique": lambda point: figure(point.get("unique_experts")),
+        "ms": lambda point: figure(point["ms"], 2),
+        "quartiles": lambda point: _between(point["ms_quartiles"]),
+        "bound": lambda point: figure(point.get("bound_ms"), 2),
+        "% of bound": lambda point: percent(point.get("share_of_bound")),
+        "x eager": _times("transformers-eager"),
+        "x grouped": _times("transformers-grouped-mm"),
+        "x vanilla": _times("vanilla"),
+        "argmax %": lambda point: percent(point["same_argmax"]),
+    }
+    parts: Columns = dict(who)
+    for part in ("router", "experts", "attention", "head", "other"):
+        parts[part] = _part(part)
+    parts["router % of experts"] = lambda point: percent(point["router_over_experts"])
+    points = found["forwards"]
+    ours = [point for point in points if "ms_by_part" in point]
     return [
-        point["backend"],
-        str(point["unique"]),
-        f"{point['ms']:.2f}",
-        _between(point["ms_quartiles"]),
-        f"{point['gb_per_s']:.1f}",
-        f"{point['gmac_per_s']:.1f}",
-        f"{point['bound_ms']:.2f}",
-        percent(point["share_of_bound"]),
-        *(_times(point, other) for other in ("torch", "transformers-eager", "transformers-grouped-mm")),
+        table(f"One denoising forward, {PEERS_TITLE}", columns, points, words=2, compact=True),
+        table("ms by part (medians)", parts, ours, words=2, compact=True),
     ]
 
 
-def forward_tables(found: Found) -> list[Table]:
-    """Every contender, then where our time goes."""
-    columns = ["unique", "ms", "quartiles", "bound", "% of bound", "x eager", "x grouped", "x vanilla", "argmax %"]
-    whole = _table(f"One denoising forward, {PEERS_TITLE}", ["backend", "policy"], columns)
-    parts = ["router", "experts", "attention", "head", "other"]
-    split = _table("ms by part (medians)", ["backend", "policy"], [*parts, "router % of experts"])
-    for point in found["forwards"]:
-        whole.add_row(
-            point["backend"],
-            point["policy"],
-            f"{point['unique_experts']:.1f}" if "unique_experts" in point else "-",
-            f"{point['ms']:.2f}",
-            _between(point["ms_quartiles"]),
-            f"{point['bound_ms']:.2f}" if "bound_ms" in point else "-",
-            percent(point.get("share_of_bound")),
-            *(_times(point, other) for other in ("transformers-eager", "transformers-grouped-mm", "vanilla")),
-            percent(point["same_argmax"]),
-        )
-        if "ms_by_part" in point:
-            by_part = [f"{point['ms_by_part'][part]:.2f}" for part in parts]
-            split.add_row(point["backend"], point["policy"], *by_part, percent(point["router_over_experts"]))
-    return [whole, split]
-
-
-def generate_tables(found: Found) -> list[Table]:
+def generate_tables(found: Point) -> list[Table]:
     """Every contender."""
-    columns = ["graph", "batch", "tokens/s", "range", "unique", "x grouped", "x vanilla", "same %", "peer %"]
-    table = _table(f"Whole answers, {PEERS_TITLE}", ["backend", "policy"], [*columns, "runs"])
-    for point in found["generations"]:
-        table.add_row(
-            point["backend"],
-            point["policy"],
-            {None: "-", True: "yes", False: "no"}[point.get("captured")],
-            str(point["batch_size"]),
-            f"{point['tokens_per_s']:.1f}",
-            "-".join(f"{rate:.1f}" for rate in point["tokens_per_s_range"]),
-            f"{point['unique_experts']:.1f}" if "unique_experts" in point else "-",
-            *(_times(point, other) for other in ("transformers-grouped-mm", "vanilla")),
-            percent(point["same_as_vanilla"]),
-            percent(min(point["same_as_peer"].values(), default=None)),
-            "equal" if point["equal_across_repeats"] else "DIFFER",
-        )
-    return [table]
+    columns: Columns = {
+        "backend": lambda point: point["backend"],
+        "policy": lambda point: point["policy"],
+        "graph": lambda point: {None: "-", True: "yes", False: "no"}[point.get("captured")],
+        "batch": lambda point: str(point["batch_size"]),
+        "tokens/s": lambda point: figure(point["tokens_per_s"]),
+        "range": lambda point: "-".join(f"{rate:.1f}" for rate in point["tokens_per_s_range"]),
+        "unique": lambda point: figure(point.get("unique_experts")),
+        "x grouped": _times("transformers-grouped-mm"),
+        "x vanilla": _times("vanilla"),
+        "same %": lambda point: percent(point["same_as_vanilla"]),
+        "peer %": lambda point: percent(min(point["same_as_peer"].values(), default=None)),
+        "runs": lambda point: "equal" if point["equal_across_repeats"] else "DIFFER",
+    }
+    return [table(f"Whole answers, {PEERS_TITLE}", columns, found["generations"], words=2, compact=True)]
 
 
-def _times(point: Mapping[str, Any], other: str) -> str:
-    factor = point["faster_than"].get(other)
-    return "-" if factor is None else f"{factor:.2f}"
+def _part(name: str) -> Callable[[Point], str]:
+    return lambda point: figure(point["ms_by_part"][name], 2)
+
+
+def _times(other: str) -> Callable[[Point], str]:
+    return lambda point: figure(point["faster_than"].get(other), 2)
 
 
 def _between(pair: Sequence[float]) -> str:
     return f"{pair[0]:.2f}-{pair[1]:.2f}"
-
-
-def _table(title: str, words: Sequence[str], numbers: Sequence[str], *more: str) -> Table:
-    """Without lines between columns: there are many of them."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in words:
-        table.add_column(column, overflow="fold", min_width=WORD_WIDTH.get(column))
-    for column in numbers:
-        table.add_column(column, justify="right")
-    for column in more:
-        table.add_column(column)
-    return table

@@ -1,15 +1,31 @@
-"""Where words for people go, and how numbers are written in tables."""
+"""Where words for people go, progress on a terminal, and files that a verb will write."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-from expertshare.experts import StoreStatistics
+from expertshare.errors import InputError
+from expertshare.measure.report import check_writable
 
 PLAIN_WIDTH = 120
 
@@ -25,29 +41,76 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
-def megabytes(count: int) -> str:
-    """Bytes in units of a million."""
-    return f"{count / 1e6:,.1f}"
+def check_outputs(*paths: Path | None, plot: Path | None = None) -> None:
+    """Refuse files that could not be written, before hours of work. Raises InputError."""
+    if plot is not None:
+        from expertshare.lab.plots import check_plot_path  # only here: a picture needs matplotlib
+
+        check_plot_path(plot)
+    for path in (plot, *paths):
+        if path is not None:
+            check_writable(path)
 
 
-def store_summary(statistics: StoreStatistics) -> str:
-    """What was asked of an expert store, in a line."""
-    total = statistics.total
-    if statistics.kind == "mmap":
-        return f"experts: mapped, {total.requests:,} borrowed"
-    room = f"{statistics.slots:,} slots of {megabytes(statistics.slot_bytes)} MB"
-    copied = f", {megabytes(total.copies * statistics.slot_bytes)} MB copied to the GPU" if total.copies else ""
-    read = f"{megabytes(total.reads * statistics.slot_bytes)} MB read{copied}, {total.stall_s:.2f} s waited"
-    return f"experts: {room}; {percent(total.hit_rate)} % of {total.requests:,} there; {read}"
+def check_at_least_one(name: str, value: int | None) -> None:
+    """InputError for a number below 1; None was not given."""
+    if value is not None and value < 1:
+        raise InputError(f"{name} must be at least 1, got {value}")
 
 
-def percent(share: float | None) -> str:
-    """A share as a percentage; a dash where there is none."""
-    return "-" if share is None else f"{100 * share:.1f}"
+def split_names(listed: str) -> list[str]:
+    """Names parted by commas, without spaces around them."""
+    return [name.strip() for name in listed.split(",") if name.strip()]
 
 
-def percent_within(share: float | None, interval: list[float] | None) -> str:
-    """A share and its interval, in per cent."""
-    if share is None or interval is None:
-        return percent(share)
-    return f"{percent(share)} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+class Bars(AbstractContextManager["Bars"]):
+    """A progress bar for each stage, e.g. a policy, on stderr, on a terminal only."""
+
+    def __init__(self, *columns: ProgressColumn, shown: bool = True) -> None:
+        console = Console(stderr=True)
+        columns = columns or (MofNCompleteColumn(),)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            *columns,
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (shown and console.is_terminal),
+        )
+        self._bars: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def hear(self, label: str, done: int, total: int, **shown: Any) -> None:
+        """So much of a stage is done. shown: fields of this bar's further columns."""
+        if label not in self._bars:
+            self._bars[label] = self._progress.add_task(label, total=total, **shown)
+        self._progress.update(self._bars[label], completed=done, **shown)
+
+
+def told_bars(*, shown: bool = True) -> Bars:
+    """Bars with a word on how it goes (`said`) and the time gone by."""
+    return Bars(
+        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[said]}"), TimeElapsedColumn(), shown=shown
+    )
+
+
+@contextmanager
+def bytes_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """For gigabytes to be written: what to call with the file, bytes done and bytes in all."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        bar = progress.add_task("", total=None)
+        yield lambda name, done, total: progress.update(bar, description=name, completed=done, total=total)

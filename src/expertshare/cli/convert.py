@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from expertshare.cli.console import megabytes, people, print_json
-from expertshare.cli.progress import bytes_progress
-from expertshare.convert import Converted, restore, verify
+from expertshare.cli.console import bytes_progress, people, print_json
+from expertshare.cli.options import OptionGroup, option
+from expertshare.cli.shared_options import JsonFlag
+from expertshare.cli.tables import megabytes
 from expertshare.convert import convert as convert_model
+from expertshare.convert import restore, verify
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.experts import parse_size
 
@@ -22,21 +25,28 @@ LAYOUTS = ("experts", "huggingface")
 SHARD_SIZE = "5GB"
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuantisationOptions(OptionGroup):
+    """In how many bits weights are stored."""
+
+    quantise: str = option("How experts are stored: none, int8 or int4.", default="none")
+    group_size: int | None = option("Weights per scale with int4: 32 or 64.", default=None)
+    quantise_embeddings: str = option("Embedding and head: none or int8.", default="none")
+
+
 def convert(
     source: Annotated[str, typer.Argument(help="Directory of a model in Hugging Face layout, or a hub id.")],
     out: Annotated[Path, typer.Argument(help="Directory to make. Until it is complete it is called OUT.partial.")],
-    quantise: Annotated[str, typer.Option(help="How experts are stored: none, int8 or int4.")] = "none",
-    group_size: Annotated[int | None, typer.Option(help="Weights per scale with int4: 32 or 64.")] = None,
-    quantise_embeddings: Annotated[str, typer.Option(help="Embedding and head: none or int8.")] = "none",
+    stored: QuantisationOptions,
     to: Annotated[str, typer.Option(help="Layout to write: experts or huggingface.")] = "experts",
     shard_size: Annotated[str | None, typer.Option(help="Largest file with --to huggingface; default: 5GB.")] = None,
     check: Annotated[bool, typer.Option("--verify", help="Read everything back and compare checksums.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line on stdout.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Rewrite a checkpoint expert by expert, for --expert-memory. Run again, an interrupted conversion goes on."""
     if to not in LAYOUTS:
         raise ConfigError(f"unknown layout {to!r}. {nearest(to, LAYOUTS)}")
-    if to == "huggingface" and (quantise, group_size, quantise_embeddings) != ("none", None, "none"):
+    if to == "huggingface" and stored != QuantisationOptions():
         raise InputError(
             "the Hugging Face layout is written as the source was: leave out --quantise, --group-size and "
             "--quantise-embeddings"
@@ -45,34 +55,23 @@ def convert(
         raise InputError("--shard-size belongs to --to huggingface: leave it out")
     with bytes_progress() as on_progress:
         if to == "experts":
-            done = convert_model(
-                source,
-                out,
-                quantise=quantise,
-                group_size=group_size,
-                quantise_embeddings=quantise_embeddings,
-                on_progress=on_progress,
-            )
+            done = convert_model(source, out, **stored.arguments(), on_progress=on_progress)
         else:
             done = restore(source, out, max_shard_bytes=parse_size(shard_size or SHARD_SIZE), on_progress=on_progress)
         verified = verify(out, on_progress) if check else None
     size = sum(path.stat().st_size for path in done.path.iterdir())
-    people(as_json=as_json).print(_told(done, size, verified), soft_wrap=True)
+    state = "is written" if done.fresh else "was there already, made from the same source in the same way"
+    checked = "" if verified is None else f" All {megabytes(verified)} MB were read back and are right."
+    people(as_json=as_json).print(f"{done.path} {state}: {megabytes(size)} MB.{checked}", soft_wrap=True)
     if as_json:
         print_json(
             {
                 "path": str(done.path),
                 "layout": to,
-                "quantise": quantise,
-                "quantise_embeddings": quantise_embeddings,
+                "quantise": stored.quantise,
+                "quantise_embeddings": stored.quantise_embeddings,
                 "bytes": size,
                 "fresh": done.fresh,
                 "verified_bytes": verified,
             }
         )
-
-
-def _told(done: Converted, size: int, verified: int | None) -> str:
-    state = "is written" if done.fresh else "was there already, made from the same source in the same way"
-    checked = "" if verified is None else f" All {megabytes(verified)} MB were read back and are right."
-    return f"{done.path} {state}: {megabytes(size)} MB.{checked}"

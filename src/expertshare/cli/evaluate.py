@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from expertshare import api
-from expertshare.cli.bars import Bars
-from expertshare.cli.console import people, print_json
-from expertshare.cli.evaluation_tables import cost_table, summary_table, task_table
-from expertshare.cli.option_groups import DecodingFlags, StoreFlags, with_option_groups
-from expertshare.cli.ray_flags import RayAddressFlag, RayFlag
+from expertshare.cli.console import Bars, people, print_json, split_names
+from expertshare.cli.shared_options import (
+    AnswerOptions,
+    DecodingFlags,
+    JsonFlag,
+    ModelArgument,
+    PolicyFilesFlag,
+    RayOptions,
+    StoreFlags,
+)
+from expertshare.cli.tables import figure, percent, percent_within, table
 from expertshare.evaluation import PRESETS
 
 EXAMPLE = (
     "Example: expertshare eval models/reference --tasks arith,code --policies vanilla,des-vote:budget=28 "
     "--limit 100 --allow-code --out runs/vote"
 )
+LABEL_WIDTH = 18
+Row = Mapping[str, Any]
 
 
-@with_option_groups
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Directory of a model in Hugging Face layout, or a hub id.")],
+    model: ModelArgument,
     out: Annotated[
         Path, typer.Option(metavar="RUN_DIR", help="Directory of this evaluation; one that was interrupted goes on.")
     ],
@@ -32,10 +41,7 @@ def evaluate(
         str, typer.Option(help="Tasks, parted by commas: generated kinds (arith, ...) or benchmarks (gsm8k, ...).")
     ] = "arith,math,choice",
     policies: Annotated[str, typer.Option(help="Policies, parted by commas. Vanilla is always run.")] = "vanilla",
-    policy_file: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Also the policy of this file of `expertshare tune`; may be repeated."),
-    ] = None,
+    policy_file: PolicyFilesFlag = None,
     preset: Annotated[
         str | None, typer.Option(help=f"Settings of a paper ({', '.join(PRESETS)}); given flags go before it.")
     ] = None,
@@ -49,17 +55,10 @@ def evaluate(
     ] = False,
     processes: Annotated[int, typer.Option(help="Processes that answer, each with the model loaded.")] = 1,
     threads: Annotated[int, typer.Option(help="Threads of each process.")] = 1,
-    ray: RayFlag = False,
-    ray_address: RayAddressFlag = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's.")] = None,
-    backend: Annotated[str, typer.Option(help="Expert computation: auto, cpu, grouped or reference.")] = "auto",
-    chat: Annotated[
-        bool | None, typer.Option("--chat/--raw", help="Use the chat template, or not. Default: if there is one.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="End with one JSON line on stdout; everything else goes to stderr.")
-    ] = False,
     *,
+    compute: AnswerOptions,
+    as_json: JsonFlag = False,
+    scale: RayOptions,
     decoding: DecodingFlags,
     storage: StoreFlags,
 ) -> None:
@@ -70,7 +69,7 @@ def evaluate(
     with Bars() as bars:
         evaluation = api.evaluate(
             model,
-            [name.strip() for name in tasks.split(",") if name.strip()],
+            split_names(tasks),
             [policies, *(api.load_policy(file) for file in policy_file or [])],
             out=out,
             preset=preset,
@@ -80,34 +79,74 @@ def evaluate(
             allow_code=allow_code,
             processes=processes,
             threads=threads,
-            ray=ray,
-            ray_address=ray_address,
-            dtype=dtype,
-            backend=backend,
-            chat=chat,
-            store=storage.options(),
+            store=storage.store(),
             on_progress=bars.hear,
             on_notice=lambda notice: typer.echo(notice, err=True),
-            **_given(context, decoding),
+            **scale.arguments(),
+            **compute.arguments(),
+            **decoding.given(context),
         )
     results, console = evaluation.results, people(as_json=as_json)
-    for table in (task_table(results), cost_table(results), summary_table(results)):
-        console.print(table)
+    for each in (_tasks(results["rows"]), _costs(results["rows"]), _summary(results["summary"])):
+        console.print(each)
     if as_json:
         print_json({**results, "run_dir": str(out)})
 
 
-def _given(context: typer.Context, decoding: DecodingFlags) -> dict[str, Any]:
-    """Decoding flags that were on the command line; the others are left to the preset and the tasks."""
-    flags = {"steps_per_block": "steps"}
-    return {
-        name: value
-        for name, value in decoding.options().items()
-        if _source(context, flags.get(name, name)) != "DEFAULT"
+def _tasks(rows: list[Row]) -> Table:
+    """Accuracy of every policy at every task, beside vanilla's."""
+
+    def difference(row: Row) -> str:
+        found = row["difference"]
+        return percent_within(found["value"], [found["low"], found["high"]]) if found else "-"
+
+    columns: dict[str, Callable[[Row], str]] = {
+        "policy": lambda row: row["policy"],
+        "task": lambda row: row["task"],
+        "right": lambda row: f"{row['correct']}/{row['judged']}" if row["judged"] else "-",
+        "accuracy %": lambda row: percent_within(row["accuracy"], row["interval"]),
+        "difference %": difference,
+        "p": lambda row: figure(row["difference"]["p_value"], 3) if row["difference"] else "-",
+        "retained": lambda row: percent(row["retained"]),
+        "capped": lambda row: percent(row["retained_capped"]),
     }
+    title = "Accuracy, %, with its 95 % interval; difference to vanilla on the same items; % retained of vanilla's"
+    made = table(title, columns, rows, words=2, widest=LABEL_WIDTH)
+    unjudged = sorted({reason for row in rows for reason in row["unjudged_because"]})
+    made.caption = f"Not judged: {'; '.join(unjudged)}" if unjudged else None
+    return made
 
 
-def _source(context: typer.Context, parameter: str) -> str | None:
-    """By name: typer may bring a click of its own, whose values are not equal to those of the installed one."""
-    found = context.get_parameter_source(parameter)
-    return found.name if found is not None else None
+def _costs(rows: list[Row]) -> Table:
+    """Experts by kind of forward, and what an answer takes."""
+    columns: dict[str, Callable[[Row], str]] = {
+        "policy": lambda row: row["policy"],
+        "task": lambda row: row["task"],
+        "denoise": lambda row: figure(row["unique_experts"]["denoise"]),
+        "prefill": lambda row: figure(row["unique_experts"]["prefill"]),
+        "commit": lambda row: figure(row["unique_experts"]["commit"]),
+        "saved %": lambda row: percent(row["unique_experts_reduction"]),
+        "steps": lambda row: figure(row["steps"]),
+        "tokens": lambda row: figure(row["tokens"]),
+    }
+    title = "Unique experts per block and layer, by kind of forward; saved: of vanilla's, denoising. Means per answer"
+    return table(title, columns, rows, words=2, widest=LABEL_WIDTH)
+
+
+def _summary(rows: list[Row]) -> Table:
+    """Each policy over all tasks."""
+
+    def tasks(row: Row) -> str:
+        without = len(row["tasks_without_ratio"])
+        return f"{len(row['tasks_counted'])}{f' (+{without} without a ratio)' if without else ''}"
+
+    columns: dict[str, Callable[[Row], str]] = {
+        "policy": lambda row: row["policy"],
+        "tasks": tasks,
+        "retained %": lambda row: percent(row["retained"]),
+        "capped %": lambda row: percent_within(row["retained_capped"], row["retained_capped_interval"]),
+        "unique experts": lambda row: figure(row["unique_experts"]["denoise"]),
+        "saved %": lambda row: percent(row["unique_experts_reduction"]),
+    }
+    title = "Over tasks: retained of vanilla's accuracy, plain mean, and with no task above 100 %"
+    return table(title, columns, rows, words=2, widest=LABEL_WIDTH)

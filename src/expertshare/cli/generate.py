@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -10,17 +13,30 @@ import typer
 from rich.table import Table
 
 from expertshare import api
-from expertshare.cli.backend_flags import BackendFlag, DeviceFlag
-from expertshare.cli.console import megabytes, people, print_json, store_summary
-from expertshare.cli.option_groups import DecodingFlags, KnobFlags, StoreFlags, with_option_groups
+from expertshare.cli.console import check_outputs, people, print_json
+from expertshare.cli.options import option
+from expertshare.cli.shared_options import (
+    AnswerOptions,
+    BatchSizeFlag,
+    DecodingFlags,
+    DeviceOptions,
+    JsonFlag,
+    KnobFlags,
+    ModelArgument,
+    PolicyFileFlag,
+    PolicyFlag,
+    StoreFlags,
+    ThreadsFlag,
+    set_threads,
+)
 from expertshare.cli.streaming import AnswerPrinter
-from expertshare.cli.threads import ThreadsFlag, set_threads
+from expertshare.cli.tables import megabytes, percent, table
 from expertshare.errors import InputError
 from expertshare.evaluation import policy_label
 from expertshare.evaluation.prompts import read_prompts
-from expertshare.measure.cost import FORWARD_KINDS
+from expertshare.experts import StoreStatistics
+from expertshare.measure.cost import FORWARD_KINDS, ForwardKind
 from expertshare.measure.memory import MemoryWatch
-from expertshare.measure.report import check_writable
 from expertshare.models import LoadedModel, decode_answer
 
 EXAMPLE = (
@@ -29,67 +45,55 @@ EXAMPLE = (
 )
 
 
-@with_option_groups
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(AnswerOptions, DeviceOptions):
+    """How to compute, too."""
+
+    graphs: bool = option(
+        "On a GPU, with --backend triton: replay captured steps.", "--graphs/--no-graphs", default=True
+    )
+
+
 def generate(
-    model: Annotated[str, typer.Argument(help="Directory of a model in Hugging Face layout, or a hub id.")],
+    model: ModelArgument,
     source: Annotated[str | None, typer.Argument(metavar="-", help="- reads one prompt from stdin.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
     prompts: Annotated[
         str | None, typer.Option(metavar="FILE", help='JSONL file of objects with "prompt"; - reads it from stdin.')
     ] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="Policy, or policy:knob=value,... Default: what the model was trained with.")
-    ] = None,
-    policy_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Policy file of `expertshare tune`, for this very model.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's.")] = None,
-    device: DeviceFlag = "cpu",
-    backend: BackendFlag = "auto",
-    graphs: Annotated[
-        bool, typer.Option("--graphs/--no-graphs", help="On a GPU, with --backend triton: replay captured steps.")
-    ] = True,
+    policy: PolicyFlag = None,
+    policy_file: PolicyFileFlag = None,
+    batch_size: BatchSizeFlag = 1,
+    *,
+    compute: GenerationOptions,
     threads: ThreadsFlag = None,
-    chat: Annotated[
-        bool | None, typer.Option("--chat/--raw", help="Use the chat template, or not. Default: if there is one.")
-    ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="End with one JSON line on stdout; everything else goes to stderr.")
-    ] = False,
+    as_json: JsonFlag = False,
     report: Annotated[Path | None, typer.Option(help="Write a JSON report with the cost of every forward.")] = None,
     record_routing: Annotated[
         Path | None, typer.Option(help="Write the experts of every token, for --trace of `plan` and `simulate`.")
     ] = None,
-    *,
     decoding: DecodingFlags,
     knobs: KnobFlags,
     storage: StoreFlags,
 ) -> None:
     """Answer a prompt, a file of prompts, or stdin with a diffusion model, block by block."""
-    if report is not None:
-        check_writable(report)
+    check_outputs(report, record_routing)
     set_threads(threads)
-    if record_routing is not None:
-        check_writable(record_routing)
     texts = _read_texts(source, prompt, prompts)
-    chosen = knobs.policy(policy, policy_file)
-    store = storage.options()
+    chosen, store = knobs.policy(policy, policy_file), storage.store()
     with MemoryWatch() as memory:
-        loaded = api.load(model, dtype=dtype, store=store, device=device)
+        loaded = api.load(model, dtype=compute.dtype, store=store, device=compute.device)
         result = api.generate(
             loaded,
             texts,
             policy=chosen,
             batch_size=batch_size,
-            backend=backend,
-            graphs=graphs,
-            chat=chat,
             store=store,
             on_block=_printer(loaded, texts, as_json=as_json).hear,
             memory=memory,
             record_routing=record_routing,
-            **decoding.options(),
+            **compute.arguments(),
+            **decoding.arguments(),
         )
     console = people(as_json=as_json)
     console.print(_table(result))
@@ -120,28 +124,26 @@ def _read_texts(source: str | None, prompt: str | None, prompts: str | None) -> 
 
 
 def _printer(loaded: LoadedModel, texts: list[str], *, as_json: bool) -> AnswerPrinter:
-    def decode(token_ids: object) -> str:
+    def decode(token_ids: Sequence[int]) -> str:
         assert loaded.tokenizer is not None
-        return decode_answer(loaded.tokenizer, token_ids)  # type: ignore[arg-type]
-
-    stream = sys.stderr if as_json else sys.stdout
+        return decode_answer(loaded.tokenizer, token_ids)
 
     def write(text: str) -> None:
-        stream.write(text)
-        stream.flush()
+        print(text, end="", file=sys.stderr if as_json else sys.stdout, flush=True)
 
     return AnswerPrinter(prompts=texts, decode=decode, write=write)
 
 
 def _table(result: api.Generated) -> Table:
-    run, cost = result.run, result.cost
-    table = Table(title=policy_label(run.policy), title_justify="left", show_header=True)
-    for column in ("", *FORWARD_KINDS):
-        table.add_column(column, justify="right" if column else "left")
-    table.add_row("forwards", *(str(cost.forwards[kind]) for kind in FORWARD_KINDS))
-    table.add_row("unique experts per block and layer", *(f"{cost.unique_experts[kind]:.1f}" for kind in FORWARD_KINDS))
-    table.add_row("expert weights read, MB", *(megabytes(cost.expert_bytes[kind]) for kind in FORWARD_KINDS))
-    return table
+    cost = result.run.cost
+    rows: dict[str, Callable[[ForwardKind], str]] = {
+        "forwards": lambda kind: str(cost.forwards[kind]),
+        "unique experts per block and layer": lambda kind: f"{cost.unique_experts[kind]:.1f}",
+        "expert weights read, MB": lambda kind: megabytes(cost.expert_bytes[kind]),
+    }
+    lines = [(name, *(cell(kind) for kind in FORWARD_KINDS)) for name, cell in rows.items()]
+    columns = {heading: itemgetter(position) for position, heading in enumerate(("", *FORWARD_KINDS))}
+    return table(policy_label(result.run.policy), columns, lines)
 
 
 def _summary(result: api.Generated) -> str:
@@ -158,5 +160,16 @@ def _summary(result: api.Generated) -> str:
         why = run.uncaptured_because
         lines.append("steps: " + ("replayed from a graph" if why is None else f"launched one by one: {why}"))
     if run.expert_store is not None:
-        lines.append(store_summary(run.expert_store))
+        lines.append(_store_summary(run.expert_store))
     return "\n".join(lines)
+
+
+def _store_summary(statistics: StoreStatistics) -> str:
+    """What was asked of an expert store, in a line."""
+    total = statistics.total
+    if statistics.kind == "mmap":
+        return f"experts: mapped, {total.requests:,} borrowed"
+    slots = f"{statistics.slots:,} slots of {megabytes(statistics.slot_bytes)} MB"
+    copied = f", {megabytes(total.copies * statistics.slot_bytes)} MB copied to the GPU" if total.copies else ""
+    read = f"{megabytes(total.reads * statistics.slot_bytes)} MB read{copied}, {total.stall_s:.2f} s waited"
+    return f"experts: {slots}; {percent(total.hit_rate)} % of {total.requests:,} there; {read}"

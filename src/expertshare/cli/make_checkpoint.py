@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
-from expertshare.cli.console import megabytes, people, print_json
-from expertshare.cli.progress import bytes_progress
+from expertshare.cli.console import bytes_progress, people, print_json
+from expertshare.cli.convert import QuantisationOptions
+from expertshare.cli.shared_options import JsonFlag
+from expertshare.cli.tables import megabytes
 from expertshare.convert.shapes import VANILLA_UNIQUE, default_unique, likeness
 from expertshare.lab.random_checkpoint.make_checkpoint import make_checkpoint as make
 
@@ -18,33 +20,21 @@ EXAMPLE = "Example: expertshare make-checkpoint --like llada2.0-mini --layers 4 
 def make_checkpoint(
     like: Annotated[str, typer.Option(help=f"Whose shapes: {', '.join(VANILLA_UNIQUE)}.")],
     out: Annotated[Path, typer.Option(help="Directory to make. Until it is complete it is called OUT.partial.")],
+    stored: QuantisationOptions,
     layers: Annotated[int | None, typer.Option(help="Layers, leading dense ones included. Default: all.")] = None,
     experts: Annotated[int | None, typer.Option(help="Experts per layer instead of the model's number.")] = None,
-    quantise: Annotated[str, typer.Option(help="How experts are stored: none, int8 or int4.")] = "none",
-    group_size: Annotated[int | None, typer.Option(help="Weights per scale with int4: 32 or 64.")] = None,
-    quantise_embeddings: Annotated[str, typer.Option(help="Embedding and head: none or int8.")] = "none",
     unique: Annotated[
         int | None, typer.Option(help="Experts that a block uses in a layer without sharing. Default: as published.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of all weights.")] = 0,
     layout: Annotated[str, typer.Option(help="Layout to write: experts or huggingface.")] = "experts",
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line on stdout.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Write a random checkpoint for benchmarks: real shapes, routers that agree as trained ones do, no knowledge."""
     config = likeness(like, layers=layers, experts=experts)
     wanted = default_unique(like, config) if unique is None else unique
     with bytes_progress() as on_progress:
-        made = make(
-            config,
-            out,
-            unique=wanted,
-            quantise=quantise,
-            group_size=group_size,
-            quantise_embeddings=quantise_embeddings,
-            layout=layout,
-            seed=seed,
-            on_progress=on_progress,
-        )
+        made = make(config, out, unique=wanted, layout=layout, seed=seed, on_progress=on_progress, **stored.arguments())
     size = sum(path.stat().st_size for path in made.path.iterdir())
     people(as_json=as_json).print(
         f"{made.path} {'is written' if made.fresh else 'was there already, made in the same way'}: "
@@ -60,8 +50,8 @@ def make_checkpoint(
                 "path": str(made.path),
                 "like": like,
                 "layout": layout,
-                "quantise": quantise,
-                "quantise_embeddings": quantise_embeddings,
+                "quantise": stored.quantise,
+                "quantise_embeddings": stored.quantise_embeddings,
                 "bytes": size,
                 "fresh": made.fresh,
                 "unique_requested": wanted,

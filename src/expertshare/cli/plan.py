@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,8 @@ import typer
 from rich.table import Table
 
 from expertshare.cli.console import people, print_json
+from expertshare.cli.shared_options import BatchSizeFlag, JsonFlag, PolicyFlag
+from expertshare.cli.tables import table
 from expertshare.convert.plan import Figure, Plan, Workload, make_plan
 from expertshare.convert.rates import measure_rates
 from expertshare.convert.shapes import VANILLA_UNIQUE, likeness
@@ -34,17 +37,15 @@ def plan(
     ] = None,
     layers: Annotated[int | None, typer.Option(help="With --like: layers. Default: all.")] = None,
     memory: Annotated[str | None, typer.Option(help="For the whole process, e.g. 8GiB. Default: what is free.")] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="Policy, or policy:knob=value,... Default: what the model was trained with.")
-    ] = None,
+    policy: PolicyFlag = None,
     trace: Annotated[
         Path | None, typer.Option(help="Routing record of this model under this policy (generate --record-routing).")
     ] = None,
     prompt_length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 256,
     gen_length: Annotated[int, typer.Option(help="Tokens to generate.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 1,
+    batch_size: BatchSizeFlag = 1,
     tokens_per_step: Annotated[float, typer.Option(help="Tokens that a denoising step commits.")] = 1.0,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line on stdout.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Say what fits: dense bytes, bytes per expert, smallest budget, recommended store, expected speed."""
     if (model is None) == (like is None):
@@ -71,12 +72,14 @@ def plan(
 
 
 def _table(made: Plan) -> Table:
-    table = Table(title=f"store: {made.store}, experts in {made.scheme}", title_justify="left")
-    for column in ("", "", "origin", "how"):
-        table.add_column(column, overflow="fold")
-    for name, figure in made.figures.items():
-        table.add_row(name, _shown(figure), figure.origin, figure.how)
-    return table
+    columns: dict[str, Callable[[tuple[str, Figure]], str]] = {
+        "": lambda row: row[0],
+        " ": lambda row: _shown(row[1]),
+        "origin": lambda row: row[1].origin,
+        "how": lambda row: row[1].how,
+    }
+    title = f"store: {made.store}, experts in {made.scheme}"
+    return table(title, columns, made.figures.items(), words=4, widest=0)
 
 
 def _shown(figure: Figure) -> str:

@@ -9,6 +9,7 @@ import typer
 
 from expertshare import api
 from expertshare.cli.console import print_json
+from expertshare.cli.shared_options import JsonFlag
 
 EXAMPLE = "Example: expertshare report runs/first compare.json benchmarks/results/experts-mini-3.json --out report/"
 
@@ -25,9 +26,7 @@ def report(
     claims: Annotated[
         bool, typer.Option("--claims/--no-claims", help="What papers claim, beside what was measured for this version.")
     ] = True,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="End with one JSON line on stdout; everything else goes to stderr.")
-    ] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Draw stored results as one HTML page that loads nothing, and as PNG files. Nothing is measured.
 

@@ -5,73 +5,115 @@ from __future__ import annotations
 import math
 import signal
 import sys
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from expertshare.cli.backend_flags import BackendFlag, DeviceFlag
-from expertshare.cli.option_groups import DecodingFlags, KnobFlags, StoreFlags, with_option_groups
-from expertshare.cli.ray_flags import RayAddressFlag, RayFlag, scale_out
-from expertshare.cli.threads import ThreadsFlag, set_threads
+from expertshare.cli.options import OptionGroup, option
+from expertshare.cli.shared_options import (
+    DecodingFlags,
+    DeviceOptions,
+    KnobFlags,
+    ModelArgument,
+    PolicyFileFlag,
+    RayOptions,
+    StoreFlags,
+    ThreadsFlag,
+    set_threads,
+)
 from expertshare.errors import ConfigError, InputError
 
 EXAMPLE = "Example: expertshare serve path/to/model --policy des-vote --budget 16 --port 8000"
-_http = partial(typer.Option, rich_help_panel="Server")
-_limit = partial(typer.Option, rich_help_panel="Limits")
 
 
-@with_option_groups
+@dataclass(frozen=True, kw_only=True)
+class ListenOptions(OptionGroup):
+    """Where to listen, and how to end."""
+
+    panel = "Server"
+    host: str = option("Address to listen on.", default="127.0.0.1")
+    port: int = option("Port to listen on; 0: any free one, which the log names.", default=8000)
+    page: bool | None = option(
+        "Show the live page at /. Default: unless there is an API key.", "--page/--no-page", default=None
+    )
+    log_level: str = option("Least level of log lines: debug, info, warning or error.", default="info")
+    drain_timeout: float = option("Seconds to finish what runs after SIGTERM.", default=30.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOptions(OptionGroup):
+    """What clients meet; `arguments` are fields of ServerSettings."""
+
+    panel = "Server"
+    model_name: str | None = option("What clients call the model; default: its directory's name.", default=None)
+    api_key: str | None = option(
+        "Key that clients must send.", default=None, envvar="EXPERTSHARE_API_KEY", show_envvar=True
+    )
+    log_prompts: bool = option("Put prompts and answers into the log.", "--log-prompts", default=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestLimitOptions(OptionGroup):
+    """What a request may be; `arguments` are fields of ServerSettings."""
+
+    panel = "Limits"
+    max_prompt: int | None = option(
+        "Tokens of a prompt; default: what the context leaves.", default=None, argument="max_prompt_tokens"
+    )
+    max_body: int = option("Bytes of a request's body.", default=1 << 20, argument="max_body_bytes")
+    max_choices: int = option("Answers of one request (n times prompts).", default=8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLimitOptions(OptionGroup):
+    """What one engine may take on; `arguments` are fields of EngineLimits."""
+
+    panel = "Limits"
+    max_batch: int = option("Answers decoded at once.", default=16)
+    max_queue: int = option("Answers that may wait; more are refused with 429.", default=64)
+    timeout: float = option("Seconds that a request may take, waiting included.", default=300.0, argument="timeout_s")
+    max_context: int | None = option("Tokens of prompt and answer; default: as the model has.", default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicaOptions(RayOptions):
+    """How many processes; `arguments` are fields of ReplicaScale."""
+
+    replicas: int = option("Processes with the model; more than one needs the extra `ray`.", default=1)
+    max_replicas: int | None = option(
+        "Start up to so many while there is more to do. Default: as --replicas.", default=None
+    )
+
+
 def serve(
-    model: Annotated[str, typer.Argument(help="Directory of a model in Hugging Face layout, or a hub id.")],
-    host: Annotated[str, _http(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, _http(help="Port to listen on; 0: any free one, which the log names.")] = 8000,
-    model_name: Annotated[str | None, _http(help="What clients call the model; default: its directory's name.")] = None,
-    api_key: Annotated[
-        str | None, _http(help="Key that clients must send.", envvar="EXPERTSHARE_API_KEY", show_envvar=True)
-    ] = None,
-    page: Annotated[
-        bool | None, _http("--page/--no-page", help="Show the live page at /. Default: unless there is an API key.")
-    ] = None,
-    log_level: Annotated[str, _http(help="Least level of log lines: debug, info, warning or error.")] = "info",
-    log_prompts: Annotated[bool, _http("--log-prompts", help="Put prompts and answers into the log.")] = False,
-    drain_timeout: Annotated[float, _http(help="Seconds to finish what runs after SIGTERM.")] = 30.0,
-    max_batch: Annotated[int, _limit(help="Answers decoded at once.")] = 16,
-    max_queue: Annotated[int, _limit(help="Answers that may wait; more are refused with 429.")] = 64,
-    timeout: Annotated[float, _limit(help="Seconds that a request may take, waiting included.")] = 300.0,
-    max_context: Annotated[int | None, _limit(help="Tokens of prompt and answer; default: as the model has.")] = None,
-    max_prompt: Annotated[int | None, _limit(help="Tokens of a prompt; default: what the context leaves.")] = None,
-    max_body: Annotated[int, _limit(help="Bytes of a request's body.")] = 1 << 20,
-    max_choices: Annotated[int, _limit(help="Answers of one request (n times prompts).")] = 8,
+    model: ModelArgument,
+    listening: ListenOptions,
+    server: ServerOptions,
+    engine_limits: EngineLimitOptions,
+    request_limits: RequestLimitOptions,
     policy: Annotated[
         str | None, typer.Option(help="Policy of requests that name none. Default: what the model was trained with.")
     ] = None,
-    policy_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Policy file of `expertshare tune`, for this very model.")
-    ] = None,
+    policy_file: PolicyFileFlag = None,
     policies: Annotated[
         str | None,
         typer.Option(help="Policies that requests may name: names (any knobs) or settings, with commas. Default: all."),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's.")] = None,
-    device: DeviceFlag = "cpu",
-    backend: BackendFlag = "auto",
-    threads: ThreadsFlag = None,
-    replicas: Annotated[int, scale_out(help="Processes with the model; more than one needs the extra `ray`.")] = 1,
-    max_replicas: Annotated[
-        int | None, scale_out(help="Start up to so many while there is more to do. Default: as --replicas.")
-    ] = None,
-    ray: RayFlag = False,
-    ray_address: RayAddressFlag = None,
     *,
+    compute: DeviceOptions,
+    threads: ThreadsFlag = None,
+    replicas: ReplicaOptions,
     decoding: DecodingFlags,
     knobs: KnobFlags,
     storage: StoreFlags,
 ) -> None:
-    """Serve a model over HTTP, as OpenAI's API does, batching requests continuously. Decoding flags are the defaults of
-    requests."""
-    # not above: every other verb works without the extra
+    """Serve a model over HTTP, as OpenAI's API does, batching requests continuously.
+
+    Decoding flags are the defaults of requests.
+    """
+    # not above: help works without the extra
     from expertshare.api.serving import opened_engine, opened_entrance
     from expertshare.serving import EngineLimits, ServerSettings, create_app, page_routes
     from expertshare.serving import serve as serve_app
@@ -79,33 +121,27 @@ def serve(
     from expertshare.serving.logs import checked_level
     from expertshare.serving.replicas import ReplicaScale
 
-    scale = ReplicaScale(replicas=replicas, max_replicas=max_replicas, wanted=ray, address=ray_address)
-    if scale.on_ray and device != "cpu":
-        raise ConfigError(f"expected --device cpu with replicas on Ray, got {device}: serve one GPU by one process.")
-    level = checked_level(log_level)
+    scale = ReplicaScale(**replicas.arguments())
+    if scale.on_ray and compute.device != "cpu":
+        raise ConfigError(
+            f"expected --device cpu with replicas on Ray, got {compute.device}: serve one GPU by one process."
+        )
+    level, drain_timeout = checked_level(listening.log_level), listening.drain_timeout
     if not 0 <= drain_timeout < math.inf:
         raise InputError(f"drain-timeout must be a finite number of seconds, 0 or more, got {drain_timeout}")
-    limits = EngineLimits(max_batch=max_batch, max_queue=max_queue, timeout_s=timeout, max_context=max_context)
-    settings = ServerSettings(
-        model_name=model_name,
-        api_key=api_key,
-        max_body_bytes=max_body,
-        max_prompt_tokens=max_prompt,
-        max_choices=max_choices,
-        log_prompts=log_prompts,
-    )
-    shown = api_key is None if page is None else page
+    settings = ServerSettings(**server.arguments(), **request_limits.arguments())
+    shown = settings.api_key is None if listening.page is None else listening.page
     engine: dict[str, Any] = {
         "policy": knobs.policy(policy, policy_file),
         "policies": None if policies is None else [policies],
-        "backend": backend,
-        "device": device,
-        "dtype": dtype,
-        "store": storage.options(),
-        "limits": limits,
-        **decoding.options(),
+        "store": storage.store(),
+        "limits": EngineLimits(**engine_limits.arguments()),
+        **compute.arguments(),
+        **decoding.arguments(),
     }
-    listen = partial(serve_app, host=host, port=port, drain_timeout_s=drain_timeout, log_level=level)
+    listen = partial(
+        serve_app, host=listening.host, port=listening.port, drain_timeout_s=drain_timeout, log_level=level
+    )
     if scale.on_ray:
         engine |= {"drain_timeout_s": drain_timeout, "log_level": level}
         with opened_entrance(model, scale, settings, page=shown, threads=threads, **engine) as (app, door):
@@ -113,7 +149,7 @@ def serve(
     else:
         set_threads(threads)
         with opened_engine(model, **engine) as one:
-            routers = [page_routes(one, model_name)] if shown else []
+            routers = [page_routes(one, settings.model_name)] if shown else []
             app = create_app(one, settings, extra_routers=routers, open_paths=page_paths() if shown else ())
             ended_by = listen(app, one)
     if ended_by == signal.SIGINT:

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from expertshare.errors import InputError
+from expertshare.cli.console import check_at_least_one, check_outputs
 from expertshare.evaluation.prompts import write_prompts
 from expertshare.lab.tasks import TASKS, generate_items
-from expertshare.measure.report import check_writable
 
 EXAMPLE = "Example: expertshare tasks prompts.jsonl --task arith --task code --count 100 --seed 1"
 
@@ -25,9 +24,8 @@ def tasks(
     split: Annotated[str, typer.Option(help="test (never trained on) or train.")] = "test",
 ) -> None:
     """Write prompts of the generated tasks as JSONL, for `expertshare compare` and `generate`."""
-    if count < 1:
-        raise InputError(f"count must be at least 1, got {count}")
-    check_writable(out)
+    check_at_least_one("count", count)
+    check_outputs(out)
     names = list(dict.fromkeys(task or TASKS))
     items = [item for name in names for item in generate_items(name, split=split, count=count, seed=seed)]  # type: ignore[arg-type]
     write_prompts(out, items)

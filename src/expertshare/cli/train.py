@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from expertshare.cli.threads import ThreadsFlag, set_threads
+from expertshare.cli.console import people, print_json, told_bars
+from expertshare.cli.options import OptionGroup, option
+from expertshare.cli.shared_options import JsonFlag, ThreadsFlag, set_threads
 from expertshare.errors import InputError
 from expertshare.lab.tasks.problems import TaskProblems
 from expertshare.training.config import TrainingConfig
@@ -20,69 +20,58 @@ from expertshare.training.run import RunPaths, prepare, run
 EXAMPLE = "Example: expertshare train runs/small --steps 2000 --seed 1   (and the same with --resume to go on)"
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(OptionGroup):
+    """How to train; `arguments` are fields of TrainingConfig."""
+
+    steps: int = option("Optimiser steps.", default=TrainingConfig().steps)
+    samples_per_step: int = option("Problems per step.", default=TrainingConfig().samples_per_step)
+    seed: int = option("Seed of weights, data and masks.", default=0)
+    matrix_lr: float = option("Peak learning rate of matrices (Muon).", default=0.02)
+    scalar_lr: float = option("Peak learning rate of the rest (AdamW).", default=0.003)
+    dtype: str = option("Arithmetic: bfloat16 (autocast) or float32.", default="bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeOptions(OptionGroup):
+    """What to train."""
+
+    family: str = option(
+        "Layout: llada2_moe (blocks, grouped router) or llada_moe (full attention).", default="llada2_moe"
+    )
+    hidden: int = option("Model features; a multiple of 64.", default=128)
+    layers: int = option("Layers; in llada2_moe the first is dense.", default=4)
+    expert_hidden: int = option("Hidden features of one expert.", default=32)
+    num_experts: int = option(
+        "Experts of a layer, a multiple of 8 and at least 16; a token runs 8.", "--experts", default=64
+    )
+
+
 def train(
     folder: Annotated[Path, typer.Argument(help="Folder of the run: checkpoint, log and the finished model.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = TrainingConfig().steps,
-    samples_per_step: Annotated[int, typer.Option(help="Problems per step.")] = TrainingConfig().samples_per_step,
-    seed: Annotated[int, typer.Option(help="Seed of weights, data and masks.")] = 0,
-    family: Annotated[
-        str, typer.Option(help="Layout: llada2_moe (blocks, grouped router) or llada_moe (full attention).")
-    ] = "llada2_moe",
-    hidden: Annotated[int, typer.Option(help="Model features; a multiple of 64.")] = 128,
-    layers: Annotated[int, typer.Option(help="Layers; in llada2_moe the first is dense.")] = 4,
-    expert_hidden: Annotated[int, typer.Option(help="Hidden features of one expert.")] = 32,
-    num_experts: Annotated[
-        int, typer.Option("--experts", help="Experts of a layer, a multiple of 8 and at least 16; a token runs 8.")
-    ] = 64,
-    matrix_lr: Annotated[float, typer.Option(help="Peak learning rate of matrices (Muon).")] = 0.02,
-    scalar_lr: Annotated[float, typer.Option(help="Peak learning rate of the rest (AdamW).")] = 0.003,
-    dtype: Annotated[str, typer.Option(help="Arithmetic: bfloat16 (autocast) or float32.")] = "bfloat16",
+    training: TrainingOptions,
+    shape: ShapeOptions,
     threads: ThreadsFlag = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in this folder.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="End with one JSON line on stdout.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Train a small model (8 experts per token) on the generated tasks, from recorded seeds."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"expected a folder, or the name of one to be made, got the file {folder}: choose another")
-    if hidden < 1 or hidden % 64:
-        raise InputError(f"hidden must be a multiple of 64, got {hidden}")
+    if shape.hidden < 1 or shape.hidden % 64:
+        raise InputError(f"hidden must be a multiple of 64, got {shape.hidden}")
     set_threads(threads)
-    config = TrainingConfig(
-        steps=steps,
-        samples_per_step=samples_per_step,
-        seed=seed,
-        matrix_lr=matrix_lr,
-        scalar_lr=scalar_lr,
-        dtype=dtype,
-    )
     paths = RunPaths(folder=folder)
     trainer = prepare(
-        paths,
-        config,
-        TaskProblems(seed),
-        family=family,
-        hidden=hidden,
-        layers=layers,
-        expert_hidden=expert_hidden,
-        num_experts=num_experts,
-        resume=resume,
+        paths, TrainingConfig(**training.arguments()), TaskProblems(training.seed), resume=resume, **shape.arguments()
     )
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("train", total=steps, loss=float("nan"))
+    with told_bars() as bars:
 
         def show(result: StepResult) -> None:
-            progress.update(bar, completed=result.step + 1, loss=result.loss)
+            bars.hear("steps", result.step + 1, training.steps, said=f"loss {result.loss:.3f}")
 
         model = run(trainer, paths, resume=resume, on_step=show)
+    told = f"The model is in {model}. Try: expertshare generate {model} --prompt 'Solve x + 5 = 12.'"
+    people(as_json=as_json).print(told, soft_wrap=True)
     if as_json:
-        typer.echo(json.dumps({"model": str(model), "steps": trainer.step_index, "seed": seed}))
-    else:
-        typer.echo(f"The model is in {model}. Try: expertshare generate {model} --prompt 'Solve x + 5 = 12.'")
+        print_json({"model": str(model), "steps": trainer.step_index, "seed": training.seed})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,14 +11,21 @@ import typer
 from rich.table import Table
 
 from expertshare import api
-from expertshare.cli.bars import Bars
-from expertshare.cli.console import megabytes, people, percent, print_json
-from expertshare.cli.option_groups import DecodingFlags, StoreFlags, with_option_groups
+from expertshare.cli.console import Bars, check_outputs, people, print_json
+from expertshare.cli.options import OptionGroup, option
+from expertshare.cli.shared_options import (
+    AnswerOptions,
+    BatchSizeFlag,
+    DecodingFlags,
+    JsonFlag,
+    JudgedPromptsFlag,
+    ModelArgument,
+    StoreFlags,
+)
+from expertshare.cli.tables import figure, megabytes, percent, table
 from expertshare.errors import InputError
 from expertshare.evaluation.prompts import PromptRecord, read_prompts
-from expertshare.lab.plots import check_plot_path, plot_tuning
-from expertshare.measure.report import check_writable
-from expertshare.tuning import Tuned, TuningOptions
+from expertshare.tuning import TuningOptions
 from expertshare.tuning.search import check_optuna
 
 EXAMPLE = (
@@ -27,49 +36,46 @@ _DEFAULTS = TuningOptions()
 NOT_CERTIFIED = 1
 
 
-@with_option_groups
+@dataclass(frozen=True, kw_only=True)
+class TuningFlags(OptionGroup):
+    """The promise and the work to spend on it; `arguments` are fields of TuningOptions."""
+
+    retain: float = option("Share of vanilla's quality to keep.", default=_DEFAULTS.retain)
+    confidence: float = option("Confidence of that promise.", default=_DEFAULTS.confidence)
+    cost: str = option(
+        "What to make small: experts, bytes or latency (close everything else first).", default=_DEFAULTS.cost
+    )
+    quality: str = option(
+        "Keep accuracy, agreement with vanilla, or (auto) accuracy where it can be judged.", default=_DEFAULTS.quality
+    )
+    policies: str | None = option(
+        "Policies to choose from (commas). Default: all.",
+        default=None,
+        read=lambda listed: tuple(name.strip() for name in listed.split(",")),
+    )
+    trials: int = option("Proposals of the search.", default=_DEFAULTS.trials)
+    recorded_prompts: int = option(
+        "Prompts whose denoising steps the search replays.", default=_DEFAULTS.recorded_prompts
+    )
+    search_share: float = option(
+        "Share of the prompts that the search sees; the others certify.", default=_DEFAULTS.search_share
+    )
+
+
 def tune(
-    model: Annotated[str, typer.Argument(help="Directory of a model in Hugging Face layout, or a hub id.")],
-    prompts: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE",
-            help='JSONL file of objects with "prompt" and, for accuracy, "reference", "task", "tests". Code that the '
-            "model writes for code tasks is run, in a sandbox with limits that is no security boundary.",
-        ),
-    ],
-    retain: Annotated[float, typer.Option(help="Share of vanilla's quality to keep.")] = _DEFAULTS.retain,
-    confidence: Annotated[float, typer.Option(help="Confidence of that promise.")] = _DEFAULTS.confidence,
+    model: ModelArgument,
+    prompts: JudgedPromptsFlag,
+    tuning: TuningFlags,
     task: Annotated[list[str] | None, typer.Option(help="Only prompts of this task; may be repeated.")] = None,
-    cost: Annotated[
-        str, typer.Option(help="What to make small: experts, bytes or latency (close everything else first).")
-    ] = _DEFAULTS.cost,
-    quality: Annotated[
-        str, typer.Option(help="Keep accuracy, agreement with vanilla, or (auto) accuracy where it can be judged.")
-    ] = _DEFAULTS.quality,
-    policies: Annotated[str | None, typer.Option(help="Policies to choose from (commas). Default: all.")] = None,
-    trials: Annotated[int, typer.Option(help="Proposals of the search.")] = _DEFAULTS.trials,
-    recorded_prompts: Annotated[
-        int, typer.Option(help="Prompts whose denoising steps the search replays.")
-    ] = _DEFAULTS.recorded_prompts,
-    search_share: Annotated[
-        float, typer.Option(help="Share of the prompts that the search sees; the others certify.")
-    ] = _DEFAULTS.search_share,
-    batch_size: Annotated[int, typer.Option(help="Prompts decoded together.")] = 16,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's.")] = None,
-    backend: Annotated[str, typer.Option(help="Expert computation: auto, cpu, grouped or reference.")] = "auto",
-    chat: Annotated[
-        bool | None, typer.Option("--chat/--raw", help="Use the chat template, or not. Default: if there is one.")
-    ] = None,
+    batch_size: BatchSizeFlag = 16,
+    *,
+    compute: AnswerOptions,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the policy file here.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw quality against cost to this .png, .svg or .pdf.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="End with one JSON line on stdout; everything else goes to stderr.")
-    ] = False,
+    as_json: JsonFlag = False,
     require_certified: Annotated[
         bool, typer.Option(help="Exit with status 1 where no policy could be certified.")
     ] = False,
-    *,
     decoding: DecodingFlags,
     storage: StoreFlags,
 ) -> None:
@@ -79,57 +85,34 @@ def tune(
     many would do. --seed also decides which prompts the search sees, and the search itself.
     """
     check_optuna()
-    _check_outputs(out, plot)
-    options = TuningOptions(
-        retain=retain,
-        confidence=confidence,
-        cost=cost,  # type: ignore[arg-type]  # checked there
-        quality=quality,  # type: ignore[arg-type]
-        policies=tuple(name.strip() for name in policies.split(",")) if policies is not None else None,
-        trials=trials,
-        recorded_prompts=recorded_prompts,
-        search_share=search_share,
-        seed=decoding.seed,
-    )
+    check_outputs(out, plot=plot)
+    options = TuningOptions(**tuning.arguments(), seed=decoding.seed)
     records = _of_tasks(read_prompts(prompts), task)
-    store = storage.options()
-    loaded = api.load(model, dtype=dtype, store=store)
     with Bars() as bars:
         tuned = api.tune(
-            loaded,
+            model,
             records,
             tuning=options,
             batch_size=batch_size,
-            backend=backend,
-            chat=chat,
-            store=store,
+            store=storage.store(),
             on_progress=bars.hear,
-            **decoding.options(),
+            **compute.arguments(),
+            **decoding.arguments(),
         )
-    results = tuned.to_json()
+    results, policy_file = tuned.to_json(), tuned.policy_file()
     console = people(as_json=as_json)
     console.print(_table(results))
     console.print(tuned.sentence(), soft_wrap=True)
-    _write(tuned, out, plot)
+    if out is not None:
+        policy_file.write(out)
+    if plot is not None:
+        from expertshare.lab.plots import plot_tuning  # only here: a picture needs matplotlib
+
+        plot_tuning(results, plot)
     if as_json:
-        print_json({**results, "policy_file": tuned.policy_file().to_json()})
+        print_json({**results, "policy_file": policy_file.to_json()})
     if require_certified and not tuned.certified:
         raise typer.Exit(NOT_CERTIFIED)
-
-
-def _check_outputs(out: Path | None, plot: Path | None) -> None:
-    if plot is not None:
-        check_plot_path(plot)
-    for path in (out, plot):
-        if path is not None:
-            check_writable(path)
-
-
-def _write(tuned: Tuned, out: Path | None, plot: Path | None) -> None:
-    if out is not None:
-        tuned.policy_file().write(out)
-    if plot is not None:
-        plot_tuning(tuned.to_json(), plot)
 
 
 def _of_tasks(records: list[PromptRecord], tasks: list[str] | None) -> list[PromptRecord]:
@@ -145,28 +128,23 @@ def _of_tasks(records: list[PromptRecord], tasks: list[str] | None) -> list[Prom
 
 def _table(results: dict[str, Any]) -> Table:
     """Vanilla and every policy that was tested, in the order of testing."""
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "policy": lambda run: run["label"],
+        "unique experts": lambda run: figure(run["unique_experts"]),
+    }
+    if results["cost_kind"] == "bytes":
+        columns["expert MB / prompt"] = lambda run: megabytes(run["expert_bytes"])
+    elif results["cost_kind"] == "latency":
+        columns["ms / block"] = lambda run: figure(1e3 * (run["seconds_per_block"] or 0.0), 2)
     what = "accuracy" if results["quality"] == "accuracy" else "agreement"
-    bound = f"{100 * results['options']['confidence']:g} % bound"
-    table = Table(title=f"Tested on {results['num_prompts']['certify']} prompts that the search did not see")
-    table.add_column("policy", overflow="fold", min_width=30)
-    cost = {"experts": "unique experts", "bytes": "expert MB / prompt", "latency": "ms / block"}
-    shown = ["experts", *([kind] if (kind := results["cost_kind"]) != "experts" else [])]
-    for column in (*(cost[kind] for kind in shown), f"{what} kept, %", bound, "lost", "gained", "certified"):
-        table.add_column(column, justify="right")
-    for run in (results["vanilla"], *results["tested"]):
-        verdict = run.get("passed")
-        figures = {
-            "experts": f"{run['unique_experts']:.1f}",
-            "bytes": megabytes(run["expert_bytes"]),
-            "latency": f"{1e3 * (run['seconds_per_block'] or 0.0):.2f}",
-        }
-        table.add_row(
-            run["label"],
-            *(figures[kind] for kind in shown),
-            percent(run["retained"]),
-            "-" if verdict is None else percent(run["lower_bound"]),
-            str(run["counts"]["lost"]),
-            str(run["counts"]["gained"]),
-            {None: "-", True: "yes", False: "no"}[verdict],
-        )
-    return table
+    columns |= {
+        f"{what} kept, %": lambda run: percent(run["retained"]),
+        f"{100 * results['options']['confidence']:g} % bound": lambda run: (
+            "-" if run.get("passed") is None else percent(run["lower_bound"])
+        ),
+        "lost": lambda run: str(run["counts"]["lost"]),
+        "gained": lambda run: str(run["counts"]["gained"]),
+        "certified": lambda run: {None: "-", True: "yes", False: "no"}[run.get("passed")],
+    }
+    title = f"Tested on {results['num_prompts']['certify']} prompts that the search did not see"
+    return table(title, columns, [results["vanilla"], *results["tested"]], widest=30)

@@ -11,7 +11,7 @@ import click
 import pytest
 import typer
 
-from expertshare.cli import app
+from expertshare.cli import app, load_verb
 from expertshare.errors import InputError
 from expertshare.lab.bench import find_case
 from expertshare.lab.report.sources import Source, read_source
@@ -31,9 +31,9 @@ def readable() -> list[Source]:
 
 def given(command: str) -> dict[str, Any]:
     """The values of a line for a shell, as the command line reads them; nothing runs."""
-    group: Any = typer.main.get_command(app)
     words = shlex.split(command)[1:]
-    context = click.Context(group)
+    context = click.Context(typer.main.get_command(app))
+    group: Any = load_verb(words.pop(0))
     while hasattr(group, "commands"):
         group = group.commands[words.pop(0)]
     context = group.make_context("expertshare", words, parent=context)

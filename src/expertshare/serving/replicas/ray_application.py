@@ -70,7 +70,7 @@ def replicas_on_ray(
     name: of the application; one of that name that runs on the cluster already is replaced. Raises ConfigError, also
     for whatever keeps a replica from starting.
     """
-    with connected(scale.address, cpus=scale.most * plan.threads):
+    with connected(scale.ray_address, cpus=scale.most * plan.threads):
         import ray
         from ray import serve
 

@@ -10,12 +10,12 @@ from expertshare.errors import ConfigError
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReplicaScale:
     """replicas: at least so many run; max_replicas: at most so many, as load asks for (None: always `replicas`).
-    wanted: use Ray for a single one, too. address: of a Ray cluster (None: RAY_ADDRESS, else a local Ray)."""
+    ray: use Ray for a single one, too. ray_address: of a Ray cluster (None: RAY_ADDRESS, else a local Ray)."""
 
     replicas: int = 1
     max_replicas: int | None = None
-    wanted: bool = False
-    address: str | None = None
+    ray: bool = False
+    ray_address: str | None = None
 
     def __post_init__(self) -> None:
         if self.replicas < 1:
@@ -29,7 +29,7 @@ class ReplicaScale:
     @property
     def on_ray(self) -> bool:
         """Whether Ray is needed: for more than one replica, or where it was asked for."""
-        return self.wanted or self.address is not None or self.most > 1
+        return self.ray or self.ray_address is not None or self.most > 1
 
     @property
     def most(self) -> int:
