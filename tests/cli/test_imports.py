@@ -39,7 +39,7 @@ def test_the_package_and_its_api_import_nothing_heavy() -> None:
 def test_a_verb_imports_nothing_of_the_laboratory(verb: str) -> None:
     found = imported(f"from expertshare.cli import load_verb\nload_verb({verb!r})")
     assert not [name for name in found if name.startswith("expertshare.lab")]
-    assert not {"matplotlib", "scipy.stats"} & found
+    assert "matplotlib" not in found
 
 
 @pytest.mark.parametrize("verb", VERBS)

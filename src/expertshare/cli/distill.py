@@ -15,7 +15,6 @@ from expertshare.cli.shared_options import JsonFlag, ModelArgument, set_threads
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError, nearest
 from expertshare.evaluation.prompts import read_prompts
-from expertshare.lab.tasks import TASKS, generate_items
 from expertshare.models import load_model
 from expertshare.training.distill.config import DistillConfig
 from expertshare.training.distill.processes import connect, disconnect
@@ -76,7 +75,9 @@ def distill(
     answers: OwnAnswerOptions,
     answer_batch: Annotated[int, typer.Option(help="Prompts answered together.", rich_help_panel="Answers")] = 32,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help='JSONL file of objects with "prompt".')] = None,
-    tasks: Annotated[str | None, typer.Option(help=f"Instead of a file: {', '.join(TASKS)}, parted by commas.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Instead of a file: tasks of `expertshare tasks`, parted by commas.")
+    ] = None,
     count: Annotated[int, typer.Option(help="Prompts of each task, of its training split.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of prompts, sampling, order and masks.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, or cuda: one GPU for each process.")] = "cpu",
@@ -135,6 +136,8 @@ def _texts(prompts: Path | None, tasks: str | None, count: int, seed: int) -> li
         given = "neither" if prompts is None else "both"
         raise InputError(f"expected either --prompts FILE or --tasks NAMES, got {given}: choose one")
     check_at_least_one("count", count)
+    from expertshare.lab.tasks import TASKS, generate_items  # only here: a file of prompts needs no generators
+
     names = list(dict.fromkeys(split_names(tasks)))
     unknown = next((name for name in names if name not in TASKS), None)
     if unknown is not None or not names:
