@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import struct
 import weakref
-from ctypes import CDLL, Structure, c_double, c_float, c_int, c_int32, c_int64, c_void_p
+from collections.abc import Callable
+from ctypes import c_char_p
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ MOST_TOKENS = 1024
 MOST_SLOTS = 64
 """Experts per token that do."""
 
-_RANKINGS = {"all": 0, "votes": 1, "highest": 2}
+_ISA_NAMED = 5  # ES_ISA_NAMED of csrc/abi.h
 
 
 def route_layer_cpu(
@@ -43,7 +45,7 @@ def route_layer_cpu(
     scores are then still the library's, where it takes them (`router_scores_cpu`).
     """
     prepared = _prepared_for(weight_ED, bias_E, policy, spec)
-    found = prepared.route(x_GLD, live_GL, previous)
+    found = prepared.route(x_GLD, bias_E, live_GL, masked_GL, previous)
     if found is not None:
         return found
     if takes(x_GLD, weight_ED, bias_E):
@@ -52,63 +54,41 @@ def route_layer_cpu(
     return route_layer(x_GLD, weight_ED, bias_E, policy, spec, live_GL, masked_GL=masked_GL, previous=previous)
 
 
-class _Gate(Structure):
-    """es_gate of csrc/affinity.h, field by field."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("x", "w", "bias", "affinity", "choice")),
-        *((name, c_int64) for name in ("num_tokens", "depth", "num_experts")),
-        *((name, c_int32) for name in ("is_bfloat16", "w_is_bfloat16", "is_softmax")),
-        *native.HOW,
-    )
+_RANKINGS = {"all": 0, "votes": 1, "highest": 2, "coverage": 3}
+_CONSTANTS = struct.Struct("PP3q2i 2q3dq8if4x")  # the first part of es_step: w, bias, sizes, kinds, es_rule
+_pack_step = struct.Struct(f"{_CONSTANTS.size}s12P2q3iP").pack
 
 
-class _Rule(Structure):
-    """es_recipe of csrc/routing_step.h, field by field."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("size", "num_firsts")),
-        *((name, c_double) for name in ("prefix_share", "drop_share")),
-        ("most_slots", c_int64),
-        *((name, c_int32) for name in ("ranking", "front_is_whole", "ballot_groups", "ballot_kept_groups")),
-        *((name, c_int32) for name in ("expert_groups", "kept_groups")),
-    )
-
-
-class _Step(Structure):
-    """es_step of csrc/routing_step.h, field by field."""
-
-    _fields_ = (
-        ("gate", _Gate),
-        ("rule", _Rule),
-        *((name, c_void_p) for name in ("live", "coreset", "ids", "weights", "active", "load", "unique")),
-        *((name, c_int64) for name in ("groups", "length", "top_k")),
-        ("scaling", c_float),
-        ("renormalise", c_int32),
-    )
-
-
-def reach_limit(spec: RouterSpec, group_limit: GroupLimit) -> tuple[int, int]:
+def _reach(spec: RouterSpec, group_limit: GroupLimit) -> tuple[int, int]:
     """Groups of experts, and how many of them a token may reach: one of one where there is no limit."""
     limited = group_limit == "inside" and spec.kept_groups < spec.num_groups
     return (spec.num_groups, spec.kept_groups) if limited else (1, 1)
 
 
-def _in_numbers(rule: SharingRule, spec: RouterSpec) -> _Rule | None:
-    if rule.ranking not in _RANKINGS or rule.voters != "all" or rule.reuse != 1:
-        return None
-    if (rule.protected and rule.prefix_share is not None) or None not in (rule.experts_per_token, rule.drop_share):
-        return None
-    return _Rule(
+def _constants(weight_ED: Tensor, bias_E: Tensor | None, rule: SharingRule, spec: RouterSpec) -> bytes:
+    """What stays the same for a layer, as es_step begins."""
+    none = -1.0
+    return _CONSTANTS.pack(
+        weight_ED.data_ptr(),
+        0 if bias_E is None else bias_E.data_ptr(),
+        weight_ED.shape[1],
+        len(weight_ED),
+        spec.top_k,
+        weight_ED.dtype is torch.bfloat16,
+        spec.activation == "softmax",
         rule.size,
         rule.protected,
-        -1.0 if rule.prefix_share is None else rule.prefix_share,
-        -1.0 if rule.drop_share is None else rule.drop_share,
+        none if rule.prefix_share is None else rule.prefix_share,
+        none if rule.saturation is None else rule.saturation,
+        none if rule.drop_share is None else rule.drop_share,
         spec.top_k if rule.experts_per_token is None else rule.experts_per_token,
         _RANKINGS[rule.ranking],
-        int(rule.keep_protected or rule.prefix_share is not None),
-        *reach_limit(spec, "inside" if rule.ballots == "grouped" else "ignore"),
-        *reach_limit(spec, rule.group_limit),
+        rule.keep_protected,
+        rule.voters == "masked",
+        *_reach(spec, "inside" if rule.ballots == "grouped" else "ignore"),
+        *_reach(spec, rule.group_limit),
+        spec.renormalise,
+        spec.scaling,
     )
 
 
@@ -119,27 +99,20 @@ class _Prepared:
     touched here comes from memory again, so all that can be known beforehand is.
     """
 
-    __slots__ = ("bias", "constants", "depth", "dtype", "num_experts", "policy", "spec", "top_k", "weight")
+    __slots__ = ("_bias", "constants", "depth", "dtype", "num_experts", "policy", "spec", "top_k", "weight", "writes")
 
     def __init__(self, weight_ED: Tensor, bias_E: Tensor | None, policy: RoutingPolicy, spec: RouterSpec) -> None:
         self.weight, self.dtype = weakref.ref(weight_ED), weight_ED.dtype
-        self.bias = None if bias_E is None else (weakref.ref(bias_E), bias_E.data_ptr())
+        self._bias = None if bias_E is None else (weakref.ref(bias_E), bias_E.data_ptr())
         self.policy, self.spec = policy, spec
         self.depth, self.num_experts, self.top_k = weight_ED.shape[1], spec.num_experts, spec.top_k
-        self.constants = self._constants(weight_ED, bias_E)
-
-    def _constants(self, weight_ED: Tensor, bias_E: Tensor | None) -> bytes | None:
-        """An es_step without what changes from call to call; None where the layer is not for the library."""
-        spec = self.spec
+        self.constants: bytes | None = None
+        self.writes = False
         fits = len(weight_ED) == spec.num_experts and (bias_E is None or bias_E.shape == (spec.num_experts,))
-        if runs_on_torch(self.policy) or spec.top_k > MOST_SLOTS or not (fits and _takes_weights(weight_ED, bias_E)):
-            return None
-        numbers = _in_numbers(self.policy.rule(spec), spec)
-        if numbers is None:
-            return None
-        step = _Step(_gate(weight_ED, bias_E, spec), numbers)
-        step.top_k, step.scaling, step.renormalise = spec.top_k, spec.scaling, int(spec.renormalise)
-        return bytes(step)
+        if fits and not runs_on_torch(policy) and spec.top_k <= MOST_SLOTS and _takes_weights(weight_ED, bias_E):
+            rule: SharingRule = policy.rule(spec)
+            if rule.size <= spec.num_experts:
+                self.constants, self.writes = _constants(weight_ED, bias_E, rule, spec), rule.reuse > 1
 
     def is_for(self, weight_ED: Tensor, bias_E: Tensor | None, policy: RoutingPolicy, spec: RouterSpec) -> bool:
         """Whether this was made of these, and they lie at the same addresses."""
@@ -147,12 +120,19 @@ class _Prepared:
             return False
         if weight_ED.dtype is not self.dtype:
             return False
-        if bias_E is None or self.bias is None:
-            return bias_E is None and self.bias is None
-        reference, address = self.bias
+        if bias_E is None or self._bias is None:
+            return bias_E is None and self._bias is None
+        reference, address = self._bias
         return reference() is bias_E and bias_E.data_ptr() == address
 
-    def route(self, x_GLD: Tensor, live_GL: Tensor, previous: Coreset | None) -> Routed | None:
+    def route(
+        self,
+        x_GLD: Tensor,
+        bias_E: Tensor | None,
+        live_GL: Tensor,
+        masked_GL: Tensor | None,
+        previous: Coreset | None,
+    ) -> Routed | None:
         """The layer's routing; None for what is left to torch."""
         groups, length, depth = x_GLD.shape
         if (
@@ -163,33 +143,38 @@ class _Prepared:
             or depth != self.depth
             or length > MOST_TOKENS
             or live_GL.shape != (groups, length)
-            or previous is not None
-            or (torch.is_grad_enabled() and self._has_gradients(x_GLD))
+            or (torch.is_grad_enabled() and self._has_gradients(x_GLD, bias_E))
             or torch.compiler.is_compiling()
         ):
             return None
-        library = _library()
         x_GLD, live_GL = x_GLD.contiguous(), live_GL.contiguous()
+        masked, member_GE, coreset = 0, None, None
+        if masked_GL is not None:
+            masked_GL = masked_GL.expand(live_GL.shape).contiguous()
+            masked = masked_GL.data_ptr()
+        if previous is not None:
+            member_GE = previous.member_GE.contiguous()
+        if self.writes or previous is not None:
+            coreset = Coreset(torch.empty((groups, self.num_experts), dtype=torch.bool))
         new = plan_buffers(groups * length, self.top_k, self.num_experts, groups)
-        call = (
+        _call(
             self.constants,
             x_GLD.data_ptr(),
             live_GL.data_ptr(),
-            None,
+            masked,
+            0 if member_GE is None else member_GE.data_ptr(),
+            0 if coreset is None else coreset.member_GE.data_ptr(),
+            0,
+            0,
             *new.addresses,
             groups,
             length,
             x_GLD.dtype is torch.bfloat16,
-            *native.crew(),
         )
-        status = library.es_route(*call, -1)
-        if status == native.ISA_NAMED:
-            status = library.es_route(*call, native.isa_number())
-        _check_status(status)
-        return Routed(RoutingPlan(new.ids_TK, new.weights_TK, new.active_E), new.load_E, new.unique_G, None)
+        return Routed(RoutingPlan(new.ids_TK, new.weights_TK, new.active_E), new.load_E, new.unique_G, coreset)
 
-    def _has_gradients(self, x_GLD: Tensor) -> bool:
-        weight_ED, bias_E = self.weight(), None if self.bias is None else self.bias[0]()
+    def _has_gradients(self, x_GLD: Tensor, bias_E: Tensor | None) -> bool:
+        weight_ED = self.weight()
         return any(tensor is not None and tensor.requires_grad for tensor in (x_GLD, weight_ED, bias_E))
 
 
@@ -212,11 +197,25 @@ def _prepared_for(weight_ED: Tensor, bias_E: Tensor | None, policy: RoutingPolic
     return made
 
 
+def _call(*fields: Any) -> None:
+    """es_route of an es_step of these fields. Raises ConfigError unless the library could do what was asked."""
+    function, pool = _function(), native.thread_pool()
+    status = function(_pack_step(*fields, -1, *pool))
+    if status == _ISA_NAMED:
+        status = function(_pack_step(*fields, native.isa_number(), *pool))
+    if status != 0:
+        raise ConfigError(
+            "the router's gate could not get its memory or its threads: pass fewer tokens at a time, or set fewer "
+            "threads with set_num_threads."
+        )
+
+
 @cache
-def _library() -> CDLL:
-    library = native.library()
-    library.es_route.argtypes = [*[c_void_p] * 9, c_int64, c_int64, c_int, c_int, c_void_p, c_int]
-    return library
+def _function() -> Callable[[bytes], int]:
+    function = native.library().es_route
+    function.argtypes = [c_char_p]
+    typed: Callable[[bytes], int] = function
+    return typed
 
 
 def takes(x_GLD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> bool:
@@ -248,34 +247,22 @@ def router_scores_cpu(
     tokens stand beside it and in however many threads. A logit below -87 counts as -87 (an affinity of 2e-38).
     """
     x_GLD = x_GLD.contiguous()
-    affinity_GLE = torch.empty((*x_GLD.shape[:2], len(weight_ED)))
+    groups, length, _ = x_GLD.shape
+    affinity_GLE = torch.empty((groups, length, len(weight_ED)))
     choice_GLE = affinity_GLE if bias_E is None else torch.empty_like(affinity_GLE)
-    gate = _gate(weight_ED, bias_E, spec)
-    gate.x, gate.is_bfloat16 = x_GLD.data_ptr(), int(x_GLD.dtype == torch.bfloat16)
-    gate.num_tokens = x_GLD.shape[0] * x_GLD.shape[1]
-    gate.affinity = affinity_GLE.data_ptr()
-    gate.choice = None if bias_E is None else choice_GLE.data_ptr()
-    _check_status(native.status_of("es_affinity", gate))
+    scores = affinity_GLE.data_ptr(), 0 if bias_E is None else choice_GLE.data_ptr()
+    none_of_the_plan = (0,) * 5
+    _call(
+        _constants(weight_ED, bias_E, SharingRule(), spec),
+        x_GLD.data_ptr(),
+        *(0,) * 4,
+        *scores,
+        *none_of_the_plan,
+        groups * length,
+        1,
+        x_GLD.dtype is torch.bfloat16,
+    )
     return RouterScores(affinity_GLE, choice_GLE, live_GL)
-
-
-def _gate(weight_ED: Tensor, bias_E: Tensor | None, spec: RouterSpec) -> _Gate:
-    """The part of the gate, as the library reads it, that stays the same for a layer."""
-    gate = _Gate()
-    gate.w, gate.w_is_bfloat16 = weight_ED.data_ptr(), int(weight_ED.dtype == torch.bfloat16)
-    gate.bias = None if bias_E is None else bias_E.data_ptr()
-    gate.num_experts, gate.depth = weight_ED.shape
-    gate.is_softmax = int(spec.activation == "softmax")
-    return gate
-
-
-def _check_status(status: int) -> None:
-    """Raise ConfigError unless the library could do what was asked."""
-    if status != 0:
-        raise ConfigError(
-            "the router's gate could not get its memory or its threads: pass fewer tokens at a time, or set fewer "
-            "threads with set_num_threads."
-        )
 
 
 class PlanBuffers(NamedTuple):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterable
-from ctypes import POINTER, Structure, byref, c_char_p, c_int32, c_void_p
+from ctypes import c_char_p
 from dataclasses import dataclass
 from functools import cache, partial, reduce
 from operator import or_
@@ -299,20 +299,3 @@ MOE_FFN = Call(
     given="E D F",
     constants=136,
 )
-
-
-# What routing/gate.py and routing/step.py still call with structures of their own.
-ISA_NAMED = _ISA_NAMED
-HOW: tuple[tuple[str, Any], ...] = (("isa", c_int32), ("num_threads", c_int32), ("team", c_void_p))
-
-
-def status_of(name: str, call: Structure) -> int:
-    """The es_status of a function whose last fields are HOW."""
-    call.isa, (call.num_threads, call.team) = _BEST_ISA, thread_pool()
-    function = getattr(library(), name)
-    function.argtypes = [POINTER(type(call))]
-    status: int = function(byref(call))
-    if status == ISA_NAMED:
-        call.isa = isa_number()
-        status = function(byref(call))
-    return status

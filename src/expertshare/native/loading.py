@@ -16,7 +16,7 @@ from pathlib import Path
 from expertshare.errors import ConfigError, nearest
 
 LIBRARY = Path(__file__).with_name("libexpertshare_cpu.so")
-ABI_VERSION = 8  # of the structures that cross: raise it when one changes. setup.py builds it into the library
+ABI_VERSION = 9  # of the structures that cross: raise it when one changes. setup.py builds it into the library
 
 
 @cache

@@ -63,9 +63,6 @@ def thread_pool() -> tuple[int, int]:
     return wanted, 0 if _use_torch_threads is False or wanted != of_torch else _gomp_parallel()
 
 
-crew = thread_pool  # until routing/step.py calls through the table
-
-
 @cache
 def _gomp_parallel() -> int:
     maps = Path("/proc/self/maps")

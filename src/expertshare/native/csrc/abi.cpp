@@ -50,7 +50,6 @@ class Engine {
         mutex_.unlock();
     }
     es_status run(const es_layer &whole);
-    es_status run(const es_gate &whole);
     es_status run(const es_step &whole);
     es_status run(const es_projection &whole);
     es_status run(const es_attention &whole);
@@ -174,29 +173,17 @@ es_status Engine::run(const es_layer &whole) {
     });
 }
 
-es_status Engine::run(const es_gate &whole) {
+es_status Engine::run(const es_step &whole) {
     const AffinityKernels *kernels = affinity_kernels_for(whole.isa);
     if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
-    return in_parts(whole, Affinity::kTokensAtATime, [&](es_gate &part, Index token, auto compute) {
-        part.affinity = whole.affinity + token * whole.num_experts;
-        part.choice = whole.choice == nullptr ? nullptr : whole.choice + token * whole.num_experts;
-        Affinity affinity(part, *kernels, arena_);
-        compute(affinity);
-        return ES_OK;
-    });
-}
-
-es_status Engine::run(const es_step &whole) {
-    const AffinityKernels *kernels = affinity_kernels_for(whole.gate.isa);
-    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
-    return locked(whole.gate.num_threads, whole.gate.team, [&](auto compute) {
+    return locked(whole.num_threads, whole.team, [&](auto compute) {
         const Index at_a_time = RoutingStep::groups_at_a_time(whole);
         for (Index group = 0; group < whole.groups; group += at_a_time) {
             const Index num_groups = std::min<Index>(at_a_time, whole.groups - group);
             RoutingStep step(whole, *kernels, group, num_groups, arena_, step_arena_, ranking_);
             compute(step);
         }
-        RoutingStep::count(whole);
+        if (whole.active != nullptr) RoutingStep::count(whole);
         return ES_OK;
     });
 }
@@ -270,17 +257,11 @@ int best_isa() {
     return named == nullptr || *named == 0 ? best : -1;
 }
 
-template <class Call>
-int32_t &isa_of(Call &call) {
-    return call.isa;
-}
-int32_t &isa_of(es_step &step) { return step.gate.isa; }
 
 template <class Call>
 int status_of(Call call) {
-    int32_t &isa = isa_of(call);
-    if (isa < 0) isa = best_isa();
-    if (isa < 0) return ES_ISA_NAMED;
+    if (call.isa < 0) call.isa = best_isa();
+    if (call.isa < 0) return ES_ISA_NAMED;
     try {
         return engine().run(call);
     } catch (const std::bad_alloc &) {
@@ -301,28 +282,7 @@ EXPERTSHARE_EXPORT const char *es_isa_name(int isa) { return expertshare::isa_na
 EXPERTSHARE_EXPORT int es_isa_usable(int isa) { return expertshare::isa_usable(isa) ? 1 : 0; }
 
 EXPERTSHARE_EXPORT int es_moe_ffn(const es_layer *layer) { return expertshare::status_of(*layer); }
-EXPERTSHARE_EXPORT int es_affinity(const es_gate *gate) { return expertshare::status_of(*gate); }
-EXPERTSHARE_EXPORT int es_route(const es_step *step, const void *x, const uint8_t *live, uint8_t *coreset, int64_t *ids,
-                                float *weights, uint8_t *active, int64_t *load, int64_t *unique, int64_t groups,
-                                int64_t length, int32_t is_bfloat16, int32_t num_threads, es_team team, int32_t isa) {
-    es_step whole = *step;
-    whole.gate.x = x;
-    whole.gate.num_tokens = groups * length;
-    whole.gate.is_bfloat16 = is_bfloat16;
-    whole.gate.num_threads = num_threads;
-    whole.gate.team = team;
-    whole.gate.isa = isa;
-    whole.live = live;
-    whole.coreset = coreset;
-    whole.ids = ids;
-    whole.weights = weights;
-    whole.active = active;
-    whole.load = load;
-    whole.unique = unique;
-    whole.groups = groups;
-    whole.length = length;
-    return expertshare::status_of(whole);
-}
+EXPERTSHARE_EXPORT int es_route(const es_step *step) { return expertshare::status_of(*step); }
 EXPERTSHARE_EXPORT int es_project(const es_projection *projection) { return expertshare::status_of(*projection); }
 EXPERTSHARE_EXPORT int es_attend(const es_attention *attention) { return expertshare::status_of(*attention); }
 EXPERTSHARE_EXPORT int es_normalise(const es_norm *norm) { return expertshare::status_of(*norm); }

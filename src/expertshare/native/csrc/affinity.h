@@ -24,8 +24,6 @@ struct es_gate {
     int32_t num_threads;
     es_team team;  // null: threads of our own
 };
-
-int es_affinity(const es_gate *gate);
 }
 
 namespace expertshare {

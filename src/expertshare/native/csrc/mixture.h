@@ -39,7 +39,7 @@ inline void drop_lightest(const float *weights, int k, double share, uint8_t *ke
     }
 }
 
-// See es_weigh; for one token.
+// The model's rule for one token's weights. An id that is not kept becomes -1, and weighs 0 as all unused slots do.
 inline void weigh(int64_t *ids, const float *affinity, const std::uint8_t *kept, int64_t k, bool renormalise,
                   float scaling, float *weights) {
     for (int64_t slot = 0; slot < k; slot++) {

@@ -9,25 +9,28 @@ namespace {
 
 constexpr Index kMostScratches = 16;  // more threads than that only wait while tokens are ranked
 
-GroupRule ballot_rule(const es_recipe &recipe) { return {recipe.ballot_groups, recipe.ballot_kept_groups}; }
-GroupRule inside_rule(const es_recipe &recipe) { return {recipe.expert_groups, recipe.kept_groups}; }
+GroupRule ballot_rule(const es_rule &rule) { return {rule.ballot_groups, rule.ballot_kept_groups}; }
+GroupRule inside_rule(const es_rule &rule) { return {rule.expert_groups, rule.kept_groups}; }
 
-bool has_front(const es_recipe &recipe) { return recipe.num_firsts > 0 || recipe.prefix_share >= 0.0; }
+bool casts_ballots(const es_rule &rule) { return rule.ranking == ES_VOTES || rule.ranking == ES_COVERAGE; }
+bool any(const uint8_t *of, Index count) {
+    return std::any_of(of, of + count, [](uint8_t one) { return one != 0; });
+}
 
 }  // namespace
 
 RankingScratch::RankingScratch(const es_step &step)
-    : ballot(step.gate.num_experts, step.top_k, ballot_rule(step.recipe)),
-      inside(step.gate.num_experts, step.top_k, inside_rule(step.recipe)),
-      votes(step.gate.num_experts),
-      ranking(static_cast<std::size_t>(step.gate.num_experts)),
-      front(static_cast<std::size_t>(step.gate.num_experts)) {
+    : ballot(step.num_experts, step.top_k, ballot_rule(step.rule)),
+      inside(step.num_experts, step.top_k, inside_rule(step.rule)),
+      votes(step.num_experts),
+      ranking(static_cast<std::size_t>(step.num_experts)),
+      front(static_cast<std::size_t>(step.num_experts)) {
     ballot.enter_group(nullptr);
 }
 
 bool RankingScratch::fits(const es_step &step) const {
-    return ranking.size() == static_cast<std::size_t>(step.gate.num_experts) &&
-           ballot.is_for(step.top_k, ballot_rule(step.recipe)) && inside.is_for(step.top_k, inside_rule(step.recipe));
+    return ranking.size() == static_cast<std::size_t>(step.num_experts) &&
+           ballot.is_for(step.top_k, ballot_rule(step.rule)) && inside.is_for(step.top_k, inside_rule(step.rule));
 }
 
 Index RoutingStep::groups_at_a_time(const es_step &step) {
@@ -37,42 +40,78 @@ Index RoutingStep::groups_at_a_time(const es_step &step) {
 RoutingStep::RoutingStep(const es_step &step, const AffinityKernels &kernels, Index first_group, Index num_groups,
                          Arena &gate_arena, Arena &arena, std::vector<RankingScratch> &scratch)
     : step_(step),
-      recipe_(step.recipe),
+      rule_(step.rule),
       first_group_(first_group),
       num_groups_(num_groups),
-      num_experts_(step.gate.num_experts),
-      gate_(gate_of(step, num_groups, arena)),
+      num_experts_(step.num_experts),
+      first_token_(first_group * step.length),
+      shares_(step.rule.ranking != ES_ALL_EXPERTS || step.previous != nullptr),
+      gate_(gate_of(arena)),
       affinity_(gate_, kernels, gate_arena),
       scratch_(scratch) {
-    const Index tokens = num_groups * step.length;
-    const auto num_scratches = static_cast<std::size_t>(std::min<Index>(step.gate.num_threads, kMostScratches));
+    const auto num_scratches = static_cast<std::size_t>(std::min<Index>(step.num_threads, kMostScratches));
     if (scratch.size() != num_scratches || !scratch.front().fits(step)) {
         scratch.clear();
         for (std::size_t i = 0; i < num_scratches; i++) scratch.emplace_back(step);
     }
     for (RankingScratch &one : scratch) one.entered = RankingScratch::kNoGroup;
-    to_score_.fill(tokens);
+    if (step.active != nullptr && shares_) find_voters();
+    to_score_.fill(num_groups * step.length);
     to_elect_.fill(num_groups);
-    to_place_.fill(tokens);
+    to_place_.fill(num_groups * step.length);
 }
 
 // The part of the gate that these groups need, and memory for all that is between a token's features and its plan.
-es_gate RoutingStep::gate_of(const es_step &step, Index num_groups, Arena &arena) {
-    const Index tokens = num_groups * step.length, scores = tokens * num_experts_, slots = tokens * step.top_k;
+es_gate RoutingStep::gate_of(Arena &arena) {
+    const Index tokens = num_groups_ * step_.length, scores = tokens * num_experts_, slots = tokens * step_.top_k;
     arena.reserve(2 * Arena::padded<float>(scores) + Arena::padded<int32_t>(slots) + Arena::padded<float>(slots) +
-                  Arena::padded<uint8_t>(slots) + Arena::padded<uint8_t>(num_groups * num_experts_));
-    es_gate gate = step.gate;
+                  Arena::padded<uint8_t>(slots) + Arena::padded<uint8_t>(num_groups_ * num_experts_) +
+                  Arena::padded<uint8_t>(tokens));
+    es_gate gate = {};
+    gate.x = static_cast<const char *>(step_.x) + first_token_ * step_.depth * (step_.is_bfloat16 != 0 ? 2 : 4);
+    gate.w = step_.w;
+    gate.bias = step_.bias;
     gate.num_tokens = tokens;
-    gate.x = static_cast<const char *>(gate.x) +
-             first_group_ * step.length * gate.depth * (gate.is_bfloat16 != 0 ? 2 : 4);
-    gate.affinity = arena.carve<float>(scores);
-    gate.choice = gate.bias == nullptr ? nullptr : arena.carve<float>(scores);
+    gate.depth = step_.depth;
+    gate.num_experts = num_experts_;
+    gate.is_bfloat16 = step_.is_bfloat16;
+    gate.w_is_bfloat16 = step_.w_is_bfloat16;
+    gate.is_softmax = step_.is_softmax;
+    gate.isa = step_.isa;
+    gate.num_threads = step_.num_threads;
+    gate.team = step_.team;
+    const auto room = [&](float *wanted) {
+        return wanted != nullptr ? wanted + first_token_ * num_experts_ : arena.carve<float>(scores);
+    };
+    gate.affinity = room(step_.affinity);
+    gate.choice = gate.bias == nullptr ? nullptr : room(step_.choice);
     ballots_ = arena.carve<int32_t>(slots);
     best_ = arena.carve<float>(slots);
     kept_ = arena.carve<uint8_t>(slots);
-    coreset_ = step.coreset != nullptr ? step.coreset + first_group_ * num_experts_
-                                       : arena.carve<uint8_t>(num_groups * num_experts_);
+    votes_ = arena.carve<uint8_t>(tokens);
+    coreset_ = step_.coreset != nullptr ? step_.coreset + first_group_ * num_experts_
+                                        : arena.carve<uint8_t>(num_groups_ * num_experts_);
     return gate;
+}
+
+// The live tokens, or the masked ones of a group that has any; none of a group that keeps its coreset.
+void RoutingStep::find_voters() {
+    for (Index group = 0; group < num_groups_; group++) {
+        const Index length = step_.length, first = first_token_ + group * length;
+        const uint8_t *live = step_.live + first;
+        uint8_t *votes = votes_ + group * length;
+        const uint8_t *previous =
+            step_.previous == nullptr ? nullptr : step_.previous + (first_group_ + group) * num_experts_;
+        if (previous != nullptr && any(previous, num_experts_)) {
+            std::fill_n(votes, length, uint8_t{0});
+            continue;
+        }
+        std::copy_n(live, length, votes);
+        if (rule_.only_masked_vote == 0 || step_.masked == nullptr) continue;
+        const uint8_t *masked = step_.masked + first;
+        for (Index i = 0; i < length; i++) votes[i] = live[i] != 0 && masked[i] != 0 ? 1 : 0;
+        if (!any(votes, length)) std::copy_n(live, length, votes);
+    }
 }
 
 const float *RoutingStep::choice(Index token) const {
@@ -84,17 +123,18 @@ void RoutingStep::run(int worker) {
     if (worker >= static_cast<int>(scratch_.size())) return;  // nothing is read that others are still to write
     RankingScratch &scratch = scratch_[static_cast<std::size_t>(worker)];
     drain(to_score_, worker, [&](Index token, Index) { score(token, scratch); });
-    if (recipe_.ranking == ES_ALL_EXPERTS && step_.coreset == nullptr) return;
+    if (step_.active == nullptr || (!shares_ && step_.coreset == nullptr)) return;
     drain(to_elect_, worker, [&](Index group, Index) { elect(group, scratch); });
-    if (recipe_.ranking == ES_ALL_EXPERTS) return;
+    if (!shares_) return;
     drain(to_place_, worker, [&](Index token, Index) { place(token, scratch); });
 }
 
 // Its scores, and what they are enough for: the plan without a coreset, or the ballot.
 void RoutingStep::score(Index token, RankingScratch &scratch) {
     affinity_.finish(token);
-    if (recipe_.ranking == ES_ALL_EXPERTS) return place(token, scratch);
-    if (recipe_.ranking != ES_VOTES || step_.live[first_group_ * step_.length + token] == 0) return;
+    if (step_.active == nullptr) return;
+    if (!shares_) return place(token, scratch);
+    if (!casts_ballots(rule_) || votes_[token] == 0) return;
     scratch.ballot.rank(choice(token));
     const Podium &podium = scratch.ballot.podium();
     int32_t *ballot = ballots_ + token * step_.top_k;
@@ -105,78 +145,90 @@ void RoutingStep::tally(Index group, RankingScratch &scratch) {
     scratch.votes.clear();
     std::fill(scratch.front.begin(), scratch.front.end(), uint8_t{0});
     for (Index token = group * step_.length; token < (group + 1) * step_.length; token++) {
-        if (step_.live[first_group_ * step_.length + token] == 0) continue;
+        if (votes_[token] == 0) continue;
         for (Index place = 0; place < step_.top_k; place++) {
             const int32_t expert = ballots_[token * step_.top_k + place];
             if (expert < 0) break;
             scratch.votes.add(expert, choice(token)[expert]);
-            if (place < recipe_.num_firsts) scratch.front[static_cast<std::size_t>(expert)] = 1;
+            if (place < rule_.num_protected) scratch.front[static_cast<std::size_t>(expert)] = 1;
         }
     }
     scratch.votes.write(scratch.ranking.data());
 }
 
+void RoutingStep::elect_by_cover(Index group, RankingScratch &scratch, uint8_t *member) {
+    scratch.cover.clear(num_experts_, step_.top_k);
+    for (Index token = group * step_.length; token < (group + 1) * step_.length; token++) {
+        if (votes_[token] == 0) continue;
+        scratch.cover.add(ballots_ + token * step_.top_k, gate_.affinity + token * num_experts_, rule_.saturation);
+    }
+    scratch.cover.take(rule_.size, member);
+}
+
 void RoutingStep::elect(Index group, RankingScratch &scratch) {
     uint8_t *member = coreset_ + group * num_experts_;
-    if (recipe_.ranking == ES_ALL_EXPERTS) {
-        std::fill_n(member, num_experts_, uint8_t{1});
+    const uint8_t *previous =
+        step_.previous == nullptr ? nullptr : step_.previous + (first_group_ + group) * num_experts_;
+    if (previous != nullptr && any(previous, num_experts_)) {
+        std::copy_n(previous, num_experts_, member);
         return;
     }
-    if (recipe_.ranking == ES_VOTES) {
+    std::fill_n(member, num_experts_, rule_.ranking == ES_ALL_EXPERTS ? uint8_t{1} : uint8_t{0});
+    if (rule_.ranking == ES_ALL_EXPERTS) return;
+    if (rule_.ranking == ES_COVERAGE) return elect_by_cover(group, scratch, member);
+    const Index first = group * step_.length;
+    const float *ranking = scratch.ranking.data();
+    const uint8_t *front = rule_.num_protected > 0 ? scratch.front.data() : nullptr;
+    if (rule_.ranking == ES_VOTES) {
         tally(group, scratch);
     } else {
-        highest(choice(group * step_.length), step_.live + (first_group_ + group) * step_.length, step_.length,
-                num_experts_, scratch.ranking.data());
+        highest(choice(first), votes_ + first, step_.length, num_experts_, scratch.ranking.data());
     }
-    const float *ranking = scratch.ranking.data();
-    uint8_t *front = scratch.front.data();
-    if (recipe_.prefix_share >= 0.0) scratch.rows.shortest_prefix(ranking, num_experts_, recipe_.prefix_share, front);
-    if (has_front(recipe_) && recipe_.front_is_whole != 0) {
-        std::copy_n(front, num_experts_, member);
-        if (std::count(front, front + num_experts_, uint8_t{1}) >= recipe_.size) return;
-    } else {
-        std::fill_n(member, num_experts_, uint8_t{0});
+    if (rule_.prefix_share >= 0.0) scratch.rows.add_shortest_prefix(ranking, num_experts_, rule_.prefix_share, member);
+    const bool prefix_is_enough = front == nullptr && std::count(member, member + num_experts_, 1) >= rule_.size;
+    if (front != nullptr && rule_.keep_protected != 0) {
+        for (Index e = 0; e < num_experts_; e++) member[e] |= front[e];
+        if (std::count(front, front + num_experts_, 1) >= rule_.size) return;
     }
-    scratch.rows.best(ranking, has_front(recipe_) ? front : nullptr, num_experts_, recipe_.size,
-                      [member](int, int id) { member[id] = 1; });
+    if (prefix_is_enough) return;
+    scratch.rows.best(ranking, front, num_experts_, rule_.size, [member](int id) { member[id] = 1; });
 }
 
 void RoutingStep::place(Index token, RankingScratch &scratch) {
-    const Index group = token / step_.length;
-    const bool shares = recipe_.ranking != ES_ALL_EXPERTS;
-    const Index wanted = shares ? group : RankingScratch::kAllExperts;
+    const Index group = token / step_.length, top_k = step_.top_k;
+    const Index wanted = shares_ ? group : RankingScratch::kAllExperts;
     if (scratch.entered != wanted) {
-        scratch.inside.enter_group(shares ? coreset_ + group * num_experts_ : nullptr);
+        scratch.inside.enter_group(shares_ ? coreset_ + group * num_experts_ : nullptr);
         scratch.entered = wanted;
     }
-    const bool is_live = step_.live[first_group_ * step_.length + token] != 0;
+    const bool is_live = step_.live[first_token_ + token] != 0;
     if (is_live) scratch.inside.rank(choice(token));
     const Podium &podium = scratch.inside.podium();
     const int found = is_live ? podium.size() : 0;
-    const Index slot = token * step_.top_k;
-    int64_t *ids = step_.ids + first_group_ * step_.length * step_.top_k + slot;
-    for (int place = 0; place < step_.top_k; place++) {
-        ids[place] = place < found ? podium.id(place) : -1;
+    const Index slot = token * top_k, kept_slots = std::min(rule_.experts_per_token, top_k);
+    int64_t *ids = step_.ids + first_token_ * top_k + slot;
+    for (int place = 0; place < top_k; place++) {
+        ids[place] = place < found && place < kept_slots ? podium.id(place) : -1;
         best_[slot + place] = place < found ? gate_.affinity[token * num_experts_ + podium.id(place)] : 0.0f;
     }
     const uint8_t *kept = nullptr;
-    if (recipe_.drop_share >= 0.0) {
-        drop_lightest(best_ + slot, static_cast<int>(step_.top_k), recipe_.drop_share, kept_ + slot);
+    if (rule_.drop_share >= 0.0) {
+        drop_lightest(best_ + slot, static_cast<int>(kept_slots), rule_.drop_share, kept_ + slot);
+        std::fill(kept_ + slot + kept_slots, kept_ + slot + top_k, uint8_t{0});
         kept = kept_ + slot;
     }
-    for (Index behind = recipe_.most_slots; behind < step_.top_k; behind++) ids[behind] = -1;
-    weigh(ids, best_ + slot, kept, step_.top_k, step_.renormalise != 0, step_.scaling,
-          step_.weights + first_group_ * step_.length * step_.top_k + slot);
+    weigh(ids, best_ + slot, kept, top_k, rule_.renormalise != 0, rule_.scaling,
+          step_.weights + first_token_ * top_k + slot);
 }
 
 void RoutingStep::count(const es_step &step) {
     const Index slots = step.length * step.top_k;
-    Load counted(step.gate.num_experts);
-    std::fill_n(step.load, step.gate.num_experts, int64_t{0});
+    Load counted(step.num_experts);
+    std::fill_n(step.load, step.num_experts, int64_t{0});
     for (Index group = 0; group < step.groups; group++) {
         step.unique[group] = counted.add_group(step.ids + group * slots, slots, step.load);
     }
-    for (Index e = 0; e < step.gate.num_experts; e++) step.active[e] = step.load[e] != 0 ? 1 : 0;
+    for (Index e = 0; e < step.num_experts; e++) step.active[e] = step.load[e] != 0 ? 1 : 0;
 }
 
 }  // namespace expertshare

@@ -1,5 +1,5 @@
-// A whole routing step in one call: gate, selection, assignment and counts, of the policies that can be said in a few
-// numbers. Every part is the one that the primitives of routing.h are made of, so both give the same bits.
+// A layer's routing in one call: router scores, coresets, plan and counts, under the fields of a sharing rule
+// (routing/rule.py). routing/select.py and routing/assign.py say what they mean; the bits here are the same.
 #pragma once
 
 #include <vector>
@@ -15,41 +15,50 @@ enum es_ranking {
     ES_ALL_EXPERTS = 0,  // by nothing: all are members
     ES_VOTES = 1,        // sums over the ballots cast, each token's K best
     ES_HIGHEST = 2,      // the highest score that a token gives
+    ES_COVERAGE = 3,     // one by one, by what they add to the affinity that the coreset covers
 };
 
-// routing/recipe.py, field by field.
-struct es_recipe {
-    int64_t size;               // of the coreset, the front before all others
-    int64_t num_firsts;         // votes: every token's first so many are in front
-    double prefix_share;        // or the shortest prefix of the ranking that passes this share; below 0: not
-    double drop_share;          // each token drops its lightest experts, up to this share; below 0: not
-    int64_t most_slots;         // and what is behind so many
-    int32_t ranking;            // es_ranking
-    int32_t front_is_whole;     // a front larger than `size` stays whole
+// SharingRule, with the model's group limit and K put in.
+struct es_rule {
+    int64_t size, num_protected;
+    double prefix_share, saturation, drop_share;  // below 0: there is none
+    int64_t experts_per_token;
+    int32_t ranking;  // es_ranking
+    int32_t keep_protected, only_masked_vote;
     int32_t ballot_groups, ballot_kept_groups;  // what a ballot may name
     int32_t expert_groups, kept_groups;         // what a token may be given inside its coreset
-};
-
-struct es_step {
-    es_gate gate;         // num_tokens = groups * length; affinity and choice are not used
-    es_recipe recipe;
-    const uint8_t *live;  // [groups, length]
-    uint8_t *coreset;     // [groups, num_experts]; or null
-    int64_t *ids;         // [groups * length, top_k]
-    float *weights;       // [groups * length, top_k]
-    uint8_t *active;      // [num_experts]
-    int64_t *load;        // [num_experts]
-    int64_t *unique;      // [groups]
-    int64_t groups, length, top_k;
-    float scaling;
     int32_t renormalise;
+    float scaling;
+    int32_t padding;
 };
 
-// step: what stays the same from call to call: the gate's weights and rule, the recipe, top_k, scaling, renormalise. The
-// others are as there. isa: below 0 for the best; ES_ISA_NAMED if EXPERTSHARE_ISA names one, which the caller must read.
-int es_route(const es_step *step, const void *x, const uint8_t *live, uint8_t *coreset, int64_t *ids, float *weights,
-             uint8_t *active, int64_t *load, int64_t *unique, int64_t groups, int64_t length, int32_t is_bfloat16,
-             int32_t num_threads, es_team team, int32_t isa);
+// kernels/cpu_route.py packs this: what stays the same for a layer, then what a call brings.
+struct es_step {
+    const void *w;      // [num_experts, depth]
+    const float *bias;  // [num_experts], or null
+    int64_t depth, num_experts, top_k;
+    int32_t w_is_bfloat16, is_softmax;
+    es_rule rule;
+
+    const void *x;            // [groups * length, depth]
+    const uint8_t *live;      // [groups, length]
+    const uint8_t *masked;    // [groups, length]: still to be decided; or null
+    const uint8_t *previous;  // [groups, num_experts]: a row with members is that group's coreset; or null
+    uint8_t *coreset;         // [groups, num_experts], written in full; or null
+    float *affinity;          // [groups * length, num_experts], or null
+    float *choice;            // the same, with a bias; or null
+    int64_t *ids;             // [groups * length, top_k]
+    float *weights;           // [groups * length, top_k]
+    uint8_t *active;          // [num_experts]; null: only scores are wanted
+    int64_t *load;            // [num_experts]
+    int64_t *unique;          // [groups]
+    int64_t groups, length;
+    int32_t is_bfloat16;
+    int32_t isa, num_threads;
+    es_team team;  // null: threads of our own
+};
+
+int es_route(const es_step *step);
 }
 
 namespace expertshare {
@@ -59,6 +68,7 @@ struct RankingScratch {
     Reach ballot, inside;
     Votes votes;
     RowRanking rows;
+    Cover cover;
     std::vector<float> ranking;
     std::vector<uint8_t> front;
     Index entered = kNoGroup;  // the group whose coreset `inside` holds
@@ -86,18 +96,22 @@ class RoutingStep final : public Work {
     void run(int worker) override;
 
    private:
-    es_gate gate_of(const es_step &step, Index num_groups, Arena &arena);
+    es_gate gate_of(Arena &arena);
+    void find_voters();
     void score(Index token, RankingScratch &scratch);
     void elect(Index group, RankingScratch &scratch);
+    void elect_by_cover(Index group, RankingScratch &scratch, uint8_t *member);
     void tally(Index group, RankingScratch &scratch);
     void place(Index token, RankingScratch &scratch);
     const float *choice(Index token) const;
 
     const es_step &step_;
-    const es_recipe &recipe_;
-    const Index first_group_, num_groups_, num_experts_;
-    int32_t *ballots_ = nullptr;  // [tokens, top_k]: experts, -1 behind the last. These four before gate_of sets them
+    const es_rule &rule_;
+    const Index first_group_, num_groups_, num_experts_, first_token_;
+    const bool shares_;           // whether tokens look into a coreset
+    int32_t *ballots_ = nullptr;  // [tokens, top_k]: experts, -1 behind the last. These five before gate_of sets them
     uint8_t *coreset_ = nullptr;  // [groups, num_experts]
+    uint8_t *votes_ = nullptr;    // [tokens]: whether it casts a ballot
     float *best_ = nullptr;       // [tokens, top_k]
     uint8_t *kept_ = nullptr;     // [tokens, top_k]
     const es_gate gate_;
