@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from expertshare.decoding import BlockDecoder, DecodingOptions
-from expertshare.decoding.canvas import Window
-from expertshare.decoding.row import Row
+from expertshare.decoding.row import Row, Window
 from expertshare.lab.tasks import TASKS, generate_items
 from expertshare.measure.cost import ForwardKind
 from expertshare.measure.environment import capture_environment

@@ -31,8 +31,8 @@ from expertshare.convert.source import open_checkpoint, read_checkpoint
 from expertshare.convert.workspace import open_workspace
 from expertshare.convert.writing import write_expert_layout
 from expertshare.decoding import BlockDecoder, DecodingOptions
-from expertshare.decoding.block_causal import block_causal_mask
-from expertshare.decoding.row import Row
+from expertshare.decoding.forwards import block_causal_mask
+from expertshare.decoding.row import Row, Window
 from expertshare.evaluation import encode_prompts, paired_difference, proportion
 from expertshare.evaluation.scoring import score_many
 from expertshare.experts import ExpertMemory, StoreOptions, open_store
@@ -106,14 +106,12 @@ def trajectories(loaded: LoadedModel, items: Sequence[TaskItem]) -> Iterator[Sta
     for start in range(0, len(prompts), BATCH):
         decoder = BlockDecoder(loaded.model, runtime, DecodingOptions(gen_length=GEN_LENGTH))
         stream = decoder.blocks(prompts[start : start + BATCH])
-        denoise, canvas = stream.forwards.denoise, stream.canvas
+        denoise = stream.forwards.denoise
 
-        def spy(rows: Sequence[Row], denoise: Any = denoise, canvas: Any = canvas) -> Tensor:
-            for row in rows:
-                end = row.start + row.geometry.block_length
-                masked_L = canvas.masked_BC[row.index, row.start : end].clone()
-                states.append(State(canvas.tokens_BC[row.index, :end].clone(), masked_L))
-            hidden_RLD: Tensor = denoise(rows)
+        def spy(rows: Sequence[Row], window: Window, denoise: Any = denoise) -> Tensor:
+            for row, masked_L in zip(rows, window.masked_RL, strict=True):
+                states.append(State(row.tokens_C[: row.end].clone(), masked_L))
+            hidden_RLD: Tensor = denoise(rows, window)
             return hidden_RLD
 
         stream.forwards.denoise = spy  # type: ignore[method-assign]

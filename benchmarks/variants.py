@@ -24,7 +24,7 @@ from unseen_prompts import unseen_prompts
 
 from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.decoding.forwards import Forwards
-from expertshare.decoding.row import Row
+from expertshare.decoding.row import Row, Window
 from expertshare.evaluation import (
     PolicyRun,
     Setup,
@@ -61,7 +61,7 @@ class _Steps:
     """A store and forwards at once: notes which experts each denoising step of a single row borrows."""
 
     def __init__(self, store: ExpertStore) -> None:
-        self._store, self.forwards, self.canvas = store, cast(Forwards, None), cast(Any, None)
+        self._store, self.forwards = store, cast(Forwards, None)
         self._step: tuple[int, int] | None = None
         self.used: dict[tuple[int, int, int], Tensor] = {}
 
@@ -73,9 +73,9 @@ class _Steps:
     def prefill(self, rows: Sequence[Row]) -> None:
         self.forwards.prefill(rows)
 
-    def denoise(self, rows: Sequence[Row]) -> Tensor:
+    def denoise(self, rows: Sequence[Row], window: Window) -> Tensor:
         self._step = (rows[0].block, rows[0].steps)
-        hidden_RLD = self.forwards.denoise(rows)
+        hidden_RLD = self.forwards.denoise(rows, window)
         self._step = None
         return hidden_RLD
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from expertshare.cli.streaming import AnswerPrinter, TextStream
 from expertshare.decoding import BlockResult
-from expertshare.decoding.text_stream import REPLACEMENT
+from expertshare.decoding.results import REPLACEMENT
 from expertshare.lab.tasks import build_tokenizer
 from expertshare.models import decode_answer
 

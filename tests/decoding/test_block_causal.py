@@ -18,10 +18,8 @@ from torch import Tensor
 from expertshare import native
 from expertshare.config import ModelConfig
 from expertshare.decoding import BlockDecoder, DecodingOptions, generate
-from expertshare.decoding.block_causal import CachedPrefix, block_causal_mask
-from expertshare.decoding.canvas import Canvas
-from expertshare.decoding.forwards import Forwards
-from expertshare.decoding.row import Row
+from expertshare.decoding.forwards import BlockCausal, Forwards, block_causal_mask
+from expertshare.decoding.row import Row, Window
 from expertshare.models.runtime import ForwardInput, Runtime
 from expertshare.models.transformer import MoETransformer
 
@@ -60,15 +58,14 @@ class Watched:
     """Forwards that remember the first row's block before every denoising step."""
 
     inner: Forwards
-    canvas: Canvas
     before: list[list[int]] = field(default_factory=list)
 
     def prefill(self, rows: Sequence[Row]) -> None:
         self.inner.prefill(rows)
 
-    def denoise(self, rows: Sequence[Row]) -> Tensor:
-        self.before.append(self.canvas.window(rows).tokens_RL[0].tolist())
-        return self.inner.denoise(rows)
+    def denoise(self, rows: Sequence[Row], window: Window) -> Tensor:
+        self.before.append(window.tokens_RL[0].tolist())
+        return self.inner.denoise(rows, window)
 
     def commit(self, rows: Sequence[Row]) -> None:
         self.inner.commit(rows)
@@ -90,7 +87,7 @@ def test_cached_equals_uncached_at_every_step(
     plain = uncached(model, runtime(policy), RULES[rule], prompt)
     assert plain.margin > NOISE
     stream = BlockDecoder(model, runtime(policy), RULES[rule]).blocks([prompt])
-    watched = Watched(stream.forwards, stream.canvas)
+    watched = Watched(stream.forwards)
     stream.forwards = watched
     answer = [token for block in stream for token in block.token_ids]
     assert watched.before == plain.before
@@ -126,7 +123,7 @@ def test_cache_holds_keys_and_values_of_final_tokens(
     stream = decoder.blocks([prompt])
     steps = [block.steps for block in stream]
     finished = 24  # of 27 or 30 positions: all blocks but the last
-    tokens_BS = stream.canvas.tokens_BC[:, :finished]
+    tokens_BS = stream.rows[0].tokens_C[:finished].unsqueeze(0)
     block_S = torch.arange(finished) // 8
     inputs = ForwardInput(
         tokens_BS=tokens_BS,
@@ -137,7 +134,7 @@ def test_cache_holds_keys_and_values_of_final_tokens(
     )
     with torch.no_grad():
         fresh = model(inputs, decoder.runtime).key_values
-    assert isinstance(stream.forwards, CachedPrefix)
+    assert isinstance(stream.forwards, BlockCausal)
     for cached, expected in zip(stream.forwards.cache.layers, fresh, strict=True):
         assert torch.allclose(cached.keys_BHSD[:, :, :finished], expected.keys_BHSD, atol=1e-4)
         assert torch.allclose(cached.values_BHSD[:, :, :finished], expected.values_BHSD, atol=1e-4)
@@ -283,18 +280,18 @@ def test_the_head_runs_on_positions_that_may_change_and_no_others(
     stream = BlockDecoder(model, replace(runtime(), backend=backend), options).blocks([prompt_of(13), prompt_of(3)])
     asked: list[int] = []
     wanted: list[int] = []
-    best_tokens, choose = model.best_tokens, stream._choose
+    best_tokens, denoise = model.best_tokens, stream.forwards.denoise
 
     def spy(hidden_RD: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
         asked.append(len(hidden_RD))
         return best_tokens(hidden_RD, *arguments, **options)
 
-    def watch(rows: Any, window: Any, tokens_RL: Tensor, confidence_RL: Tensor) -> Tensor:
+    def watch(rows: Any, window: Window) -> Tensor:
         wanted.append(int((window.masked_RL if editing is None else ~window.frozen_RL).sum()))
-        return choose(rows, window, tokens_RL, confidence_RL)
+        return denoise(rows, window)
 
     model.best_tokens = spy  # type: ignore[method-assign]
-    stream._choose = watch  # type: ignore[method-assign]
+    stream.forwards.denoise = watch  # type: ignore[method-assign]
     for _ in stream:
         pass
     forwards = stream.cost().forwards

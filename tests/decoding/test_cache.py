@@ -11,8 +11,8 @@ from torch import Tensor
 
 from expertshare.config import ModelConfig
 from expertshare.decoding import BlockDecoder, DecodingOptions
-from expertshare.decoding.block_causal import CachedPrefix
 from expertshare.decoding.cache import KeyValueCache, visible
+from expertshare.decoding.forwards import BlockCausal
 from expertshare.models.runtime import ForwardInput, LayerKeyValues, Runtime
 from expertshare.models.transformer import MoETransformer
 
@@ -36,8 +36,8 @@ def first_key(cache: KeyValueCache, layer: int = 0) -> Tensor:
 
 
 def test_all_rows_are_seen_in_place(config: ModelConfig, cache: KeyValueCache) -> None:
-    rooms = cache.rooms([0, 1, 2, 3], [8, 8, 8, 8])
-    seen = [room.extended_by(fresh(config, 4, 8, 10.0)) for room in rooms]
+    views = cache.views([0, 1, 2, 3], [8, 8, 8, 8])
+    seen = [view.extended_by(fresh(config, 4, 8, 10.0)) for view in views]
     for layer, view in zip(cache.layers, seen, strict=True):
         assert view.keys_BHSD.shape[2] == view.values_BHSD.shape[2] == 16
         assert view.keys_BHSD.data_ptr() == layer.keys_BHSD.data_ptr()
@@ -47,7 +47,7 @@ def test_all_rows_are_seen_in_place(config: ModelConfig, cache: KeyValueCache) -
 
 
 def test_rows_at_different_blocks_are_written_each_at_its_place(config: ModelConfig, cache: KeyValueCache) -> None:
-    cache.rooms([0, 1, 2, 3], [0, 16, 8, 0])[0].extended_by(fresh(config, 4, 8, 1.0))
+    cache.views([0, 1, 2, 3], [0, 16, 8, 0])[0].extended_by(fresh(config, 4, 8, 1.0))
     filled = first_key(cache) != 0
     assert [row.nonzero().flatten().tolist() for row in filled] == [
         list(range(8)),
@@ -60,10 +60,10 @@ def test_rows_at_different_blocks_are_written_each_at_its_place(config: ModelCon
 @pytest.mark.parametrize("rows", [[1], [1, 2], [0, 2], [3, 0]])
 def test_some_rows(config: ModelConfig, cache: KeyValueCache, rows: list[int]) -> None:
     """Neighbours are a view; others a copy that is put back. Nobody else's row is touched."""
-    rooms = cache.rooms(rows, [8] * len(rows))
-    for room in rooms:
-        room.extended_by(fresh(config, len(rows), 8, 5.0))
-    cache.put_back(rows, rooms)
+    views = cache.views(rows, [8] * len(rows))
+    for view in views:
+        view.extended_by(fresh(config, len(rows), 8, 5.0))
+    cache.put_back(rows, views)
     expected = torch.zeros(4, 24)
     for entry, row in enumerate(rows):
         expected[row, 8:16] = 5.0 + entry
@@ -71,13 +71,13 @@ def test_some_rows(config: ModelConfig, cache: KeyValueCache, rows: list[int]) -
 
 
 def test_rows_that_are_kept_keep_their_keys(config: ModelConfig, cache: KeyValueCache) -> None:
-    cache.rooms([0, 1, 2, 3], [0] * 4)[0].extended_by(fresh(config, 4, 8, 1.0))
+    cache.views([0, 1, 2, 3], [0] * 4)[0].extended_by(fresh(config, 4, 8, 1.0))
     before = cache.layers
     cache.keep([0, 1, 2, 3])
     assert cache.layers is before
     cache.keep([1, 3])
     assert first_key(cache)[:, 0].tolist() == [2.0, 4.0]
-    cache.rooms([3], [8])[0].extended_by(fresh(config, 1, 8, 7.0))
+    cache.views([3], [8])[0].extended_by(fresh(config, 1, 8, 7.0))
     assert first_key(cache)[:, 8].tolist() == [0.0, 7.0]
 
 
@@ -88,7 +88,7 @@ def test_visible() -> None:
 
 def masks_of(
     model: MoETransformer, runtime: Runtime, prompts: list[list[int]], options: DecodingOptions
-) -> tuple[list[Tensor | None], CachedPrefix]:
+) -> tuple[list[Tensor | None], BlockCausal]:
     """The masks of all forwards behind the prefill."""
     seen: list[ForwardInput] = []
     handle = model.register_forward_pre_hook(lambda _module, arguments: seen.append(arguments[0]))
@@ -96,7 +96,7 @@ def masks_of(
     for _ in stream:
         pass
     handle.remove()
-    assert isinstance(stream.forwards, CachedPrefix)
+    assert isinstance(stream.forwards, BlockCausal)
     return [inputs.mask_BSP for inputs in seen if inputs.tokens_BS.shape[1] == 8], stream.forwards
 
 

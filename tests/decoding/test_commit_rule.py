@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expertshare.decoding.commit_rule import holds_eos, schedule, tokens_to_edit, tokens_to_write
+from expertshare.decoding.commit_rules import holds_eos, schedule, tokens_to_edit, tokens_to_write
 
 
 def bits(text: str) -> Tensor:

@@ -41,7 +41,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     call = AccountedModel.__call__
 
     def accounted(self: AccountedModel, kind: ForwardKind, rows: Sequence[Row], *others: Any) -> ForwardOutput:
-        found.append((kind, [(row.index, row.block, row.steps) for row in rows], *([None] * 2)))  # type: ignore[arg-type]
+        found.append((kind, [(row.number, row.block, row.steps) for row in rows], *([None] * 2)))  # type: ignore[arg-type]
         return call(self, kind, rows, *others)
 
     monkeypatch.setattr(MoETransformer, "forward", watched)

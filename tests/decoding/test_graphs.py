@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from expertshare.decoding.graphs import CudaGraphs, graphs_of
+from expertshare.decoding.captured import CudaGraphs, graphs_of
 
 
 class Recorded:

@@ -12,7 +12,6 @@ from torch import Tensor
 from expertshare import native
 from expertshare.config import ModelConfig
 from expertshare.decoding import BlockResult, BlockSession, DecodingOptions, Joining, generate
-from expertshare.decoding.canvas import Canvas
 from expertshare.errors import NumericsError
 from expertshare.measure.cost import CostLedger, ForwardKind, Turn
 from expertshare.models.runtime import Runtime
@@ -135,7 +134,7 @@ def test_a_row_that_leaves_takes_no_part_any_more_and_changes_nobody(
             answers[block.row].extend(block.token_ids)
     assert (first, second, third) == (0, 1, 2)
     assert all(first not in rows for _, rows in ledger.seen[seen_before - 1 :])
-    assert session.canvas.tokens_BC.shape[0] == 2
+    assert session.forwards.cache._memory[0].keys_BHSD.shape[0] == 2  # type: ignore[attr-defined]
     for number, prompt in ((second, other), (third, longer)):
         assert answers[number] == list(generate(model, run, options, [prompt]).rows[0].token_ids)
 
@@ -153,7 +152,7 @@ def test_memory_grows_to_the_most_that_was_needed_at_once(
             session.advance()
         if turn >= 20:
             memory = session.forwards.cache._memory[0].keys_BHSD  # type: ignore[attr-defined]
-            sizes.add((tuple(memory.shape), tuple(session.canvas.tokens_BC.shape)))
+            sizes.add(tuple(memory.shape))
     assert len(sizes) == 1
 
 
@@ -177,16 +176,3 @@ def test_a_row_that_is_not_finite_is_named_and_the_others_go_on(
             answers[block.row].extend(block.token_ids)
     alone = list(generate(model, run, options, [(5, 6)]).rows[0].token_ids)
     assert answers == {good: alone, after: alone}
-
-
-def test_paste_grows_the_canvas_and_leaves_nothing_behind(config: ModelConfig) -> None:
-    def sheet(*tokens: int) -> Canvas:
-        one, flags = torch.tensor([tokens]), torch.ones(1, len(tokens), dtype=torch.bool)
-        return Canvas(one, flags, flags.clone(), flags.clone(), flags.clone(), one.clone())
-
-    canvas = Canvas.empty(torch.device("cpu"))
-    canvas.paste(1, sheet(4, 5, 6))
-    canvas.paste(0, sheet(7))
-    canvas.paste(1, sheet(8, 9))
-    assert canvas.tokens_BC.tolist() == [[7, 0, 0], [8, 9, 0]]
-    assert canvas.live_BC.tolist() == [[True, False, False], [True, True, False]]

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from expertshare.config import ModelConfig
 from expertshare.decoding import BlockDecoder, DecodingOptions
-from expertshare.decoding.canvas import Window
-from expertshare.decoding.row import Row
+from expertshare.decoding.row import Row, Window
 from expertshare.measure.cost import ForwardKind
 from expertshare.models.runtime import RoutingTrace
 

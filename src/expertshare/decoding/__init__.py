@@ -1,11 +1,9 @@
 """Decoding: the block loop, the rule by which tokens are committed, and the cache of finished blocks."""
 
-from expertshare.decoding.decoder import BlockDecoder, BlockStream, generate
+from expertshare.decoding.decoder import BlockDecoder, BlockSession, BlockStream, Joining, generate
+from expertshare.decoding.forwards import Watcher
 from expertshare.decoding.options import DecodingOptions
-from expertshare.decoding.results import BlockResult, FinishReason, Generation, RowResult
-from expertshare.decoding.session import BlockSession, Joining
-from expertshare.decoding.text_stream import TextStream
-from expertshare.decoding.watching import Watcher
+from expertshare.decoding.results import BlockResult, FinishReason, Generation, RowResult, TextStream
 
 __all__ = [
     "BlockDecoder",

@@ -12,8 +12,8 @@ from expertshare.kernels import Place
 from expertshare.models.runtime import LayerKeyValues
 
 
-class Room(Place):
-    """One layer's cache for the R rows of a forward, with each row's place right behind its finished positions.
+class CacheView(Place):
+    """One layer's cache for the R rows of a forward: new positions of each row go right behind its finished ones.
 
     What lies beyond is stale; queries must not see it (`visible`).
     """
@@ -55,7 +55,7 @@ class KeyValueCache:
         self.layers = self._memory
 
     def add(self, rows: Sequence[int], capacity: int) -> None:
-        """Places for more rows, behind the others, with `capacity` positions at least.
+        """Hold more rows, behind the others, with `capacity` positions at least.
 
         What is held is copied where memory has to grow: then by so much that it seldom has to.
         """
@@ -69,7 +69,7 @@ class KeyValueCache:
         self._narrow()
         for layer in self.layers:
             for tensor in (layer.keys_BHSD, layer.values_BHSD):
-                tensor[first:, :, :capacity] = 0  # whatever a row before left there, it is finite now
+                tensor[first:, :, :capacity] = 0  # what an earlier row left there need not be finite
 
     def clear(self) -> None:
         """Hold no row, and nothing of those that were held; memory stays."""
@@ -108,21 +108,21 @@ class KeyValueCache:
         count = len(self._held)
         self.layers = tuple(LayerKeyValues(m.keys_BHSD[:count], m.values_BHSD[:count]) for m in self._memory)
 
-    def rooms(self, rows: Sequence[int], starts: Sequence[int]) -> tuple[Room, ...]:
-        """For each layer the place of the given rows' new keys and values, from `starts` on.
+    def views(self, rows: Sequence[int], starts: Sequence[int]) -> tuple[CacheView, ...]:
+        """For each layer where the given rows' new keys and values belong, from `starts` on.
 
         A view of the cache where those rows lie side by side in it; else a copy, for `put_back` to return.
         """
         pick = self._places(rows)
-        return tuple(Room(layer.keys_BHSD[pick], layer.values_BHSD[pick], tuple(starts)) for layer in self.layers)
+        return tuple(CacheView(layer.keys_BHSD[pick], layer.values_BHSD[pick], tuple(starts)) for layer in self.layers)
 
-    def put_back(self, rows: Sequence[int], rooms: Sequence[Room]) -> None:
-        """Keep what a forward wrote into `rooms`; nothing is to be done for views."""
+    def put_back(self, rows: Sequence[int], views: Sequence[CacheView]) -> None:
+        """Keep what a forward wrote into `views`; nothing is to be done for views."""
         pick = self._places(rows)
         if isinstance(pick, slice):
             return
-        for layer, room in zip(self.layers, rooms, strict=True):
-            layer.keys_BHSD[pick], layer.values_BHSD[pick] = room.keys_BHCD, room.values_BHCD
+        for layer, view in zip(self.layers, views, strict=True):
+            layer.keys_BHSD[pick], layer.values_BHSD[pick] = view.keys_BHCD, view.values_BHCD
 
     def _places(self, rows: Sequence[int]) -> slice | list[int]:
         places = [self._held.index(row) for row in rows]

@@ -1,14 +1,98 @@
-"""From logits to a proposed token and its confidence. C candidates (positions to predict), V vocabulary."""
+"""From hidden states to a proposed token and its confidence, for every position that may change.
+
+R rows, L positions of a block, C candidates (positions to predict, row by row), V vocabulary.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
+from expertshare.decoding.commit_rules import Proposals
 from expertshare.decoding.options import DecodingOptions
+from expertshare.decoding.row import Row, Window
+from expertshare.errors import NumericsError
 from expertshare.kernels.vocabulary import ROWS_AT_A_TIME
+from expertshare.models.runtime import Runtime
+from expertshare.models.transformer import MoETransformer
+
+
+def propose_blocks(
+    model: MoETransformer, runtime: Runtime, rows: Sequence[Row], window: Window, hidden_RLD: Tensor
+) -> Proposals:
+    """Proposals for each row's current block, by its own options. Raises NumericsError for logits that are not
+    finite."""
+    tokens_RL = window.tokens_RL.clone()
+    confidence_RL = torch.full(tokens_RL.shape, float("-inf"), device=tokens_RL.device)
+    open_RL = torch.where(_column([row.rule.edits for row in rows], window), ~window.frozen_RL, window.masked_RL)
+    for best in sorted({row.options.takes_the_best for row in rows}):
+        part = [row.options.takes_the_best == best for row in rows]
+        part_RL = open_RL if all(part) else open_RL & _column(part, window)
+        with runtime.timed("head"):
+            tokens_C, confidence_C = (_best if best else _sampled)(model, runtime, rows, part_RL, hidden_RLD[part_RL])
+        tokens_RL.masked_scatter_(part_RL, tokens_C)
+        confidence_RL.masked_scatter_(part_RL, confidence_C)
+    random = [row.options.remasking == "random" for row in rows]
+    if any(random):
+        random_RL = open_RL & _column(random, window)
+        noise_C = draw([row.generator for row in rows], random_RL.sum(dim=1).tolist())
+        confidence_RL.masked_scatter_(random_RL, noise_C.float())
+    return Proposals(tokens_RL, confidence_RL, window.tokens_RL, window.masked_RL, window.frozen_RL)
+
+
+def not_finite(row: Row) -> NumericsError:
+    """What is raised where a row's step has logits that are NaN or infinite."""
+    return NumericsError(
+        f"expected finite logits, got NaN or infinity for row {row.number}, block {row.answer_block}, "
+        f"step {row.steps}. Check the checkpoint, or run in float32.",
+        row=row.number,
+    )
+
+
+def _best(
+    model: MoETransformer, runtime: Runtime, rows: Sequence[Row], part_RL: Tensor, hidden_CD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of the candidates where `part_RL`, without their logits."""
+    tokens_C, confidence_C = model.best_tokens(hidden_CD, [model.config.mask_id], backend=runtime.backend)
+    _check_finite(rows, part_RL, confidence_C.isfinite())
+    return tokens_C, confidence_C
+
+
+def _sampled(
+    model: MoETransformer, runtime: Runtime, rows: Sequence[Row], part_RL: Tensor, hidden_CD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of the candidates where `part_RL`, each by the options and the generator of its row."""
+    logits_CV = model.logits(hidden_CD, backend=runtime.backend)
+    _check_finite(rows, part_RL, logits_CV.isfinite().all(dim=1))
+    proposed, first = [], 0
+    by_row = zip(rows, part_RL.sum(dim=1).tolist(), strict=True)
+    for _, alike in groupby(by_row, key=lambda pair: _sampling(pair[0].options)):
+        members = list(alike)
+        options, counts = members[0][0].options, [count for _, count in members]
+        last = first + sum(counts)
+        generators = [row.generator for row, _ in members]
+        uniform_CV = draw(generators, counts, logits_CV.shape[1]) if options.temperature else None
+        proposed.append(propose(logits_CV[first:last], options, mask_id=model.config.mask_id, uniform_CV=uniform_CV))
+        first = last
+    tokens, confidences = zip(*proposed, strict=True)
+    return torch.cat(tokens), torch.cat(confidences)
+
+
+def _sampling(options: DecodingOptions) -> tuple[object, ...]:
+    """What has to be equal for rows to be sampled in one go."""
+    return options.temperature, options.top_k, options.top_p, options.filtered_confidence
+
+
+def _check_finite(rows: Sequence[Row], part_RL: Tensor, finite_C: Tensor) -> None:
+    if not finite_C.all():
+        raise not_finite(rows[int(part_RL.nonzero()[int((~finite_C).nonzero()[0]), 0])])
+
+
+def _column(values: Sequence[bool], window: Window) -> Tensor:
+    return torch.tensor(values, device=window.tokens_RL.device).unsqueeze(1)
 
 
 def propose(

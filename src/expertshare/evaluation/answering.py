@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from expertshare.decoding import BlockDecoder, BlockResult, DecodingOptions, FinishReason, Generation
-from expertshare.decoding.geometry import check_prompts
+from expertshare.decoding.row import check_prompts
 from expertshare.evaluation.costs import join_costs
 from expertshare.evaluation.setup import Setup
 from expertshare.experts import StoreStatistics

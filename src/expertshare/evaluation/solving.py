@@ -11,7 +11,7 @@ import torch
 
 from expertshare.config import ModelConfig
 from expertshare.decoding import DecodingOptions
-from expertshare.decoding.geometry import check_prompts
+from expertshare.decoding.row import check_prompts
 from expertshare.errors import InputError
 from expertshare.evaluation.answering import answer_prompts
 from expertshare.evaluation.items import EvalItem

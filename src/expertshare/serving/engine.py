@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Literal, Self
 
 from expertshare.decoding import BlockSession, DecodingOptions
-from expertshare.decoding.geometry import check_prompts
+from expertshare.decoding.row import check_prompts
 from expertshare.errors import InputError
 from expertshare.experts import SlabStore, StoreStatistics
 from expertshare.models import LoadedModel, Runtime

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from expertshare.decoding import BlockDecoder, DecodingOptions
-from expertshare.decoding.canvas import Canvas
 from expertshare.decoding.forwards import Forwards
-from expertshare.decoding.geometry import RowGeometry, lay_out
-from expertshare.decoding.row import Row
+from expertshare.decoding.row import Row, RowGeometry, Window
 from expertshare.models import LoadedModel, Runtime
 from expertshare.routing import make_policy
 
@@ -43,19 +41,17 @@ class Trajectory:
 class _Recorder:
     """Stands before the forwards of a stream and keeps what each denoising step starts from."""
 
-    def __init__(self, forwards: Forwards, canvas: Canvas) -> None:
-        self._forwards, self._canvas = forwards, canvas
+    def __init__(self, forwards: Forwards) -> None:
+        self._forwards = forwards
         self.seen: list[tuple[int, int, int, Tensor, Tensor]] = []
 
     def prefill(self, rows: Sequence[Row]) -> None:
         self._forwards.prefill(rows)
 
-    def denoise(self, rows: Sequence[Row]) -> Tensor:
-        window = self._canvas.window(rows)
-        for place, row in enumerate(rows):
-            state = (window.tokens_RL[place].clone(), window.masked_RL[place].clone())
-            self.seen.append((row.index, row.block, row.steps, *state))
-        return self._forwards.denoise(rows)
+    def denoise(self, rows: Sequence[Row], window: Window) -> Tensor:
+        for row, tokens_L, masked_L in zip(rows, window.tokens_RL, window.masked_RL, strict=True):
+            self.seen.append((row.number, row.block, row.steps, tokens_L, masked_L))
+        return self._forwards.denoise(rows, window)
 
     def commit(self, rows: Sequence[Row]) -> None:
         self._forwards.commit(rows)
@@ -75,28 +71,25 @@ def record_trajectories(
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start : start + batch_size]
         stream = decoder.blocks(batch)
-        recorder = _Recorder(stream.forwards, stream.canvas)
+        recorder = _Recorder(stream.forwards)
         stream.forwards = recorder
         for _ in stream:
             pass
-        for row, prompt in enumerate(batch):
-            geometry = lay_out(len(prompt), decoder.options, loaded.config)
-            steps = [(b, s, t, m) for index, b, s, t, m in recorder.seen if index == row]
-            found.append(_trajectory(geometry, stream.canvas, row, steps))
+        for row in stream.rows:
+            steps = [(b, s, t, m) for number, b, s, t, m in recorder.seen if number == row.number]
+            found.append(_trajectory(row, steps))
     return found
 
 
-def _trajectory(
-    geometry: RowGeometry, canvas: Canvas, row: int, steps: Sequence[tuple[int, int, Tensor, Tensor]]
-) -> Trajectory:
-    length = geometry.block_length
+def _trajectory(row: Row, steps: Sequence[tuple[int, int, Tensor, Tensor]]) -> Trajectory:
+    length = row.geometry.block_length
     snapshots: list[Snapshot] = []
     for place, (block, step, tokens_L, masked_L) in enumerate(steps):
         follower = steps[place + 1] if place + 1 < len(steps) else None
         if follower is not None and follower[0] == block:
             masked_after_L = follower[3]
         else:
-            masked_after_L = canvas.masked_BC[row, block * length : (block + 1) * length]
+            masked_after_L = row.masked_C[block * length : (block + 1) * length]
         snapshots.append(
             Snapshot(
                 block=block,
@@ -107,8 +100,8 @@ def _trajectory(
             )
         )
     return Trajectory(
-        geometry=geometry,
-        final_C=canvas.tokens_BC[row, : geometry.canvas_length].clone(),
+        geometry=row.geometry,
+        final_C=row.tokens_C,
         snapshots=tuple(snapshots),
     )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expertshare.decoding.graphs import Work
+from expertshare.decoding.captured import Work
 
 WAITING = (
     *("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal"),
@@ -54,7 +54,7 @@ class Transcript(TorchDispatchMode):
 
 
 class CheckedGraphs:
-    """expertshare.decoding.graphs.Graphs on the CPU. captures, replays, reads: how often each was asked for."""
+    """expertshare.decoding.captured.Graphs on the CPU. captures, replays, reads: how often each was asked for."""
 
     def __init__(self, *, fails: bool = False) -> None:
         self.captures = self.replays = self.reads = 0

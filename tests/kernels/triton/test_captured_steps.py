@@ -15,8 +15,7 @@ import torch
 
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.decoding import BlockDecoder, BlockResult, BlockStream, DecodingOptions
-from expertshare.decoding.captured_steps import CapturedSteps, capacity_for
-from expertshare.decoding.graphs import CudaGraphs, Graphs
+from expertshare.decoding.captured import CapturedSteps, CudaGraphs, Graphs, capacity_for
 from expertshare.errors import NumericsError
 from expertshare.experts.whole import ResidentSlabs
 from expertshare.measure.cost import Cost
@@ -195,12 +194,12 @@ def test_a_step_that_is_not_finite_writes_nothing_and_names_its_row(device: torc
     stream.advance()
     stream._ready.clear()
     assert stream._captured is not None
-    tokens = stream._captured._canvas.tokens_BC.clone()
+    tokens = stream._captured._tokens_RC.clone()
     stream._captured.cache.layers[0].values_BHSD[1, :, 0] = float("nan")
     with pytest.raises(NumericsError, match="for row 1, block") as caught:
         stream.advance()
     assert caught.value.row == 1
-    assert torch.equal(stream._captured._canvas.tokens_BC, tokens)
+    assert torch.equal(stream._captured._tokens_RC, tokens)
 
 
 REASONS = [

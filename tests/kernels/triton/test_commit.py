@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from expertshare.decoding.commit_rule import holds_eos, tokens_to_edit, tokens_to_write
+from expertshare.decoding.commit_rules import holds_eos, tokens_to_edit, tokens_to_write
 from expertshare.errors import ConfigError
 from expertshare.kernels.triton.commit import FLAGS, commit_triton
 

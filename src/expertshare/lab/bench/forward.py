@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expertshare import native
 from expertshare.config import ModelConfig
-from expertshare.decoding.cache import KeyValueCache, Room
+from expertshare.decoding.cache import CacheView, KeyValueCache
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.kernels import BACKENDS
 from expertshare.lab.bench.cases import Case
@@ -60,7 +60,7 @@ class Scene:
 
     model: MoETransformer
     inputs: ForwardInput
-    rooms: tuple[Room, ...]
+    views: tuple[CacheView, ...]
     past: tuple[LayerKeyValues, ...]
     masked: int
 
@@ -89,7 +89,7 @@ class Ours:
 
     def _step(self, runtime: Runtime) -> Tensor:
         scene = self.scene
-        output = scene.model(scene.inputs, runtime, scene.rooms)
+        output = scene.model(scene.inputs, runtime, scene.views)
         with runtime.timed("head"):
             hidden_RD = output.hidden_BSD[0, : scene.masked]
             tokens_R, _ = scene.model.best_tokens(hidden_RD, [scene.model.config.mask_id], backend=self.backend)
@@ -99,7 +99,7 @@ class Ours:
     def logits(self) -> Tensor:
         """Logits of the masked rows [masked, V]."""
         scene = self.scene
-        output = scene.model(scene.inputs, Runtime(policy=self.policy, backend=self.backend), scene.rooms)
+        output = scene.model(scene.inputs, Runtime(policy=self.policy, backend=self.backend), scene.views)
         return scene.model.logits(output.hidden_BSD[0, : scene.masked], backend=self.backend)
 
     def to_json(self, repeats: int) -> dict[str, Any]:
@@ -217,8 +217,8 @@ def _scene(config: ModelConfig, case: Case, settings: ForwardSettings) -> Scene:
     device = settings.device
     model = random_model(config, settings.dtype, settings.seed).to(device)
     generator = torch.Generator().manual_seed(settings.seed)
-    rooms = _filled_rooms(config, settings, settings.context + length, generator)
-    past = tuple(LayerKeyValues(*room.reach(0)) for room in rooms) if settings.context else ()
+    views = _filled_views(config, settings, settings.context + length, generator)
+    past = tuple(LayerKeyValues(*view.reach(0)) for view in views) if settings.context else ()
     inputs = ForwardInput(
         tokens_BS=torch.randperm(config.vocab_size, generator=generator)[:length].unsqueeze(0).to(device),
         positions_BS=torch.arange(settings.context, settings.context + length, device=device).unsqueeze(0),
@@ -226,22 +226,22 @@ def _scene(config: ModelConfig, case: Case, settings: ForwardSettings) -> Scene:
         mask_BSP=None,
         block_length=length,
     )
-    scene = Scene(model, inputs, rooms, past, masked)
+    scene = Scene(model, inputs, views, past, masked)
     if settings.unique is not None:
-        concentrate(model, inputs, scene.rooms, unique=settings.unique, seed=settings.seed)
+        concentrate(model, inputs, scene.views, unique=settings.unique, seed=settings.seed)
     return scene
 
 
-def _filled_rooms(
+def _filled_views(
     config: ModelConfig, settings: ForwardSettings, capacity: int, generator: torch.Generator
-) -> tuple[Room, ...]:
+) -> tuple[CacheView, ...]:
     """A decoder's cache with `context` random positions, and the place behind them."""
     cache = KeyValueCache(config, num_rows=1, capacity=capacity, dtype=settings.dtype, device=settings.device)
-    rooms = cache.rooms([0], [settings.context])
-    for room in rooms:
-        for finished in room.reach(0):
+    views = cache.views([0], [settings.context])
+    for view in views:
+        for finished in view.reach(0):
             finished.copy_(torch.randn(finished.shape, generator=generator))
-    return rooms
+    return views
 
 
 def _peer_call(scene: Scene, peer: Any) -> Callable[[int], Tensor]:

@@ -12,7 +12,7 @@ import torch
 from expertshare import native
 from expertshare.config import ModelConfig
 from expertshare.decoding import BlockDecoder, DecodingOptions, Generation
-from expertshare.decoding.geometry import check_prompts
+from expertshare.decoding.row import check_prompts
 from expertshare.errors import InputError
 from expertshare.kernels import resolve_backend
 from expertshare.lab.bench.cases import Case

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from expertshare.decoding import BlockDecoder, BlockStream
-from expertshare.decoding.canvas import Window
-from expertshare.decoding.row import Row
+from expertshare.decoding.row import Row, Window
 from expertshare.measure.cost import ForwardKind
 from expertshare.models.runtime import RoutingTrace
 from expertshare.routing import policy_record

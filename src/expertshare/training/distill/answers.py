@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from expertshare.decoding import BlockDecoder, DecodingOptions, FinishReason
-from expertshare.decoding.geometry import check_prompts
+from expertshare.decoding.row import check_prompts
 from expertshare.errors import InputError, TrainingError
 from expertshare.kernels import AUTO, resolve_backend
 from expertshare.models import LoadedModel, Runtime, decode_answer, encode_prompt
