@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from expertshare.decoding import BlockDecoder, DecodingOptions
+from expertshare.decoding.row import Window
 from expertshare.models import LoadedModel, Runtime
 from expertshare.routing import Layerwise, make_policy, parse_policy
 from expertshare.tuning.packing import pack
@@ -49,19 +50,19 @@ def test_replayed_hidden_states_are_those_of_decoding(any_model: LoadedModel, te
 def _forced(model: LoadedModel, prompt: list[int], trajectory, policy) -> list[torch.Tensor]:  # type: ignore[no-untyped-def]
     """Hidden states of the written positions, from the decoder's own forwards with vanilla's tokens put in by hand."""
     stream = BlockDecoder(model.model, Runtime(policy=policy), OPTIONS).blocks([prompt])
-    row, canvas, length = stream._rows[0], stream.canvas, trajectory.geometry.block_length
+    row = stream.rows[0]
     found: list[torch.Tensor] = []
     with torch.no_grad():
         stream.forwards.prefill([row])
         for snapshot in trajectory.snapshots:
             if snapshot.block != row.block:
-                canvas.tokens_BC[0, row.start : row.start + length] = trajectory.final_C[row.start : row.start + length]
-                canvas.masked_BC[0, row.start : row.start + length] = False
+                row.tokens_C[row.start : row.end] = trajectory.final_C[row.start : row.end]
+                row.masked_C[row.start : row.end] = False
                 stream.forwards.commit([row])
                 row.enter_next_block()
-            canvas.tokens_BC[0, row.start : row.start + length] = snapshot.tokens_L
-            canvas.masked_BC[0, row.start : row.start + length] = snapshot.masked_L
-            found.append(stream.forwards.denoise([row])[0][snapshot.written_L])
+            row.tokens_C[row.start : row.end] = snapshot.tokens_L
+            row.masked_C[row.start : row.end] = snapshot.masked_L
+            found.append(stream.forwards.denoise([row], Window.of([row]))[0][snapshot.written_L])
     return found
 
 

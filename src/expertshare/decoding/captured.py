@@ -162,7 +162,7 @@ class CapturedBlocks:
     """
 
     def __init__(self, model: MoETransformer, runtime: Runtime, graphs: Graphs, shape: BlockShape) -> None:
-        """Allocates and captures. Raises RuntimeError where that fails. runtime: its policy bound, one that is a rule."""
+        """Allocates and captures. Raises RuntimeError where that fails. runtime: its policy bound, a rule."""
         self.shape = shape
         device, size = model.device, (shape.num_rows, shape.capacity)
         self._model, self._runtime, self._graphs = model, replace(runtime, clock=None), graphs
