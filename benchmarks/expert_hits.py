@@ -18,9 +18,8 @@ from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.evaluation import encode_prompts, parse_policies
 from expertshare.evaluation.prompts import read_prompts
 from expertshare.experts import ResidentExperts
-from expertshare.experts.eviction import simulate
-from expertshare.experts.forecast import Bools
-from expertshare.experts.resident import ResidentStore
+from expertshare.experts.slots import Bools, simulate
+from expertshare.experts.whole import ResidentStore
 from expertshare.models import LoadedModel, Runtime
 from expertshare.types import Loan, RoutingPolicy
 

@@ -37,7 +37,7 @@ from expertshare.evaluation import (
     task_accuracy,
 )
 from expertshare.evaluation.prompts import PromptRecord
-from expertshare.experts.resident import ResidentStore
+from expertshare.experts.whole import ResidentStore
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, load_model
 from expertshare.models.moe import MoE

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from expertshare.experts.transfer import in_chunks
+from expertshare.experts.device_slots import in_chunks
 
 COPIES, COMPUTATION = "copies", "computation"
 PACES = ["eager", "late copies", "late computation", "all late", "random"]

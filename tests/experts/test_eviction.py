@@ -16,9 +16,8 @@ from expertshare.errors import ExpertMemoryError
 from expertshare.evaluation import encode_prompts
 from expertshare.evaluation.prompts import read_prompts
 from expertshare.experts import BudgetedStore, ResidentExperts
-from expertshare.experts.eviction import simulate
-from expertshare.experts.forecast import ReuseForecast
-from expertshare.experts.resident import ResidentStore
+from expertshare.experts.slots import ReuseForecast, simulate
+from expertshare.experts.whole import ResidentStore
 from expertshare.models import Runtime, load_model
 from expertshare.routing import parse_policy
 from expertshare.types import Loan

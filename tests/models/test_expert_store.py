@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from expertshare.experts.resident import ResidentExperts, ResidentStore
+from expertshare.experts.whole import ResidentExperts, ResidentStore
 from expertshare.models.runtime import ForwardInput, Runtime
 from expertshare.models.transformer import MoETransformer, initialise
 from expertshare.routing import make_policy

@@ -10,9 +10,8 @@ import numpy as np
 
 from expertshare.config import ModelConfig
 from expertshare.convert.rates import Rates
-from expertshare.experts.eviction import simulate
-from expertshare.experts.forecast import Bools
 from expertshare.experts.recording import RoutingRecord
+from expertshare.experts.slots import Bools, simulate
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

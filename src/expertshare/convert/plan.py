@@ -13,7 +13,7 @@ from expertshare.convert.rates import Rates
 from expertshare.convert.sizes import ModelSizes, cache_bytes
 from expertshare.errors import InputError
 from expertshare.experts.recording import RoutingRecord
-from expertshare.experts.sizes import format_size
+from expertshare.experts.store import format_size
 from expertshare.measure.memory import anonymous_bytes
 from expertshare.routing import knobs
 from expertshare.types import RoutingPolicy

@@ -16,15 +16,11 @@ import torch
 from torch import Tensor
 
 from expertshare.errors import ConfigError, ExpertMemoryError
-from expertshare.experts.eviction import needed_last
-from expertshare.experts.forecast import Ints, ReuseForecast
 from expertshare.experts.layout import ExpertLayout, open_layers
-from expertshare.experts.reading import ReadTeam, SlabRead
-from expertshare.experts.sizes import format_size
 from expertshare.experts.slab import SlabFormat
-from expertshare.experts.slot_memory import HostSlots, Moved, SlotMemory
-from expertshare.experts.slots import SlotTable
-from expertshare.experts.statistics import LayerCount, StoreStatistics, fresh_counts
+from expertshare.experts.slot_memory import HostSlots, Moved, ReadTeam, SlabRead, SlotMemory
+from expertshare.experts.slots import Ints, ReuseForecast, SlotTable, needed_last
+from expertshare.experts.store import LayerCount, StoreStatistics, format_size, fresh_counts
 from expertshare.types import Loan
 
 NUM_READERS = 4

@@ -11,11 +11,9 @@ import torch
 
 from expertshare.errors import ConfigError
 from expertshare.experts.budgeted import BudgetedStore
-from expertshare.experts.device_slots import DeviceSlots
+from expertshare.experts.device_slots import CudaTransfer, DeviceSlots
 from expertshare.experts.layout import ExpertLayout
-from expertshare.experts.sizes import ExpertMemory, format_size
-from expertshare.experts.store import SlabStore
-from expertshare.experts.transfer import CudaTransfer
+from expertshare.experts.store import ExpertMemory, SlabStore, format_size
 from expertshare.experts.whole import MappedStore, ResidentSlabs
 
 ALL = ExpertMemory(kind="all")

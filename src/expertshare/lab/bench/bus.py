@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from expertshare.experts.transfer import pinned
+from expertshare.experts.device_slots import pinned
 from expertshare.lab.bench.gpu import Walk, gpu_seconds
 
 BUS_BYTES = 2**28

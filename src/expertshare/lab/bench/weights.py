@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from expertshare.config import ModelConfig
 from expertshare.errors import InputError
-from expertshare.experts.page_memory import allocate_slabs
 from expertshare.experts.slab import SlabFormat
+from expertshare.experts.slot_memory import allocate_slabs
 from expertshare.kernels.quantise import scheme_named
 from expertshare.measure.memory import available_memory_bytes
 from expertshare.models import MoETransformer
