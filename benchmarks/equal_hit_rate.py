@@ -18,7 +18,7 @@ from typing import Any
 
 from own_process import generated
 
-from expertshare.convert.estimate import most_at_once, replay
+from expertshare.convert.plan import most_at_once, replay
 from expertshare.experts import read_manifest
 from expertshare.experts.recording import RoutingRecord, read_record
 from expertshare.measure.environment import capture_environment

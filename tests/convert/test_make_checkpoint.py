@@ -21,7 +21,7 @@ from expertshare.kernels.quantise import QUANTISATIONS, dequantise, quantise_ban
 from expertshare.lab.bench.cases import find_case
 from expertshare.lab.random_checkpoint.characters import first_byte_id, printable_ids, tokenizer_files
 from expertshare.lab.random_checkpoint.make_checkpoint import make_checkpoint
-from expertshare.lab.random_checkpoint.pool import ExpertPool
+from expertshare.lab.random_checkpoint.random_tensors import ExpertPool
 from expertshare.models import Runtime, load_model
 from expertshare.routing import make_policy
 from expertshare.types import ExpertBank, QuantisedBank, RoutingPlan
@@ -167,7 +167,7 @@ def test_rolling_commutes_with_quantising(expert: int, scheme: str) -> None:
 def test_every_released_model_has_its_released_size() -> None:
     """Parameters from the names and shapes that are public: 16.26 B for mini, 102.9 B for flash, 30.5 B for SDAR."""
     sizes = {"llada2.0-mini": 16.26e9, "llada2.0-flash": 102.9e9, "sdar-30b-a3b": 30.5e9, "llada-moe": 7.4e9}
-    from expertshare.lab.random_checkpoint.random_model import RandomTensors, Recipe
+    from expertshare.lab.random_checkpoint.random_tensors import RandomTensors, Recipe
 
     for name, expected in sizes.items():
         config = likeness(name)
@@ -192,7 +192,7 @@ def test_names_and_options_that_cannot_be_are_told(tmp_path: Path) -> None:
         make_checkpoint(TINY, tmp_path / "out", unique=12, layout="hugging")
     assert default_unique("llada2.0-mini", likeness("llada2.0-mini")) == 70
     assert default_unique("llada2.0-mini", likeness("llada2.0-mini", experts=64)) == 64
-    with pytest.raises(ConfigError, match="room for 256"):
+    with pytest.raises(ConfigError, match="ids for 256"):
         tokenizer_files(find_case("tiny").config)
 
 

@@ -11,8 +11,18 @@ from safetensors.torch import load_file
 
 from expertshare.api import generate
 from expertshare.convert import convert
-from expertshare.convert.estimate import Step, mean_at_once, most_at_once, replay, seconds_per_forward, tokens_per_s
-from expertshare.convert.plan import Plan, Workload, experts_per_block, make_plan
+from expertshare.convert.plan import (
+    Plan,
+    Step,
+    Workload,
+    experts_per_block,
+    make_plan,
+    mean_at_once,
+    most_at_once,
+    replay,
+    seconds_per_forward,
+    tokens_per_s,
+)
 from expertshare.convert.rates import Rates, storage_speed
 from expertshare.convert.shapes import likeness
 from expertshare.convert.sizes import cache_bytes, sizes_like, sizes_of

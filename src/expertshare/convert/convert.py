@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from expertshare.config import ModelConfig
-from expertshare.convert.quantised_embeddings import check_embeddings, embeddings_setting
-from expertshare.convert.scheme import FLOAT_NAMES, make_scheme
+from expertshare.convert.scheme import FLOAT_NAMES, check_embeddings, embeddings_setting, make_scheme
 from expertshare.convert.source import open_checkpoint, read_checkpoint, read_config
 from expertshare.convert.tensor_file import TensorEntry, TensorFile, open_tensors
 from expertshare.convert.workspace import CHECKSUMS, JOURNAL, file_record, is_complete, open_workspace, read_records

@@ -1,18 +1,20 @@
-"""`expertshare plan`: what fits, where experts should live and how fast that may be, before anything is loaded."""
+"""`expertshare plan`: what fits, where experts should be kept and how fast that may be, before anything is loaded."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import numpy as np
+
 from expertshare.config import ModelConfig, RouterSpec
-from expertshare.convert.estimate import Step, mean_at_once, most_at_once, replay, seconds_per_forward, tokens_per_s
 from expertshare.convert.rates import Rates
 from expertshare.convert.sizes import ModelSizes, cache_bytes
 from expertshare.errors import InputError
 from expertshare.experts.recording import RoutingRecord
+from expertshare.experts.slots import Bools, simulate
 from expertshare.experts.store import format_size
 from expertshare.measure.memory import anonymous_bytes
 from expertshare.routing import knobs
@@ -99,13 +101,13 @@ def make_plan(
     figures["headroom"] = Figure(HEADROOM * memory_bytes, "bytes", "derived", f"{HEADROOM:.0%} of it, for activations")
     figures |= _base(sizes, workload, process_bytes)
     base = int(sum(figure.value for name, figure in figures.items() if name != "memory"))
-    room = memory_bytes - base
+    left = memory_bytes - base
     for scheme, slab in sizes.slabs.items():
         figures[f"expert ({scheme})"] = Figure(slab, "bytes", "derived", "weights of one expert, padded to pages")
         figures[f"all experts ({scheme})"] = Figure(
             slab * sizes.num_experts, "bytes", "derived", f"{sizes.num_experts} of them"
         )
-    scheme = _scheme(sizes, room)
+    scheme = _scheme(sizes, left)
     slab, whole = sizes.slabs[scheme], sizes.slabs[scheme] * sizes.num_experts
     least = _least(config, policy, workload)
     figures["experts at once (vanilla)"] = _at_once(config, spec.top_k * config.block_length, workload)
@@ -120,9 +122,9 @@ def make_plan(
                 at_once.value * slab, "bytes", at_once.origin, f"those experts in {scheme}"
             )
     needed = int(least.value if record is None else figures["experts at once (record)"].value)
-    store: StoreKind = "all" if room >= whole else "budget" if room >= needed * slab else "none"
-    slots = sizes.num_experts if store == "all" else max(0, room) // slab
-    figures["room for experts"] = Figure(max(0, room), "bytes", "derived", "memory less all the above but experts")
+    store: StoreKind = "all" if left >= whole else "budget" if left >= needed * slab else "none"
+    slots = sizes.num_experts if store == "all" else max(0, left) // slab
+    figures["room for experts"] = Figure(max(0, left), "bytes", "derived", "memory less all the above but experts")
     if store != "none":
         figures |= _speed(sizes, policy, rates, workload, record, slab=slab, slots=slots, store=store)
     return Plan(
@@ -158,11 +160,11 @@ def _base(sizes: ModelSizes, workload: Workload, process_bytes: int | None) -> d
     }
 
 
-def _scheme(sizes: ModelSizes, room: int) -> str:
+def _scheme(sizes: ModelSizes, left: int) -> str:
     """As stored; where that is open, the first in which all experts fit, else the smallest."""
     if sizes.stored is not None:
         return sizes.stored
-    fitting = (name for name, slab in sizes.slabs.items() if slab * sizes.num_experts <= room)
+    fitting = (name for name, slab in sizes.slabs.items() if slab * sizes.num_experts <= left)
     return next(fitting, min(sizes.slabs, key=lambda name: sizes.slabs[name]))
 
 
@@ -281,3 +283,82 @@ def _advice(sizes: ModelSizes, store: StoreKind, scheme: str, budget: int, least
         return (*sentences, "All experts fit into memory.")
     share = budget / (sizes.slabs[scheme] * sizes.num_experts)
     return (*sentences, f"Give experts --expert-memory {budget} (bytes), {100 * share:.0f} % of all of them.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One forward. dense_bytes and dense_parameters: without the input embedding. experts: used, of all layers.
+    pair_parameters: of the experts that one position runs, over all layers. positions: computed, of all sequences."""
+
+    dense_bytes: int
+    dense_parameters: int
+    experts: float
+    slab_bytes: int
+    pair_parameters: int
+    positions: int
+
+
+def seconds_per_forward(step: Step, rates: Rates, *, hit_rate: float) -> float | None:
+    """The larger of reading all weights from memory and computing, and then the reads of what was not there.
+
+    None where experts have to be read and nobody knows how fast.
+    """
+    reading = (step.dense_bytes + step.experts * step.slab_bytes) / rates.memory_bytes_per_s
+    computing = step.positions * (step.dense_parameters + step.pair_parameters) / rates.macs_per_s
+    missing = step.experts * (1.0 - hit_rate) * step.slab_bytes
+    if missing == 0:
+        return max(reading, computing)
+    if rates.storage_bytes_per_s is None:
+        return None
+    return max(reading, computing) + missing / rates.storage_bytes_per_s
+
+
+def tokens_per_s(seconds: float, config: ModelConfig, *, batch_size: int, per_step: float) -> float:
+    """Of decoding: a block takes block_length / per_step denoising forwards and, with a cache, one to commit."""
+    steps = config.block_length / per_step
+    forwards = steps if config.attention == "full" else steps + 1
+    return batch_size * config.block_length / (forwards * seconds)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replay:
+    """hit_rate: share of requests that were in a slot already; by layer and of all. Slots are empty at the start."""
+
+    hit_rate: float
+    hit_rate_by_layer: tuple[float, ...]
+
+
+def replay(record: RoutingRecord, num_slots: int) -> Replay:
+    """Serve the record's requests from `num_slots` slots with the store's own eviction, without reading ahead.
+
+    What is read ahead turns part of the misses into shorter waits, so a real store does not do worse. Raises
+    ExpertMemoryError where a layer's experts exceed the slots.
+    """
+    layers = simulate(
+        _visits(record), num_slots=num_slots, num_layers=record.num_layers, num_experts=record.num_experts
+    )
+    requests = sum(layer.requests for layer in layers)
+    return Replay(
+        hit_rate=sum(layer.hits or 0 for layer in layers) / max(1, requests),
+        hit_rate_by_layer=tuple(layer.hit_rate or 0.0 for layer in layers),
+    )
+
+
+def _visits(record: RoutingRecord) -> Iterator[tuple[int, Bools]]:
+    """Layers with their active experts, in the order in which they ran."""
+    for layers in record.forwards:
+        for layer, ids in enumerate(layers):
+            member_E = np.zeros(record.num_experts, dtype=np.bool_)
+            member_E[list(ids)] = True
+            yield layer, member_E
+
+
+def most_at_once(record: RoutingRecord) -> int:
+    """Most experts that any layer of any forward used."""
+    return max(len(ids) for layers in record.forwards for ids in layers)
+
+
+def mean_at_once(record: RoutingRecord) -> float:
+    """Experts of a layer, mean over layers and forwards."""
+    counts = [len(ids) for layers in record.forwards for ids in layers]
+    return sum(counts) / len(counts)

@@ -105,7 +105,7 @@ class Workspace:
         if needed > free:
             raise CheckpointError(
                 f"{self.out} needs {needed:,} bytes more, but its disk has {free:,} bytes free: make "
-                f"{needed - free:,} bytes of room or choose another disk"
+                f"{needed - free:,} bytes free or choose another disk"
             )
 
     def record(self, name: str) -> FileRecord:
@@ -148,8 +148,8 @@ class Workspace:
         free = shutil.disk_usage(self.directory).free
         kept = f"{len(self._files)} finished files are kept in {self.directory}"
         return CheckpointError(
-            f"the disk is full ({free:,} bytes free, or a limit on file sizes) while {name} was written; {kept}. Make "
-            "room and run the same command again: it goes on from there"
+            f"the disk is full ({free:,} bytes free, or a limit on file sizes) while {name} was written; {kept}. Free "
+            "space and run the same command again: it goes on from there"
         )
 
     def _write_journal(self, name: str) -> None:

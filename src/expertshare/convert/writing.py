@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from expertshare.config import ModelConfig
-from expertshare.convert.quantised_embeddings import QuantisedEmbeddings
-from expertshare.convert.scheme import Scheme
+from expertshare.convert.scheme import QuantisedEmbeddings, Scheme
 from expertshare.convert.source import ExpertSource, is_expert
 from expertshare.convert.tensor_file import DTYPES, TensorEntry, file_bytes, write_tensors
 from expertshare.convert.workspace import FileRecord as Written
@@ -36,7 +35,7 @@ SmallFile = bytes | Path | Callable[[], bytes]
 
 
 def silent(name: str, done: int, total: int) -> None:
-    """For who does not want to know."""
+    """The callback that reports nothing."""
 
 
 @dataclass(slots=True)

@@ -46,7 +46,7 @@ class _Arrivals:
         self.wait, self._count, self.states_S = wait, count, states_S
 
     def waited(self, seconds: float) -> None:
-        """Somebody who looked at the states waited so long for them."""
+        """A kernel that looked at the states waited so long for them."""
         self._count.stall_s += seconds
 
 
@@ -266,13 +266,13 @@ class BudgetedStore:
         return read
 
     def _settle(self, slot: int) -> None:
-        """Take note of a read that is done: the slot is filled, or nobody's."""
+        """Take note of a read that is done: the slot is filled, or free."""
         read = self._pending[slot]
         if not read.done:
             return
         if read.moved is not None:
             self._note(slot, read.moved)
-        else:  # whoever needs the expert reads it again, and hears of the error if it lasts
+        else:  # the next layer that needs the expert reads it again, and raises the error if it lasts
             self._table.clear(slot)
         del self._pending[slot]
 
@@ -284,5 +284,5 @@ class BudgetedStore:
         count.copies += moved.copied
 
     def _unwanted(self) -> set[int]:
-        """Slots that are being filled for nobody who waits."""
+        """Slots that are being filled while no borrower waits for them."""
         return set(self._pending).difference(*(lease.slots.tolist() for lease in self._leases))

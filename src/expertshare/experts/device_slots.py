@@ -64,7 +64,7 @@ class DeviceTransfer(Protocol[T]):
 class CudaTransfer:
     """DeviceTransfer of a GPU: copies run in a stream of their own, computation in the current stream.
 
-    Who computes in several streams by turns must have each wait for the one before, as torch asks of any tensor.
+    A caller that computes in several streams must have each wait for the one before, as torch asks of any tensor.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -78,7 +78,7 @@ class CudaTransfer:
         except torch.OutOfMemoryError as error:
             free = torch.cuda.mem_get_info(self._device)[0]
             raise ExpertMemoryError(
-                f"expected room for {count} experts on {self._device}, got no {format_size(count * slab_bytes)}: "
+                f"expected memory for {count} experts on {self._device}, got no {format_size(count * slab_bytes)}: "
                 f"{format_size(free)} are free, lower --expert-memory"
             ) from error
         slabs_SB.record_stream(self._side)  # or torch would hand it on while a last copy writes into it
@@ -161,7 +161,7 @@ class DeviceSlots(Generic[T]):
         with torch.inference_mode(False):  # readers write into these, and they are not in that mode
             self._slabs_SB = transfer.slots(num_slots, form.slab_bytes)
             self.bank = form.bank(self._slabs_SB)
-            self._room = transfer.staging(num_kept, form.slab_bytes)
+            self._spare = transfer.staging(num_kept, form.slab_bytes)
             staged = transfer.staging(NUM_STAGED, form.slab_bytes)
         self._transfer = transfer
         self._staged: SimpleQueue[tuple[Tensor, T | None]] = SimpleQueue()
@@ -193,7 +193,7 @@ class DeviceSlots(Generic[T]):
     def close(self) -> None:
         """Let the memory go; what is still being copied keeps its own until it is done."""
         del self.bank, self._slabs_SB, self._staged
-        self._room.clear()
+        self._spare.clear()
         self._kept.clear()
         self._arrivals.clear()
 
@@ -202,28 +202,28 @@ class DeviceSlots(Generic[T]):
         if kept_B is not None:
             self._copy(slot, kept_B, vacant)
             return Moved(read=False, copied=True)
-        room_B = self._take_room()
-        if room_B is None:
+        spare_B = self._take_spare()
+        if spare_B is None:
             self._bring_staged(slot, read, vacant)
         else:
-            self._bring_to_stay(slot, whose, read, room_B, vacant)
+            self._bring_to_stay(slot, whose, read, spare_B, vacant)
         return Moved(read=True, copied=True)
 
-    def _take_room(self) -> Tensor | None:
+    def _take_spare(self) -> Tensor | None:
         """A slab for an expert that will stay. Readers race for the last one; one of them gets it."""
         try:
-            return self._room.pop()
+            return self._spare.pop()
         except IndexError:
             return None
 
-    def _bring_to_stay(self, slot: int, whose: tuple[int, int], read: ReadInto, room_B: Tensor, vacant: T) -> None:
+    def _bring_to_stay(self, slot: int, whose: tuple[int, int], read: ReadInto, spare_B: Tensor, vacant: T) -> None:
         try:
-            read(as_memory(room_B))
+            read(as_memory(spare_B))
         except BaseException:  # somebody else may have it
-            self._room.append(room_B)
+            self._spare.append(spare_B)
             raise
-        self._kept[whose] = room_B
-        self._copy(slot, room_B, vacant)
+        self._kept[whose] = spare_B
+        self._copy(slot, spare_B, vacant)
 
     def _bring_staged(self, slot: int, read: ReadInto, vacant: T) -> None:
         staged_B, used = self._staged.get()

@@ -297,6 +297,6 @@ def _open(path: Path, *, direct: bool) -> int:
 
 def _unwritten(path: Path, error: OSError) -> CheckpointError:
     return CheckpointError(
-        f"{path} could not be written ({error.strerror}); nothing of it was kept. Make room or choose another place, "
-        "then run the command again"
+        f"{path} could not be written ({error.strerror}); nothing of it was kept. Free space or choose another "
+        "directory, then run the command again"
     )

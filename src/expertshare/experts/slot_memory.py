@@ -30,7 +30,7 @@ def allocate_slabs(count: int, slab_bytes: int) -> Tensor:
         raw = torch.empty(count * slab_bytes + PAGE_BYTES, dtype=torch.uint8)
     except RuntimeError as error:  # what torch's allocator raises
         raise ExpertMemoryError(
-            f"expected room for {count} experts, got no {format_size(count * slab_bytes)} from the system: lower "
+            f"expected memory for {count} experts, got no {format_size(count * slab_bytes)} from the system: lower "
             "--expert-memory, or take mmap"
         ) from error
     start = -raw.data_ptr() % PAGE_BYTES
@@ -145,7 +145,7 @@ class SlabRead:
     error."""
 
     def __init__(self, bring: Callable[[], Moved], tell: Callable[[bool], None]) -> None:
-        """tell: hears whether the expert is in its slot, before anybody who waits does."""
+        """tell: hears whether the expert is in its slot, before any thread that waits does."""
         self.error: BaseException | None = None
         self.moved: Moved | None = None
         self.queued = False

@@ -64,9 +64,9 @@ def _bins(recent_X: Floats) -> NDArray[Any]:
 class SlotTable:
     """Slots that all layers share.
 
-    slot_of_NE: the slot of each expert, -1 for none. layer_S, expert_S: who is in a slot, -1 for nobody. ready_S:
-    whether its bytes are there. states_S: the same for whoever computes meanwhile, as Arrivals has it; the only array
-    that other threads write. Whenever slot_of_NE names a slot, that slot's owner is that expert, even if an
+    slot_of_NE: the slot of each expert, -1 for none. layer_S, expert_S: the expert in a slot, -1 for none. ready_S:
+    whether its bytes are there. states_S: the same for a kernel that computes meanwhile, as Arrivals has it; the only
+    array that other threads write. Whenever slot_of_NE names a slot, that slot's owner is that expert, even if an
     interrupt stops one of the methods half way; bytes count only where ready_S says so.
     """
 
@@ -85,7 +85,7 @@ class SlotTable:
         return len(self.layer_S)
 
     def place(self, slot: int, layer: int, expert: int, *, ahead: bool) -> None:
-        """Give a slot to an expert whose bytes are not there yet; who was in it is out."""
+        """Give a slot to an expert whose bytes are not there yet, in the place of the one before."""
         self.clear(slot)
         self.states_S[slot] = 0
         self.ahead_S[slot] = ahead
@@ -98,7 +98,7 @@ class SlotTable:
         self.states_S[slot] = 1 if came else 2
 
     def clear(self, slot: int) -> None:
-        """Nobody is in the slot."""
+        """Free the slot."""
         self.ready_S[slot] = False
         layer, expert = self.layer_S[slot], self.expert_S[slot]
         if layer >= 0 and self.slot_of_NE[layer, expert] == slot:

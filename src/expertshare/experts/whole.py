@@ -60,7 +60,7 @@ class _WholeStore:
     def __init__(self, layout: ExpertLayout, banks: list[Bank], device: torch.device = _CPU) -> None:
         self._layout, self._banks = layout, banks
         self._counts = fresh_counts(layout.num_layers)
-        with torch.inference_mode(False):  # whoever borrows may be in that mode, or not
+        with torch.inference_mode(False):  # a borrower may be in that mode, or not
             self._asked_N = torch.zeros(layout.num_layers, dtype=torch.int64, device=device)
 
     @contextmanager
@@ -173,8 +173,8 @@ def _moved(slabs_EB: Tensor, device: torch.device) -> Tensor:
         return slabs_EB.to(device)
     except torch.OutOfMemoryError as error:
         raise ExpertMemoryError(
-            f"expected room for all experts on {device}, got none for {format_size(slabs_EB.numel())} more: give the "
-            "room that there is to --expert-memory, as a size"
+            f"expected memory for all experts on {device}, got none for {format_size(slabs_EB.numel())} more: give the "
+            "memory that there is to --expert-memory, as a size"
         ) from error
 
 

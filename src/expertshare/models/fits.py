@@ -39,7 +39,7 @@ def check_fits(
     experts = _expert_bytes(path, memory) if converted and memory is not None else 0
     if available is None or own + experts <= available:
         return
-    advice = _advice(path, converted=converted, room=available - own, experts=experts)
+    advice = _advice(path, converted=converted, left=available - own, experts=experts)
     raise ExpertMemoryError(
         f"the weights of {path} need {format_size(own + experts)} of {_memory_of(device)}, but "
         f"{_rounded_down(available)} can be had. {advice}"
@@ -47,7 +47,7 @@ def check_fits(
 
 
 def check_pinned_fits(path: Path, options: StoreOptions, available_bytes: int | None = None) -> None:
-    """Raise ExpertMemoryError unless the host has room for the experts that a store beside a GPU keeps there. Pinned
+    """Raise ExpertMemoryError unless the host has memory for the experts that a store beside a GPU keeps there. Pinned
     memory is taken when the store is opened, and cannot be swapped out."""
     layout = read_manifest(path)
     needed = num_kept(layout, options) * layout.format.slab_bytes
@@ -80,16 +80,16 @@ def _expert_bytes(path: Path, memory: ExpertMemory) -> int:
     return {"all": whole, "mmap": 0, "budget": min(memory.num_bytes, whole)}[memory.kind]
 
 
-def _advice(path: Path, *, converted: bool, room: int, experts: int) -> str:
+def _advice(path: Path, *, converted: bool, left: int, experts: int) -> str:
     if not converted:
         return (
             f"Convert it (`expertshare convert {path} OUT --quantise int4`) and use --expert-memory, after "
             f"`expertshare plan {path}` has said how much"
         )
-    if room <= 0 or not experts:
+    if left <= 0 or not experts:
         return "Its dense part alone does not fit: close other programs, or use a smaller model"
     return (
-        f"At most {_rounded_down(room)} are left for experts; `expertshare plan {path}` says what of that to give to "
+        f"At most {_rounded_down(left)} are left for experts; `expertshare plan {path}` says what of that to give to "
         "--expert-memory"
     )
 

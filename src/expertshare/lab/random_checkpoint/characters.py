@@ -23,7 +23,7 @@ def first_byte_id(config: ModelConfig) -> int:
         if token - start >= NUM_BYTES:
             return start
         start = token + 1
-    raise ConfigError(f"expected room for {NUM_BYTES} tokens beside the special ones, got {config.vocab_size} in all")
+    raise ConfigError(f"expected ids for {NUM_BYTES} tokens beside the special ones, got {config.vocab_size} in all")
 
 
 def printable_ids(config: ModelConfig) -> range:

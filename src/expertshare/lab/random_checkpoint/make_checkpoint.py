@@ -9,8 +9,7 @@ from pathlib import Path
 
 from expertshare.config import ModelConfig
 from expertshare.convert.convert import MAX_SHARD_BYTES
-from expertshare.convert.quantised_embeddings import check_embeddings, embeddings_setting
-from expertshare.convert.scheme import UNQUANTISED, make_scheme
+from expertshare.convert.scheme import UNQUANTISED, check_embeddings, embeddings_setting, make_scheme
 from expertshare.convert.workspace import is_complete, open_workspace
 from expertshare.convert.writing import (
     Progress,
@@ -22,8 +21,8 @@ from expertshare.convert.writing import (
 )
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.lab.random_checkpoint.characters import tokenizer_files
-from expertshare.lab.random_checkpoint.random_model import Recipe
 from expertshare.lab.random_checkpoint.random_source import RandomSource
+from expertshare.lab.random_checkpoint.random_tensors import Recipe
 from expertshare.models.saving import generation_config
 from expertshare.models.source import read_json
 from expertshare.models.table import FAMILIES

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from expertshare.convert.estimate import tokens_per_s
+from expertshare.convert.plan import tokens_per_s
 from expertshare.convert.sizes import ModelSizes
 from expertshare.errors import InputError
 from expertshare.lab.simulate.deployment import Cluster, Demand
