@@ -25,7 +25,7 @@ from expertshare.native.loading import isa_number, library
 from expertshare.native.machine import num_threads, thread_pool
 
 FEATURES = (torch.float32, torch.bfloat16)
-_OK, _BAD_EXPERT_ID, _ISA_NAMED, _NOT_ARRIVED = 0, 1, 5, 6  # es_status of csrc/abi.h
+OK, _BAD_EXPERT_ID, _ISA_NAMED, _NOT_ARRIVED = 0, 1, 5, 6  # es_status of csrc/abi.h
 _BEST_ISA = -1
 _MOST_KNOWN = 4096
 _LOW_BITS = 7  # the last bits of an address, which tell whether elements are aligned
@@ -131,12 +131,9 @@ class Call:
         made = [
             torch.empty_like(first) if shape is None else torch.empty(shape, dtype=dtype) for shape, dtype in made_like
         ]
-        before = (constants, *pointers, *[tensor.data_ptr() for tensor in made], sizes, *numbers, is_bfloat16)
-        function, how = _function(self._name), thread_pool()
-        status = function(self._pack(*before, _BEST_ISA, *how))
-        if status == _ISA_NAMED:
-            status = function(self._pack(*before, isa_number(), *how))
-        if status != _OK:
+        fields = constants, *pointers, *[tensor.data_ptr() for tensor in made], sizes, *numbers, is_bfloat16
+        status = run(self._name, self._pack, fields)
+        if status != OK:
             _raise_for(status, known.sizes)
         return made
 
@@ -218,6 +215,17 @@ def _check_dtypes(present: list[tuple[Arg, Tensor]], weights: torch.dtype | None
         if arg.dtype is not None and tensor.dtype != arg.dtype:
             raise ConfigError(f"expected {arg.name} in {arg.dtype}, got {tensor.dtype}: convert them.")
     return found[0]
+
+
+def run(name: str, pack: Callable[..., bytes], fields: tuple[Any, ...]) -> int:
+    """The es_status of the function `name`, by the instruction set and in the threads that are in use.
+
+    pack: makes its structure of the fields and of how to compute, which comes last. For callers that have checked what
+    they pass; all others call a row of the table.
+    """
+    function, how = _function(name), thread_pool()
+    status = function(pack(*fields, _BEST_ISA, *how))
+    return function(pack(*fields, isa_number(), *how)) if status == _ISA_NAMED else status
 
 
 @cache
