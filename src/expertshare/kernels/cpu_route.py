@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import struct
 import weakref
-from collections.abc import Callable
-from ctypes import c_char_p
 from dataclasses import replace
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +13,7 @@ from torch import Tensor
 from expertshare import native
 from expertshare.config import GroupLimit, RouterSpec
 from expertshare.errors import ConfigError
+from expertshare.native import calls
 from expertshare.routing import SharingRule, route_layer, runs_on_torch
 from expertshare.routing.route import routed
 from expertshare.types import Coreset, Routed, RouterScores, RoutingPlan, RoutingPolicy
@@ -24,8 +22,6 @@ MOST_TOKENS = 1024
 """Tokens of a sharing group that fit the library's scratch."""
 MOST_SLOTS = 64
 """Experts per token that do."""
-
-_ISA_NAMED = 5  # ES_ISA_NAMED of csrc/abi.h
 
 
 def route_layer_cpu(
@@ -199,23 +195,11 @@ def _prepared_for(weight_ED: Tensor, bias_E: Tensor | None, policy: RoutingPolic
 
 def _call(*fields: Any) -> None:
     """es_route of an es_step of these fields. Raises ConfigError unless the library could do what was asked."""
-    function, pool = _function(), native.thread_pool()
-    status = function(_pack_step(*fields, -1, *pool))
-    if status == _ISA_NAMED:
-        status = function(_pack_step(*fields, native.isa_number(), *pool))
-    if status != 0:
+    if calls.run("es_route", _pack_step, fields) != calls.OK:
         raise ConfigError(
             "the router's gate could not get its memory or its threads: pass fewer tokens at a time, or set fewer "
             "threads with set_num_threads."
         )
-
-
-@cache
-def _function() -> Callable[[bytes], int]:
-    function = native.library().es_route
-    function.argtypes = [c_char_p]
-    typed: Callable[[bytes], int] = function
-    return typed
 
 
 def takes(x_GLD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> bool:

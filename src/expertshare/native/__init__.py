@@ -3,7 +3,6 @@
 from expertshare.native.loading import (
     available,
     instruction_set,
-    isa_number,
     library,
     unavailable_reason,
     usable_instruction_sets,
@@ -12,7 +11,6 @@ from expertshare.native.machine import (
     ask_for_huge_pages,
     num_threads,
     set_num_threads,
-    thread_pool,
     usable_cores,
     use_torch_threads,
 )
@@ -21,11 +19,9 @@ __all__ = [
     "ask_for_huge_pages",
     "available",
     "instruction_set",
-    "isa_number",
     "library",
     "num_threads",
     "set_num_threads",
-    "thread_pool",
     "unavailable_reason",
     "usable_cores",
     "usable_instruction_sets",
