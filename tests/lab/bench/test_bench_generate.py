@@ -11,7 +11,7 @@ import torch
 from expertshare.errors import ConfigError, InputError
 from expertshare.lab.bench import Subject, bench_generate, find_case, random_subject
 from expertshare.lab.bench.generate import same_tokens
-from expertshare.lab.bench.peer_decoding import decode_with_peer
+from expertshare.lab.bench.peer_models import decode_with_peer
 from expertshare.routing import parse_policy
 
 

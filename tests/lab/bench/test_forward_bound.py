@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from expertshare.lab.bench import ForwardSettings, bench_forward, find_case
-from expertshare.lab.bench.forward_bound import forward_bound_ms, forward_work
+from expertshare.lab.bench.bound import forward_bound_ms, forward_work
 from expertshare.lab.bench.machine import CpuYardstick, Peaks
 from expertshare.routing import parse_policy
 

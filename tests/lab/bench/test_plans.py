@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertshare.errors import InputError
-from expertshare.lab.bench.plans import loads, rotation
+from expertshare.lab.bench.stage import loads, rotation
 
 
 @st.composite

@@ -26,8 +26,7 @@ from expertshare.lab.simulate import (
     part_seconds,
     simulate_replica,
 )
-from expertshare.lab.simulate.placement import place
-from expertshare.lab.simulate.steps import draw_blocks, run_layer
+from expertshare.lab.simulate.placement import draw_blocks, place, run_layer
 
 MINI = sizes_like(likeness("llada2.0-mini"))
 CARD = replace(find_card("h100"), bytes_per_s=1e12, flops_per_s=2e14, link_bytes_per_s=1e11, network_bytes_per_s=1e10)

@@ -1,9 +1,14 @@
-"""What an expert layer must cost at least: bytes over bandwidth, or multiplications over peak."""
+"""What a layer and a forward must cost at least, and the line that measured latencies lie on."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+
+from expertshare.config import ModelConfig
 from expertshare.lab.bench.machine import Peaks
 
 
@@ -29,3 +34,87 @@ def expert_work(
     weights = unique * (3 * hidden * inner * itemsize if expert_bytes is None else expert_bytes)
     activations = 2 * tokens * hidden * itemsize
     return Work(num_bytes=weights + activations, num_macs=tokens * top_k * 3 * hidden * inner)
+
+
+def forward_work(
+    config: ModelConfig, *, tokens: int, seen: int, masked: int, unique_by_layer: Sequence[float], itemsize: int
+) -> dict[str, list[Work]]:
+    """Operations of a forward of one block by part, as `ms_by_part` names them.
+
+    tokens: of the block; seen: cached positions and its own; masked: rows of the head. unique_by_layer: experts of each
+    MoE layer. itemsize: bytes of a weight and of an activation. Norms, rotation and residuals are left out, and the
+    embedding: thousandths of the rest.
+    """
+
+    def projection(num_rows: int, depth: int, rows: int = tokens) -> Work:
+        moved = num_rows * depth + rows * (depth + num_rows)
+        return Work(num_bytes=moved * itemsize, num_macs=rows * num_rows * depth)
+
+    hidden, width = config.hidden_size, config.num_heads * config.head_dim
+    kept = 2 * config.num_kv_heads * config.head_dim  # features of a position's keys and values
+    attention = [
+        projection(width + kept, hidden),
+        Work(num_bytes=seen * kept * itemsize, num_macs=2 * tokens * seen * width),
+        projection(hidden, width),
+    ]
+    experts: list[Work] = []
+    for unique in unique_by_layer:
+        of_pairs = {"tokens": tokens, "hidden": hidden, "itemsize": itemsize}
+        experts.append(
+            expert_work(**of_pairs, top_k=config.router.top_k, unique=round(unique), inner=config.expert_hidden)
+        )
+        if config.shared_hidden:
+            experts.append(expert_work(**of_pairs, top_k=1, unique=1, inner=config.shared_hidden))
+    dense = expert_work(tokens=tokens, top_k=1, unique=1, hidden=hidden, inner=config.dense_hidden, itemsize=itemsize)
+    return {
+        "router": [projection(config.router.num_experts, hidden)] * config.num_moe_layers,
+        "experts": experts,
+        "attention": attention * config.num_layers,
+        "head": [projection(config.vocab_size, hidden, masked)],
+        "other": [dense] * config.num_dense_layers,
+    }
+
+
+def forward_bound_ms(work: Mapping[str, Sequence[Work]], peaks: Peaks) -> dict[str, float]:
+    """Milliseconds by part below which nothing comes that runs these operations one after the other."""
+    return {part: 1e3 * sum(one.bound_s(peaks) for one in ones) for part, ones in work.items()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatencyFit:
+    """latency = b * unique + a * pairs. residuals_s: measured minus fitted, in the order of the points.
+
+    r_squared: share of the variance over the points that the line explains. Where all points have one number of
+    pairs, a * pairs is simply the line's height at zero experts.
+    """
+
+    b_s: float
+    a_s: float
+    r_squared: float
+    residuals_s: tuple[float, ...]
+
+    def to_json(self, *, bytes_per_expert: int, macs_per_pair: int) -> dict[str, Any]:
+        """With what b and a would mean as a bandwidth and a rate (None where they are not positive)."""
+        return {
+            "us_per_expert": 1e6 * self.b_s,
+            "us_per_pair": 1e6 * self.a_s,
+            "gb_per_s": bytes_per_expert / self.b_s / 1e9 if self.b_s > 0 else None,
+            "gmac_per_s": macs_per_pair / self.a_s / 1e9 if self.a_s > 0 else None,
+            "r_squared": self.r_squared,
+            "residuals_ms": [1e3 * residual for residual in self.residuals_s],
+        }
+
+
+def fit_latency(unique: Sequence[int], pairs: Sequence[int], seconds: Sequence[float]) -> LatencyFit | None:
+    """Least squares over the points; None for fewer than three points or a single number of unique experts."""
+    if len(seconds) < 3 or len(set(unique)) < 2:
+        return None
+    design = np.column_stack([np.asarray(unique, dtype=float), np.asarray(pairs, dtype=float)])
+    measured = np.asarray(seconds, dtype=float)
+    (b, a), *_ = np.linalg.lstsq(design, measured, rcond=None)
+    residuals = measured - design @ np.array([b, a])
+    variance = float(((measured - measured.mean()) ** 2).sum())
+    r_squared = 1.0 - float((residuals**2).sum()) / variance if variance > 0 else 1.0
+    return LatencyFit(
+        b_s=float(b), a_s=float(a), r_squared=r_squared, residuals_s=tuple(float(value) for value in residuals)
+    )

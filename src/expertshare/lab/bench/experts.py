@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from expertshare.convert.rates import CACHE_FACTOR
-from expertshare.lab.bench.bound import Work, expert_work
+from expertshare.lab.bench.bound import Work, expert_work, fit_latency
 from expertshare.lab.bench.cases import Case
 from expertshare.lab.bench.contenders import Contender, Run
-from expertshare.lab.bench.fit import fit_latency
-from expertshare.lab.bench.gpu import MOST_TURNS, GpuTimes, GpuYardstick, take_turns_on_gpu
-from expertshare.lab.bench.machine import (
-    MULTIPLY,
-    READ,
-    CpuYardstick,
-    Machine,
-    Peaks,
-    Yardstick,
-    dtype_name,
+from expertshare.lab.bench.gpu import MOST_TURNS, GpuYardstick, timed
+from expertshare.lab.bench.machine import MULTIPLY, READ, CpuYardstick, Machine, Peaks, Yardstick, dtype_name
+from expertshare.lab.bench.stage import (
+    QUANTISED_TOLERANCE,
+    TOLERANCES,
+    ExpertsSettings,
+    Stage,
+    banks_of,
+    expected_output,
+    expert_bytes,
+    relative_error,
+    stage_of,
 )
-from expertshare.lab.bench.oracle import QUANTISED_TOLERANCE, TOLERANCES, expected_output, relative_error
-from expertshare.lab.bench.stage import ExpertsSettings, Stage, banks_of, expert_bytes, stage_of
-from expertshare.lab.bench.timing import Spread, interleave, spread
+from expertshare.lab.bench.timing import Spread, spread
 from expertshare.types import Bank
 
 RATIOS_TO = ("cpu", "torch", "transformers-eager", "transformers-grouped-mm")
 Listener = Callable[[str], None]
+Point = dict[str, Any]
 
 
 def bench_experts(
@@ -43,30 +45,26 @@ def bench_experts(
 
     Raises InputError where the weights do not fit, or for a number of unique experts that cannot be routed.
     """
-    points: list[dict[str, Any]] = []
-    left_out: list[dict[str, Any]] = []
-    present: dict[str, Contender] = {}
-    for name, entrant in entrants.items():
-        reason = entrant.absent(settings.device)
-        if reason is None:
-            present[name] = entrant
-        else:
-            left_out.append({"case": None, "unique": None, "backend": name, "reason": reason})
+    absent = {name: entrant.absent(settings.device) for name, entrant in entrants.items()}
+    present = {name: entrant for name, entrant in entrants.items() if absent[name] is None}
+    left_out: list[Point] = [
+        {"case": None, "unique": None, "backend": name, "reason": reason} for name, reason in absent.items() if reason
+    ]
+    points: list[Point] = []
     yardstick = _yardstick(machine, settings)
     with torch.no_grad():
         for name, case in cases.items():
             on_progress(f"{name}: filling weights")
             banks = banks_of(case, machine, settings, present.values())
-            runs, broken = _built(present, banks, case)
-            here = {backend: entrant for backend, entrant in present.items() if backend in runs}
-            left_out += [{"case": name, "unique": None, "backend": b, "reason": r} for b, r in broken.items()]
+            layer = _Layer(name, case, banks, present, yardstick, machine, settings)
+            left_out += [{"case": name, "unique": None, "backend": b, "reason": r} for b, r in layer.broken.items()]
             for tokens in settings.tokens or (case.tokens,):
                 for unique in settings.unique or case.unique:
                     on_progress(f"{name}: {unique} unique experts, {tokens} tokens")
-                    found, refused = _point(name, case, banks, here, runs, yardstick, machine, settings, tokens, unique)
+                    found, refused = layer.measure(tokens, unique)
                     points += found
                     left_out += refused
-            del banks, runs
+            del banks, layer
     best = machine.peaks(settings.dtype)
     limits = yardstick.peaks() if points else best
     return {
@@ -78,24 +76,6 @@ def bench_experts(
     }
 
 
-def _built(
-    present: Mapping[str, Contender], banks: Mapping[str | None, Sequence[Bank]], case: Case
-) -> tuple[dict[str, Run], dict[str, str]]:
-    """Who is ready to run, and why the others are not: an installed library need not fit this torch."""
-    runs: dict[str, Run] = {}
-    reasons: dict[str, str] = {}
-    for backend, entrant in present.items():
-        try:
-            runs[backend] = entrant.build(banks[entrant.quantisation], case)
-        except (ImportError, OSError, RuntimeError, AttributeError) as error:
-            reasons[backend] = f"cannot be set up: {_first_line(error)}"
-    return runs, reasons
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-
-
 def _yardstick(machine: Machine, settings: ExpertsSettings) -> Yardstick:
     size = 2 * CACHE_FACTOR * machine.cache_bytes
     if settings.device.type == "cuda":
@@ -103,146 +83,141 @@ def _yardstick(machine: Machine, settings: ExpertsSettings) -> Yardstick:
     return CpuYardstick(settings.dtype, buffer_bytes=size)
 
 
-def _kept(
-    case: Case,
-    banks: Mapping[str | None, Sequence[Bank]],
-    entrant: Contender,
-    machine: Machine,
-    dtype: torch.dtype,
-) -> dict[str, Any]:
-    """Bytes of all layers that a contender walks through, and whether a cache could hold much of them."""
-    size = len(banks[None]) * case.config.router.num_experts * expert_bytes(case, entrant, dtype)
-    return {"weights_bytes": size, "beyond_cache": size >= CACHE_FACTOR * machine.cache_bytes}
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
 
 
-def _point(
-    name: str,
-    case: Case,
-    banks: Mapping[str | None, Sequence[Bank]],
-    present: Mapping[str, Contender],
-    runs: Mapping[str, Run],
-    yardstick: Yardstick,
-    machine: Machine,
-    settings: ExpertsSettings,
-    tokens: int,
-    unique: int,
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    router, hidden = case.config.router, case.config.hidden_size
-    stage = stage_of(case, banks, settings, tokens, unique)
-    checker = _Checker(stage, present)
-    errors: dict[str, float] = {}
-    reasons: dict[str, str] = {}
-    for backend, run in runs.items():
-        checker.judge(backend, run, errors, reasons)
-    right = {backend: run for backend, run in runs.items() if backend not in reasons}
-    calls = {READ: yardstick.read, MULTIPLY: yardstick.multiply, **{b: _caller(stage, run) for b, run in right.items()}}
-    seconds, captured = _timed(calls, stage, present, settings)
-    for backend, run in right.items():  # once more: some kernels remember the routing of earlier calls
-        checker.judge(backend, run, errors, reasons)
-    work = {
-        backend: expert_work(
-            tokens=tokens,
-            top_k=router.top_k,
-            unique=unique,
-            hidden=hidden,
-            inner=case.config.expert_hidden,
-            itemsize=settings.dtype.itemsize,
-            expert_bytes=expert_bytes(case, entrant, settings.dtype),
+class _Layer:
+    """One case's weights with every contender that can be set up over them. broken: why the others cannot, as an
+    installed library need not fit this torch."""
+
+    def __init__(
+        self,
+        name: str,
+        case: Case,
+        banks: Mapping[str | None, Sequence[Bank]],
+        present: Mapping[str, Contender],
+        yardstick: Yardstick,
+        machine: Machine,
+        settings: ExpertsSettings,
+    ) -> None:
+        self._name, self._case, self._banks, self._entrants = name, case, banks, present
+        self._yardstick, self._machine, self._settings = yardstick, machine, settings
+        self._runs: dict[str, Run] = {}
+        self.broken: dict[str, str] = {}
+        for backend, entrant in present.items():
+            try:
+                self._runs[backend] = entrant.build(banks[entrant.quantisation], case)
+            except (ImportError, OSError, RuntimeError, AttributeError) as error:
+                self.broken[backend] = f"cannot be set up: {_first_line(error)}"
+
+    def measure(self, tokens: int, unique: int) -> tuple[list[Point], list[Point]]:
+        """A point for each contender that is right, and the reason for each other one."""
+        settings, yardstick = self._settings, self._yardstick
+        stage = stage_of(self._case, self._banks, settings, tokens, unique)
+        checker = _Checker(stage, self._entrants)
+        for backend, run in self._runs.items():
+            checker.judge(backend, run)
+        right = {backend: run for backend, run in self._runs.items() if backend not in checker.reasons}
+        calls: dict[str, Callable[[int], object]] = {READ: yardstick.read, MULTIPLY: yardstick.multiply}
+        seconds, captured = timed(
+            calls | {backend: partial(stage.call, run) for backend, run in right.items()},
+            settings.device,
+            turns=min(MOST_TURNS, stage.num_calls),
+            repeats=settings.repeats,
+            warmup=settings.warmup,
+            host_bound=[name for name, entrant in self._entrants.items() if entrant.host_bound],
         )
-        for backend, entrant in present.items()
-    }
-    shared = {
-        "case": name,
-        "num_experts": router.num_experts,
-        "tokens": tokens,
-        "pairs": tokens * router.top_k,
-        "unique": unique,
-        "dtype": dtype_name(settings.dtype),
-        "seed": settings.seed,
-    }
-    yardstick.note(seconds[READ], seconds[MULTIPLY])
-    limits = yardstick.peaks_of(seconds[READ], seconds[MULTIPLY])
-    spreads = {backend: spread(seconds[backend]) for backend in right if backend not in reasons}
-    points = [
-        {
-            **shared,
-            "backend": backend,
-            "quantisation": present[backend].quantisation,
-            "bandwidth_gb_per_s": limits.bytes_per_s / 1e9,
-            "peak_gmac_per_s": limits.macs_per_s / 1e9,
-            **_kept(case, banks, present[backend], machine, settings.dtype),
-            "error": errors[backend],
-            **({"captured": captured[backend]} if backend in captured else {}),
-            **_figures(timed, work[backend], spreads),
+        for backend, run in right.items():  # once more: some kernels remember the routing of earlier calls
+            checker.judge(backend, run)
+        router = self._case.config.router
+        shared = {
+            "case": self._name,
+            "num_experts": router.num_experts,
+            "tokens": tokens,
+            "pairs": tokens * router.top_k,
+            "unique": unique,
+            "dtype": dtype_name(settings.dtype),
+            "seed": settings.seed,
         }
-        for backend, timed in spreads.items()
-    ]
-    return points, [{**shared, "backend": backend, "reason": reason} for backend, reason in reasons.items()]
+        yardstick.note(seconds[READ], seconds[MULTIPLY])
+        limits = yardstick.peaks_of(seconds[READ], seconds[MULTIPLY])
+        spreads = {backend: spread(seconds[backend]) for backend in right if backend not in checker.reasons}
+        points = [
+            {
+                **shared,
+                "backend": backend,
+                "quantisation": self._entrants[backend].quantisation,
+                "bandwidth_gb_per_s": limits.bytes_per_s / 1e9,
+                "peak_gmac_per_s": limits.macs_per_s / 1e9,
+                **self._kept(backend),
+                "error": checker.errors[backend],
+                **({"captured": captured[backend]} if backend in captured else {}),
+                **_figures(taken, self._work(backend, tokens, unique), spreads),
+            }
+            for backend, taken in spreads.items()
+        ]
+        return points, [{**shared, "backend": name, "reason": reason} for name, reason in checker.reasons.items()]
 
+    def _kept(self, backend: str) -> Point:
+        """Bytes of all layers that a contender walks through, and whether a cache could hold much of them."""
+        one = expert_bytes(self._case, self._entrants[backend], self._settings.dtype)
+        size = len(self._banks[None]) * self._case.config.router.num_experts * one
+        return {"weights_bytes": size, "beyond_cache": size >= CACHE_FACTOR * self._machine.cache_bytes}
 
-def _timed(
-    calls: Mapping[str, Callable[[int], object]],
-    stage: Stage,
-    present: Mapping[str, Contender],
-    settings: ExpertsSettings,
-) -> tuple[dict[str, list[float]], dict[str, bool]]:
-    """Seconds of each call, and on a GPU whether the calls ran inside a graph."""
-    if settings.device.type == "cpu":
-        return interleave(calls, repeats=settings.repeats, warmup=settings.warmup), {}
-    times: GpuTimes = take_turns_on_gpu(
-        calls,
-        turns=min(MOST_TURNS, stage.num_calls),
-        repeats=settings.repeats,
-        warmup=settings.warmup,
-        host_bound=[name for name, entrant in present.items() if entrant.host_bound],
-    )
-    return times.seconds, times.captured
-
-
-def _caller(stage: Stage, run: Run) -> Callable[[int], object]:
-    return lambda turn: stage.call(run, turn)
+    def _work(self, backend: str, tokens: int, unique: int) -> Work:
+        config, dtype = self._case.config, self._settings.dtype
+        return expert_work(
+            tokens=tokens,
+            top_k=config.router.top_k,
+            unique=unique,
+            hidden=config.hidden_size,
+            inner=config.expert_hidden,
+            itemsize=dtype.itemsize,
+            expert_bytes=expert_bytes(self._case, self._entrants[backend], dtype),
+        )
 
 
 class _Checker:
-    """Holds what is right for two different plans; a contender must meet one, the other, and the first again."""
+    """Holds what is right for two different plans; a contender must meet one, the other, and the first again.
+
+    errors: the worst of each contender. reasons: why some are wrong or fail."""
 
     def __init__(self, stage: Stage, entrants: Mapping[str, Contender]) -> None:
         self._stage, self._entrants = stage, entrants
+        self.errors: dict[str, float] = {}
+        self.reasons: dict[str, str] = {}
         self._expected = {
             form: [expected_output(stage.x_TD, plan, banks[0]) for plan in stage.plans[:2]]
             for form, banks in stage.banks.items()
         }
 
-    def judge(self, backend: str, run: Run, errors: dict[str, float], reasons: dict[str, str]) -> None:
+    def judge(self, backend: str, run: Run) -> None:
         """Note the worst error, and the reason where the contender is wrong or fails."""
-        form = self._entrants[backend].quantisation
-        tolerance = TOLERANCES[self._stage.x_TD.dtype] if form is None else QUANTISED_TOLERANCE
+        form, x_TD, plans = self._entrants[backend].quantisation, self._stage.x_TD, self._stage.plans
+        tolerance = TOLERANCES[x_TD.dtype] if form is None else QUANTISED_TOLERANCE
         try:
-            found = [
-                relative_error(run(0, self._stage.x_TD, self._stage.plans[index]), self._expected[form][index])
-                for index in (0, 1, 0)
-            ]
+            worst = max(relative_error(run(0, x_TD, plans[index]), self._expected[form][index]) for index in (0, 1, 0))
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-            reasons[backend] = f"failed: {_first_line(error)}"
+            self.reasons[backend] = f"failed: {_first_line(error)}"
             return
-        worst = max(found)
-        errors[backend] = max(worst, errors.get(backend, 0.0))
+        self.errors[backend] = max(worst, self.errors.get(backend, 0.0))
         if worst > tolerance:
-            reasons[backend] = f"wrong: relative error {worst:.2g}, allowed {tolerance:g}; not timed"
+            self.reasons[backend] = f"wrong: relative error {worst:.2g}, allowed {tolerance:g}; not timed"
 
 
-def _figures(timed: Spread, work: Work, spreads: Mapping[str, Spread]) -> dict[str, Any]:
+def _figures(taken: Spread, work: Work, spreads: Mapping[str, Spread]) -> Point:
     return {
-        **timed.to_json(),
-        "gb_per_s": work.num_bytes / timed.median_s / 1e9,
-        "gmac_per_s": work.num_macs / timed.median_s / 1e9,
+        **taken.to_json(),
+        "gb_per_s": work.num_bytes / taken.median_s / 1e9,
+        "gmac_per_s": work.num_macs / taken.median_s / 1e9,
         "bytes": work.num_bytes,
         "macs": work.num_macs,
-        "faster_than": {other: spreads[other].median_s / timed.median_s for other in RATIOS_TO if other in spreads},
+        "faster_than": {other: spreads[other].median_s / taken.median_s for other in RATIOS_TO if other in spreads},
     }
 
 
-def _with_bounds(point: dict[str, Any], best: Peaks) -> dict[str, Any]:
+def _with_bounds(point: Point, best: Peaks) -> Point:
     """The point with its bounds: by what the machine gave between its own calls, and by the best that it gave before
     the run. Those of codes are of bytes alone: how fast the machine multiplies small integers is not measured."""
     run = Peaks(bytes_per_s=point["bandwidth_gb_per_s"] * 1e9, macs_per_s=point["peak_gmac_per_s"] * 1e9)
@@ -252,22 +227,16 @@ def _with_bounds(point: dict[str, Any], best: Peaks) -> dict[str, Any]:
 
 
 def _fits(
-    points: Sequence[Mapping[str, Any]],
-    cases: Mapping[str, Case],
-    present: Mapping[str, Contender],
-    dtype: torch.dtype,
-) -> list[dict[str, Any]]:
+    points: Sequence[Point], cases: Mapping[str, Case], present: Mapping[str, Contender], dtype: torch.dtype
+) -> list[Point]:
     """A line for each case and contender, over all its numbers of tokens and unique experts."""
-    fits: list[dict[str, Any]] = []
-    for case, backend in dict.fromkeys((point["case"], point["backend"]) for point in points):
-        mine = [point for point in points if (point["case"], point["backend"]) == (case, backend)]
-        fit = fit_latency(
-            [point["unique"] for point in mine],
-            [point["pairs"] for point in mine],
-            [point["ms"] / 1e3 for point in mine],
-        )
+    fits: list[Point] = []
+    for name, backend in dict.fromkeys((point["case"], point["backend"]) for point in points):
+        mine = [point for point in points if (point["case"], point["backend"]) == (name, backend)]
+        unique = [point["unique"] for point in mine]
+        fit = fit_latency(unique, [point["pairs"] for point in mine], [point["ms"] / 1e3 for point in mine])
         if fit is not None:
-            size = cases[case].config.num_expert_parameters
-            told = fit.to_json(bytes_per_expert=expert_bytes(cases[case], present[backend], dtype), macs_per_pair=size)
-            fits.append({"case": case, "backend": backend, "unique": [point["unique"] for point in mine], **told})
+            size = expert_bytes(cases[name], present[backend], dtype)
+            told = fit.to_json(bytes_per_expert=size, macs_per_pair=cases[name].config.num_expert_parameters)
+            fits.append({"case": name, "backend": backend, "unique": unique, **told})
     return fits

@@ -16,13 +16,13 @@ from expertshare.config import ModelConfig
 from expertshare.decoding.cache import CacheView, KeyValueCache
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.kernels import BACKENDS
+from expertshare.lab.bench.bound import forward_bound_ms, forward_work
 from expertshare.lab.bench.cases import Case
 from expertshare.lab.bench.concentration import concentrate
-from expertshare.lab.bench.forward_bound import forward_bound_ms, forward_work
-from expertshare.lab.bench.gpu import take_turns_on_gpu
+from expertshare.lab.bench.gpu import timed
 from expertshare.lab.bench.machine import MULTIPLY, READ, Yardstick, dtype_name
 from expertshare.lab.bench.peer_models import IMPLEMENTATIONS, build_peer, peer_cache, peer_logits
-from expertshare.lab.bench.timing import interleave, spread
+from expertshare.lab.bench.timing import spread
 from expertshare.lab.bench.weights import check_memory, model_bytes, random_model
 from expertshare.measure.cost import PartClock
 from expertshare.models import ForwardInput, LayerKeyValues, MoETransformer, Runtime
@@ -152,10 +152,17 @@ def bench_forward(
         agreement = _agreement(calls, bound, scene)
         right = {key: call for key, call in calls.items() if agreement[key]["difference"] <= GROSSLY_WRONG}
         on_progress(f"{name}: timing {len(right)} contenders")
-        timed: dict[str, Callable[[int], object]] = {"\n".join(key): call for key, call in right.items()}
+        calls_by_name: dict[str, Callable[[int], object]] = {"\n".join(key): call for key, call in right.items()}
         if yardstick is not None:
-            timed = {READ: yardstick.read, MULTIPLY: yardstick.multiply, **timed}
-        seconds, captured = _timed(timed, settings)
+            calls_by_name = {READ: yardstick.read, MULTIPLY: yardstick.multiply, **calls_by_name}
+        seconds, captured = timed(
+            calls_by_name,
+            settings.device,
+            turns=1,
+            repeats=settings.repeats,
+            warmup=settings.warmup,
+            host_bound=[name for name in calls_by_name if name.startswith("transformers-eager")],
+        )
     points = []
     for (backend, label), call in right.items():
         own = call.to_json(settings.repeats) if isinstance(call, Ours) else {}
@@ -177,17 +184,6 @@ def bench_forward(
         if backend == "cpu" and (reason := native.unavailable_reason()) is not None
     ]
     return {**limits, "forwards": points, "left_out": wrong + absent, "scene": _told(config, scene, settings)}
-
-
-def _timed(
-    calls: Mapping[str, Callable[[int], object]], settings: ForwardSettings
-) -> tuple[dict[str, list[float]], dict[str, bool]]:
-    """Seconds of each call, and on a GPU whether it ran inside a graph."""
-    if settings.device.type == "cpu":
-        return interleave(calls, repeats=settings.repeats, warmup=settings.warmup), {}
-    eager = [name for name in calls if name.startswith("transformers-eager")]
-    times = take_turns_on_gpu(calls, turns=1, repeats=settings.repeats, warmup=settings.warmup, host_bound=eager)
-    return times.seconds, times.captured
 
 
 def forward_backends(names: Sequence[str] | None, device: torch.device = CPU) -> list[str]:

@@ -18,8 +18,7 @@ from expertshare.kernels import resolve_backend
 from expertshare.lab.bench.cases import Case
 from expertshare.lab.bench.forward import CPU, forward_backends
 from expertshare.lab.bench.machine import dtype_name
-from expertshare.lab.bench.peer_decoding import decode_with_peer
-from expertshare.lab.bench.peer_models import IMPLEMENTATIONS, build_peer
+from expertshare.lab.bench.peer_models import IMPLEMENTATIONS, build_peer, decode_with_peer
 from expertshare.lab.bench.timing import interleave, spread
 from expertshare.lab.bench.weights import check_memory, model_bytes, random_model
 from expertshare.models import MoETransformer, Runtime
@@ -112,7 +111,7 @@ class PeerDecoding:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """It keeps no account."""
+        """Nothing: the loop keeps no account of its costs."""
         return {}
 
 

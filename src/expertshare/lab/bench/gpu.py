@@ -14,6 +14,7 @@ from expertshare.convert.rates import CACHE_FACTOR
 from expertshare.errors import ConfigError
 from expertshare.kernels.triton import interpreted, unavailable_reason
 from expertshare.lab.bench.machine import Machine, Peaks, Yardstick, dtype_name
+from expertshare.lab.bench.timing import in_turns, interleave
 from expertshare.measure.environment import capture_environment
 
 GEMM_SIZE = 8192
@@ -75,15 +76,28 @@ def take_turns_on_gpu(
             walks[name] = capture(walk)
         except RuntimeError as error:
             reasons[name] = f"cannot be captured: {str(error).splitlines()[0] if str(error) else repr(error)}"
-    names = list(walks)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(warmup + repeats):
-        shift = number % len(names) if names else 0
-        for name in names[shift:] + names[:shift]:
-            spent = seconds_of(walks[name]) / turns
-            if number >= warmup:
-                seconds[name].append(spent)
-    return GpuTimes(seconds, {name: name not in reasons for name in names}, reasons)
+    seconds: dict[str, list[float]] = {name: [] for name in walks}
+    for name, counts in in_turns(list(walks), repeats=repeats, warmup=warmup):
+        spent = seconds_of(walks[name]) / turns
+        if counts:
+            seconds[name].append(spent)
+    return GpuTimes(seconds, {name: name not in reasons for name in walks}, reasons)
+
+
+def timed(
+    calls: Mapping[str, Callable[[int], object]],
+    device: torch.device,
+    *,
+    turns: int,
+    repeats: int,
+    warmup: int,
+    host_bound: Collection[str] = (),
+) -> tuple[dict[str, list[float]], dict[str, bool]]:
+    """Seconds of each call on either kind of device, and on a GPU whether the calls ran inside a graph."""
+    if device.type == "cpu":
+        return interleave(calls, repeats=repeats, warmup=warmup), {}
+    times = take_turns_on_gpu(calls, turns=turns, repeats=repeats, warmup=warmup, host_bound=host_bound)
+    return times.seconds, times.captured
 
 
 def _walk(call: Callable[[int], object], turns: int) -> None:

@@ -125,5 +125,5 @@ class CpuYardstick(Yardstick):
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """float32, bfloat16."""
+    """What reports call a dtype: float32, bfloat16."""
     return str(dtype).removeprefix("torch.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,32 +34,35 @@ class Spread:
 def spread(seconds: list[float]) -> Spread:
     """Summary of at least one timing."""
     ordered = sorted(seconds)
-    quartiles = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
+    lower, median, upper = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
     return Spread(
-        median_s=statistics.median(ordered),
-        lower_s=quartiles[0],
-        upper_s=quartiles[2],
+        median_s=median,
+        lower_s=lower,
+        upper_s=upper,
         min_s=ordered[0],
         max_s=ordered[-1],
         repeats=len(ordered),
     )
 
 
-def interleave(calls: Mapping[str, Callable[[int], object]], *, repeats: int, warmup: int) -> dict[str, list[float]]:
-    """Seconds of `repeats` calls of each contender, after `warmup` rounds: one call of each, then the next round.
-
-    A contender gets a number that grows with every call of anyone, so that it can touch other weights than the call
-    before. The order within a round moves on by one each round.
-    """
-    names, turn = list(calls), 0
-    seconds: dict[str, list[float]] = {name: [] for name in names}
+def in_turns(names: Sequence[str], *, repeats: int, warmup: int) -> Iterator[tuple[str, bool]]:
+    """Who is called, and whether it counts: each once per round, in an order that moves on by one each round."""
     for number in range(warmup + repeats):
         shift = number % len(names) if names else 0
-        for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
-            calls[name](turn)
-            spent = time.perf_counter() - start
-            turn += 1
-            if number >= warmup:
-                seconds[name].append(spent)
+        for name in (*names[shift:], *names[:shift]):
+            yield name, number >= warmup
+
+
+def interleave(calls: Mapping[str, Callable[[int], object]], *, repeats: int, warmup: int) -> dict[str, list[float]]:
+    """Seconds of `repeats` calls of each contender, after `warmup` rounds.
+
+    A contender gets a number that grows with every call of anyone, so that it can touch other weights than the call
+    before.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn, (name, counts) in enumerate(in_turns(list(calls), repeats=repeats, warmup=warmup)):
+        start = time.perf_counter()
+        calls[name](turn)
+        if counts:
+            seconds[name].append(time.perf_counter() - start)
     return seconds

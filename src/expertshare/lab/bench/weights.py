@@ -106,7 +106,7 @@ def random_model(config: ModelConfig, dtype: torch.dtype, seed: int, std: float 
 
 
 def model_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of `random_model`'s weights."""
+    """Bytes of the weights that `random_model` makes."""
     with torch.device("meta"):
         model = MoETransformer(config)
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Pictures of benchmarks: latency against unique experts, roofline, time by part, throughput."""
+"""Pictures of time: latency against unique experts, roofline, time by part, throughput."""
 
 from __future__ import annotations
 
@@ -9,7 +9,19 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from expertshare.errors import InputError
-from expertshare.lab.plots.style import COLOURS, INK, check_plot_path, frame, literal, new_figure, save
+from expertshare.lab.plots.style import (
+    COLOURS,
+    INK,
+    SMALL,
+    check_plot_path,
+    frame,
+    legend_beside,
+    literal,
+    new_figure,
+    save,
+    stacked_bars,
+    with_range,
+)
 
 PANEL_WIDTH, PANEL_HEIGHT = 6.4, 4.4
 MARKERS = "osv"  # by turns of the colours
@@ -48,7 +60,7 @@ def _plot_experts(results: Mapping[str, Any], path: str | Path) -> None:
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
     _draw_roofline(panels[-1], points, looks, results["bandwidth_gb_per_s"], results["peak_gmac_per_s"])
-    panels[0].legend(frameon=False, fontsize=8, labelcolor=INK)
+    panels[0].legend(**SMALL)
     save(figure, path)
 
 
@@ -58,19 +70,8 @@ def _draw_latency(axes: Axes, points: Sequence[Point], looks: Mapping[str, Look]
         if not mine:
             continue
         x, y = [point["unique"] for point in mine], [point["ms"] for point in mine]
-        below = [point["ms"] - point["ms_quartiles"][0] for point in mine]
-        above = [point["ms_quartiles"][1] - point["ms"] for point in mine]
-        axes.errorbar(
-            x,
-            y,
-            yerr=[below, above],
-            marker=marker,
-            markersize=4,
-            linewidth=1.2,
-            capsize=2,
-            color=colour,
-            label=backend,
-        )
+        look: dict[str, Any] = {"marker": marker, "markersize": 4, "linewidth": 1.2, "color": colour}
+        with_range(axes, x, y, [point["ms_quartiles"] for point in mine], capsize=2, label=backend, **look)
     forms = sorted({point.get("quantisation") or "" for point in points})
     for index, form in enumerate(forms):
         mine = [point for point in points if (point.get("quantisation") or "") == form]
@@ -97,21 +98,31 @@ def _draw_roofline(
 
 
 def _plot_forwards(points: Sequence[Point], path: str | Path) -> None:
-    labels = [literal(f"{point['backend']}, {point['policy']}") for point in points]
-    parts = next((list(point["ms_by_part"]) for point in points if "ms_by_part" in point), [])
     figure = new_figure(PANEL_WIDTH * 1.4, 1.2 + 0.4 * len(points))
     axes = figure.add_subplot()
-    left = [0.0] * len(points)
-    for part, colour in zip(parts, COLOURS, strict=False):
-        widths = [point.get("ms_by_part", {}).get(part, 0.0) for point in points]
-        axes.barh(labels, widths, left=left, color=colour, label=part, height=0.6)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
-    whole = [point["ms"] if "ms_by_part" not in point else 0.0 for point in points]
+    labels = [f"{point['backend']}, {point['policy']}" for point in points]
+    parts = next((list(point["ms_by_part"]) for point in points if "ms_by_part" in point), [])
+    stacked_bars(axes, labels, parts, [point.get("ms_by_part", {}) for point in points])
+    whole = [0.0 if "ms_by_part" in point else point["ms"] for point in points]
     if any(whole):
-        axes.barh(labels, whole, color="#bbbbbb", label="not told apart", height=0.6)
+        axes.barh([literal(label) for label in labels], whole, color="#bbbbbb", label="not told apart", height=0.6)
     frame(axes, title=f"{points[0]['case']}: one denoising forward", x="ms (medians)", y="")
-    axes.invert_yaxis()
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8, labelcolor=INK)
+    legend_beside(axes)
+    save(figure, path)
+
+
+def plot_parts(runs: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Draw seconds by part of the model as one bar for each run to `path`; runs: of a comparison.
+
+    Raises InputError for a path that cannot be written.
+    """
+    check_plot_path(path)
+    figure = new_figure(9, 1.4 + 0.3 * len(runs))
+    axes = figure.add_subplot()
+    seconds = [run["seconds_by_part"] for run in runs]
+    stacked_bars(axes, [run["label"] for run in runs], list(seconds[0]), seconds)
+    frame(axes, title="Time by part of the model", x="seconds, all prompts", y="")
+    legend_beside(axes)
     save(figure, path)
 
 
@@ -123,15 +134,13 @@ def _plot_generations(points: Sequence[Point], path: str | Path) -> None:
         mine = [point for point in points if (point["backend"], point["policy"]) == (backend, policy)]
         mine.sort(key=lambda point: point["batch_size"])
         x, y = [point["batch_size"] for point in mine], [point["tokens_per_s"] for point in mine]
-        below = [point["tokens_per_s"] - point["tokens_per_s_range"][0] for point in mine]
-        above = [point["tokens_per_s_range"][1] - point["tokens_per_s"] for point in mine]
-        colour = COLOURS[index % len(COLOURS)]
-        label = f"{backend}, {policy}"
-        axes.errorbar(x, y, yerr=[below, above], marker="o", capsize=2, linewidth=1.2, color=colour, label=label)
+        ranges = [point["tokens_per_s_range"] for point in mine]
+        look: dict[str, Any] = {"marker": "o", "linewidth": 1.2, "color": COLOURS[index % len(COLOURS)]}
+        with_range(axes, x, y, ranges, capsize=2, label=f"{backend}, {policy}", **look)
     frame(axes, title=f"{points[0]['model']}: whole answers", x="batch size", y="tokens/s (bars: range)")
     axes.set_xticks(sorted({point["batch_size"] for point in points}))
     axes.set_ylim(bottom=0)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8, labelcolor=INK)
+    legend_beside(axes)
     save(figure, path)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from expertshare.lab.plots.style import COLOURS, INK, check_plot_path, frame, new_figure, save
+from expertshare.lab.plots.style import COLOURS, INK, SMALL, check_plot_path, frame, new_figure, save
 
 
 def plot_steps(results: Mapping[str, Any], path: str | Path) -> None:
@@ -34,7 +34,7 @@ def plot_steps(results: Mapping[str, Any], path: str | Path) -> None:
     frame(spread, title="Distribution", x="unique experts of a block in a layer", y="share of steps and layers, %")
     frame(course, title="Course within a block", x="denoising step", y="mean over layers (band: deviation)")
     course.set_ylim(bottom=0)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8, labelcolor=INK)
+    figure.legend(loc="outside lower center", ncols=3, **SMALL)
     save(figure, path)
 
 
@@ -59,7 +59,7 @@ def plot_weight_against_loss(results: Mapping[str, Any], path: str | Path) -> No
         x_label = "router weight in the block, % of the layer's sum"
         frame(axes, title=f"{title}: r = {r:.2f}", x=x_label, y="loss increase, nats")
         axes.set_yscale("symlog", linthresh=1e-4)
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+        axes.legend(**SMALL)
     save(figure, path)
 
 
@@ -84,5 +84,5 @@ def plot_growth(results: Mapping[str, Any], path: str | Path) -> None:
     frame(intensity, title="Work for each byte", x="tokens of the block", y="multiply-accumulates per byte of weights")
     for axes in (union, intensity):
         axes.set_ylim(bottom=0)
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+        axes.legend(**SMALL)
     save(figure, path)

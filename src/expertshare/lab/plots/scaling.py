@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from expertshare.lab.plots.style import COLOURS, INK, check_plot_path, frame, new_figure, save
+from expertshare.lab.plots.style import COLOURS, SMALL, check_plot_path, frame, new_figure, save
 
 _PARTS = (("dense_s", "dense", "#999999"), ("experts_s", "experts", COLOURS[0]), ("exchange_s", "exchange", COLOURS[1]))
 
@@ -35,7 +35,7 @@ def _sweep(axes: Axes, simulated: Mapping[str, Any]) -> None:
     axes.set_yscale("log")
     card = simulated["cluster"]["card"]["name"]
     frame(axes, title=f"{simulated['model']} on {card}", x="GPUs", y="tokens per second")
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    axes.legend(**SMALL)
 
 
 def _parts(axes: Axes, simulated: Mapping[str, Any]) -> None:
@@ -48,16 +48,9 @@ def _parts(axes: Axes, simulated: Mapping[str, Any]) -> None:
         below = [0.0] * len(degrees)
         for key, name, colour in _PARTS:
             heights = [1e3 * each["replica"][key] for each in trace["degrees"]]
-            axes.bar(
-                places,
-                heights,
-                0.9 * width,
-                bottom=below,
-                color=colour,
-                alpha=1.0 if turn == 0 else 0.55,
-                label=f"{name}, {trace['label']}",
-            )
+            look: dict[str, Any] = {"color": colour, "alpha": 1.0 if turn == 0 else 0.55}
+            axes.bar(places, heights, 0.9 * width, bottom=below, label=f"{name}, {trace['label']}", **look)
             below = [low + high for low, high in zip(below, heights, strict=True)]
     axes.set_xticks(range(len(degrees)), [str(degree) for degree in degrees])
     frame(axes, title="Parts of a step", x="expert-parallel degree (GPUs of a replica)", y="ms")
-    axes.legend(frameon=False, fontsize=7, labelcolor=INK)
+    axes.legend(**{**SMALL, "fontsize": 7})

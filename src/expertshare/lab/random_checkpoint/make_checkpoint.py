@@ -46,7 +46,7 @@ class MadeCheckpoint:
 
     @property
     def unique(self) -> float:
-        """Mean over layers."""
+        """Unique experts of a block, mean over layers."""
         return sum(self.unique_by_layer) / len(self.unique_by_layer)
 
 

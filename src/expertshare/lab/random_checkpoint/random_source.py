@@ -150,7 +150,7 @@ class RandomSource:
 
     @property
     def config(self) -> ModelConfig:
-        """The model."""
+        """Of the model that is written."""
         return self._recipe.config
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from expertshare.convert.plan import tokens_per_s
@@ -29,7 +29,7 @@ class Capacity:
     gpus: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values, and tokens per second by GPU."""
         return {
             "replica": self.replica.to_json(),
             "tokens_per_s": self.tokens_per_s,
@@ -51,14 +51,8 @@ class SweepPoint:
     requests_per_s: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {
-            "gpus": self.gpus,
-            "expert_parallel": self.expert_parallel,
-            "replicas": self.replicas,
-            "tokens_per_s": self.tokens_per_s,
-            "requests_per_s": self.requests_per_s,
-        }
+        """Plain values under the names of the fields."""
+        return asdict(self)
 
 
 class Simulation:

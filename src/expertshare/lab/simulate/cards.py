@@ -34,7 +34,7 @@ class Card:
         return Rates(memory_bytes_per_s=efficiency * self.bytes_per_s, macs_per_s=efficiency * self.flops_per_s / 2)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values under the names of the fields."""
         return asdict(self)
 
 
@@ -45,68 +45,42 @@ def find_card(name: str) -> Card:
     return CARDS[name]
 
 
-_ALL = (
-    Card(
-        name="a100",
-        memory_bytes=80e9,
-        bytes_per_s=2.039e12,
-        flops_per_s=312e12,
-        link_bytes_per_s=300e9,
-        network_bytes_per_s=25e9,
+def _card(
+    name: str, gigabytes: float, tb_per_s: float, tflops: float, link: float, network: float, source: str
+) -> Card:
+    """A card of a node of eight. link, network: GB/s."""
+    return Card(
+        name=name,
+        memory_bytes=gigabytes * 1e9,
+        bytes_per_s=tb_per_s * 1e12,
+        flops_per_s=tflops * 1e12,
+        link_bytes_per_s=link * 1e9,
+        network_bytes_per_s=network * 1e9,
         gpus_per_node=8,
-        source="NVIDIA A100 data sheet (80 GB, SXM; NVLink 600 GB/s both ways); DGX A100: 200 Gb/s for each GPU",
-    ),
-    Card(
-        name="h100",
-        memory_bytes=80e9,
-        bytes_per_s=3.35e12,
-        flops_per_s=989e12,
-        link_bytes_per_s=450e9,
-        network_bytes_per_s=50e9,
-        gpus_per_node=8,
-        source="NVIDIA H100 data sheet (SXM; NVLink 900 GB/s both ways); DGX H100: 400 Gb/s for each GPU",
-    ),
-    Card(
-        name="h200",
-        memory_bytes=141e9,
-        bytes_per_s=4.8e12,
-        flops_per_s=989e12,
-        link_bytes_per_s=450e9,
-        network_bytes_per_s=50e9,
-        gpus_per_node=8,
-        source="NVIDIA H200 data sheet (SXM; NVLink 900 GB/s both ways); DGX H200: 400 Gb/s for each GPU",
-    ),
-    Card(
-        name="b200",
-        memory_bytes=180e9,
-        bytes_per_s=8e12,
-        flops_per_s=2.25e15,
-        link_bytes_per_s=900e9,
-        network_bytes_per_s=50e9,
-        gpus_per_node=8,
-        source="NVIDIA DGX B200 data sheet and user guide, an eighth of each (1,440 GB, 64 TB/s, NVLink 14.4 TB/s both "
-        "ways, 8 x 400 Gb/s); HGX B200: 2.25 PFLOP/s without sparsity",
-    ),
-    Card(
-        name="mi300x",
-        memory_bytes=192e9,
-        bytes_per_s=5.3e12,
-        flops_per_s=1307e12,
-        link_bytes_per_s=448e9,
-        network_bytes_per_s=50e9,
-        gpus_per_node=8,
-        source="AMD Instinct MI300X data sheet (7 Infinity Fabric links of 128 GB/s both ways); network: 400 Gb/s for "
-        "each GPU assumed",
-    ),
-    Card(
-        name="l40s",
-        memory_bytes=48e9,
-        bytes_per_s=864e9,
-        flops_per_s=362e12,
-        link_bytes_per_s=32e9,
-        network_bytes_per_s=25e9,
-        gpus_per_node=8,
-        source="NVIDIA L40S data sheet (PCIe 4.0 x16, 64 GB/s both ways); network: 200 Gb/s for each GPU assumed",
-    ),
+        source=source,
+    )
+
+
+_A100 = "NVIDIA A100 data sheet (80 GB, SXM; NVLink 600 GB/s both ways); DGX A100: 200 Gb/s for each GPU"
+_H100 = "NVIDIA H100 data sheet (SXM; NVLink 900 GB/s both ways); DGX H100: 400 Gb/s for each GPU"
+_H200 = "NVIDIA H200 data sheet (SXM; NVLink 900 GB/s both ways); DGX H200: 400 Gb/s for each GPU"
+_B200 = (
+    "NVIDIA DGX B200 data sheet and user guide, an eighth of each (1,440 GB, 64 TB/s, NVLink 14.4 TB/s both ways, 8 x "
+    "400 Gb/s); HGX B200: 2.25 PFLOP/s without sparsity"
 )
-CARDS = {card.name: card for card in _ALL}
+_MI300X = (
+    "AMD Instinct MI300X data sheet (7 Infinity Fabric links of 128 GB/s both ways); network: 400 Gb/s for each GPU "
+    "assumed"
+)
+_L40S = "NVIDIA L40S data sheet (PCIe 4.0 x16, 64 GB/s both ways); network: 200 Gb/s for each GPU assumed"
+CARDS = {
+    card.name: card
+    for card in (
+        _card("a100", 80, 2.039, 312, 300, 25, _A100),
+        _card("h100", 80, 3.35, 989, 450, 50, _H100),
+        _card("h200", 141, 4.8, 989, 450, 50, _H200),
+        _card("b200", 180, 8, 2250, 900, 50, _B200),
+        _card("mi300x", 192, 5.3, 1307, 448, 50, _MI300X),
+        _card("l40s", 48, 0.864, 362, 32, 25, _L40S),
+    )
+}

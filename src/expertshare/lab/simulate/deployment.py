@@ -51,7 +51,7 @@ class Cluster:
             raise InputError(f"the overlap must lie in 0..1, got {self.overlap}")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values under the names of the fields."""
         return asdict(self)
 
 
@@ -93,5 +93,5 @@ class Demand:
         return blocks * (self.steps_per_block + 1) + self.prompt_length / config.block_length
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values under the names of the fields."""
         return asdict(self)

@@ -1,4 +1,5 @@
-"""Which GPU of a replica holds which experts of a layer."""
+"""Which GPU of a replica holds which experts of a layer, and what steps put together from recorded blocks then ask of
+it: who computes what, and who sends how many tokens to whom."""
 
 from __future__ import annotations
 
@@ -10,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertshare.errors import ConfigError, InputError, nearest
-from expertshare.lab.simulate.trace import Ints
+from expertshare.lab.simulate.trace import Bools, Ints
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """expert_of_S: the expert in every slot; rank_of_S: the GPU that has the slot. Every expert has a slot, some have
-    several: its tokens take these by turns."""
+    several: its tokens alternate between these."""
 
     expert_of_S: Ints
     rank_of_S: Ints
@@ -46,7 +47,7 @@ def round_robin(load_E: Ints, num_ranks: int, num_copies: int) -> Placement:
 
 
 def balanced(load_E: Ints, num_ranks: int, num_copies: int) -> Placement:
-    """The heaviest experts first, each to the GPU with the least load that has room; equal numbers on each GPU."""
+    """The heaviest experts first, each to the GPU with the least load that has a slot free; as many on each GPU."""
     _no_copies(num_copies, "balanced")
     return _lightest_first(np.arange(len(load_E)), load_E.astype(np.float64), num_ranks)
 
@@ -91,14 +92,14 @@ def _no_copies(num_copies: int, name: str) -> None:
 
 
 def _lightest_first(expert_of_S: Ints, load_S: NDArray[np.float64], num_ranks: int) -> Placement:
-    room = math.ceil(len(expert_of_S) / num_ranks)
+    most = math.ceil(len(expert_of_S) / num_ranks)
     rank_of_S = np.zeros(len(expert_of_S), dtype=np.int64)
     load_R, count_R = np.zeros(num_ranks), np.zeros(num_ranks, dtype=np.int64)
     holds: list[set[int]] = [set() for _ in range(num_ranks)]
     for slot in np.argsort(-load_S, kind="stable"):
         expert = int(expert_of_S[slot])
         fresh_R = np.array([expert not in held for held in holds])
-        open_R = count_R < room
+        open_R = count_R < most
         choice_R = open_R & fresh_R if (open_R & fresh_R).any() else open_R
         rank = int(np.argmin(np.where(choice_R, load_R, np.inf)))
         rank_of_S[slot] = rank
@@ -106,3 +107,55 @@ def _lightest_first(expert_of_S: Ints, load_S: NDArray[np.float64], num_ranks: i
         count_R[rank] += 1
         holds[rank].add(expert)
     return Placement(expert_of_S, rank_of_S, num_ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSteps:
+    """One layer over P steps. unique_PR: experts that each GPU has to read; pairs_PR: (token, expert) pairs it
+    computes; tokens_PRR: tokens of GPU h (first) that have any expert on GPU r (second), each counted once."""
+
+    unique_PR: Ints
+    pairs_PR: Ints
+    tokens_PRR: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockLoads:
+    member_XS: Bools
+    pairs_XR: Ints
+    tokens_XR: Ints
+
+
+def draw_blocks(num_blocks: int, *, num_ranks: int, per_rank: int, steps: int, seed: int) -> Ints:
+    """Which recorded blocks are at work [P, R, per_rank]: drawn evenly, with repetition, the same for a seed."""
+    return np.random.default_rng(seed).integers(num_blocks, size=(steps, num_ranks, per_rank))
+
+
+def run_layer(experts_XLK: Ints, placement: Placement, draws_PRB: Ints) -> LayerSteps:
+    """What one layer asks of every GPU in every step."""
+    loads, ranks = _block_loads(experts_XLK, placement), placement.num_ranks
+    unique, pairs, tokens = [], [], []
+    for draw_RB in draws_PRB:
+        drawn = np.unique(draw_RB)
+        active_S = loads.member_XS[drawn].any(axis=0)
+        unique.append(np.bincount(placement.rank_of_S[active_S], minlength=ranks))
+        times_RX = np.stack([np.bincount(row, minlength=len(loads.pairs_XR)) for row in draw_RB])
+        pairs.append(times_RX.sum(axis=0) @ loads.pairs_XR)
+        tokens.append(times_RX @ loads.tokens_XR)
+    return LayerSteps(np.stack(unique), np.stack(pairs), np.stack(tokens))
+
+
+def _block_loads(experts_XLK: Ints, placement: Placement) -> _BlockLoads:
+    slots_XLK = placement.slots_of(experts_XLK)
+    num_blocks, length, _ = slots_XLK.shape
+    used = slots_XLK >= 0
+    block, token, _ = np.nonzero(used)
+    slots = slots_XLK[used]
+    rank = placement.rank_of_S[slots]
+    member_XS = np.zeros((num_blocks, len(placement.rank_of_S)), dtype=np.bool_)
+    member_XS[block, slots] = True
+    pairs_XR = np.zeros((num_blocks, placement.num_ranks), dtype=np.int64)
+    np.add.at(pairs_XR, (block, rank), 1)
+    visits_XLR = np.zeros((num_blocks, length, placement.num_ranks), dtype=np.bool_)
+    visits_XLR[block, token, rank] = True
+    return _BlockLoads(member_XS, pairs_XR, visits_XLR.sum(axis=1))

@@ -13,8 +13,7 @@ from expertshare.convert.rates import Rates
 from expertshare.convert.sizes import ModelSizes, cache_bytes
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.lab.simulate.deployment import Cluster, Demand
-from expertshare.lab.simulate.placement import Placement, place
-from expertshare.lab.simulate.steps import LayerSteps, draw_blocks, run_layer
+from expertshare.lab.simulate.placement import LayerSteps, Placement, draw_blocks, place, run_layer
 from expertshare.lab.simulate.trace import BlockTrace, Ints
 
 Floats = NDArray[np.float64]
@@ -35,7 +34,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Bytes of all parts together."""
         return self.dense + self.experts + self.cache + self.logits
 
 

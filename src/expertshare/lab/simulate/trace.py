@@ -1,7 +1,7 @@
 """Recorded routing as blocks of tokens: the supply that simulated steps are drawn from.
 
-Shape legend, here and in the other files of this room: N recorded MoE layers, X blocks of a record, L tokens of a
-block, K experts of a token, E experts, S slots (places for experts; more than E where some have copies), R ranks (GPUs
+Shape legend, here and in the other files of this package: N recorded MoE layers, X blocks of a record, L tokens of a
+block, K experts of a token, E experts, S slots (for one expert each; more than E where some have copies), R ranks (GPUs
 of a replica), P simulated steps.
 """
 
