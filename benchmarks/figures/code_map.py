@@ -39,7 +39,7 @@ def parts() -> list[str]:
     lab = [f"lab/{path.name}" for path in sorted((PACKAGE / "lab").iterdir()) if (path / "__init__.py").is_file()]
     listed = [name for name in (*ENGINE, *ABOVE) if (PACKAGE / name).exists()]
     rest = [name for name in others if name not in listed and name not in ("lab", "__pycache__")]
-    return [*listed, *rest, *lab]
+    return [*listed, *rest, "lab/__init__.py", *lab]
 
 
 def purpose(name: str) -> str:
@@ -65,7 +65,7 @@ def code_map() -> str:
     """A row for every package: files, lines, what it is for."""
     rows = []
     single = [name for name in ENGINE if name.endswith(".py")]
-    for name in ["", *(name for name in parts() if name not in single)]:
+    for name in ["", *(name for name in parts() if name not in (*single, "lab/__init__.py"))]:
         files = files_of([name] if name else single)
         label = (
             f"`{name}/`"
