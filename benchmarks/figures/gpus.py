@@ -7,12 +7,18 @@ from typing import Any
 
 from writing import ROOT, bullets, pick, spanning, stored, table
 
-from expertshare.lab.simulate import CARDS
+from expertshare.convert.shapes import likeness
+from expertshare.convert.sizes import sizes_like
+from expertshare.experts.recording import read_record
+from expertshare.lab.simulate import CARDS, Capacity, Cluster, Demand, Simulation, cut_into_blocks
 
 sys.path.append(str(ROOT / "benchmarks"))
 import capacity_check as check
 
-BLOCKS = ("cards", "gpus_sweep", "gpus_demand", "gpus_parts", "capacity_tables", "capacity_findings")
+BLOCKS = (
+    *("cards", "gpus_sweep", "gpus_demand", "gpus_parts", "gain_by_sequences", "balance_by_placement"),
+    *("capacity_tables", "capacity_findings"),
+)
 NAMES = ("vanilla", "des-vote")
 
 
@@ -85,6 +91,36 @@ def gpus_parts() -> str:
             )
     head = ("GPUs of a replica", "policy", "GB a GPU", "step, ms", "dense", "experts", "exchange", "MB exchanged")
     return table((*head, "GPUs a token", "balance"), rows, words=2)
+
+
+def _simulated(name: str, gpus: int, **settings: Any) -> Capacity:
+    """What `expertshare simulate` makes of a record in examples/routing, on the model and card of "
+    "scaling-flash.json."""
+    result = stored("scaling-flash")
+    record = read_record(ROOT / "examples" / "routing" / f"mini-3-layers-{name}.jsonl")
+    sizes = sizes_like(likeness(result["model"]))
+    cluster = Cluster(card=CARDS[result["cluster"]["card"]["name"]], scheme=result["cluster"]["scheme"], **settings)
+    demand = Demand(**_traces()[0]["demand"])
+    return Simulation(sizes, cut_into_blocks(record, sizes.config.block_length, name), cluster, demand).capacity(gpus)
+
+
+def gain_by_sequences() -> str:
+    """Tokens per second of des-vote over vanilla, by sequences on each GPU."""
+    counts, rows = (1, 2, 4, 8, 16, 32), []
+    for gpus in (1, 4, 8):
+        rates = [[_simulated(name, gpus, sequences=n).tokens_per_s for name in NAMES] for n in counts]
+        rows.append([f"{gpus} GPUs of a replica", *(f"{shared / vanilla:.2f}" for vanilla, shared in rates)])
+    return table(("gain by sequences on each GPU", *map(str, counts)), rows)
+
+
+def balance_by_placement() -> str:
+    """The busiest of 8 GPUs over their mean, by placement."""
+    said = []
+    for name, copies in (("round-robin", 0), ("balanced", 0), ("replicated", 32)):
+        found = [_simulated(policy, 8, placement=name, copies=copies).replica.pairs.mean for policy in NAMES]
+        label = f"`{name} --copies {copies}`" if copies else f"`{name}`"
+        said.append(f"{found[0]:.2f} and {found[1]:.2f} with {label}")
+    return ", ".join(said)
 
 
 def capacity_tables() -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from writing import GIB, each, paragraph, percent, pick, spanning, stored, table
 
-from expertshare.convert import likeness
+from expertshare.convert.shapes import likeness
 from expertshare.convert.sizes import sizes_like
 
 BLOCKS = (

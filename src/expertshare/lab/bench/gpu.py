@@ -55,7 +55,7 @@ def take_turns_on_gpu(
     capture: Callable[[Walk], Walk] | None = None,
     seconds_of: Callable[[Walk], float] | None = None,
 ) -> GpuTimes:
-    """Seconds per call of each contender, from `repeats` walks of `turns` calls; contenders take turns.
+    """Seconds per call of each contender, from `repeats` walks of `turns` calls; contenders are interleaved.
 
     A call gets its turn's number, so that each one of a walk touches other weights than the one before it. A walk is
     captured in a graph, without gaps for launching, unless its contender is `host_bound` (it waits for the GPU in

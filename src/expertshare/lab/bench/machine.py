@@ -68,7 +68,7 @@ READ, MULTIPLY = "(read)", "(multiply)"
 
 
 class Yardstick(ABC):
-    """One pass over memory and one matrix product, to be timed by turns with what they are compared with.
+    """One pass over memory and one matrix product, to be timed between the calls that they are compared with.
 
     On a shared machine bandwidth changes within seconds: a limit from the beginning of a run says little about its end.
     """

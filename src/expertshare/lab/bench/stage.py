@@ -91,7 +91,7 @@ def banks_of(
     case: Case, machine: Machine, settings: ExpertsSettings, entrants: Collection[Contender]
 ) -> dict[str | None, Sequence[Bank]]:
     """Enough layers to exceed the cache CACHE_FACTOR times, as far as memory and MAX_BANKS allow: floats under None,
-    and the same quantised for whoever takes part with codes. All forms together stay within the limit."""
+    and the same quantised for contenders with codes. All forms together stay within the limit."""
     config = case.config
     floats = config.router.num_experts * config.num_expert_parameters * settings.dtype.itemsize
     forms = sorted({e.quantisation for e in entrants if e.quantisation is not None})

@@ -24,7 +24,7 @@ from expertshare.lab.plots.style import (
 )
 
 PANEL_WIDTH, PANEL_HEIGHT = 6.4, 4.4
-MARKERS = "osv"  # by turns of the colours
+MARKERS = "osv"  # the next one where all colours are used
 BOUND_STYLES = ("--", ":", "-.")
 Point = Mapping[str, Any]
 Look = tuple[str, str]  # colour, marker

@@ -14,7 +14,7 @@ ASSUMPTIONS = (
     "Attention, dense layers and head are data-parallel: every GPU has a copy and its own sequences. Routed experts "
     "are expert-parallel over the GPUs of a replica.",
     "Every sequence always has one block at work (all of its blocks under full attention). Blocks of a step are drawn "
-    "at random from the record, each by itself. A layer without a record takes the recorded ones by turns.",
+    "at random from the record, each by itself. A layer without a record takes the recorded ones in rotation.",
     "A part takes the time of its limit: weights read once over memory bandwidth, or multiply-accumulates over the "
     "peak, whichever is longer (with --overlap 0: their sum), divided by --efficiency.",
     "A layer waits for its slowest GPU. Layers, and the exchanges before and after their experts, follow one another: "
