@@ -1,4 +1,6 @@
-"""Write every figure of README.md and docs/ from the stored results: `make figures`, or python benchmarks/figures.
+"""Write every figure of README.md and docs/ from the stored results, and the claims that a report shows.
+
+    make figures, or python benchmarks/figures
 
     --check    write nothing; name the documents that hold something else than the results say, and fail
 
@@ -67,10 +69,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check, known, changed = parser.parse_args().check, blocks(), []
-    for document in documents():
-        text = document.read_text(encoding="utf-8")
-        new = rewritten(text, known)
-        if new != text:
+    for document, new in (
+        *((page, rewritten(page.read_text("utf-8"), known)) for page in documents()),
+        claims.stored(),
+    ):
+        if not document.exists() or new != document.read_text(encoding="utf-8"):
             changed.append(str(document.relative_to(ROOT)))
             if not check:
                 document.write_text(new, encoding="utf-8")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from expertshare.errors import InputError
 from expertshare.lab.report import claims as claims_module
-from expertshare.lab.report import clone_root, resolve_claims
-from expertshare.lab.report.claims import CLAIMS, VERDICTS, look_up
+from expertshare.lab.report import stored_claims
+from expertshare.lab.report.claims import VERDICTS
 from lab.report.conftest import ROOT, content
+
+sys.path.append(str(ROOT / "benchmarks" / "figures"))
+from claims import SOURCE, look_up, resolve_claims
 
 # A word of every claim that the sources make, as they were listed when this page was planned.
 LISTED = (
@@ -35,7 +39,7 @@ LISTED = (
 
 
 def test_every_listed_claim_has_a_row() -> None:
-    claims = resolve_claims(ROOT)
+    claims = stored_claims()
     assert [words for words in LISTED if not any(words in claim.claim for claim in claims)] == []
     assert all(claim.verdict in VERDICTS and claim.published and claim.measured and claim.command for claim in claims)
     assert all(claim.files or claim.verdict == "not testable here" for claim in claims)
@@ -44,12 +48,12 @@ def test_every_listed_claim_has_a_row() -> None:
 
 def test_claims_are_found_in_a_clone_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT / "docs")
-    assert clone_root() == ROOT
+    assert stored_claims() == resolve_claims(ROOT), "run: make figures"
     monkeypatch.chdir(tmp_path)
-    assert clone_root() == ROOT  # the package is of a clone
+    assert stored_claims()  # the package is of a clone
     monkeypatch.setattr(claims_module, "__file__", str(tmp_path / "site-packages" / "claims.py"))
     with pytest.raises(InputError, match=r"expected a clone .* \(--no-claims\)"):
-        clone_root()
+        stored_claims()
 
 
 def test_numbers_in_the_text_are_those_of_the_files() -> None:
@@ -67,7 +71,7 @@ def test_a_claim_without_its_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected the claims in"):
         resolve_claims(tmp_path)
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / CLAIMS).write_text((ROOT / CLAIMS).read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / SOURCE).write_text((ROOT / SOURCE).read_text(encoding="utf-8"), encoding="utf-8")
     with pytest.raises(InputError, match="expected a result that can be read"):
         resolve_claims(tmp_path)
 

@@ -16,7 +16,7 @@ from markupsafe import Markup
 import expertshare
 from expertshare.errors import InputError
 from expertshare.lab.report import comparisons, measured
-from expertshare.lab.report.claims import VERDICTS, Claim, clone_root, resolve_claims
+from expertshare.lab.report.claims import VERDICTS, Claim, stored_claims
 from expertshare.lab.report.sources import Source, read_sources
 from expertshare.lab.report.tables import Section
 
@@ -52,7 +52,7 @@ def write_report(
     """
     sources = read_sources(paths)
     parts = sections(sources)
-    resolved = resolve_claims(clone_root()) if claims else []
+    resolved = stored_claims() if claims else []
     target, images = Path(out), tuple[Path, ...]()
     with TemporaryDirectory() as folder:
         if target.suffix == ".html":
