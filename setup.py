@@ -128,7 +128,7 @@ class BuildKernel(build_ext):
                 print(note)
             fresh = library.with_suffix(".new")
             flags = shlex.split(os.environ.get("LDFLAGS", ""))
-            call([*cxx, "-shared", "-pthread", *map(str, made), *flags, "-o", str(fresh)])
+            call([*cxx, "-shared", "-pthread", *map(str, sorted(made)), *flags, "-o", str(fresh)])
             fresh.replace(library)  # a process that has the old one mapped keeps it whole
         except CannotBuild as reason:
             library.unlink(missing_ok=True)

@@ -16,10 +16,9 @@
 #include "affinity.h"
 #include "attention.h"
 #include "expert_layer.h"
-#include "head.h"
 #include "isa.h"
-#include "linear.h"
 #include "norm.h"
+#include "projection.h"
 #include "routing_step.h"
 
 #define EXPERTSHARE_EXPORT __attribute__((visibility("default")))

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "abi.h"
-#include "affinity_kernels.h"
 #include "arena.h"
+#include "kernels.h"
 #include "pool.h"
 #include "queue.h"
 
@@ -28,8 +28,8 @@ struct es_gate {
 
 namespace expertshare {
 
-// Tokens are packed side by side, a block of them to a pair of vectors, so that each keeps a lane of its own: its bits
-// depend neither on the other tokens nor on the threads.
+// A few rows of weights meet all tokens, which are packed by pieces of their features first. Logits are written to where
+// the affinities will be.
 class Affinity final : public Work {
    public:
     static constexpr Index kTokensAtATime = 256;  // bounds the packed copy (2 MiB at 2048 features)
@@ -53,9 +53,10 @@ class Affinity final : public Work {
 
     const es_gate &gate_;
     const AffinityKernels &kernels_;
-    const Index width_, token_blocks_, row_blocks_, strips_, row_bytes_;
-    float *packed_ = nullptr;  // [token_blocks, depth, width]
-    float *logits_ = nullptr;  // [token_blocks, num_experts, width]
+    const Kernels &product_;
+    const Index token_blocks_, row_blocks_, strips_, token_bytes_, row_bytes_, block_bytes_;
+    char *packed_ = nullptr;
+    const void **blocks_ = nullptr;
     Queue to_pack_, to_multiply_, to_finish_;
 };
 

@@ -11,7 +11,7 @@ constexpr Index kTile = 48;    // queries at a time: with 128 features and a few
 constexpr Index kPiece = 64;   // positions of values that one item lays out as rows, within the first cache
 constexpr Index kMacsPerThread = 1 << 18;  // less than this is not worth waking one more thread
 
-Index padded_row(Index bytes) { return (bytes + 63) / 64 * 64 + 64; }
+Index padded(Index bytes) { return ceil_div(bytes, 64) * 64 + 64; }
 
 template <class Word>
 void turn(const Word *from, Index num_rows, Index num_columns, Index row_stride, Word *to, Index to_stride) {
@@ -28,26 +28,27 @@ Attention::Attention(const es_attention &call, const Kernels &kernels, Arena &ar
       element_(call.is_bfloat16 ? 2 : 4),
       heads_per_group_(call.num_heads / call.num_kv_heads),
       queries_(heads_per_group_ * call.length),
-      tiles_((queries_ + kTile - 1) / kTile),
-      pieces_((call.num_keys + kPiece - 1) / kPiece) {
-    query_stride_ = padded_row(kernels.row_bytes(call.head_dim));
-    weight_stride_ = padded_row(kernels.row_bytes(call.num_keys));
-    rounded_stride_ = padded_row(call.num_keys * element_);
+      tiles_(ceil_div(queries_, kTile)),
+      pieces_(ceil_div(call.num_keys, kPiece)) {
+    const Index blocks = ceil_div(kTile, kernels.width);
+    query_stride_ = padded(kernels.block_bytes(call.head_dim));
+    weight_stride_ = padded(kernels.block_bytes(call.num_keys));
+    rounded_stride_ = padded(call.num_keys * element_);
     const Index threads = call.num_threads, groups = call.batch * call.num_kv_heads;
     const Index value_bytes = groups * call.head_dim * call.num_keys * element_;
-    arena.reserve(Arena::padded<char>(value_bytes) + Arena::padded_own<char>(threads, kTile * query_stride_) +
-                  Arena::padded_own<char>(threads, kTile * weight_stride_) +
-                  Arena::padded_own<char>(threads, rounded_stride_) +
+    arena.reserve(Arena::padded<char>(value_bytes) + Arena::padded_own<char>(threads, blocks * query_stride_) +
+                  Arena::padded_own<char>(threads, blocks * weight_stride_) +
+                  Arena::padded_own<char>(threads, kernels.width * rounded_stride_) +
                   Arena::padded_own<float>(threads, kTile * call.num_keys) +
                   Arena::padded_own<float>(threads, kTile * call.head_dim) +
-                  Arena::padded_own<const void *>(threads, kTile));
+                  Arena::padded_own<const void *>(threads, blocks));
     values_ = arena.carve<char>(value_bytes);
-    encoded_queries_ = arena.carve_own<char>(threads, kTile * query_stride_);
-    encoded_weights_ = arena.carve_own<char>(threads, kTile * weight_stride_);
-    rounded_ = arena.carve_own<char>(threads, rounded_stride_);
+    packed_queries_ = arena.carve_own<char>(threads, blocks * query_stride_);
+    packed_weights_ = arena.carve_own<char>(threads, blocks * weight_stride_);
+    rounded_ = arena.carve_own<char>(threads, kernels.width * rounded_stride_);
     scores_ = arena.carve_own<float>(threads, kTile * call.num_keys);
     sums_ = arena.carve_own<float>(threads, kTile * call.head_dim);
-    rows_ = arena.carve_own<const void *>(threads, kTile);
+    blocks_ = arena.carve_own<const void *>(threads, blocks);
     turn_.fill(groups * pieces_);
     attend_.fill(groups * tiles_);
 }
@@ -63,8 +64,8 @@ void Attention::run(int worker) {
 }
 
 Attention::Scratch Attention::scratch(int worker) const {
-    return {encoded_queries_.of(worker), encoded_weights_.of(worker), rounded_.of(worker),
-            scores_.of(worker),          sums_.of(worker),            rows_.of(worker)};
+    return {packed_queries_.of(worker), packed_weights_.of(worker), rounded_.of(worker),
+            scores_.of(worker),          sums_.of(worker),            blocks_.of(worker)};
 }
 
 void Attention::turn_values(Index item) {
@@ -93,28 +94,33 @@ void Attention::attend(int worker, Index item) {
     const Index batch = group / call_.num_kv_heads, kv_head = group % call_.num_kv_heads;
     const auto head = [&](Index m) { return kv_head * heads_per_group_ + (first + m) / call_.length; };
     const auto position = [&](Index m) { return (first + m) % call_.length; };
-    for (Index m = 0; m < count; m++) {
-        const Index at =
-            batch * call_.q_batch_stride + head(m) * call_.q_head_stride + position(m) * call_.q_stride;
-        char *row = own.queries + m * query_stride_;
-        kernels_.encode(static_cast<const char *>(call_.q) + at * element_, call_.head_dim, row);
-        own.rows[m] = row;
+    for (Index m = 0; m < count; m += kernels_.width) {
+        char *block = own.queries + m / kernels_.width * query_stride_;
+        pack_block(kernels_, m, count, call_.head_dim, 0, call_.head_dim, block, [&](Index query) {
+            const Index at = batch * call_.q_batch_stride + head(query) * call_.q_head_stride;
+            return static_cast<const char *>(call_.q) + (at + position(query) * call_.q_stride) * element_;
+        });
+        own.blocks[m / kernels_.width] = block;
     }
     const Index keys = (batch * call_.k_batch_stride + kv_head * call_.k_head_stride) * element_;
-    kernels_.rows(floats_at(static_cast<const char *>(call_.k) + keys), call_.num_keys, call_.head_dim, own.rows,
-                  count, own.scores, call_.num_keys, kNothing);
+    kernels_.multiply(floats_at(static_cast<const char *>(call_.k) + keys), call_.num_keys, call_.head_dim, own.blocks,
+                      count, own.scores, call_.num_keys, kNothing);
     float totals[kTile];
     for (Index m = 0; m < count; m++) {
         float *scores = own.scores + m * call_.num_keys;
         if (call_.mask != nullptr) hide(scores, batch, position(m));
         totals[m] = kernels_.exponentials(scores, call_.num_keys, call_.scale);
-        kernels_.round(scores, call_.num_keys, own.rounded);
-        char *row = own.weights + m * weight_stride_;
-        kernels_.encode(own.rounded, call_.num_keys, row);
-        own.rows[m] = row;
+        char *rounded = own.rounded + m % kernels_.width * rounded_stride_;
+        kernels_.round(scores, call_.num_keys, rounded);
+        if ((m + 1) % kernels_.width != 0 && m + 1 != count) continue;
+        const Index first = m / kernels_.width * kernels_.width;
+        char *block = own.weights + m / kernels_.width * weight_stride_;
+        pack_block(kernels_, first, m + 1, call_.num_keys, 0, call_.num_keys, block,
+                   [&](Index query) { return own.rounded + (query - first) * rounded_stride_; });
+        own.blocks[m / kernels_.width] = block;
     }
-    kernels_.rows(floats_at(values_ + group * call_.head_dim * call_.num_keys * element_), call_.head_dim,
-                  call_.num_keys, own.rows, count, own.sums, call_.head_dim, kNothing);
+    kernels_.multiply(floats_at(values_ + group * call_.head_dim * call_.num_keys * element_), call_.head_dim,
+                      call_.num_keys, own.blocks, count, own.sums, call_.head_dim, kNothing);
     for (Index m = 0; m < count; m++) {
         const float *out = own.sums + m * call_.head_dim;
         const float share = 1.0f / totals[m];

@@ -1,4 +1,4 @@
-// Attention of a few queries to many keys, grouped heads together: keys and values are read where they lie.
+// Attention of a few queries to many keys, grouped heads together: keys and values are read in place.
 #pragma once
 
 #include "abi.h"
@@ -21,12 +21,12 @@ class Attention final : public Work {
 
    private:
     struct Scratch {
-        char *queries;   // encoded, one row each
+        char *queries;   // packed
         char *weights;   // likewise
-        char *rounded;   // weights of one query in the type of the values
+        char *rounded;   // weights of the queries of a block in the type of the values
         float *scores;   // [kTile, num_keys]
         float *sums;     // [kTile, head_dim]
-        const void **rows;
+        const void **blocks;
     };
     Scratch scratch(int worker) const;
     void turn_values(Index item);
@@ -38,9 +38,9 @@ class Attention final : public Work {
     const Index element_, heads_per_group_, queries_, tiles_, pieces_;
     Index query_stride_, weight_stride_, rounded_stride_;
     char *values_ = nullptr;  // [batch, num_kv_heads, head_dim, num_keys]
-    Own<char> encoded_queries_, encoded_weights_, rounded_;
+    Own<char> packed_queries_, packed_weights_, rounded_;
     Own<float> scores_, sums_;
-    Own<const void *> rows_;
+    Own<const void *> blocks_;
     Queue turn_, attend_;
 };
 

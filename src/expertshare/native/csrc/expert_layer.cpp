@@ -16,8 +16,6 @@ Index chunk_rows(Index num_rows, Index row_bytes, Index granule, Index num_group
     return std::max(rows, granule);
 }
 
-Index ceil_div(Index a, Index b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 Matrices::Matrices(const es_weight &of, Index depth)
@@ -40,6 +38,7 @@ ExpertLayer::ExpertLayer(const es_layer &layer, const Kernels &to_hidden, const 
       token_bytes_(layer.is_bfloat16 ? 2 : 4),
       hidden_depth_(layer.hidden),
       inner_depth_(layer.inner),
+      width_(std::max(to_hidden.width, to_out.width)),
       gate_up_weights_(layer_.gate_up, hidden_depth_),
       down_weights_(layer_.down, inner_depth_),
       arrivals_(layer.arrivals) {
@@ -47,7 +46,7 @@ ExpertLayer::ExpertLayer(const es_layer &layer, const Kernels &to_hidden, const 
     group_tokens();
     if (!ids_in_range_) return;
     choose_chunks();
-    encoding_.fill(layer_.num_tokens);
+    packing_.fill(to_hidden.width == 1 ? layer_.num_tokens : num_pairs_ / to_hidden.width);
     to_hidden_.fill(num_there_ * hidden_chunks_);
     to_out_.fill(num_there_ * out_chunks_);
     late_to_hidden_.fill((num_groups_ - num_there_) * hidden_chunks_);
@@ -58,28 +57,32 @@ ExpertLayer::ExpertLayer(const es_layer &layer, const Kernels &to_hidden, const 
 void ExpertLayer::lay_out(Arena &arena) {
     const Index slots = layer_.num_tokens * layer_.top_k, threads = layer_.num_threads;
     const Index most_groups = std::min<Index>(slots, layer_.num_experts);
-    token_stride_ = spread_over_sets(gate_up_kernels_.row_bytes(hidden_depth_));
-    hidden_stride_ = spread_over_sets(down_kernels_.row_bytes(inner_depth_));
+    const Index pairs = ceil_div(slots + most_groups * (width_ - 1), width_) * width_;
+    const Index x_width = gate_up_kernels_.width, x_blocks = x_width == 1 ? layer_.num_tokens : pairs / x_width;
+    token_stride_ = spread_over_sets(gate_up_kernels_.block_bytes(hidden_depth_));
+    hidden_stride_ = spread_over_sets(down_kernels_.block_bytes(inner_depth_));
     out_stride_ = spread_over_sets(hidden_depth_ * 4) / 4;
     const Index granule = down_kernels_.granule;
     const Index most_rows = std::max(granule, kChunkBytes / (2 * gate_up_weights_.row_bytes));
     const Index gate_up_floats = 2 * kTokenBlock * std::min(most_rows, ceil_div(inner_depth_, granule) * granule);
 
     arena.reserve(Arena::padded<Group>(most_groups) + Arena::padded<Index>(slots) +
-                  Arena::padded<Index>(layer_.num_experts + 1) + 2 * Arena::padded<const void *>(slots) +
-                  Arena::padded<char>(layer_.num_tokens * token_stride_) +
-                  Arena::padded<char>(slots * hidden_stride_) + Arena::padded<float>(slots * out_stride_) +
+                  Arena::padded<Index>(layer_.num_experts + 1) + Arena::padded<Index>(pairs) +
+                  2 * Arena::padded<const void *>(pairs) + Arena::padded<char>(x_blocks * token_stride_) +
+                  Arena::padded<char>(pairs / down_kernels_.width * hidden_stride_) +
+                  Arena::padded<float>(pairs * out_stride_) +
                   Arena::padded_own<float>(threads, gate_up_floats) +
                   Arena::padded_own<const float *>(threads, layer_.top_k) +
                   Arena::padded_own<float>(threads, layer_.top_k) + Arena::padded_own<std::int64_t>(threads, 1));
     groups_ = arena.carve<Group>(most_groups);
     pair_of_slot_ = arena.carve<Index>(slots);
     first_of_expert_ = arena.carve<Index>(layer_.num_experts + 1);
-    x_of_pair_ = arena.carve<const void *>(slots);
-    h_of_pair_ = arena.carve<const void *>(slots);
-    tokens_ = arena.carve<char>(layer_.num_tokens * token_stride_);
-    hidden_ = arena.carve<char>(slots * hidden_stride_);
-    outs_ = arena.carve<float>(slots * out_stride_);
+    token_of_pair_ = arena.carve<Index>(pairs);
+    x_blocks_ = arena.carve<const void *>(pairs);
+    h_blocks_ = arena.carve<const void *>(pairs);
+    tokens_ = arena.carve<char>(x_blocks * token_stride_);
+    hidden_ = arena.carve<char>(pairs / down_kernels_.width * hidden_stride_);
+    outs_ = arena.carve<float>(pairs * out_stride_);
     gate_up_ = arena.carve_own<float>(threads, gate_up_floats);
     outs_of_token_ = arena.carve_own<const float *>(threads, layer_.top_k);
     weights_of_token_ = arena.carve_own<float>(threads, layer_.top_k);
@@ -102,16 +105,19 @@ void ExpertLayer::group_tokens() {
     for (Index expert = 0; expert < layer_.num_experts; expert++) {
         const Index count = first_of_expert_[expert + 1];
         if (count > 0) groups_[num_groups_++] = {expert, num_pairs_, count};
-        num_pairs_ += count;
+        num_pairs_ = ceil_div(num_pairs_ + count, width_) * width_;
         first_of_expert_[expert + 1] = num_pairs_;
     }
+    std::fill_n(token_of_pair_, num_pairs_, Index{-1});
     for (Index slot = 0; slot < slots; slot++) {
         const int64_t expert = layer_.ids[slot];
         const Index pair = expert < 0 ? -1 : first_of_expert_[expert]++;
         pair_of_slot_[slot] = pair;
         if (pair < 0) continue;
-        x_of_pair_[pair] = tokens_ + slot / layer_.top_k * token_stride_;
-        h_of_pair_[pair] = hidden_row(pair);
+        const Index x_width = gate_up_kernels_.width;
+        token_of_pair_[pair] = slot / layer_.top_k;
+        x_blocks_[pair / x_width] = tokens_ + (x_width == 1 ? token_of_pair_[pair] : pair / x_width) * token_stride_;
+        h_blocks_[pair / down_kernels_.width] = hidden_block(pair);
     }
     Group *const end = groups_ + num_groups_;
     Group *const late =
@@ -146,7 +152,7 @@ int ExpertLayer::useful_threads() const {
 }
 
 void ExpertLayer::run(int worker) {
-    drain(encoding_, worker, [this](Index token, Index) { encode_token(token); });
+    drain(packing_, worker, [this](Index item, Index) { pack_tokens(item); });
     const Index then = worker % 2 == 0 ? 0 : num_there_ * out_chunks_ - 1;
     drain(to_hidden_, worker, [=](Index item, Index next) { hidden_chunk(worker, item, next, then); });
     drain(to_out_, worker, [this](Index item, Index next) { out_chunk(item, next); });
@@ -170,9 +176,17 @@ bool ExpertLayer::came(int worker, Index item, Index chunks) {
     return arrivals_.await(groups_[item / chunks].expert, *waited_ns_.of(worker));
 }
 
-void ExpertLayer::encode_token(Index token) {
-    gate_up_kernels_.encode(static_cast<const char *>(layer_.x) + token * hidden_depth_ * token_bytes_, hidden_depth_,
-                            tokens_ + token * token_stride_);
+// A token for all its experts, or where tokens are side by side a block of one expert's.
+void ExpertLayer::pack_tokens(Index item) {
+    const Index width = gate_up_kernels_.width, first = item * width;
+    const auto pack = [=](Index end, auto token_of) {
+        pack_block(gate_up_kernels_, first, end, hidden_depth_, 0, hidden_depth_, tokens_ + item * token_stride_,
+                   [&](Index i) { return static_cast<const char *>(layer_.x) + token_of(i) * hidden_depth_ * token_bytes_; });
+    };
+    if (width == 1) return pack(item + 1, [](Index token) { return token; });
+    Index end = first;
+    while (end < first + width && token_of_pair_[end] >= 0) end++;
+    if (end > first) pack(end, [this](Index pair) { return token_of_pair_[pair]; });
 }
 
 Rows ExpertLayer::gate_rows(Index item) const {
@@ -194,12 +208,15 @@ void ExpertLayer::hidden_chunk(int worker, Index item, Index next_item, Index th
     float *ups = gates + kTokenBlock * hidden_chunk_;
     for (Index m = 0; m < group.num_tokens; m += kTokenBlock) {
         const Index num_tokens = std::min(kTokenBlock, group.num_tokens - m);
-        const void *const *x = x_of_pair_ + group.first_pair + m;
-        gate_up_kernels_.rows(gate, count, hidden_depth_, x, num_tokens, gates, hidden_chunk_, m == 0 ? up : kNothing);
-        gate_up_kernels_.rows(up, count, hidden_depth_, x, num_tokens, ups, hidden_chunk_, m == 0 ? next : kNothing);
+        const void *const *x = x_blocks_ + (group.first_pair + m) / gate_up_kernels_.width;
+        gate_up_kernels_.multiply(gate, count, hidden_depth_, x, num_tokens, gates, hidden_chunk_,
+                                  m == 0 ? up : kNothing);
+        gate_up_kernels_.multiply(up, count, hidden_depth_, x, num_tokens, ups, hidden_chunk_,
+                                  m == 0 ? next : kNothing);
         for (Index t = 0; t < num_tokens; t++) {
+            const Index pair = group.first_pair + m + t;
             down_kernels_.swiglu(gates + t * hidden_chunk_, ups + t * hidden_chunk_, first, count, inner_depth_,
-                                 hidden_row(group.first_pair + m + t));
+                                 hidden_block(pair), pair % down_kernels_.width);
         }
     }
 }
@@ -212,8 +229,9 @@ void ExpertLayer::out_chunk(Index item, Index next_item) {
     const Rows next = next_item >= 0 ? down_rows(next_item) : down;
     for (Index m = 0; m < group.num_tokens; m += kTokenBlock) {
         const Index num_tokens = std::min(kTokenBlock, group.num_tokens - m);
-        down_kernels_.rows(down, count, inner_depth_, h_of_pair_ + group.first_pair + m, num_tokens,
-                           out_row(group.first_pair + m) + first, out_stride_, m == 0 ? next : kNothing);
+        const Index pair = group.first_pair + m;
+        down_kernels_.multiply(down, count, inner_depth_, h_blocks_ + pair / down_kernels_.width, num_tokens,
+                               out_row(pair) + first, out_stride_, m == 0 ? next : kNothing);
     }
 }
 

@@ -11,12 +11,12 @@
 
 namespace expertshare {
 
-// Tokens of one expert: pairs first_pair .. first_pair + num_tokens.
+// Tokens of one expert: pairs first_pair .. first_pair + num_tokens. The first is the first of a block of either kernel.
 struct Group {
     Index expert, first_pair, num_tokens;
 };
 
-// Where the rows of one projection lie, those of its scales and minima beside them.
+// Where the rows of one projection are, with their scales and minima.
 struct Matrices {
     Matrices(const es_weight &of, Index depth);
     Rows rows(Index expert, Index row) const;
@@ -44,7 +44,7 @@ class ExpertLayer final : public Work {
     void group_tokens();
     void choose_chunks();
 
-    void encode_token(Index token);
+    void pack_tokens(Index item);
     void hidden_chunk(int worker, Index item, Index next_item, Index then);
     void out_chunk(Index item, Index next_item);
     void run_late(int worker);
@@ -53,12 +53,13 @@ class ExpertLayer final : public Work {
 
     Rows gate_rows(Index item) const;
     Rows down_rows(Index item) const;
-    char *hidden_row(Index pair) const { return hidden_ + pair * hidden_stride_; }
+    char *hidden_block(Index pair) const { return hidden_ + pair / down_kernels_.width * hidden_stride_; }
     float *out_row(Index pair) const { return outs_ + pair * out_stride_; }
 
     const es_layer &layer_;
     const Kernels &gate_up_kernels_, &down_kernels_;
     const Index token_bytes_, hidden_depth_, inner_depth_;  // bytes of a token's feature; D; F
+    const Index width_;                                     // of the wider blocks
     const Matrices gate_up_weights_, down_weights_;
     Arrivals arrivals_;
     bool ids_in_range_ = true;
@@ -67,8 +68,9 @@ class ExpertLayer final : public Work {
     Index num_groups_ = 0, num_there_ = 0, num_pairs_ = 0;
     Index *pair_of_slot_ = nullptr;      // [T * K], -1 for unused slots
     Index *first_of_expert_ = nullptr;   // [E + 1]
-    const void **x_of_pair_ = nullptr;   // scratch rows
-    const void **h_of_pair_ = nullptr;
+    Index *token_of_pair_ = nullptr;     // -1 behind the last of a group
+    const void **x_blocks_ = nullptr;    // of pairs; those of one token are the same for all its experts
+    const void **h_blocks_ = nullptr;
     char *tokens_ = nullptr, *hidden_ = nullptr;
     float *outs_ = nullptr;
     Index token_stride_ = 0, hidden_stride_ = 0, out_stride_ = 0;  // bytes, bytes, floats
@@ -78,7 +80,7 @@ class ExpertLayer final : public Work {
     Own<std::int64_t> waited_ns_;
 
     Index hidden_chunk_ = 0, hidden_chunks_ = 0, out_chunk_ = 0, out_chunks_ = 0;
-    Queue encoding_, to_hidden_, to_out_, late_to_hidden_, late_to_out_, mixing_;
+    Queue packing_, to_hidden_, to_out_, late_to_hidden_, late_to_out_, mixing_;
 };
 
 }  // namespace expertshare

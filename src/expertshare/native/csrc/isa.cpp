@@ -1,6 +1,5 @@
 #include "isa.h"
 
-#include "affinity_kernels.h"
 #include "norm.h"
 
 #if defined(__x86_64__) || defined(__i386__)

@@ -16,4 +16,7 @@ const Kernels *kernels_for(int isa, bool is_bfloat16);
 // For tokens of that type and such weights; null unless the instruction set is usable and the weights are known.
 const Kernels *kernels_for(int isa, bool is_bfloat16, const es_weight &weight);
 
+// Null unless the instruction set is usable.
+const AffinityKernels *affinity_kernels_for(int isa);
+
 }  // namespace expertshare

@@ -3,17 +3,17 @@
 // A feature of W is spread over a vector and multiplied with two vectors of tokens: no sums across lanes, and the tokens,
 // which stay in the second cache, are read once for every kRows experts. Each sum is taken in strips of kStrip features,
 // whose sums are added up in order: 2048 terms in one chain would round more than torch's product does.
-#include "affinity_kernels.h"
+#include "kernels.h"
 
 #if !defined(EXPERTSHARE_ABSENT)
 #include <algorithm>
 
-#include "activation.h"
+#include "epilogue.h"
 #include "vec.h"
 
 namespace {
 
-using expertshare::GateRows;
+using expertshare::Rows;
 
 // At a time: sixteen sums of 32 registers, or twelve of sixteen. More than eight would not pay: at a power of two of
 // features they all fall into one set of the cache.
@@ -36,18 +36,18 @@ inline void fetch_lines(const void *next, Index num_rows, Index offset) {
 }
 
 // Packed one by one: features begin .. end of the rows of w.
-template <int Rows, int Halves, class Weight>
+template <int R, int Halves, class Weight>
 struct OneByOne {
     static void add(const Weight *w, Index depth, Index begin, Index end, const float *packed, const void *next,
-                    Floats (&sums)[Rows][Halves]) {
+                    Floats (&sums)[R][Halves]) {
         constexpr Index kLine = kLineBytes / static_cast<Index>(sizeof(Weight));
         for (Index line = begin; line < end; line += kLine) {
-            fetch_lines(next, Rows, line * static_cast<Index>(sizeof(Weight)));
+            fetch_lines(next, R, line * static_cast<Index>(sizeof(Weight)));
             const Index stop = std::min(line + kLine, end);
             for (Index i = line; i < stop; i++) {
                 Floats x[Halves];
                 for (int half = 0; half < Halves; half++) x[half] = load_vec<Floats>(packed + i * kWidth + half * kLanes);
-                for (int r = 0; r < Rows; r++) {
+                for (int r = 0; r < R; r++) {
                     const Floats spread = splat<Floats>(load(w[r * depth + i]));
                     for (int half = 0; half < Halves; half++) sums[r][half] = fma(spread, x[half], sums[r][half]);
                 }
@@ -59,16 +59,16 @@ struct OneByOne {
 #if EXPERTSHARE_LEVEL == EXPERTSHARE_LEVEL_avx512_bf16
 // Packed in pairs: two features of a token are a word. Twice the products an instruction where the weights are bfloat16
 // too, each exact in float32, and so are the sums taken; weights in float32 are multiplied in float32, as elsewhere.
-template <int Rows, int Halves, class Weight>
+template <int R, int Halves, class Weight>
 struct InPairs {
     static void add(const Weight *w, Index depth, Index begin, Index end, const float *packed, const void *next,
-                    Floats (&sums)[Rows][Halves]) {
+                    Floats (&sums)[R][Halves]) {
         for (Index i = begin; i < end; i += 2) {
             const Index offset = i * static_cast<Index>(sizeof(Weight));
-            if (offset % kLineBytes == 0) fetch_lines(next, Rows, offset);
+            if (offset % kLineBytes == 0) fetch_lines(next, R, offset);
             Words x[Halves];
             for (int half = 0; half < Halves; half++) x[half] = load_vec<Words>(packed + (i + half) * kLanes);
-            for (int r = 0; r < Rows; r++) {
+            for (int r = 0; r < R; r++) {
                 const Weight *pair = w + r * depth + i;
                 for (int half = 0; half < Halves; half++) sums[r][half] = dot(pair, x[half], sums[r][half]);
             }
@@ -85,81 +85,92 @@ struct InPairs {
 };
 
 // An odd depth is packed one by one.
-bool in_pairs(bool is_bfloat16, Index depth) { return is_bfloat16 && depth % 2 == 0; }
+template <class Token>
+bool in_pairs(Index depth) {
+    return sizeof(Token) == 2 && depth % 2 == 0;
+}
 #else
-template <int Rows, int Halves, class Weight>
-using InPairs = OneByOne<Rows, Halves, Weight>;
+template <int R, int Halves, class Weight>
+using InPairs = OneByOne<R, Halves, Weight>;
 
-bool in_pairs(bool, Index) { return false; }
+template <class Token>
+bool in_pairs(Index) {
+    return false;
+}
 #endif
 
-template <class Product, int Rows, int Halves, class Weight>
-void multiply_rows(const Weight *w, Index depth, const float *packed, float *logits, const void *next) {
+template <class Product, int R, int Halves, class Weight>
+void multiply_rows(const Weight *w, Index depth, const float *packed, Index num_tokens, float *out, Index out_stride,
+                   const void *next) {
+    alignas(64) float totals[R][Halves * kLanes];
     for (Index begin = 0; begin < depth; begin += kStrip) {
-        Floats sums[Rows][Halves] = {};
+        Floats sums[R][Halves] = {};
         Product::add(w, depth, begin, std::min(begin + kStrip, depth), packed, next, sums);
-        for (int r = 0; r < Rows; r++) {
+        for (int r = 0; r < R; r++) {
             for (int half = 0; half < Halves; half++) {
-                float *to = logits + (2 * r + half) * kLanes;
-                store_vec(to, begin == 0 ? sums[r][half] : load_vec<Floats>(to) + sums[r][half]);
+                float *total = totals[r] + half * kLanes;
+                store_vec(total, begin == 0 ? sums[r][half] : load_vec<Floats>(total) + sums[r][half]);
             }
         }
     }
+    for (Index t = 0; t < num_tokens; t++) {
+        for (int r = 0; r < R; r++) out[t * out_stride + r] = totals[r][t];
+    }
 }
 
-// A whole block of rows, or one after the other; one vector is enough for few tokens.
+// As many whole blocks of rows as there are, the others one after the other; one vector is enough for few tokens.
 template <template <int, int, class> class Product, class Weight>
-void multiply_all(const Weight *w, Index num_rows, Index depth, const float *packed, Index num_tokens, float *logits,
-                  const void *next) {
+void multiply_block(const Weight *w, Index num_rows, Index depth, const float *packed, Index num_tokens, float *out,
+                    Index out_stride, const void *next) {
     const auto of_height = [&](auto rows, Index first, const void *then) {
         constexpr int R = decltype(rows)::value;
-        float *to = logits + first * kWidth;
-        if (num_tokens <= kLanes) {
-            return multiply_rows<Product<R, 1, Weight>, R, 1>(w + first * depth, depth, packed, to, then);
-        }
-        multiply_rows<Product<R, 2, Weight>, R, 2>(w + first * depth, depth, packed, to, then);
+        const auto run = num_tokens <= kLanes ? multiply_rows<Product<R, 1, Weight>, R, 1, Weight>
+                                              : multiply_rows<Product<R, 2, Weight>, R, 2, Weight>;
+        run(w + first * depth, depth, packed, num_tokens, out + first, out_stride, then);
     };
-    if (num_rows == kRows) return of_height(Count<kRows>{}, 0, next);
-    for (Index r = 0; r < num_rows; r++) of_height(Count<1>{}, r, nullptr);
+    Index r = 0;
+    for (; r + kRows <= num_rows; r += kRows) of_height(Count<kRows>{}, r, r + 2 * kRows <= num_rows ? nullptr : next);
+    for (; r < num_rows; r++) of_height(Count<1>{}, r, nullptr);
 }
 
-void multiply(const GateRows &w, Index num_rows, Index depth, const float *packed, bool is_bfloat16, Index num_tokens,
-              float *logits) {
-    const auto all = [&](const auto *weights) {
-        if (in_pairs(is_bfloat16, depth)) {
-            return multiply_all<InPairs>(weights, num_rows, depth, packed, num_tokens, logits, w.next);
-        }
-        multiply_all<OneByOne>(weights, num_rows, depth, packed, num_tokens, logits, w.next);
-    };
-    if (w.is_bfloat16) return all(static_cast<const std::uint16_t *>(w.at));
-    all(static_cast<const float *>(w.at));
+template <class Token, class Weight>
+void multiply(const Rows &w, Index num_rows, Index depth, const void *const *blocks, Index num_tokens, float *out,
+              Index out_stride, const Rows &next) {
+    const auto run = in_pairs<Token>(depth) ? multiply_block<InPairs, Weight> : multiply_block<OneByOne, Weight>;
+    for (Index m = 0; m < num_tokens; m += kWidth) {
+        run(reinterpret_cast<const Weight *>(w.codes), num_rows, depth, static_cast<const float *>(blocks[m / kWidth]),
+            std::min(kWidth, num_tokens - m), out + m * out_stride, out_stride, m == 0 ? next.codes : nullptr);
+    }
 }
 
+// [depth, kWidth]: zeros behind the last token.
 template <class Feature>
-void pack_of(const Feature *x, Index num_tokens, Index depth, Index begin, Index end, float *packed) {
+void pack_features(const void *const *x, Index num_tokens, Index begin, Index end, float *packed) {
+    const auto token = [x](Index t) { return static_cast<const Feature *>(x[t]); };
     Index i = begin;
     for (; i + kLanes <= end; i += kLanes) {
         for (Index from = 0; from < kWidth; from += kLanes) {
             Floats square[kLanes];
             for (Index t = 0; t < kLanes; t++) {
-                square[t] = from + t < num_tokens ? widen_all(x + (from + t) * depth + i) : Floats{};
+                square[t] = from + t < num_tokens ? widen_all(token(from + t) + i) : Floats{};
             }
             transpose(square);
             for (Index k = 0; k < kLanes; k++) store_vec(packed + (i + k) * kWidth + from, square[k]);
         }
     }
     for (; i < end; i++) {
-        for (Index t = 0; t < kWidth; t++) packed[i * kWidth + t] = t < num_tokens ? load(x[t * depth + i]) : 0.0f;
+        for (Index t = 0; t < kWidth; t++) packed[i * kWidth + t] = t < num_tokens ? load(token(t)[i]) : 0.0f;
     }
 }
 
-void pack(const void *x, bool is_bfloat16, Index num_tokens, Index depth, Index begin, Index end, float *packed) {
-    if (in_pairs(is_bfloat16, depth)) {  // words, as if they were floats
-        return pack_of(static_cast<const float *>(x), num_tokens, depth / 2, begin / 2, end / 2, packed);
-    }
-    if (is_bfloat16) return pack_of(static_cast<const std::uint16_t *>(x), num_tokens, depth, begin, end, packed);
-    pack_of(static_cast<const float *>(x), num_tokens, depth, begin, end, packed);
+template <class Token>
+void pack(const void *const *x, Index num_tokens, Index depth, Index begin, Index end, void *block) {
+    float *packed = static_cast<float *>(block);
+    if (in_pairs<Token>(depth)) return pack_features<float>(x, num_tokens, begin / 2, end / 2, packed);  // words
+    pack_features<Token>(x, num_tokens, begin, end, packed);
 }
+
+Index block_bytes(Index depth) { return depth * kWidth * static_cast<Index>(sizeof(float)); }
 
 inline float clamped(float x) {  // a NaN passes both comparisons
     x = x > 87.0f ? 87.0f : x;
@@ -182,19 +193,27 @@ inline void softmax(float *row, Index count) {
     for (Index e = 0; e < count; e++) row[e] /= total;
 }
 
-void finish(const float *logits, Index num_experts, bool is_softmax, const float *bias, float *affinity,
-            float *choice) {
-    for (Index e = 0; e < num_experts; e++) affinity[e] = logits[e * kWidth];
+void finish(float *logits, Index num_experts, bool is_softmax, const float *bias, float *choice) {
     if (is_softmax) {
-        softmax(affinity, num_experts);
+        softmax(logits, num_experts);
     } else {
-        for (Index e = 0; e < num_experts; e++) affinity[e] = 1.0f / (1.0f + exp_clamped(clamped(-affinity[e])));
+        for (Index e = 0; e < num_experts; e++) logits[e] = 1.0f / (1.0f + exp_clamped(clamped(-logits[e])));
     }
     if (choice == nullptr) return;
-    for (Index e = 0; e < num_experts; e++) choice[e] = affinity[e] + bias[e];
+    for (Index e = 0; e < num_experts; e++) choice[e] = logits[e] + bias[e];
 }
 
-constexpr expertshare::AffinityKernels kernels = {kWidth, kRows, pack, multiply, finish};
+template <class Token, class Weight>
+constexpr expertshare::Kernels product() {
+    return {kWidth,  2 * kLanes, block_bytes, pack<Token>, multiply<Token, Weight>,
+            nullptr, nullptr,    nullptr,     nullptr,     nullptr};
+}
+
+constexpr expertshare::AffinityKernels kernels = {
+    {{product<float, float>(), product<float, std::uint16_t>()},
+     {product<std::uint16_t, float>(), product<std::uint16_t, std::uint16_t>()}},
+    kRows,
+    finish};
 
 }  // namespace
 

@@ -237,7 +237,7 @@ void panels_of_tiles(const Region &region, Index first_panel, Index distance, In
 // Rows that begin and end a panel. One panel after the other is one stream from memory; where tokens are many, arithmetic
 // counts more, and several panels share each load of a token.
 template <class F>
-void quantised_rows(const Rows &w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
+void multiply_panels(const Rows &w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
                     Index out_stride, const Rows &next) {
     const Region region = {w, next, strides_of<F>(depth), num_rows / kPanelRows};
     Index first = 0;
@@ -255,8 +255,8 @@ void quantised_rows(const Rows &w, Index num_rows, Index depth, const void *cons
 
 template <class F, class Token>
 constexpr expertshare::Kernels quantised_kernels_of() {
-    return {kSpan,          span_row_bytes, encode_spans<F, Token>, quantised_rows<F>,
-            swiglu_spans<F>, mix<MixedInto<Token>>, nullptr, nullptr, nullptr};
+    return {1,       kSpan,   span_bytes, pack_spans<F, Token>, multiply_panels<F>, swiglu_spans<F>, mix<MixedInto<Token>>,
+            nullptr, nullptr, nullptr};
 }
 
 using Int8 = Format<8, 0, false>;

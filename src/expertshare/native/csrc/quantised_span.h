@@ -2,7 +2,7 @@
 // neighbours their precision.
 #pragma once
 
-#include "activation.h"
+#include "epilogue.h"
 #include "kernels.h"
 #include "quantised_panel.h"
 
@@ -79,14 +79,14 @@ void quantise_span(const float *features, std::int32_t zero, Span &to) {
 
 inline Index num_spans(Index depth) { return (depth + kSpan - 1) / kSpan; }
 
-inline Index span_row_bytes(Index depth) { return num_spans(depth) * static_cast<Index>(sizeof(Span)); }
+inline Index span_bytes(Index depth) { return num_spans(depth) * static_cast<Index>(sizeof(Span)); }
 
 template <class F, class Token>
-void encode_spans(const void *features, Index depth, void *row) {
-    const Token *from = static_cast<const Token *>(features);
-    Span *to = static_cast<Span *>(row);
-    for (Index first = 0; first < depth; first += kSpan, to++) {
-        const Index count = depth - first < kSpan ? depth - first : kSpan;
+void pack_spans(const void *const *x, Index, Index, Index begin, Index end, void *block) {
+    const Token *from = static_cast<const Token *>(x[0]);
+    Span *to = static_cast<Span *>(block) + begin / kSpan;
+    for (Index first = begin; first < end; first += kSpan, to++) {
+        const Index count = end - first < kSpan ? end - first : kSpan;
         float span[kSpan];
         copy_features(from + first, count, span);
         for (Index i = count; i < kSpan; i++) span[i] = 0.0f;
@@ -96,8 +96,8 @@ void encode_spans(const void *features, Index depth, void *row) {
 
 // `first` is the beginning of a span, and `count` ends one or the row.
 template <class F>
-void swiglu_spans(const float *gate, const float *up, Index first, Index count, Index, void *row) {
-    Span *to = static_cast<Span *>(row) + first / kSpan;
+void swiglu_spans(const float *gate, const float *up, Index first, Index count, Index, void *block, Index) {
+    Span *to = static_cast<Span *>(block) + first / kSpan;
     for (Index start = 0; start < count; start += kSpan, to++) {
         const Index n = count - start < kSpan ? count - start : kSpan;
         float span[kSpan];

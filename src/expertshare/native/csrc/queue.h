@@ -44,12 +44,12 @@ class alignas(128) Queue {
     std::atomic<Index> done_{0};
 };
 
-// Does items until there are none, and returns when those of all threads are done. Each item is claimed one ahead, so
-// that the end of one can already fetch the beginning of the next (-1 if there is none).
+// Does `now`, unless it is -1, and then items until there are none; returns when those of all threads are done. Each item
+// is claimed one ahead, so that the end of one can already fetch the beginning of the next (-1 if there is none).
 template <class Item>
-void drain_from(bool from_back, Queue &queue, Item item) {
+void drain_from(bool from_back, Queue &queue, Index now, Item item) {
     Index taken = 0;
-    for (Index now = queue.take(from_back), next; now >= 0; now = next) {
+    for (Index next; now >= 0; now = next) {
         next = queue.take(from_back);
         item(now, next);
         taken++;
@@ -61,13 +61,13 @@ void drain_from(bool from_back, Queue &queue, Item item) {
 // From both ends.
 template <class Item>
 void drain(Queue &queue, int worker, Item item) {
-    drain_from(worker % 2 != 0, queue, item);
+    drain_from(worker % 2 != 0, queue, queue.take(worker % 2 != 0), item);
 }
 
-// Everybody from the front.
+// All threads from the front.
 template <class Item>
 void drain_in_order(Queue &queue, Item item) {
-    drain_from(false, queue, item);
+    drain_from(false, queue, queue.take(false), item);
 }
 
 }  // namespace expertshare

@@ -13,8 +13,7 @@
 
 #include <algorithm>
 
-#include "activation.h"
-#include "choice.h"
+#include "epilogue.h"
 #include "fetch.h"
 #include "kernels.h"
 #include "vec.h"
@@ -273,8 +272,8 @@ void rows_by_few(const typename V::Weight *w, Index num_rows, Index depth, const
 }
 
 template <class V>
-void rows(const expertshare::Rows &w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
-          Index out_stride, const expertshare::Rows &next) {
+void multiply(const expertshare::Rows &w, Index num_rows, Index depth, const void *const *x, Index num_tokens,
+              float *out, Index out_stride, const expertshare::Rows &next) {
     const auto *from = reinterpret_cast<const typename V::Weight *>(w.codes);
     const auto *then = reinterpret_cast<const typename V::Weight *>(next.codes);
     const Index token_bytes = depth * static_cast<Index>(sizeof(typename V::Act));
@@ -286,11 +285,53 @@ void rows(const expertshare::Rows &w, Index num_rows, Index depth, const void *c
     rows_by_few<V>(from + whole * depth, num_rows - whole, depth, x, num_tokens, out + whole, out_stride, nullptr);
 }
 
-constexpr Index kRowGranule = 32;  // a multiple of every vector length: items never share a vector of a hidden row
+// A token is packed as its features in the order of V::place, with zeros up to a whole vector: weights that are zeros
+// times garbage could be NaN.
+template <class V>
+Index block_bytes(Index depth) {
+    return (depth + V::kStep - 1) / V::kStep * V::kStep * static_cast<Index>(sizeof(typename V::Act));
+}
+
+template <class V>
+void pad(Index end, Index depth, typename V::Act *token) {
+    for (Index i = depth; end == depth && i % V::kStep != 0; i++) token[V::place(i)] = 0;
+}
+
+template <class V>
+void pack(const void *const *x, Index, Index depth, Index begin, Index end, void *block) {
+    using Weight = typename V::Weight;
+    const Weight *from = static_cast<const Weight *>(x[0]);
+    auto *to = static_cast<typename V::Act *>(block);
+    if constexpr (sizeof(Weight) == sizeof(typename V::Act)) {
+        std::memcpy(to + begin, from + begin, static_cast<std::size_t>(end - begin) * sizeof(Weight));
+    } else {
+        for (Index i = begin; i < end; i++) to[V::place(i)] = load(from[i]);
+    }
+    pad<V>(end, depth, to);
+}
+
+template <class V>
+void swiglu(const float *gate, const float *up, Index first, Index count, Index depth, void *block, Index) {
+    auto *to = static_cast<typename V::Act *>(block);
+    float piece[kPiece];
+    for (Index start = 0; start < count; start += kPiece) {
+        const Index n = count - start < kPiece ? count - start : kPiece;
+        for (Index i = 0; i < n; i++) piece[i] = silu(gate[start + i]) * up[start + i];
+        for (Index i = 0; i < n; i++) {
+            typename V::Weight rounded;
+            store(&rounded, piece[i]);
+            store(&to[V::place(first + start + i)], load(rounded));
+        }
+    }
+    pad<V>(first + count, depth, to);
+}
+
+constexpr Index kGranule = 32;  // a multiple of every vector length: items never share a vector of a hidden token
 
 template <class V>
 constexpr expertshare::Kernels kernels_of() {
-    return {kRowGranule, row_bytes<V>, encode<V>, rows<V>, swiglu<V>, mix<V>, round_row<V>, exponentials, choose<V>};
+    return {1,         kGranule, block_bytes<V>, pack<V>,      multiply<V>,
+            swiglu<V>, mix<V>,   round_row<V>,   exponentials, choose<V>};
 }
 
 }  // namespace

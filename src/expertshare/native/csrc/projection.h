@@ -1,6 +1,8 @@
-// One pass over the rows of a matrix for all tokens: what a dense projection and the head have in common.
+// Products of all rows of a matrix with all tokens: a dense projection without bias, and the head, which keeps the best
+// token and its probability without a logit in memory.
 #pragma once
 
+#include "abi.h"
 #include "arena.h"
 #include "kernels.h"
 #include "pool.h"
@@ -63,12 +65,47 @@ class RowPass : public Work {
     const Kernels &products_;
     const int num_threads_;
     const bool in_panels_;
-    const Index sum_stride_;
-    char *tokens_ = nullptr;
-    const void **x_ = nullptr;  // scratch rows of tokens_
+    const Index sum_stride_, num_blocks_, block_stride_;  // floats; of packed tokens
+    char *packed_ = nullptr;
+    const void **blocks_ = nullptr;
     Own<float> sums_;
-    Index token_stride_ = 0;
-    Queue encode_, chunks_;
+    Queue pack_, chunks_;
+};
+
+class Linear final : public RowPass {
+   public:
+    // y: [num_tokens, num_rows] of the type of x.
+    Linear(const Matrix &matrix, void *y, const PassKernels &kernels, Arena &arena, int num_threads);
+
+   private:
+    void take(const Sums &sums) override;
+    void finish(int) override {}
+
+    void *y_;
+};
+
+// What a chunk of the vocabulary says of a token is kept and merged in the order of chunks, which are the same for any
+// number of threads or tokens: so is the result.
+class Head final : public RowPass {
+   public:
+    // The fields of es_head and es_quantised_head of these names.
+    struct Choice {
+        const int64_t *excluded;
+        Index num_excluded;
+        int64_t *ids;
+        float *probabilities;
+    };
+    Head(const Matrix &matrix, const Choice &choice, const PassKernels &kernels, Arena &arena, int num_threads);
+
+   private:
+    void take(const Sums &sums) override;
+    void finish(int worker) override;
+    void exclude(const Sums &sums) const;
+    void merge(Index token);
+
+    const Choice choice_;
+    Best *bests_ = nullptr;  // [num_tokens, num_chunks]
+    Queue merge_;
 };
 
 }  // namespace expertshare
