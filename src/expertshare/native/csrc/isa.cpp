@@ -1,7 +1,5 @@
 #include "isa.h"
 
-#include "norm.h"
-
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
 #endif
@@ -9,29 +7,26 @@
 namespace expertshare {
 namespace {
 
-// __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
 #if defined(__x86_64__) || defined(__i386__)
-bool has_avx2() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-bool has_avx512() {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
-bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
-bool has_avx_vnni() {  // leaf 7, subleaf 1: not every compiler has a name for it
+// Also asks the operating system whether it saves the wide registers.
+#define EXPERTSHARE_HAS(feature) (__builtin_cpu_supports(feature) != 0)
+bool avx_vnni() {  // leaf 7, subleaf 1: not every compiler has a name for it
     unsigned a = 0, b = 0, c = 0, d = 0;
-    return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1u) != 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1u) != 0;
 }
 #else
-bool has_avx_vnni() { return false; }
-bool has_avx512_vnni() { return false; }
-bool has_avx2() { return false; }
-bool has_avx512() { return false; }
-bool has_avx512_bf16() { return false; }
+#define EXPERTSHARE_HAS(feature) false
+bool avx_vnni() { return false; }
 #endif
 bool always() { return true; }
+bool has_avx2() { return EXPERTSHARE_HAS("avx2") && EXPERTSHARE_HAS("fma") && EXPERTSHARE_HAS("f16c"); }
+bool has_avx_vnni() { return has_avx2() && avx_vnni(); }
+bool has_avx512() {
+    return has_avx2() && EXPERTSHARE_HAS("avx512f") && EXPERTSHARE_HAS("avx512bw") && EXPERTSHARE_HAS("avx512dq") &&
+           EXPERTSHARE_HAS("avx512vl");
+}
+bool has_avx512_vnni() { return has_avx512() && EXPERTSHARE_HAS("avx512vnni"); }
+bool has_avx512_bf16() { return has_avx512_vnni() && EXPERTSHARE_HAS("avx512bf16"); }
 
 struct Isa {
     const char *name;

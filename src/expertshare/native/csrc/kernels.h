@@ -93,6 +93,21 @@ struct AffinityKernels {
     void (*finish)(float *logits, Index num_experts, bool is_softmax, const float *bias, float *choice);
 };
 
+// Types of features, scales, tables and results are all the same one. Whatever torch rounds to that type is rounded
+// here, in the same places; only the order in which squares are added up is our own, and that for all instruction sets.
+struct NormKernels {
+    // s = x + delta, or x where delta is null (sum may then be null too); y = scale * (s / root mean square of s).
+    void (*norm)(const void *x, const void *delta, const void *scale, Index count, float eps, void *sum, void *y);
+
+    // A head in place: its norm, and the first rotary_dim features rotated, each half of them against the other.
+    void (*turn)(void *head, const void *scale, Index head_dim, float eps, const void *cos, const void *sin,
+                 Index rotary_dim);
+};
+
+struct NormPair {
+    NormKernels bfloat16, float32;
+};
+
 // Sources named kernels_* are compiled once for each instruction set that setup.py lists for them. What each defines, by
 // the name of the instruction set; null where the compiler could not build for it.
 #define EXPERTSHARE_JOIN_(a, b) a##b
@@ -102,6 +117,7 @@ extern const Kernels *const float32_portable, *const float32_avx2, *const float3
 extern const Kernels *const bfloat16_portable, *const bfloat16_avx2, *const bfloat16_avx512,
     *const bfloat16_avx512_bf16;
 extern const AffinityKernels *const gate_portable, *const gate_avx2, *const gate_avx512, *const gate_avx512_bf16;
+extern const NormPair *const norm_portable, *const norm_avx2, *const norm_avx512;
 
 // For quantised weights: an array with two entries for each format, float32 tokens first.
 enum Format { kInt8, kInt4By32, kInt4By64, kInt4By32Minima, kInt4By64Minima, kNumFormats };

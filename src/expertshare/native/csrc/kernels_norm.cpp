@@ -1,7 +1,7 @@
 // Norm and rotation of a row, as plain loops that the compiler vectorises for each instruction set.
 //
 // Built without contraction (setup.py): a product that torch rounds before it adds is rounded here too.
-#include "norm.h"
+#include "kernels.h"
 
 #if !defined(EXPERTSHARE_ABSENT)
 #include <cmath>

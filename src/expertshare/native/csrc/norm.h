@@ -1,6 +1,9 @@
 // Root-mean-square norms: of the residual stream, and of the heads of queries and keys together with their rotation.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
+
 #include "abi.h"
 #include "kernels.h"
 #include "pool.h"
@@ -46,32 +49,28 @@ int es_turn_heads(const es_heads *heads);
 
 namespace expertshare {
 
-// Types of features, scales, tables and results are all the same one. Whatever torch rounds to that type is rounded
-// here, in the same places; only the order in which squares are added up is our own, and that for all instruction sets.
-struct NormKernels {
-    // s = x + delta, or x where delta is null (sum may then be null too); y = scale * (s / root mean square of s).
-    void (*norm)(const void *x, const void *delta, const void *scale, Index count, float eps, void *sum, void *y);
+constexpr Index kFeaturesPerThread = 16 << 10;  // less than this is not worth waking one more thread
 
-    // A head in place: its norm, and the first rotary_dim features rotated, each half of them against the other.
-    void (*turn)(void *head, const void *scale, Index head_dim, float eps, const void *cos, const void *sin,
-                 Index rotary_dim);
-};
-
-struct NormPair {
-    NormKernels bfloat16, float32;
-};
-
-extern const NormPair *const norm_portable, *const norm_avx2, *const norm_avx512;
-
-// By number, as isa.h counts them; null unless usable.
-const NormKernels *norm_kernels_for(int isa, bool is_bfloat16);
+inline int threads_for(Index features, int num_threads) {
+    return static_cast<int>(std::min<Index>(num_threads, 1 + features / kFeaturesPerThread));
+}
 
 class Norm final : public Work {
    public:
-    Norm(const es_norm &call, const NormKernels &kernels);
+    Norm(const es_norm &call, const NormKernels &kernels) : call_(call), kernels_(kernels) {
+        tokens_.fill(call.num_tokens);
+    }
 
-    int useful_threads() const;
-    void run(int worker) override;
+    int useful_threads() const { return threads_for(call_.num_tokens * call_.depth, call_.num_threads); }
+    void run(int worker) override {
+        drain(tokens_, worker, [this](Index token, Index) {
+            const Index at = token * call_.depth * (call_.is_bfloat16 ? 2 : 4);
+            const auto row = [at](void *of) { return of == nullptr ? nullptr : static_cast<char *>(of) + at; };
+            kernels_.norm(static_cast<const char *>(call_.x) + at,
+                          call_.delta == nullptr ? nullptr : static_cast<const char *>(call_.delta) + at, call_.scale,
+                          call_.depth, call_.eps, row(call_.sum), row(call_.y));
+        });
+    }
 
    private:
     const es_norm &call_;
@@ -81,14 +80,45 @@ class Norm final : public Work {
 
 class Heads final : public Work {
    public:
-    Heads(const es_heads &call, const NormKernels &kernels);
+    Heads(const es_heads &call, const NormKernels &kernels)
+        : call_(call), kernels_(kernels), element_(call.is_bfloat16 ? 2 : 4) {
+        tokens_.fill(call.batch * call.length);
+    }
 
-    int useful_threads() const;
-    void run(int worker) override;
+    int useful_threads() const {
+        const Index heads = call_.num_heads + 2 * call_.num_kv_heads;
+        return threads_for(call_.batch * call_.length * heads * call_.head_dim, call_.num_threads);
+    }
+
+    void run(int worker) override {
+        drain(tokens_, worker, [this](Index token, Index) { turn(token); });
+    }
 
    private:
-    void turn(Index token);
-    void place(const char *head, Index token, Index kv_head, void *to, Index batch_stride, Index head_stride) const;
+    void turn(Index token) {
+        const Index bytes = call_.head_dim * element_, turned = call_.num_heads + call_.num_kv_heads;
+        char *heads = static_cast<char *>(call_.qkv) + token * (turned + call_.num_kv_heads) * bytes;
+        const char *cos = static_cast<const char *>(call_.cos) + token * call_.rotary_dim * element_;
+        const char *sin = static_cast<const char *>(call_.sin) + token * call_.rotary_dim * element_;
+        for (Index head = 0; head < turned; head++) {
+            kernels_.turn(heads + head * bytes, head < call_.num_heads ? call_.q_scale : call_.k_scale, call_.head_dim,
+                          call_.eps, cos, sin, call_.rotary_dim);
+        }
+        if (call_.keys == nullptr) return;
+        for (Index head = 0; head < call_.num_kv_heads; head++) {
+            place(heads + (call_.num_heads + head) * bytes, token, head, call_.keys, call_.keys_batch_stride,
+                  call_.keys_head_stride);
+            place(heads + (turned + head) * bytes, token, head, call_.values, call_.values_batch_stride,
+                  call_.values_head_stride);
+        }
+    }
+
+    void place(const char *head, Index token, Index kv_head, void *to, Index batch_stride,
+                      Index head_stride) const {
+        const Index row = token / call_.length, position = call_.starts[row] + token % call_.length;
+        const Index at = row * batch_stride + kv_head * head_stride + position * call_.head_dim;
+        std::memcpy(static_cast<char *>(to) + at * element_, head, static_cast<std::size_t>(call_.head_dim * element_));
+    }
 
     const es_heads &call_;
     const NormKernels &kernels_;
