@@ -197,7 +197,7 @@ class Call:
 def refuse_gradients(tensors: Iterable[Tensor | None]) -> None:
     """ConfigError where torch would record what is done with one of these: the kernels have no backward pass."""
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        raise ConfigError("the backend 'cpu' has no gradients: call it under torch.no_grad(), or use 'grouped'.")
+        raise ConfigError("the backend 'cpu' has no gradients: call it under torch.no_grad(), or use 'torch'.")
 
 
 def _check_dtypes(present: list[tuple[Arg, Tensor]], weights: torch.dtype | None) -> torch.dtype:
@@ -209,7 +209,7 @@ def _check_dtypes(present: list[tuple[Arg, Tensor]], weights: torch.dtype | None
         wanted = "in float32 or bfloat16" if len(found) == 1 else "all in float32 or all in bfloat16"
         raise ConfigError(
             f"the backend 'cpu' expects {', '.join(dtypes)} {wanted}, got {', '.join(map(str, found))}: convert them, "
-            "or use the backend 'grouped'."
+            "or use the backend 'torch'."
         )
     for arg, tensor in present:
         if arg.dtype is not None and tensor.dtype != arg.dtype:
