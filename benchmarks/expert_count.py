@@ -25,28 +25,29 @@ from expertshare.lab.tasks.problems import TaskProblems
 from expertshare.measure.environment import capture_environment
 from expertshare.models import load_model
 from expertshare.training.config import TrainingConfig
-from expertshare.training.run import RunPaths, prepare, run
+from expertshare.training.scratch import prepare, run, run_folder
 
 TASKS = ("code", "code_pro")
 
 
 def trained(folder: Path, experts: int, config: TrainingConfig) -> Path:
     """The model's directory, trained if it is not there."""
-    paths = RunPaths(folder=folder / f"experts-{experts}")
-    if not (paths.model / "model.safetensors").exists():
-        resume = paths.config.exists()
+    paths = run_folder(folder / f"experts-{experts}")
+    model = paths.folder / "model"
+    if not (model / "model.safetensors").exists():
+        resume, problems = paths.settings.exists(), TaskProblems(config.seed)
         trainer = prepare(
             paths,
             config,
-            TaskProblems(config.seed),
+            problems,
             num_experts=experts,
             hidden=128,
             layers=4,
             expert_hidden=32,
             resume=resume,
         )
-        run(trainer, paths, resume=resume)
-    return paths.model
+        run(trainer, paths, problems, resume=resume)
+    return model
 
 
 def measured(model: Path, experts: int, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 
 from expertshare.models.transformer import MoETransformer, initialise
-from expertshare.training.config import reference_architecture
-from expertshare.training.distill.config import DistillConfig
-from expertshare.training.distill.processes import Processes, connect, disconnect
-from expertshare.training.distill.run import DistillPaths, train
-from expertshare.training.distill.trainer import DistillStep, DistillTrainer
-from expertshare.training.objective import Sample
+from expertshare.training.block_diffusion import Sample
+from expertshare.training.config import DistillConfig, reference_architecture
+from expertshare.training.distill import distill_folder, make_trainer
+from expertshare.training.processes import Processes, connect, disconnect
+from expertshare.training.trainer import StepResult, Trainer, train
 
 
 class Interrupted(Exception):
@@ -25,7 +24,7 @@ class Interrupted(Exception):
 
 def run(
     folder: Path, *, router_only: bool, resume: bool, processes: Processes, interrupt_at: int | None = None
-) -> DistillTrainer:
+) -> Trainer:
     """Three steps with a checkpoint behind the second. interrupt_at: number of steps behind which it breaks off."""
     torch.set_num_threads(1)
     architecture = reference_architecture(
@@ -46,11 +45,11 @@ def run(
         warmup_steps=1,
         checkpoint_every=2,
     )
-    trainer = DistillTrainer(model, samples, config, processes)
-    paths = DistillPaths(folder=folder)
+    trainer = make_trainer(model, samples, config, processes)
+    paths = distill_folder(folder)
     paths.work.mkdir(parents=True, exist_ok=True)
 
-    def stop(result: DistillStep) -> None:
+    def stop(result: StepResult) -> None:
         if result.step + 1 == interrupt_at:
             raise Interrupted
 

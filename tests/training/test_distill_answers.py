@@ -16,10 +16,9 @@ from expertshare.errors import InputError, TrainingError
 from expertshare.lab.tasks import save_tokenizer
 from expertshare.models import LoadedModel, MoETransformer, Runtime, encode_prompt, initialise, load_model, save_model
 from expertshare.routing import make_policy
-from expertshare.training.config import reference_architecture
-from expertshare.training.distill.answers import generate_answers, read_answers
-from expertshare.training.distill.config import DistillConfig
-from expertshare.training.distill.session import AnswerSettings, distill
+from expertshare.training.answers import generate_answers, read_answers
+from expertshare.training.config import DistillConfig, reference_architecture
+from expertshare.training.distill import AnswerSettings, distill
 
 PROMPTS = [f"Solve x + {n} = 12." for n in range(7)]
 OPTIONS = DecodingOptions(gen_length=24, temperature=0.7, seed=11)

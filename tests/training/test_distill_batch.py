@@ -15,11 +15,9 @@ from expertshare.config import ModelConfig
 from expertshare.models.runtime import ForwardInput, Runtime
 from expertshare.models.transformer import MoETransformer, initialise
 from expertshare.routing import parse_policy
-from expertshare.training.config import reference_architecture
-from expertshare.training.distill.batch import distill_batch, draw_mask
-from expertshare.training.distill.config import DistillConfig
-from expertshare.training.distill.loss import DistillLoss
-from expertshare.training.objective import Sample
+from expertshare.training.block_diffusion import Sample, draw_mask, padded_batch
+from expertshare.training.config import DistillConfig, reference_architecture
+from expertshare.training.trainer import BatchLoss
 from expertshare.types import RoutingPlan
 
 LENGTH, MASK, EOS = 8, 0, 1
@@ -104,8 +102,8 @@ def test_loss_equals_the_published_form_of_each_sample_alone(
 ) -> None:
     runtime = Runtime(policy=parse_policy(policy).bind(config.router))
     samples = [_sample(*shape, seed) for seed, shape in enumerate(shapes)]
-    batch = distill_batch(samples, range(len(samples)), config, SETTINGS)
-    ours, _ = DistillLoss(model)(batch, runtime)
+    batch = padded_batch(samples, range(len(samples)), config, SETTINGS)
+    ours, _, _ = BatchLoss(model)(batch, runtime)
     theirs = torch.zeros(())
     for row, sample in zip(batch.inputs.tokens_BS, samples, strict=True):
         clean, noisy = _text(sample), _noisy_text(row, sample)
@@ -122,7 +120,7 @@ def test_loss_equals_the_published_form_of_each_sample_alone(
 
 def test_only_answer_positions_are_masked_and_have_a_loss(config: ModelConfig) -> None:
     samples = [_sample(prompt, answer, prompt) for prompt in (1, 7, 8, 19) for answer in (2, 9)]
-    batch = distill_batch(samples, range(len(samples)), config, replace(SETTINGS, fill_weight=0.0))
+    batch = padded_batch(samples, range(len(samples)), config, replace(SETTINGS, fill_weight=0.0))
     for row, weights, targets, sample in zip(
         batch.inputs.tokens_BS, batch.weights_BS, batch.targets_BS, samples, strict=True
     ):
@@ -151,9 +149,9 @@ def test_the_masked_share_is_uniform_between_its_limits() -> None:
 def test_a_neighbour_and_padding_change_nothing(config: ModelConfig, model: MoETransformer, runtime: Runtime) -> None:
     """A short sample alone, and beside one that pads it: the same loss, the same experts."""
     short, long = _sample(3, 4, 0), _sample(20, 30, 1)
-    alone, experts = DistillLoss(model)(distill_batch([short], [5], config, SETTINGS), runtime)
-    other, _ = DistillLoss(model)(distill_batch([long], [6], config, SETTINGS), runtime)
-    both, _ = DistillLoss(model)(distill_batch([short, long], [5, 6], config, SETTINGS), runtime)
+    alone, experts, _ = BatchLoss(model)(padded_batch([short], [5], config, SETTINGS), runtime)
+    other, _, _ = BatchLoss(model)(padded_batch([long], [6], config, SETTINGS), runtime)
+    both, _, _ = BatchLoss(model)(padded_batch([short, long], [5, 6], config, SETTINGS), runtime)
     torch.testing.assert_close(both, alone + other, rtol=1e-5, atol=1e-5)
     assert 8 <= experts < 24
 
@@ -178,9 +176,9 @@ def test_routing_is_what_decoding_does_with_the_same_block(
 ) -> None:
     """Prefill of the clean blocks, then the noisy block against their keys and values, as decoding does."""
     sample = _sample(17, 13, 2)
-    batch = distill_batch([sample, _sample(4, 30, 9)], [0, 1], config, SETTINGS)
+    batch = padded_batch([sample, _sample(4, 30, 9)], [0, 1], config, SETTINGS)
     with torch.no_grad(), _plans(monkeypatch) as trained:
-        DistillLoss(model)(batch, runtime)
+        BatchLoss(model)(batch, runtime)
     clean, noisy = torch.tensor(_text(sample)), torch.tensor(_noisy_text(batch.inputs.tokens_BS[0], sample))
     first, total = 17 // LENGTH, len(clean) // LENGTH
     blocks = torch.arange(len(clean)) // LENGTH

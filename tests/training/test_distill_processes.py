@@ -15,9 +15,9 @@ from distill_worker import run
 
 import expertshare
 from expertshare.errors import TrainingError
-from expertshare.training.distill.config import DistillConfig
-from expertshare.training.distill.processes import Processes
-from expertshare.training.distill.run import DistillPaths
+from expertshare.training.config import DistillConfig
+from expertshare.training.distill import distill_folder
+from expertshare.training.processes import Processes
 
 WORKER = Path(__file__).with_name("distill_worker.py")
 
@@ -37,12 +37,12 @@ def _launch(folder: Path, *arguments: str) -> None:
 
 
 def _checkpoint(folder: Path) -> dict[str, Any]:
-    saved: dict[str, Any] = torch.load(DistillPaths(folder=folder).checkpoint, weights_only=True)
+    saved: dict[str, Any] = torch.load(distill_folder(folder).checkpoint, weights_only=True)
     return saved
 
 
 def _losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in DistillPaths(folder=folder).log.read_text().splitlines()]
+    return [json.loads(line)["loss"] for line in distill_folder(folder).log.read_text().splitlines()]
 
 
 @pytest.mark.slow

@@ -14,12 +14,12 @@ from expertshare.config import ModelConfig
 from expertshare.errors import ConfigError, PolicyError, TrainingError
 from expertshare.models.transformer import MoETransformer, initialise
 from expertshare.routing import parse_policy
-from expertshare.training.config import reference_architecture
-from expertshare.training.distill.config import DistillConfig
-from expertshare.training.distill.curriculum import make_curriculum
-from expertshare.training.distill.run import DistillPaths, record_settings, train
-from expertshare.training.distill.trainer import DistillTrainer, draw_indices
-from expertshare.training.objective import Sample
+from expertshare.training.block_diffusion import Sample
+from expertshare.training.config import DistillConfig, reference_architecture
+from expertshare.training.curriculum import make_curriculum
+from expertshare.training.distill import distill_folder, draw_indices, make_trainer
+from expertshare.training.run_folder import RunFolder
+from expertshare.training.trainer import Trainer, train
 
 POLICY = "block-top-p:top_p_experts=0.5"
 
@@ -48,12 +48,12 @@ def _samples(count: int = 10) -> list[Sample]:
     return [Sample(tuple(ids[:4]), (*ids[4:], 1)) for ids in drawn]
 
 
-def _trainer(config: DistillConfig) -> DistillTrainer:
+def _trainer(config: DistillConfig) -> Trainer:
     model = MoETransformer(_architecture())
     initialise(model, seed=3, std=0.1)
     for layer in model.layers[1:]:
         layer.moe.router.bias.copy_(torch.linspace(-0.2, 0.2, 64))
-    return DistillTrainer(model, _samples(), config)
+    return make_trainer(model, _samples(), config)
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
@@ -108,25 +108,25 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path, changes: dict[
 @pytest.mark.parametrize("keep", [0, 1000])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, keep: int) -> None:
     paths = _paths(tmp_path)
-    train(_trainer(_settings(steps=1)), paths, resume=False)
+    train(_trainer(_settings(steps=1)), paths, resume=False, log_every=10)
     paths.checkpoint.write_bytes(paths.checkpoint.read_bytes()[:keep])
     with pytest.raises(TrainingError, match=r"checkpoint\.pt"):
-        train(_trainer(_settings(steps=1)), paths, resume=True)
+        train(_trainer(_settings(steps=1)), paths, resume=True, log_every=10)
 
 
 def test_a_damaged_record_of_the_run_is_named(tmp_path: Path) -> None:
     paths = _paths(tmp_path)
-    record_settings(paths, {"seed": 0}, resume=False)
+    paths.record({"seed": 0}, resume=False)
     paths.settings.write_text("[]")
     with pytest.raises(TrainingError, match=r"run\.json"):
-        record_settings(paths, {"seed": 0}, resume=True)
+        paths.record({"seed": 0}, resume=True)
 
 
 def test_a_step_always_has_a_token_to_learn() -> None:
     """Also where end-of-text tokens weigh nothing and they alone would be masked."""
     trainer = _trainer(_settings(samples_per_step=1, fill_weight=0.0, mask_ratio=(1e-9, 1e-9)))
     for step in range(20):
-        assert all(float(batch.weights_BS.sum()) > 0 for batch in trainer.batches(step)), step
+        assert all(float(batch.weights_BS.sum()) > 0 for batch in trainer.objective.batches(step)), step
 
 
 @pytest.mark.parametrize("optimiser", ["adamw", "muon"])
@@ -141,8 +141,8 @@ def test_a_gradient_that_is_not_finite_reaches_no_weight(optimiser: str) -> None
         assert torch.equal(before[name], tensor), name
 
 
-def _paths(folder: Path) -> DistillPaths:
-    paths = DistillPaths(folder=folder)
+def _paths(folder: Path) -> RunFolder:
+    paths = distill_folder(folder)
     paths.work.mkdir(parents=True, exist_ok=True)
     return paths
 
@@ -194,9 +194,9 @@ def test_the_learning_rate_warms_up_and_falls_along_a_half_cosine() -> None:
 def test_a_model_with_full_attention_and_no_answers_are_refused() -> None:
     model = MoETransformer(replace(_architecture(), attention="full"))
     with pytest.raises(TrainingError, match="block-causal"):
-        DistillTrainer(model, _samples(), _settings())
+        make_trainer(model, _samples(), _settings())
     with pytest.raises(TrainingError, match="finished answer"):
-        DistillTrainer(MoETransformer(_architecture()), [], _settings())
+        make_trainer(MoETransformer(_architecture()), [], _settings())
 
 
 UNUSABLE: tuple[dict[str, object], ...] = (

@@ -12,9 +12,9 @@ from expertshare.errors import ConfigError, TrainingError
 from expertshare.lab.tasks.problems import TaskProblems
 from expertshare.models import load_model
 from expertshare.training.config import TrainingConfig, reference_architecture
-from expertshare.training.loop import Trainer, train
-from expertshare.training.muon import Muon, orthogonalise
-from expertshare.training.run import RunPaths, prepare, run
+from expertshare.training.optimisers import Muon, orthogonalise
+from expertshare.training.scratch import prepare, run, run_folder
+from expertshare.training.trainer import Trainer, train
 
 
 def _config(**changes: object) -> TrainingConfig:
@@ -24,12 +24,12 @@ def _config(**changes: object) -> TrainingConfig:
 
 def _trainer(folder: Path, config: TrainingConfig, *, resume: bool = False) -> Trainer:
     return prepare(
-        RunPaths(folder=folder), config, TaskProblems(config.seed), hidden=64, layers=2, expert_hidden=8, resume=resume
+        run_folder(folder), config, TaskProblems(config.seed), hidden=64, layers=2, expert_hidden=8, resume=resume
     )
 
 
 def test_the_number_of_experts_is_a_choice_that_the_router_checks(tmp_path: Path) -> None:
-    paths, sizes = RunPaths(folder=tmp_path), {"hidden": 64, "layers": 2, "expert_hidden": 8}
+    paths, sizes = run_folder(tmp_path), {"hidden": 64, "layers": 2, "expert_hidden": 8}
     router = prepare(paths, _config(), TaskProblems(0), **sizes, num_experts=16, resume=False).model.config.router
     assert (router.num_experts, router.top_k) == (16, 8)
     for number in (8, 20):
@@ -64,7 +64,7 @@ def test_orthogonalise_brings_singular_values_near_one() -> None:
 
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     whole = _trainer(tmp_path / "whole", _config())
-    train(whole, tmp_path / "whole" / "checkpoint.pt", resume=False)
+    train(whole, run_folder(tmp_path / "whole"), resume=False, log_every=1)
 
     class Interrupt(Exception):
         pass
@@ -75,9 +75,9 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path: Path) -> None:
 
     broken = _trainer(tmp_path / "broken", _config())
     with pytest.raises(Interrupt):
-        train(broken, tmp_path / "broken" / "checkpoint.pt", resume=False, on_step=stop)
+        train(broken, run_folder(tmp_path / "broken"), resume=False, log_every=1, on_step=stop)
     resumed = _trainer(tmp_path / "broken", _config(), resume=True)
-    train(resumed, tmp_path / "broken" / "checkpoint.pt", resume=True)
+    train(resumed, run_folder(tmp_path / "broken"), resume=True, log_every=1)
     for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
@@ -102,11 +102,11 @@ def test_a_step_whose_masks_hit_nothing_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [0, 1000])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, keep: int) -> None:
     folder = tmp_path / "run"
-    train(_trainer(folder, _config(steps=2)), folder / "checkpoint.pt", resume=False)
+    train(_trainer(folder, _config(steps=2)), run_folder(folder), resume=False, log_every=1)
     damaged = folder / "checkpoint.pt"
     damaged.write_bytes(damaged.read_bytes()[:keep])
     with pytest.raises(TrainingError, match=r"checkpoint\.pt"):
-        train(_trainer(folder, _config(steps=2), resume=True), damaged, resume=True)
+        train(_trainer(folder, _config(steps=2), resume=True), run_folder(folder), resume=True, log_every=1)
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     trainer = _trainer(folder, _config(steps=2))
     torch.save({"weights": torch.zeros(2)}, folder / "checkpoint.pt")
     with pytest.raises(TrainingError, match=r"checkpoint\.pt"):
-        train(trainer, folder / "checkpoint.pt", resume=True)
+        train(trainer, run_folder(folder), resume=True, log_every=1)
 
 
 def test_a_damaged_record_of_the_run_is_named(tmp_path: Path) -> None:
@@ -140,26 +140,27 @@ def test_balancing_raises_the_idle_and_lowers_the_busy(tmp_path: Path) -> None:
     trainer = _trainer(tmp_path / "run", _config(balance_rate=0.5, warmup_steps=1, decay_share=1e-9))
     load = torch.ones(1, 64)
     load[0, 3], load[0, 5] = 10.0, 0.0
-    trainer._balance(load)
+    assert trainer.balance is not None
+    trainer.balance.update(load, trainer.config.learning_rate_factor(0))
     bias = trainer.model.layers[1].moe.router.bias
     assert bias[3] == -0.5
     assert bias[5] == 0.5
 
 
 def test_a_run_exports_a_model_that_loads_and_its_log(tmp_path: Path) -> None:
-    paths = RunPaths(folder=tmp_path / "run")
+    paths = run_folder(tmp_path / "run")
     trainer = _trainer(paths.folder, _config(steps=2))
-    model = run(trainer, paths, resume=False, log_every=1)
+    model = run(trainer, paths, TaskProblems(0), resume=False, log_every=1)
     loaded = load_model(model)
     assert loaded.config.router.min_coreset_size("inside") == 12
     assert loaded.model.dtype == torch.bfloat16
     lines = [json.loads(line) for line in paths.log.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
-    assert json.loads(paths.config.read_text())["training"]["seed"] == 0
+    assert json.loads(paths.settings.read_text())["training"]["seed"] == 0
 
 
 def test_a_resumed_run_logs_every_step_once(tmp_path: Path) -> None:
-    paths = RunPaths(folder=tmp_path / "run")
+    paths = run_folder(tmp_path / "run")
 
     class Interrupt(Exception):
         pass
@@ -169,8 +170,8 @@ def test_a_resumed_run_logs_every_step_once(tmp_path: Path) -> None:
             raise Interrupt
 
     with pytest.raises(Interrupt):
-        run(_trainer(paths.folder, _config()), paths, resume=False, log_every=1, on_step=stop)
-    run(_trainer(paths.folder, _config(), resume=True), paths, resume=True, log_every=1)
+        run(_trainer(paths.folder, _config()), paths, TaskProblems(0), resume=False, log_every=1, on_step=stop)
+    run(_trainer(paths.folder, _config(), resume=True), paths, TaskProblems(0), resume=True, log_every=1)
     assert [json.loads(line)["step"] for line in paths.log.read_text().splitlines()] == [1, 2, 3, 4]
 
 

@@ -10,10 +10,10 @@ from expertshare.config import ModelConfig
 from expertshare.models.runtime import ForwardInput, Runtime
 from expertshare.models.transformer import MoETransformer, initialise
 from expertshare.routing import make_policy
+from expertshare.training.block_diffusion import Sample, attention_mask, geometry, grouped_batches
 from expertshare.training.config import TrainingConfig, reference_architecture
-from expertshare.training.objective import NoiseSettings, Sample, attention_mask, geometry, training_batches
 
-NOISE = NoiseSettings((0.3, 0.8), 0.2, 0.2)
+NOISE = TrainingConfig(mask_ratio=(0.3, 0.8), full_mask_share=0.2, fill_weight=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def _published_mask(num_blocks: int, length: int) -> torch.Tensor:
 def test_loss_equals_the_published_form(config: ModelConfig, model: MoETransformer, prompt: int, answer: int) -> None:
     sample = _sample(prompt, answer, prompt + answer)
     generator = torch.Generator().manual_seed(0)
-    (batch,) = training_batches([sample], config, NOISE, generator)
+    (batch,) = grouped_batches([sample], config, NOISE, generator)
     runtime = Runtime(policy=make_policy("vanilla").bind(config.router))
     output = model(batch.inputs, runtime)
     losses = F.cross_entropy(model.logits(output.hidden_BSD[0]), batch.targets_BS[0], reduction="none")
@@ -86,7 +86,7 @@ def test_loss_equals_the_published_form(config: ModelConfig, model: MoETransform
 
 def test_only_answer_positions_are_masked_and_the_prompt_never(config: ModelConfig) -> None:
     samples = [Sample((5,) * (10 + i), (*range(10, 21), 1)) for i in range(40)]
-    for batch in training_batches(samples, config, NOISE, torch.Generator().manual_seed(1)):
+    for batch in grouped_batches(samples, config, NOISE, torch.Generator().manual_seed(1)):
         masked = batch.inputs.tokens_BS == config.mask_id
         assert torch.equal(masked, batch.weights_BS > 0)
         assert batch.inputs.masked_BS is not None
@@ -98,15 +98,15 @@ def test_only_answer_positions_are_masked_and_the_prompt_never(config: ModelConf
 
 def test_masks_repeat_with_the_generator_and_samples_are_grouped_by_geometry(config: ModelConfig) -> None:
     samples = [_sample(*sizes, seed) for seed, sizes in enumerate([(5, 9), (40, 20), (5, 12), (33, 40)])]
-    first = list(training_batches(samples, config, NOISE, torch.Generator().manual_seed(7)))
-    second = list(training_batches(samples, config, NOISE, torch.Generator().manual_seed(7)))
+    first = list(grouped_batches(samples, config, NOISE, torch.Generator().manual_seed(7)))
+    second = list(grouped_batches(samples, config, NOISE, torch.Generator().manual_seed(7)))
     assert [len(batch.targets_BS) for batch in first] == [2, 1, 1]
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.inputs.tokens_BS, b.inputs.tokens_BS)
 
 
 def test_mask_of_one_block_lets_everyone_see_everyone() -> None:
-    assert attention_mask(1, 0, 4).all()
+    assert attention_mask(torch.tensor([[0]]), 1, 4).all()
 
 
 def test_learning_rate_warms_up_stays_and_falls_to_zero() -> None:

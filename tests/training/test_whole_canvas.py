@@ -14,13 +14,13 @@ from expertshare.lab.tasks.problems import TaskProblems
 from expertshare.models import MoETransformer, Runtime, initialise, load_model
 from expertshare.routing import make_policy, parse_policy
 from expertshare.training import whole_canvas
+from expertshare.training.block_diffusion import Sample, TrainingBatch
 from expertshare.training.config import TrainingConfig, reference_architecture
-from expertshare.training.loop import LoadBalance
-from expertshare.training.objective import NoiseSettings, Sample, TrainingBatch
-from expertshare.training.run import RunPaths, prepare, run
+from expertshare.training.scratch import prepare, run, run_folder
+from expertshare.training.trainer import LoadBalance
 from expertshare.training.whole_canvas import canvas_batches
 
-NOISE = NoiseSettings((0.3, 0.8), 0.2, 0.2)
+NOISE = TrainingConfig(mask_ratio=(0.3, 0.8), full_mask_share=0.2, fill_weight=0.2)
 EOS, MASK, PAD = 1, 0, 2
 
 
@@ -100,11 +100,13 @@ def test_masks_repeat_with_the_generator(config: ModelConfig) -> None:
 def test_balance_loss_is_the_published_formula(config: ModelConfig) -> None:
     model = MoETransformer(config)
     initialise(model, seed=1, std=0.2)
-    balance = LoadBalance(model)
+    balance = LoadBalance(model, rate=0.0, weight=1.0)
     batch = batches(config, count=5)[0]
     logits: list[torch.Tensor] = []
     for layer in model.layers:
-        layer.moe.router.register_forward_hook(lambda _m, _x, out: logits.append(out.detach()))
+        layer.moe.register_forward_pre_hook(
+            lambda moe, inputs: logits.append((inputs[0] @ moe.router.weight.T).detach())
+        )
     output = model(batch.inputs, Runtime(policy=make_policy("vanilla").bind(config.router)))
     loss = balance.loss(output.routing.load_NE, batch.inputs.live_BS)
     expected = 0.0
@@ -121,12 +123,10 @@ def test_balance_loss_is_the_published_formula(config: ModelConfig) -> None:
 
 def test_a_run_learns_and_exports_a_model_that_decodes(tmp_path: Path) -> None:
     settings = TrainingConfig(steps=12, samples_per_step=8, dtype="float32", warmup_steps=3, checkpoint_every=12)
-    paths = RunPaths(folder=tmp_path / "run")
-    trainer = prepare(
-        paths, settings, TaskProblems(0), family="llada_moe", hidden=64, layers=2, expert_hidden=8, resume=False
-    )
+    paths, problems = run_folder(tmp_path / "run"), TaskProblems(0)
+    trainer = prepare(paths, settings, problems, family="llada_moe", hidden=64, layers=2, expert_hidden=8, resume=False)
     losses: list[float] = []
-    folder = run(trainer, paths, resume=False, on_step=lambda result: losses.append(result.loss))
+    folder = run(trainer, paths, problems, resume=False, on_step=lambda result: losses.append(result.loss))
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
     loaded = load_model(folder)
     assert (loaded.config.attention, loaded.config.router.activation) == ("full", "softmax")

@@ -16,11 +16,11 @@ from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError, nearest
 from expertshare.evaluation.prompts import read_prompts
 from expertshare.models import load_model
-from expertshare.training.distill.config import DistillConfig
-from expertshare.training.distill.processes import connect, disconnect
-from expertshare.training.distill.session import AnswerSettings
-from expertshare.training.distill.session import distill as run_distillation
-from expertshare.training.distill.trainer import DistillStep
+from expertshare.training.config import DistillConfig
+from expertshare.training.distill import AnswerSettings
+from expertshare.training.distill import distill as run_distillation
+from expertshare.training.processes import connect, disconnect
+from expertshare.training.trainer import StepResult
 
 EXAMPLE = (
     "Example: expertshare distill models/reference --tasks arith,math,code,code_pro,choice --count 2000 "
@@ -97,7 +97,7 @@ def distill(
     base = load_model(model, device=processes.device)
     with told_bars(shown=processes.rank == 0) as bars:
 
-        def stepped(step: DistillStep) -> None:
+        def stepped(step: StepResult) -> None:
             said = f"loss {step.loss:.3f}, {step.unique_experts:.1f} experts"
             bars.hear("steps", step.step + 1, training.steps, said=said)
 

@@ -14,8 +14,8 @@ from expertshare.cli.shared_options import JsonFlag, ThreadsFlag, set_threads
 from expertshare.errors import InputError
 from expertshare.lab.tasks.problems import TaskProblems
 from expertshare.training.config import TrainingConfig
-from expertshare.training.loop import StepResult
-from expertshare.training.run import RunPaths, prepare, run
+from expertshare.training.scratch import prepare, run, run_folder
+from expertshare.training.trainer import StepResult
 
 EXAMPLE = "Example: expertshare train runs/small --steps 2000 --seed 1   (and the same with --resume to go on)"
 
@@ -61,16 +61,14 @@ def train(
     if shape.hidden < 1 or shape.hidden % 64:
         raise InputError(f"hidden must be a multiple of 64, got {shape.hidden}")
     set_threads(threads)
-    paths = RunPaths(folder=folder)
-    trainer = prepare(
-        paths, TrainingConfig(**training.arguments()), TaskProblems(training.seed), resume=resume, **shape.arguments()
-    )
+    paths, problems = run_folder(folder), TaskProblems(training.seed)
+    trainer = prepare(paths, TrainingConfig(**training.arguments()), problems, resume=resume, **shape.arguments())
     with told_bars() as bars:
 
         def show(result: StepResult) -> None:
             bars.hear("steps", result.step + 1, training.steps, said=f"loss {result.loss:.3f}")
 
-        model = run(trainer, paths, resume=resume, on_step=show)
+        model = run(trainer, paths, problems, resume=resume, on_step=show)
     told = f"The model is in {model}. Try: expertshare generate {model} --prompt 'Solve x + 5 = 12.'"
     people(as_json=as_json).print(told, soft_wrap=True)
     if as_json:

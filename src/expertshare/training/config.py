@@ -1,73 +1,153 @@
-"""What a training run is made of. Everything here goes into its report."""
+"""What a training run is made of. Everything here goes into its record; a resumed run must ask for the same."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
 
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.errors import ConfigError
 
+OptimiserName = Literal["adamw", "muon"]
+DEFAULT_LR = {"adamw": 2e-3, "muon": 0.02}
+"""Of `distill`, chosen on the reference model (3 M parameters). The published 2e-6 is for AdamW on a model of 16 G
+parameters."""
+_SCALAR_SHARE = 0.1
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainingConfig:
-    """Knobs of a run from scratch on the generated tasks.
+class RunConfig:
+    """What every training run has.
 
-    samples_per_step: problems per optimiser step. mixture: weight of each task. mask_ratio: range of the share of
-    answer positions that are masked, drawn per block; full_mask_share: share of blocks that are masked wholly, as
-    at the first step of decoding. fill_weight: loss weight of the end-of-text tokens behind the first one.
-    balance_rate: step of the selection bias towards an even load (DeepSeek's rule without an auxiliary loss);
-    balance_loss: weight of the auxiliary loss for the same end, for routers without such a bias.
-    Learning rates are peaks; they warm up over `warmup_steps` and fall linearly to zero over the last
-    `decay_share` of the run.
+    samples_per_step: problems or answers per optimiser step, over all processes. mask_ratio: range of the share of
+    answer positions that are masked; full_mask_share: share of what is masked wholly, as at the first step of decoding.
+    fill_weight: loss weight of the end-of-text tokens behind the first one, which fill the last block. Learning rates
+    are peaks; they warm up over `warmup_steps`.
     """
 
-    steps: int = 4_600
+    RATES: ClassVar[str] = "lr"
+    """The learning rates by name, for errors."""
+
+    steps: int
     samples_per_step: int = 96
     seed: int = 0
-    matrix_lr: float = 0.02
-    scalar_lr: float = 0.003
     weight_decay: float = 0.0
+    warmup_steps: int
+    mask_ratio: tuple[float, float]
+    full_mask_share: float = 0.0
+    fill_weight: float = 0.2
+    dtype: str = "bfloat16"
+    checkpoint_every: int
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "samples_per_step", "checkpoint_every"):
+            self.check(name, getattr(self, name) >= 1, "be at least 1")
+        low, high = self.mask_ratio
+        self.check("mask_ratio", 0.0 < low <= high <= 1.0, "be a range inside (0, 1]")
+        self.check("weight_decay", 0.0 <= self.weight_decay < math.inf, "be a number of at least 0")
+        for name in ("full_mask_share", "fill_weight"):
+            self.check(name, 0.0 <= getattr(self, name) <= 1.0, "lie in [0, 1]")
+        self.check("dtype", self.dtype in ("bfloat16", "float32"), "be bfloat16 or float32")
+
+    def check(self, name: str, holds: bool, must: str) -> None:
+        """Raise ConfigError about a field unless what must be true of it holds."""
+        if not holds:
+            raise ConfigError(f"{name} must {must}, got {getattr(self, name)!r}")
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Share of the peak learning rate at 0-based `step`."""
+        return min(1.0, (step + 1) / max(1, self.warmup_steps))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingConfig(RunConfig):
+    """A run from scratch on generated problems. A mask ratio is drawn for every block.
+
+    mixture: weight of each task. balance_rate: step of the selection bias towards an even load (DeepSeek's rule without
+    an auxiliary loss); balance_loss: weight of the auxiliary loss for the same end, for routers without such a bias.
+    Learning rates fall linearly to zero over the last `decay_share` of the run.
+    """
+
+    RATES: ClassVar[str] = "matrix_lr or scalar_lr"
+
+    steps: int = 4_600
     warmup_steps: int = 100
-    decay_share: float = 0.5
     mask_ratio: tuple[float, float] = (0.1, 1.0)
     full_mask_share: float = 0.15
-    fill_weight: float = 0.2
+    checkpoint_every: int = 500
+    matrix_lr: float = 0.02
+    scalar_lr: float = 0.003
+    decay_share: float = 0.5
     balance_rate: float = 0.001
     balance_loss: float = 0.01
     mixture: dict[str, float] = field(
         default_factory=lambda: {"arith": 1.5, "math": 1.5, "code": 1.0, "code_pro": 1.0, "choice": 1.5}
     )
-    dtype: str = "bfloat16"
-    checkpoint_every: int = 500
 
     def __post_init__(self) -> None:
-        for name in ("steps", "samples_per_step", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        low, high = self.mask_ratio
-        if not 0.0 < low <= high <= 1.0:
-            raise ConfigError(f"mask_ratio must be a range inside (0, 1], got {self.mask_ratio}")
+        RunConfig.__post_init__(self)
         for name in ("matrix_lr", "scalar_lr"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be a positive number, got {getattr(self, name)}")
-        for name in ("weight_decay", "balance_rate", "balance_loss"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
-        for name in ("decay_share", "full_mask_share", "fill_weight"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+            self.check(name, 0.0 < getattr(self, name) < math.inf, "be a positive number")
+        for name in ("balance_rate", "balance_loss"):
+            self.check(name, 0.0 <= getattr(self, name) < math.inf, "be a number of at least 0")
+        self.check("decay_share", 0.0 <= self.decay_share <= 1.0, "lie in [0, 1]")
         weights = self.mixture.values()
-        if not all(0.0 <= weight < math.inf for weight in weights) or not sum(weights) > 0.0:
-            raise ConfigError(f"mixture must weigh tasks by numbers of at least 0, one above 0, got {self.mixture}")
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ConfigError(f"dtype must be bfloat16 or float32, got {self.dtype!r}")
+        usable = all(0.0 <= weight < math.inf for weight in weights) and sum(weights) > 0.0
+        self.check("mixture", usable, "weigh tasks by numbers of at least 0, one above 0")
 
     def learning_rate_factor(self, step: int) -> float:
         """Share of the peak learning rate at 0-based `step`."""
-        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
         left = (self.steps - step) / max(1.0, self.decay_share * self.steps)
-        return min(warm, left, 1.0)
+        return min(RunConfig.learning_rate_factor(self, step), left)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DistillConfig(RunConfig):
+    """A self-distillation. A mask ratio is drawn for every sample.
+
+    policy: what the model is trained for, as text. start_policy: the same policy with other numbers; they go evenly
+    to those of `policy` over the first `curriculum_share` of the steps. router_only: train nothing but the weights of
+    the routers. micro_batch: how many answers one forward of one process takes. full_mask_share is not published. lr:
+    peak; with muon that of matrices, everything else being trained by AdamW at `scalar_lr`; None: the default for the
+    optimiser. It falls along a half cosine to zero.
+    """
+
+    policy: str
+    start_policy: str | None = None
+    curriculum_share: float = 0.5
+    router_only: bool = False
+    steps: int = 1_000
+    warmup_steps: int = 20
+    mask_ratio: tuple[float, float] = (0.3, 0.8)
+    checkpoint_every: int = 200
+    micro_batch: int = 32
+    optimiser: OptimiserName = "adamw"
+    lr: float | None = None
+    scalar_lr: float | None = None
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        self.check("micro_batch", self.micro_batch >= 1, "be at least 1")
+        self.check("optimiser", self.optimiser in get_args(OptimiserName), "be adamw or muon")
+        for name in ("lr", "scalar_lr"):
+            value = getattr(self, name)
+            self.check(name, value is None or 0.0 < value < math.inf, "be a positive number")
+        self.check("curriculum_share", 0.0 <= self.curriculum_share <= 1.0, "lie in [0, 1]")
+
+    @property
+    def peak_lr(self) -> float:
+        """Peak learning rate, of matrices where those have an optimiser of their own."""
+        return DEFAULT_LR[self.optimiser] if self.lr is None else self.lr
+
+    @property
+    def peak_scalar_lr(self) -> float:
+        """Peak learning rate of what muon does not train."""
+        return _SCALAR_SHARE * self.peak_lr if self.scalar_lr is None else self.scalar_lr
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Share of the peak learning rate at 0-based `step`."""
+        return RunConfig.learning_rate_factor(self, step) * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
 
 
 FAMILIES = ("llada2_moe", "llada_moe")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -21,8 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from expertshare.errors import TrainingError
-from expertshare.training.distill.config import DistillConfig
-from expertshare.training.distill.loss import DistillLoss
+from expertshare.training.config import DistillConfig
 
 _LONGEST_WAIT = timedelta(days=2)
 
@@ -53,27 +53,29 @@ class Processes:
                 "adamw, or one process"
             )
 
-    def shard(self, module: DistillLoss) -> None:
-        """Shard every layer, then what is left, over the processes."""
+    def shard(self, module: nn.Module, layers: Iterable[nn.Module]) -> None:
+        """Shard every layer, then what is left of the module that holds them, over the processes."""
         if self.count == 1:
             return
-        for layer in module.model.layers:
+        for layer in layers:
             fully_shard(layer)
         fully_shard(module)
 
     def total(self, *values: float) -> tuple[float, ...]:
         """Sums over all processes."""
-        if self.count == 1:
-            return values
-        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(sums)
-        return tuple(sums.tolist())
+        return tuple(self.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist())
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, in place where there are several."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def whole(self, tensor: Tensor) -> Tensor:
         """A tensor that processes may hold in parts, put together in each of them. All must ask."""
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    def gather(self, module: DistillLoss, optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    def gather(self, module: nn.Module, optimisers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
         """Whole tensors by name, on the CPU: of parameters, buffers and optimisers; empty but in process 0."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return {
@@ -81,7 +83,7 @@ class Processes:
             "optimisers": [get_optimizer_state_dict(module, o, options=options) for o in optimisers],
         }
 
-    def scatter(self, module: DistillLoss, optimisers: Sequence[torch.optim.Optimizer], state: dict[str, Any]) -> None:
+    def scatter(self, module: nn.Module, optimisers: Sequence[torch.optim.Optimizer], state: dict[str, Any]) -> None:
         """Put back what `gather` returned; every process is given all of it."""
         options = StateDictOptions(full_state_dict=True)
         set_model_state_dict(module, state["model"], options=options)

@@ -1,7 +1,8 @@
-"""Muon for stacks of matrices: momentum whose update is orthogonalised matrix by matrix.
+"""What is trained, and by which optimiser: AdamW, or Muon for matrices and stacks of them.
 
-torch.optim.Muon takes only two-dimensional parameters; the experts of a layer are one three-dimensional parameter whose
-matrices must be orthogonalised one by one, in one batched product.
+Muon is momentum whose update is orthogonalised matrix by matrix. torch.optim.Muon takes only two-dimensional
+parameters; the experts of a layer are one three-dimensional parameter whose matrices must be orthogonalised one by one,
+in one batched product.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from expertshare.models.moe import Router
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # coefficients of the Newton-Schulz iteration in torch.optim.Muon
 
@@ -51,3 +54,34 @@ class Muon(torch.optim.Optimizer):
         scale = max(1.0, parameter.shape[-2] / parameter.shape[-1]) ** 0.5
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(orthogonalise(ahead), alpha=-group["lr"] * scale)
+
+
+def choose_trained(model: nn.Module, *, router_only: bool) -> None:
+    """Ask for gradients of all parameters, or of the routers' alone. Selection biases are buffers: never trained."""
+    routers = {id(p) for module in model.modules() if isinstance(module, Router) for p in module.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(not router_only or id(parameter) in routers)
+
+
+def adamw(model: nn.Module, *, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """AdamW over everything that asks for gradients."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [_adamw(trained, lr, weight_decay)]
+
+
+def muon_and_adamw(
+    model: nn.Module, *, lr: float, scalar_lr: float, weight_decay: float, scalar_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Muon at `lr` for the trained matrices between hidden features; AdamW for embeddings, head, routers and norms."""
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_matrix = parameter.ndim >= 2 and not {"embed", "head", "router"} & set(name.split("."))
+            (matrices if is_matrix else others).append(parameter)
+    muon = [Muon(matrices, lr=lr, weight_decay=weight_decay)] if matrices else []
+    return [*muon, *([_adamw(others, scalar_lr, scalar_decay)] if others else [])]
+
+
+def _adamw(parameters: Iterable[Tensor], lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)

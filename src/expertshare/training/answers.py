@@ -9,13 +9,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from expertshare.decoding import BlockDecoder, DecodingOptions, FinishReason
 from expertshare.decoding.row import check_prompts
 from expertshare.errors import InputError, TrainingError
 from expertshare.kernels import AUTO, resolve_backend
 from expertshare.models import LoadedModel, Runtime, decode_answer, encode_prompt
 from expertshare.routing import native_policy
-from expertshare.training.objective import Sample
+from expertshare.training.block_diffusion import Sample
 
 AnswerListener = Callable[[int, int], None]
 
@@ -90,6 +92,7 @@ def check_answerable(loaded: LoadedModel, prompts: Sequence[str], options: Decod
     check_prompts([encode_prompt(loaded.tokenizer, text) for text in prompts], options, loaded.config)
 
 
+@torch.no_grad()
 def generate_answers(
     loaded: LoadedModel,
     prompts: Sequence[str],

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from expertshare.config import RouterSpec
 from expertshare.errors import PolicyError
 from expertshare.routing import parse_policy
-from expertshare.training.distill.config import DistillConfig
+from expertshare.training.config import DistillConfig
 from expertshare.types import RoutingPolicy
 
 
