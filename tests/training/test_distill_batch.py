@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -156,29 +154,15 @@ def test_a_neighbour_and_padding_change_nothing(config: ModelConfig, model: MoET
     assert 8 <= experts < 24
 
 
-@contextmanager
-def _plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RoutingPlan]]:
-    seen: list[RoutingPlan] = []
-    real = moe.route
-
-    def watch(*arguments: object, **more: object) -> object:
-        coreset, plan = real(*arguments, **more)  # type: ignore[arg-type]
-        seen.append(plan)
-        return coreset, plan
-
-    with monkeypatch.context() as patch:
-        patch.setattr(moe, "route", watch)
-        yield seen
-
-
 def test_routing_is_what_decoding_does_with_the_same_block(
-    config: ModelConfig, model: MoETransformer, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+    config: ModelConfig, model: MoETransformer, runtime: Runtime
 ) -> None:
     """Prefill of the clean blocks, then the noisy block against their keys and values, as decoding does."""
     sample = _sample(17, 13, 2)
     batch = padded_batch([sample, _sample(4, 30, 9)], [0, 1], config, SETTINGS)
-    with torch.no_grad(), _plans(monkeypatch) as trained:
-        BatchLoss(model)(batch, runtime)
+    trained: list[RoutingPlan] = []
+    with torch.no_grad():
+        BatchLoss(model)(batch, replace(runtime, on_plan=lambda _, plan: trained.append(plan)))
     clean, noisy = torch.tensor(_text(sample)), torch.tensor(_noisy_text(batch.inputs.tokens_BS[0], sample))
     first, total = 17 // LENGTH, len(clean) // LENGTH
     blocks = torch.arange(len(clean)) // LENGTH
@@ -187,8 +171,9 @@ def test_routing_is_what_decoding_does_with_the_same_block(
         with torch.no_grad():
             causal = blocks[:start, None] >= blocks[None, :start]
             past = model(_inputs(clean[:start], 0, causal), runtime).key_values
-            with _plans(monkeypatch) as decoded:
-                model(_inputs(noisy[start:end], start, torch.ones(LENGTH, end, dtype=torch.bool)), runtime, past)
+            decoded: list[RoutingPlan] = []
+            heard = replace(runtime, on_plan=lambda _, plan, decoded=decoded: decoded.append(plan))  # type: ignore[misc]
+            model(_inputs(noisy[start:end], start, torch.ones(LENGTH, end, dtype=torch.bool)), heard, past)
         rows = slice((place - first) * LENGTH, (place - first + 1) * LENGTH)
         for training_plan, decoding_plan in zip(trained, decoded, strict=True):
             assert torch.equal(training_plan.expert_ids_TK[rows], decoding_plan.expert_ids_TK)
