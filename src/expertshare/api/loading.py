@@ -40,11 +40,10 @@ def load(
     store: how its experts will be kept; a model that `expertshare convert` did not write is then refused. So is, before
     its weights are read, a model that does not fit into memory; experts in a store count if it is said which.
     """
-    where = usable_device(device or "cpu")
     if isinstance(model, LoadedModel):
-        if device is not None and model.model.device.type != where.type:
+        if device is not None and model.model.device.type != (where := usable_device(device).type):
             raise ConfigError(
-                f"expected a model on the device {where.type!r}, got one that is loaded on {model.model.device}: leave "
+                f"expected a model on the device {where!r}, got one that is loaded on {model.model.device}: leave "
                 "the device out, or load the model there"
             )
         return model
@@ -55,8 +54,9 @@ def load(
         if dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {dtype!r}. {nearest(dtype, DTYPES)}")
         dtype = DTYPES[dtype]
-    check_fits(path, _store_options(store).memory if store is not None else None, dtype=dtype, device=where)
-    return load_model(model, dtype=dtype, device=where)
+    return load_model(
+        path, dtype, device or "cpu", expert_memory=_store_options(store).memory if store is not None else None
+    )
 
 
 def info(model: Model) -> ModelFacts:

@@ -87,7 +87,8 @@ def answer_prompts(
     """
     assert loaded.tokenizer is not None  # encode_prompts refuses a model without one
     decoder = BlockDecoder(loaded.model, setup.runtime(loaded, policy), options)
-    check_prompts(prompts, decoder.options, loaded.config)  # all of them, before the first batch costs time
+    if len(prompts) > setup.batch_size:  # all of them, before the first batch costs time
+        check_prompts(prompts, decoder.options, loaded.config)
     if setup.store is not None:
         setup.store.reset()
     read_before = storage_bytes_read()

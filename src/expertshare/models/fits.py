@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from expertshare.experts.layout import DENSE, has_expert_layout, read_manifest
 from expertshare.experts.opening import StoreOptions, num_kept
 from expertshare.experts.store import ExpertMemory, format_size
 from expertshare.measure.memory import usable_memory_bytes
-from expertshare.models.checkpoint import WEIGHTS, loaded_bytes, read_headers
+from expertshare.models.checkpoint import WEIGHTS, StoredTensor, loaded_bytes, read_headers
 
 _CPU = torch.device("cpu")
 
@@ -24,18 +25,21 @@ def check_fits(
     dense_is_loaded: bool = False,
     available_bytes: int | None = None,
     device: torch.device = _CPU,
+    stored: Mapping[str, StoredTensor] | None = None,
 ) -> None:
     """Raise ExpertMemoryError unless the weights of a model directory fit into memory, with what would fit instead.
 
     memory: where experts of a converted model are to live; None leaves them out. Other models have theirs in memory.
     dtype: to load in. dense_is_loaded: only the experts of a converted model are still to come. available_bytes: by
     default what the system and the control group, or a GPU, have left; nothing is refused where nobody says. Reads
-    headers only; raises CheckpointError for a directory that is no model.
+    headers only, unless they are given (stored); raises CheckpointError for a directory that is no model.
     """
     available = _left_on(device) if available_bytes is None else available_bytes
     converted = has_expert_layout(path)
-    weights = loaded_bytes(read_headers(path, DENSE if converted else WEIGHTS).values(), dtype)
-    own = 0 if dense_is_loaded else weights
+    own = 0
+    if not dense_is_loaded:
+        stored = read_headers(path, DENSE if converted else WEIGHTS) if stored is None else stored
+        own = loaded_bytes(stored.values(), dtype)
     experts = _expert_bytes(path, memory) if converted and memory is not None else 0
     if available is None or own + experts <= available:
         return

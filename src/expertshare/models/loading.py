@@ -13,7 +13,7 @@ from torch import nn
 
 from expertshare.config import ModelConfig
 from expertshare.errors import CheckpointError, ConfigError
-from expertshare.experts import ExpertLayout, has_expert_layout, read_manifest
+from expertshare.experts import ExpertLayout, ExpertMemory, has_expert_layout, read_manifest
 from expertshare.experts.layout import DENSE
 from expertshare.models.checkpoint import (
     StoredTensor,
@@ -25,6 +25,7 @@ from expertshare.models.checkpoint import (
 )
 from expertshare.models.devices import usable_device
 from expertshare.models.family import Place
+from expertshare.models.fits import check_fits
 from expertshare.models.moe import Router, lay_side_by_side, narrow
 from expertshare.models.quantised_vocabulary import QuantisedVocabulary, quantised_places
 from expertshare.models.source import read_json, read_optional_json, resolve_source
@@ -54,13 +55,19 @@ class LoadedModel:
 
 
 def load_model(
-    source: str | os.PathLike[str], dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    source: str | os.PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    expert_memory: ExpertMemory | None = None,
 ) -> LoadedModel:
     """Load a directory or a hub id. dtype: float32 or bfloat16, by default the checkpoint's own.
 
     Of a directory that `expertshare convert` wrote, everything but the experts is loaded. Routers compute in float32
     whatever the dtype. A float16 checkpoint is computed in float32 unless told otherwise. device: cpu or cuda.
-    Raises InputError, ConfigError or CheckpointError, each naming the file, key or tensor.
+    expert_memory: what will be given to the experts of a converted model, where that is known.
+    Raises InputError, ConfigError or CheckpointError, each naming the file, key or tensor; ExpertMemoryError, before
+    weights are read, for a model that does not fit into memory.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
@@ -74,6 +81,7 @@ def load_model(
     _check_vocabulary(tokenizer, config)
     layout = read_manifest(path) if has_expert_layout(path) else None
     stored = read_headers(path) if layout is None else read_headers(path, DENSE)
+    check_fits(path, expert_memory, dtype=dtype, device=device, stored=stored)
     places = choose_places(family, config, stored)
     with torch.device("meta"):
         model = MoETransformer(config)
