@@ -151,7 +151,7 @@ def test_memory_grows_to_the_most_that_was_needed_at_once(
         while session.num_rows:
             session.advance()
         if turn >= 20:
-            memory = session.forwards.cache._memory[0].keys_BHSD  # type: ignore[attr-defined]
+            memory = session.forwards.cache._memory_N2BHCD  # type: ignore[attr-defined]
             sizes.add(tuple(memory.shape))
     assert len(sizes) == 1
 

@@ -38,21 +38,17 @@ class CacheView(Place):
 
 
 class KeyValueCache:
-    """One [B, key/value heads, capacity, head dim] pair per layer, filled from the left row by row. Rows that are held
-    lie side by side, in the order in which they came."""
+    """Keys and values [layers, 2, B, key/value heads, capacity, head dim], filled from the left row by row.
+
+    Rows that are held lie side by side, in the order in which they came; layers: views of them.
+    """
 
     def __init__(
         self, config: ModelConfig, *, num_rows: int, capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (num_rows, config.num_kv_heads, capacity, config.head_dim)
-        self._held = list(range(num_rows))
-        self._memory = tuple(
-            LayerKeyValues(
-                torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
-            )
-            for _ in range(config.num_layers)
-        )
-        self.layers = self._memory
+        shape = (config.num_layers, 2, num_rows, config.num_kv_heads, capacity, config.head_dim)
+        self._memory_N2BHCD = torch.zeros(shape, dtype=dtype, device=device)
+        self._hold(range(num_rows))
 
     def add(self, rows: Sequence[int], capacity: int) -> None:
         """Hold more rows, behind the others, with `capacity` positions at least.
@@ -60,53 +56,34 @@ class KeyValueCache:
         What is held is copied where memory has to grow: then by so much that it seldom has to.
         """
         first, needed = len(self._held), len(self._held) + len(rows)
-        num_rows, _, positions, _ = self._memory[0].keys_BHSD.shape
+        layers, two, num_rows, heads, positions, head_dim = self._memory_N2BHCD.shape
         if needed > num_rows or capacity > positions:
             size = (needed, max(capacity, positions))
             # the first rows may be the only ones: they get what they need and no more
-            self._grow(*(size if not first else (_power_of_two(needed), _power_of_two(size[1]))))
-        self._held.extend(rows)
-        self._narrow()
-        for layer in self.layers:
-            for tensor in (layer.keys_BHSD, layer.values_BHSD):
-                tensor[first:, :, :capacity] = 0  # what an earlier row left there need not be finite
+            num_grown, grown = size if not first else (_power_of_two(needed), _power_of_two(size[1]))
+            old, shape = self._memory_N2BHCD, (layers, two, num_grown, heads, grown, head_dim)
+            self._memory_N2BHCD = old.new_zeros(shape)
+            self._memory_N2BHCD[:, :, :num_rows, :, :positions] = old
+        self._hold([*self._held, *rows])
+        self._memory_N2BHCD[:, :, first:needed, :, :capacity] = 0  # what an earlier row left need not be finite
 
     def clear(self) -> None:
         """Hold no row, and nothing of those that were held; memory stays."""
-        self._held = []
-        for layer in self._memory:
-            for tensor in (layer.keys_BHSD, layer.values_BHSD):
-                tensor.zero_()
-        self._narrow()
+        self._memory_N2BHCD.zero_()
+        self._hold([])
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all other rows; `rows` in the order in which they are held. Those behind a gap move up."""
         if list(rows) == self._held:
             return
-        moves = [(self._held.index(row), place) for place, row in enumerate(rows)]
-        for layer in self.layers:
-            for tensor in (layer.keys_BHSD, layer.values_BHSD):
-                for old, new in moves:
-                    if old != new:
-                        tensor[new] = tensor[old]
+        for new, old in enumerate(map(self._held.index, rows)):
+            if old != new:
+                self._memory_N2BHCD[:, :, new] = self._memory_N2BHCD[:, :, old]
+        self._hold(rows)
+
+    def _hold(self, rows: Sequence[int]) -> None:
         self._held = list(rows)
-        self._narrow()
-
-    def _grow(self, num_rows: int, capacity: int) -> None:
-        grown = []
-        for layer in self.layers:
-            pair = []
-            for tensor in (layer.keys_BHSD, layer.values_BHSD):
-                held, heads, positions, size = tensor.shape
-                larger = tensor.new_zeros(num_rows, heads, capacity, size)
-                larger[:held, :, :positions] = tensor
-                pair.append(larger)
-            grown.append(LayerKeyValues(*pair))
-        self._memory = tuple(grown)
-
-    def _narrow(self) -> None:
-        count = len(self._held)
-        self.layers = tuple(LayerKeyValues(m.keys_BHSD[:count], m.values_BHSD[:count]) for m in self._memory)
+        self.layers = tuple(LayerKeyValues(*pair_2BHCD[:, : len(rows)]) for pair_2BHCD in self._memory_N2BHCD)
 
     def views(self, rows: Sequence[int], starts: Sequence[int]) -> tuple[CacheView, ...]:
         """For each layer where the given rows' new keys and values belong, from `starts` on.

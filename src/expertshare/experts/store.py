@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, Self
 
@@ -147,9 +146,8 @@ class LayerCount:
 
 
 def fresh_counts(num_layers: int) -> list[LayerCount]:
-    """Nothing counted yet."""
-    make: Callable[[], LayerCount] = LayerCount
-    return [make() for _ in range(num_layers)]
+    """Nothing counted yet, by layer."""
+    return [LayerCount() for _ in range(num_layers)]
 
 
 class SlabStore(ExpertStore, Protocol):

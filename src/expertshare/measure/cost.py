@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -39,15 +39,8 @@ class ForwardCost:
     pairs: tuple[int, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers."""
-        return {
-            "kind": self.kind,
-            "turns": [{"row": t.row, "block": t.block, "step": t.step} for t in self.turns],
-            "groups": self.groups,
-            "unique_experts": list(self.unique_experts),
-            "active_experts": list(self.active_experts),
-            "pairs": list(self.pairs),
-        }
+        """Plain lists and numbers, by the names of the fields."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,16 +62,14 @@ class Cost:
     steps: tuple[ForwardCost, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers, ready for json.dumps."""
-        return {
-            "forwards": dict(self.forwards),
-            "unique_experts": dict(self.unique_experts),
-            "union_experts": dict(self.union_experts),
-            "expert_bytes": dict(self.expert_bytes),
-            "pairs": dict(self.pairs),
-            "unique_experts_by_layer": {kind: list(row) for kind, row in self.unique_experts_by_layer.items()},
-            "steps": [step.to_json() for step in self.steps],
-        }
+        """Plain dicts, lists and numbers, by the names of the fields, ready for json.dumps."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, tuple) else value
 
 
 @dataclass(slots=True)
