@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.decoding import DecodingOptions, generate
@@ -101,18 +101,29 @@ def test_cost_can_be_read_while_it_grows() -> None:
     assert ledger.cost().forwards["commit"] == 2
 
 
+def watch_logits(moe: nn.Module, sink: list[Tensor]) -> None:
+    """Keep the logits of an MoE layer's router, computed by hand from what the layer is given."""
+
+    def keep(module: Any, given: tuple[Any, ...]) -> None:
+        sink.append(given[0] @ module.router.weight.detach().T)
+
+    moe.register_forward_pre_hook(keep)
+
+
 def chosen_experts(logits: Sequence[Tensor]) -> list[list[set[int]]]:
     """Experts of every token, forward by forward: the four largest logits (softmax keeps their order)."""
     return [[set(token.topk(4).indices.tolist()) for token in flat.flatten(0, 1)] for flat in logits]
 
 
 def test_counts_equal_the_routers_own_choices() -> None:
-    """A single block: every layer's logits are caught by hooks and counted token by token."""
+    """A single block: every layer's input is caught by hooks, and its experts chosen and counted token by token."""
     model = model_of()
     caught: list[list[Tensor]] = [[] for _ in model.layers]
     layers: Any = model.layers
     for layer, sink in zip(layers, caught, strict=True):
-        layer.moe.router.register_forward_hook(lambda _m, _i, out, sink=sink: sink.append(out.detach()))
+        layer.moe.register_forward_pre_hook(
+            lambda m, given, sink=sink: sink.append(given[0] @ m.router.weight.detach().T)
+        )
     result = generate(model, Runtime(policy=parse_policy("vanilla")), DecodingOptions(gen_length=5), [[1, 2, 3]])
     by_layer = [chosen_experts(logits) for logits in caught]
     unions = [[len(set().union(*tokens)) for tokens in forwards] for forwards in by_layer]
@@ -133,7 +144,7 @@ def test_prefill_counts_blocks_apart_and_ignores_padding() -> None:
     model = model_of()
     caught: list[Tensor] = []
     layers: Any = model.layers
-    layers[0].moe.router.register_forward_hook(lambda _m, _i, out: caught.append(out.detach()))
+    watch_logits(layers[0].moe, caught)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 60, (length,), generator=generator).tolist() for length in (8, 24)]
     result = generate(model, Runtime(policy=parse_policy("vanilla")), DecodingOptions(gen_length=8), prompts)
