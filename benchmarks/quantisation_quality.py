@@ -26,7 +26,7 @@ from torch import Tensor
 
 from expertshare.api import generate, load
 from expertshare.convert.convert import small_files
-from expertshare.convert.scheme import Scheme, make_scheme
+from expertshare.convert.scheme import ExpertStorage, make_scheme
 from expertshare.convert.source import open_checkpoint, read_checkpoint
 from expertshare.convert.workspace import open_workspace
 from expertshare.convert.writing import write_expert_layout
@@ -85,7 +85,7 @@ def convert(source: str, out: Path, variant: Variant) -> Path:
     assert variant.scheme is not None
     scheme = make_scheme(variant.scheme, expert_dtype=checkpoint.expert_dtype)
     if variant.minima:
-        scheme = Scheme(scheme.name, replace(QUANTISATIONS[variant.scheme], symmetric=False))
+        scheme = ExpertStorage(scheme.name, replace(QUANTISATIONS[variant.scheme], symmetric=False))
     with open_checkpoint(checkpoint) as reader, open_workspace(out, {"variant": variant.label}) as work:
         write_expert_layout(
             reader,

@@ -12,10 +12,8 @@ from expertshare.convert.source import ExpertSource
 from expertshare.convert.tensor_file import DTYPES, TensorEntry
 from expertshare.errors import CheckpointError, ConfigError, NumericsError, nearest
 from expertshare.experts.layout import EMBEDDINGS
-from expertshare.experts.slab import Scheme as SchemeName
-from expertshare.experts.slab import SlabFormat
-from expertshare.kernels.quantise import QUANTISATIONS, quantise_bank, quantise_table, table_shapes
-from expertshare.kernels.quantise import Scheme as Quantisation
+from expertshare.experts.slab import SchemeName, SlabFormat
+from expertshare.kernels.quantise import QUANTISATIONS, Scheme, quantise_bank, quantise_table, table_shapes
 from expertshare.models.quantised_vocabulary import PARTS, is_vocabulary
 from expertshare.models.table import FAMILIES
 from expertshare.types import ExpertBank, QuantisedBank, QuantisedWeight
@@ -27,11 +25,11 @@ FLOAT_NAMES = {"F32": "float32", "F16": "float32", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True)
-class Scheme:
+class ExpertStorage:
     """A way of storing experts. dtype: of floats, "float32" or "bfloat16"; quantised slabs keep the default there."""
 
     name: SchemeName
-    quantisation: Quantisation | None = None
+    quantisation: Scheme | None = None
     dtype: str = "bfloat16"
 
     def slab(self, config: ModelConfig) -> SlabFormat:
@@ -63,7 +61,7 @@ class Scheme:
         return {**_weight_parts("gate_up", stored.gate_up), **_weight_parts("down", stored.down)}
 
 
-def make_scheme(name: str, *, group_size: int | None = None, expert_dtype: str = "BF16") -> Scheme:
+def make_scheme(name: str, *, group_size: int | None = None, expert_dtype: str = "BF16") -> ExpertStorage:
     """A scheme by name. group_size: for int4 only. expert_dtype: of the experts to be stored, as safetensors names it.
 
     Raises ConfigError for an unknown name or a group size that the scheme does not have.
@@ -77,8 +75,8 @@ def make_scheme(name: str, *, group_size: int | None = None, expert_dtype: str =
             raise ConfigError(f"a group size belongs to int4, got {group_size} for {name}: leave --group-size out")
         quantisation = replace(quantisation, group_size=group_size)
     if quantisation is not None:
-        return Scheme(kind, quantisation)
-    return Scheme(kind, dtype=FLOAT_NAMES[expert_dtype])
+        return ExpertStorage(kind, quantisation)
+    return ExpertStorage(kind, dtype=FLOAT_NAMES[expert_dtype])
 
 
 def _weight_parts(projection: str, weight: QuantisedWeight) -> dict[str, Tensor]:

@@ -29,21 +29,21 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, slots=True)
-class FileRecord:
+class FileChecksum:
     """What a finished file must look like. sha256: of its bytes, in hexadecimal."""
 
     num_bytes: int
     sha256: str
 
 
-def file_record(path: Path) -> FileRecord:
+def file_record(path: Path) -> FileChecksum:
     """Size and checksum of a file as it is; reads all of it."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(os.fstat(file.fileno()).st_size, digest)
+        return FileChecksum(os.fstat(file.fileno()).st_size, digest)
 
 
-def read_records(path: Path) -> tuple[dict[str, Any], dict[str, FileRecord]]:
+def read_records(path: Path) -> tuple[dict[str, Any], dict[str, FileChecksum]]:
     """Settings and files of a journal or of checksums.json; CheckpointError if it is neither."""
     raw = read_json(path)
     settings, files = raw.get("settings"), raw.get("files")
@@ -52,7 +52,7 @@ def read_records(path: Path) -> tuple[dict[str, Any], dict[str, FileRecord]]:
             f"{path} is not a list of checksums of format {FORMAT}: remove {path.parent} and convert again"
         )
     try:
-        return settings, {name: FileRecord(**record) for name, record in files.items()}
+        return settings, {name: FileChecksum(**record) for name, record in files.items()}
     except TypeError as error:
         raise CheckpointError(f"{path} is damaged ({error}): remove {path.parent} and convert again") from error
 
@@ -81,7 +81,7 @@ def is_complete(out: Path, settings: Mapping[str, Any]) -> bool:
 class Workspace:
     """`OUT.partial` while it is being filled, by one process at a time. Made by `open_workspace`."""
 
-    def __init__(self, out: Path, directory: Path, settings: dict[str, Any], files: dict[str, FileRecord]) -> None:
+    def __init__(self, out: Path, directory: Path, settings: dict[str, Any], files: dict[str, FileChecksum]) -> None:
         self.out, self.directory = out, directory
         self._settings, self._files = settings, files
         self._verified: set[str] = set()
@@ -108,11 +108,11 @@ class Workspace:
                 f"{needed - free:,} bytes free or choose another disk"
             )
 
-    def record(self, name: str) -> FileRecord:
+    def record(self, name: str) -> FileChecksum:
         """Of a finished file."""
         return self._files[name]
 
-    def add(self, name: str, write: Callable[[Path], FileRecord | None]) -> None:
+    def add(self, name: str, write: Callable[[Path], FileChecksum | None]) -> None:
         """Make one file: `write` fills the path that it gets, and may say size and checksum, if it knows them, so that
         the file need not be read again. Raises CheckpointError where the disk is full."""
         path = self.directory / name
@@ -186,7 +186,7 @@ def open_workspace(out: Path, settings: Mapping[str, Any]) -> Iterator[Workspace
             raise CheckpointError(
                 f"another process is writing {directory}: wait for it, or choose another name"
             ) from error
-        files: dict[str, FileRecord] = {}
+        files: dict[str, FileChecksum] = {}
         if (directory / JOURNAL).exists():
             begun_with, files = read_records(directory / JOURNAL)
             _refuse_other(directory, begun_with, wanted, "remove it to begin anew, or choose another name")

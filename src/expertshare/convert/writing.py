@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from expertshare.config import ModelConfig
-from expertshare.convert.scheme import QuantisedEmbeddings, Scheme
+from expertshare.convert.scheme import ExpertStorage, QuantisedEmbeddings
 from expertshare.convert.source import ExpertSource, is_expert
 from expertshare.convert.tensor_file import DTYPES, TensorEntry, file_bytes, write_tensors
-from expertshare.convert.workspace import FileRecord as Written
-from expertshare.convert.workspace import Workspace
+from expertshare.convert.workspace import FileChecksum, Workspace
 from expertshare.experts.layout import DENSE, MANIFEST, ExpertLayout, FileRecord, layer_file_name, write_manifest
 from expertshare.experts.slab_file import LayerHeader, LayerWriter
 from expertshare.models.checkpoint import INDEX, WEIGHTS
@@ -54,7 +53,7 @@ class _Meter:
 def write_expert_layout(
     source: ExpertSource,
     work: Workspace,
-    scheme: Scheme,
+    scheme: ExpertStorage,
     *,
     files: Mapping[str, SmallFile],
     provenance: Mapping[str, Any],
@@ -189,14 +188,16 @@ def moe_layer_of(place: Place, config: ModelConfig) -> int:
     return int(place.entry.split(".")[1]) - config.num_dense_layers
 
 
-def _write_layer(path: Path, header: LayerHeader, source: ExpertSource, scheme: Scheme, meter: _Meter) -> Written:
+def _write_layer(
+    path: Path, header: LayerHeader, source: ExpertSource, scheme: ExpertStorage, meter: _Meter
+) -> FileChecksum:
     slab_B = torch.empty(header.format.slab_bytes, dtype=torch.uint8)
     with LayerWriter(path, header) as writer:
         for expert in range(header.num_experts):
             header.format.write(slab_B, scheme.matrices(source.expert(header.moe_layer, expert)))
             writer.append(slab_B)
             meter.advance(layer_file_name(header.moe_layer), header.format.slab_bytes)
-    return Written(writer.num_bytes, writer.sha256)
+    return FileChecksum(writer.num_bytes, writer.sha256)
 
 
 def _add_tensors(

@@ -18,7 +18,7 @@ from torch import Tensor
 from expertshare.errors import CheckpointError, ConfigError
 from expertshare.types import PANEL_ROWS, Bank, ExpertBank, QuantisedBank, QuantisedWeight
 
-Scheme = Literal["none", "int8", "int4"]
+SchemeName = Literal["none", "int8", "int4"]
 PAGE_BYTES = 4096
 """Slabs are whole pages: a mapping can advise the kernel about one expert, and O_DIRECT can read one."""
 PART_BYTES = 64
@@ -54,7 +54,7 @@ class SlabFormat:
     scheme does not use keep their defaults. Raises ConfigError for a combination that cannot be.
     """
 
-    scheme: Scheme
+    scheme: SchemeName
     hidden: int
     inner: int
     dtype: str = "bfloat16"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from expertshare.config import ModelConfig
-from expertshare.convert.scheme import Scheme
+from expertshare.convert.scheme import ExpertStorage
 from expertshare.convert.tensor_file import TensorEntry
 from expertshare.lab.bench.concentration import concentrated, mean_unique
 from expertshare.lab.random_checkpoint.characters import printable_ids
@@ -140,7 +140,7 @@ class RandomSource:
     Memory: one layer's pool (8 experts), one dense tensor, all routers, and a few blocks of hidden states.
     """
 
-    def __init__(self, recipe: Recipe, scheme: Scheme) -> None:
+    def __init__(self, recipe: Recipe, scheme: ExpertStorage) -> None:
         self._recipe, self._scheme = recipe, scheme
         text_ids = printable_ids(recipe.config)
         self._tensors = RandomTensors(recipe, text_ids)
