@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from expertshare.decoding.commit_rules import holds_eos, schedule, tokens_to_edit, tokens_to_write
+from expertshare.config import ModelConfig
+from expertshare.decoding import BlockDecoder, DecodingOptions
+from expertshare.decoding.commit_rules import Proposals, StepState, holds_eos, schedule, tokens_to_edit, tokens_to_write
+from expertshare.decoding.row import Row
+from expertshare.models.runtime import Runtime
+from expertshare.models.transformer import MoETransformer
 
 
 def bits(text: str) -> Tensor:
@@ -118,3 +126,44 @@ def test_full_editing_takes_any_other_token() -> None:
 def test_holds_eos(eos: str, masked: str, answer: str, expected: bool) -> None:
     """An answer ends at an end-of-text token with nothing undecided before it."""
     assert holds_eos(bits(eos), bits(masked), bits(answer)).tolist() == [expected]
+
+
+@dataclass(frozen=True)
+class LeftToRight:
+    """A rule that is none of ours: one token a step, the first that is undecided."""
+
+    edits = False
+
+    def least_tokens(self, row: Row) -> int:
+        return 1
+
+    def choose(self, proposals: Proposals, rows: Sequence[Row]) -> Tensor:
+        return proposals.masked_RL & (proposals.masked_RL.cumsum(dim=1) == 1)
+
+    def is_decided(self, row: Row, state: StepState) -> bool:
+        return not state.has_masks
+
+
+def test_a_rule_of_ones_own_beside_another(
+    config: ModelConfig, make_model: Callable[..., MoETransformer], runtime: Callable[..., Runtime]
+) -> None:
+    """Rows ask their own rules: one decodes left to right, the other is as it is alone."""
+    model, options = make_model(replace(config, eos_ids=())), DecodingOptions(gen_length=16, threshold=0.3)
+    decoder = BlockDecoder(model, runtime(), options)
+    alone = list(decoder.blocks([[5, 6, 7]]))
+    stream = decoder.blocks([[3, 4], [5, 6, 7]])
+    first = stream.rows[0]
+    first.rule = LeftToRight()
+    while first.block == 0:
+        before = first.masked_C[:8].clone()
+        stream.advance()
+        stream._ready.clear()
+        changed = (before & ~first.masked_C[:8]).nonzero().flatten().tolist()
+        assert changed == [int(before.nonzero()[0])]
+    again = decoder.blocks([[3, 4], [5, 6, 7]])
+    again.rows[0].rule = LeftToRight()
+    blocks = list(again)
+    assert [(block.token_ids, block.steps) for block in blocks if block.row == 1] == [
+        (block.token_ids, block.steps) for block in alone
+    ]
+    assert [block.steps for block in blocks if block.row == 0] == [6, 8, 8]
