@@ -202,7 +202,7 @@ class LayoutReader:
 
     @property
     def config(self) -> ModelConfig:
-        """The model."""
+        """The configuration of the model."""
         return self._config
 
     @property
@@ -211,11 +211,11 @@ class LayoutReader:
         return tuple(self._dense.entries.values())
 
     def tensor(self, name: str) -> Tensor:
-        """One dense tensor."""
+        """One dense tensor, as it was converted."""
         return self._dense.read(name)
 
     def expert(self, moe_layer: int, expert: int) -> ExpertBank:
-        """One expert."""
+        """One expert as a bank of one."""
         slab_B = torch.empty(self._layout.format.slab_bytes, dtype=torch.uint8)
         self._layers[moe_layer].read_into(expert, slab_B.numpy().data)
         bank = self._layout.format.bank(slab_B.unsqueeze(0))

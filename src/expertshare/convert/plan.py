@@ -65,7 +65,7 @@ class Plan:
     figures: Mapping[str, Figure]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values by the names of the fields."""
         return {
             "store": self.store,
             "scheme": self.scheme,

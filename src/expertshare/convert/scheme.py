@@ -109,7 +109,7 @@ class QuantisedEmbeddings:
 
     @property
     def config(self) -> ModelConfig:
-        """The model."""
+        """The configuration of the model."""
         return self._source.config
 
     @property

@@ -46,7 +46,7 @@ class ModelSizes:
 
     @property
     def num_experts(self) -> int:
-        """Of all layers."""
+        """Routed experts of all layers together."""
         return self.config.num_moe_layers * self.config.router.num_experts
 
 

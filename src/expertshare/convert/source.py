@@ -32,7 +32,7 @@ class ExpertSource(Protocol):
 
     @property
     def config(self) -> ModelConfig:
-        """The model."""
+        """The configuration of the model."""
         ...
 
     @property
@@ -41,7 +41,7 @@ class ExpertSource(Protocol):
         ...
 
     def tensor(self, name: str) -> Tensor:
-        """One dense tensor."""
+        """One dense tensor in its stored dtype."""
         ...
 
     def expert(self, moe_layer: int, expert: int) -> ExpertBank | QuantisedBank:
@@ -145,7 +145,7 @@ class CheckpointReader:
 
     @property
     def config(self) -> ModelConfig:
-        """The model."""
+        """The configuration of the model."""
         return self._checkpoint.config
 
     @property

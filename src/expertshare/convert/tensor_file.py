@@ -36,7 +36,7 @@ class TensorEntry:
 
     @property
     def num_bytes(self) -> int:
-        """Of its data."""
+        """Bytes of the tensor's data."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 

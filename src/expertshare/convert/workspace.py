@@ -109,7 +109,7 @@ class Workspace:
             )
 
     def record(self, name: str) -> FileChecksum:
-        """Of a finished file."""
+        """Size and checksum of a finished file."""
         return self._files[name]
 
     def add(self, name: str, write: Callable[[Path], FileChecksum | None]) -> None:

@@ -184,7 +184,7 @@ class _HuggingFaceTensors:
 
 
 def moe_layer_of(place: Place, config: ModelConfig) -> int:
-    """Counted among MoE layers."""
+    """The MoE layer of a tensor, counted among MoE layers from 0."""
     return int(place.entry.split(".")[1]) - config.num_dense_layers
 
 

@@ -19,7 +19,7 @@ class CacheView(Place):
     """
 
     def place(self) -> Place:
-        """Here."""
+        """This view itself: kernels write into it."""
         return self
 
     def extended_by(self, new: LayerKeyValues) -> LayerKeyValues:

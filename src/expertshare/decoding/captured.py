@@ -60,7 +60,7 @@ class CudaGraphs:
         self._memory: Any = None  # an opaque handle
 
     def capture(self, work: Work, fixed: Callable[[], Sequence[Tensor]]) -> Work:
-        """As in Graphs."""
+        """The replay of `work`, after runs in a stream aside that warm it up."""
         del fixed
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
@@ -81,11 +81,11 @@ class CudaGraphs:
         return torch.zeros(like.shape, dtype=like.dtype, pin_memory=True)
 
     def send(self, values: Tensor, to: Tensor) -> None:
-        """As in Graphs."""
+        """Copy without waiting, since the buffer is pinned."""
         to.copy_(values, non_blocking=True)
 
     def read(self, tensor: Tensor) -> Tensor:
-        """As in Graphs."""
+        """The tensor on the host; waits for the device."""
         return tensor.cpu()
 
 

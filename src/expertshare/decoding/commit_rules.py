@@ -36,7 +36,7 @@ class Proposals:
     frozen_RL: Tensor
 
     def of(self, rows: list[int]) -> Proposals:
-        """Those of some rows."""
+        """Those of some rows, by their places."""
         parts = (self.tokens_RL, self.confidence_RL, self.old_RL, self.masked_RL, self.frozen_RL)
         return Proposals(*(part[rows] for part in parts))
 
@@ -126,7 +126,7 @@ class Editing:
     edits = True
 
     def least_tokens(self, row: Row) -> int:
-        """That of `masks`."""
+        """That of the rule that fills masks."""
         return self.masks.least_tokens(row)
 
     def choose(self, proposals: Proposals, rows: Sequence[Row]) -> Tensor:

@@ -62,7 +62,7 @@ class RowGeometry:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks on the canvas."""
+        """Blocks on the canvas, the last one whole."""
         return -(-self.answer_end // self.block_length)
 
     @property

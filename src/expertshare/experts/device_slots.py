@@ -72,7 +72,7 @@ class CudaTransfer:
         self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def slots(self, count: int, slab_bytes: int) -> Tensor:
-        """See DeviceTransfer."""
+        """Memory of the GPU, which the copying stream uses too."""
         try:
             slabs_SB = torch.empty((count, slab_bytes), dtype=torch.uint8, device=self._device)
         except torch.OutOfMemoryError as error:
@@ -89,7 +89,7 @@ class CudaTransfer:
         return in_chunks(count, slab_bytes, pinned)
 
     def copy(self, slot_B: Tensor, staged_B: Tensor, *, after: torch.cuda.Event) -> torch.cuda.Event:
-        """See DeviceTransfer."""
+        """Issue a copy in the side stream behind `after`."""
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         with torch.cuda.stream(self._side):
             self._side.wait_event(after)
@@ -98,17 +98,17 @@ class CudaTransfer:
         return done
 
     def computed(self) -> torch.cuda.Event:
-        """See DeviceTransfer."""
+        """An event in the current stream."""
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
         return event
 
     def computation_waits(self, copied: torch.cuda.Event) -> None:
-        """See DeviceTransfer."""
+        """Have the current stream wait for the copy's event."""
         torch.cuda.current_stream(self._device).wait_event(copied)
 
     def host_waits(self, copied: torch.cuda.Event) -> None:
-        """See DeviceTransfer."""
+        """Block this thread until the copy's event."""
         copied.synchronize()
 
     def beside(self, index_E: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ class DeviceSlots(Generic[T]):
         self._arrivals: dict[int, T] = {}
 
     def bringing(self, slot: int, layer: int, expert: int, read: ReadInto) -> Callable[[], Moved]:
-        """See SlotMemory."""
+        """The copy of an expert into a slot, read first unless it is kept."""
         return partial(self._bring, slot, (layer, expert), read, self._transfer.computed())
 
     def at_hand(self, layer: int, expert: int) -> bool:
@@ -187,7 +187,7 @@ class DeviceSlots(Generic[T]):
                 del self._arrivals[slot]  # not earlier: after an interrupt in between somebody has to wait
 
     def beside(self, slot_of_E: Tensor) -> Tensor:
-        """On the device."""
+        """The index in the memory of the device."""
         return self._transfer.beside(slot_of_E)
 
     def close(self) -> None:

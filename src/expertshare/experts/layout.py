@@ -41,7 +41,7 @@ class FileRecord:
     sha256: str
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values by name."""
+        """Plain values by the manifest's names."""
         return {"name": self.name, "bytes": self.num_bytes, "sha256": self.sha256}
 
 
@@ -62,7 +62,7 @@ class ExpertLayout:
 
     @property
     def num_layers(self) -> int:
-        """MoE layers."""
+        """MoE layers, each of them a file."""
         return len(self.expert_files)
 
     def header(self, moe_layer: int) -> LayerHeader:
@@ -70,7 +70,7 @@ class ExpertLayout:
         return LayerHeader(moe_layer=moe_layer, num_experts=self.num_experts, format=self.format)
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest."""
+        """The manifest as plain values, version first."""
         return {
             "version": VERSION if self.embeddings == "none" else QUANTISED_EMBEDDINGS_VERSION,
             "slab": self.format.to_json(),

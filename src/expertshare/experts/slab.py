@@ -144,7 +144,7 @@ class SlabFormat:
         return QuantisedBank(self._weight("gate_up", views), self._weight("down", views))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values by name."""
+        """Plain values by the names of the fields."""
         return {key: getattr(self, key) for key in _KEYS}
 
     @staticmethod

@@ -38,7 +38,7 @@ class LayerHeader:
 
     @property
     def slabs_bytes(self) -> int:
-        """Of all experts together."""
+        """Bytes of all experts' slabs together."""
         return self.num_experts * self.format.slab_bytes
 
     def to_bytes(self) -> bytes:

@@ -65,7 +65,7 @@ class SlotMemory(Protocol):
 
     @property
     def bank(self) -> Bank:
-        """All slots."""
+        """All slots, to compute with."""
         ...
 
     @property
@@ -109,7 +109,7 @@ class HostSlots:
         self.bank = form.bank(slabs_SB)
 
     def bringing(self, slot: int, layer: int, expert: int, read: ReadInto) -> Callable[[], Moved]:
-        """See SlotMemory."""
+        """The read of an expert straight into its slot."""
         del layer, expert
         size = self._slab_bytes
         return partial(_read, read, self._memory[slot * size : (slot + 1) * size])
@@ -123,11 +123,11 @@ class HostSlots:
         """Nothing has to be waited for."""
 
     def beside(self, slot_of_E: Tensor) -> Tensor:
-        """As it is."""
+        """The index itself: the bank is in the host's memory."""
         return slot_of_E
 
     def close(self) -> None:
-        """Let the memory go."""
+        """Let the memory of all slots go."""
         del self.bank, self._memory
 
 

@@ -81,7 +81,7 @@ class SlotTable:
 
     @property
     def num_slots(self) -> int:
-        """Free or not."""
+        """Slots in all, free or not."""
         return len(self.layer_S)
 
     def place(self, slot: int, layer: int, expert: int, *, ahead: bool) -> None:
@@ -98,7 +98,7 @@ class SlotTable:
         self.states_S[slot] = 1 if came else 2
 
     def clear(self, slot: int) -> None:
-        """Free the slot."""
+        """Free the slot: it holds no expert."""
         self.ready_S[slot] = False
         layer, expert = self.layer_S[slot], self.expert_S[slot]
         if layer >= 0 and self.slot_of_NE[layer, expert] == slot:

@@ -102,7 +102,7 @@ class StoreStatistics:
 
     @property
     def total(self) -> LayerStatistics:
-        """All layers together."""
+        """The sum over all layers."""
         hits = [layer.hits for layer in self.layers]
         return LayerStatistics(
             requests=sum(layer.requests for layer in self.layers),
@@ -131,7 +131,7 @@ class StoreStatistics:
 
 @dataclass(slots=True)
 class LayerCount:
-    """LayerStatistics being counted."""
+    """The counts of LayerStatistics while they still grow."""
 
     requests: int = 0
     hits: int = 0
@@ -141,7 +141,7 @@ class LayerCount:
     stall_s: float = 0.0
 
     def freeze(self, *, hits_known: bool = True) -> LayerStatistics:
-        """As of now."""
+        """The statistics as they are now."""
         return LayerStatistics(**{**asdict(self), **({} if hits_known else {"hits": None})})
 
 

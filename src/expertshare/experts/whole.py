@@ -44,7 +44,7 @@ class ResidentStore:
 
     @contextmanager
     def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> Iterator[Loan]:
-        """The layer's whole bank."""
+        """The layer's whole bank, whatever is active."""
         yield Loan(self._layers[layer].bank())
 
 

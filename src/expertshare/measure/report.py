@@ -27,7 +27,7 @@ class Report:
     results: Any
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, `schema_version` first."""
+        """Plain values by name, `schema_version` first."""
         return {
             "schema_version": SCHEMA_VERSION,
             "command": self.command,
