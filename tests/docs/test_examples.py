@@ -21,6 +21,7 @@ from .examples import ROOT, Example, command_lines, inline_commands, python_bloc
 NOT_RUN = {
     # part of a block -> why it is not run here
     'AutoModelForCausalLM.from_pretrained("my-model")': "tests/integrations runs it on a small model",
+    "class FirmVote(CoresetPolicy)": "tests/routing/test_add_a_policy_doc.py runs it",
     "class HeadCount(CoresetPolicy)": "tests/routing/test_add_a_policy_doc.py runs it",
     "def test_three_tokens_elect_two_experts": "tests/routing/test_add_a_policy_doc.py runs it",
     'load_model("path/to/model", device="cuda")': "needs a GPU",

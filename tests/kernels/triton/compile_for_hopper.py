@@ -28,11 +28,14 @@ POINTERS = {
     ),
     "*i64": ("control", "eos", "found", "ids", "keys", "load", "proposed", "report", "tokens", "unique"),
     "*i32": ("count", "excluded", "first", "order", "token", "used"),
-    "*i1": ("active", "answer", "edited", "frozen", "live", "masked", "member"),
+    "*i1": ("active", "answer", "edited", "frozen", "live", "masked", "member", "previous"),
+    "*fp64": ("mass",),
 }
 TYPES = {f"{name}_ptr": kind for kind, names in POINTERS.items() for name in names} | {
     **dict.fromkeys(("capacity", "length", "size", "slots", "num_pairs", "num_rows"), "i32"),
-    **dict.fromkeys(("share_bits", "drop_bits", "codes_stride", "scales_stride", "minima_stride"), "i64"),
+    **dict.fromkeys(
+        ("share_bits", "saturation_bits", "drop_bits", "codes_stride", "scales_stride", "minima_stride"), "i64"
+    ),
     "scaling": "fp32",
 }
 MINI = {"NUM_EXPERTS": 256, "TOP_K": 8}
@@ -82,10 +85,13 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 def selection() -> dict[str, dict[str, int]]:
     """At LLaDA2.0-mini's router."""
-    votes = {"RANKING": 1, "WHOLE_FRONT": False, "TOKENS": 8, "KEYS_AT_A_TIME": 16}
+    votes = {"RANKING": 1, "WHOLE_FRONT": False, "HAS_SHARE": False, "TOKENS": 8, "KEYS_AT_A_TIME": 16}
+    votes |= {"ONLY_MASKED": False, "HAS_PREVIOUS": False}
     forms = {
         "block-top-p, grouped": {"FRONT": 0, "HAS_SHARE": True, **GROUPED},
-        "protected-vote": {"FRONT": 1, "HAS_SHARE": False, **FREE},
+        "protected-vote": {"FRONT": 1, **FREE},
+        "protected-vote, masked, reused": {"FRONT": 1, "ONLY_MASKED": True, "HAS_PREVIOUS": True, **FREE},
+        "coverage": {"FRONT": 0, "RANKING": 3, **FREE},
     }
     made = {
         f"coreset {name}": described(compiled(coreset.coreset_kernel, TYPES, {**MINI, **votes, **form}, warps=8))

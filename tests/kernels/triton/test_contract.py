@@ -14,7 +14,7 @@ from routing.cases import SPECS, Scene
 from .test_selection import member, selected, tied_scores
 
 
-@pytest.mark.parametrize("policy_name", [name for name in POLICIES if name != "coverage"])
+@pytest.mark.parametrize("policy_name", POLICIES)
 def test_selection_keeps_the_contract(policy_name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """One router rule for each policy in the interpreter, all of them on a GPU."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,19 +12,40 @@ from torch import Tensor
 from expertshare.config import RouterSpec
 from expertshare.errors import ConfigError
 from expertshare.kernels import select_and_assign
-from expertshare.kernels.triton.route import MOST_EXPERTS, _expresses
-from expertshare.routing import POLICIES, SharingRule, count_load, make_policy, route
-from expertshare.types import Routed, RouterScores, RoutingPolicy
+from expertshare.kernels.triton.route import MOST_EXPERTS, route_layer_triton
+from expertshare.routing import POLICIES, SharingRule, count_load, make_policy, route, route_layer
+from expertshare.routing.policy import Policy
+from expertshare.types import Coreset, Routed, RouterScores, RoutingPolicy
 from routing.cases import SPECS, dyadic, policy_settings
 
 INTERPRETED_SETTINGS = 2
 """Of a policy under one router rule: the interpreter takes 0.1 s for each. The rules take turns; a GPU runs all."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ruled(Policy):
+    """Any rule."""
+
+    name: ClassVar[str] = "ruled"
+    fixed: SharingRule
+
+    def rule(self, spec: RouterSpec) -> SharingRule:
+        return self.fixed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Unruled(Policy):
+    """Chooses by itself."""
+
+    name: ClassVar[str] = "unruled"
+
+    def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
+        return Coreset(torch.arange(spec.num_experts, device=scores.live_GL.device).expand(2, -1) % 3 > 0)
+
+
 def chosen_settings(policy_name: str, spec_name: str, device: torch.device) -> list[RoutingPolicy]:
     spec = SPECS[spec_name]
-    bound = policy_settings(POLICIES[policy_name], spec)
-    settings = [policy for policy in bound if _expresses(policy.rule(spec))]
+    settings = policy_settings(POLICIES[policy_name], spec)
     if device.type != "cpu" or len(settings) <= INTERPRETED_SETTINGS:
         return settings
     first = 2 * list(SPECS).index(spec_name)
@@ -38,7 +59,8 @@ def tied_scores(spec: RouterSpec, seed: int, *, groups: int = 3, length: int = 5
     bias_E = dyadic((spec.num_experts,), -64, (-32, 0, 64)[seed % 3], generator)
     live_GL = torch.rand(groups, length, generator=generator) < live
     live_GL[-1] = False
-    return RouterScores(affinity, affinity + bias_E if spec.has_bias else affinity, live_GL)
+    masked_GL = None if seed % 2 else torch.rand(groups, length, generator=generator) < 0.4
+    return RouterScores(affinity, affinity + bias_E if spec.has_bias else affinity, live_GL, masked_GL)
 
 
 def smooth_scores(spec: RouterSpec, seed: int, *, groups: int = 2, length: int = 8) -> RouterScores:
@@ -52,15 +74,22 @@ def smooth_scores(spec: RouterSpec, seed: int, *, groups: int = 2, length: int =
 
 
 def moved(scores: RouterScores, device: torch.device) -> RouterScores:
-    return RouterScores(*(part.to(device) for part in (scores.affinity_GLE, scores.choice_GLE, scores.live_GL)))
+    parts = (scores.affinity_GLE, scores.choice_GLE, scores.live_GL, scores.masked_GL)
+    return RouterScores(*(None if part is None else part.to(device) for part in parts))  # type: ignore[arg-type]
 
 
 def selected(
-    scores: RouterScores, policy: RoutingPolicy, spec: RouterSpec, device: torch.device, scale_E: Tensor | None = None
+    scores: RouterScores,
+    policy: RoutingPolicy,
+    spec: RouterSpec,
+    device: torch.device,
+    scale_E: Tensor | None = None,
+    previous: Coreset | None = None,
 ) -> Routed:
     scale_E = None if scale_E is None else scale_E.to(device)
+    previous = None if previous is None else Coreset(previous.member_GE.to(device))
     scores = moved(scores, device)
-    return select_and_assign(scores, spec, policy.rule(spec), expert_scale_E=scale_E)
+    return select_and_assign(scores, spec, policy.rule(spec), previous=previous, expert_scale_E=scale_E)
 
 
 def member(found: Routed) -> Tensor:
@@ -68,11 +97,17 @@ def member(found: Routed) -> Tensor:
     return found.coreset.member_GE
 
 
-def check(scores: RouterScores, policy: RoutingPolicy, spec: RouterSpec, device: torch.device) -> None:
+def check(
+    scores: RouterScores,
+    policy: RoutingPolicy,
+    spec: RouterSpec,
+    device: torch.device,
+    previous: Coreset | None = None,
+) -> None:
     scale_E = torch.linspace(0.5, 2.0, spec.num_experts) if spec.has_expert_scale else None
-    coreset, plan = route(scores, policy, spec, expert_scale_E=scale_E)
+    coreset, plan = route(scores, policy, spec, previous=previous, expert_scale_E=scale_E)
     load_E, unique_G = count_load(plan, len(scores.live_GL))
-    found = selected(scores, policy, spec, device, scale_E)
+    found = selected(scores, policy, spec, device, scale_E, previous)
     pairs = {
         "coreset": (member(found), coreset.member_GE),
         "ids": (found.plan.expert_ids_TK, plan.expert_ids_TK),
@@ -86,12 +121,55 @@ def check(scores: RouterScores, policy: RoutingPolicy, spec: RouterSpec, device:
 
 
 @pytest.mark.parametrize("spec_name", SPECS)
-@pytest.mark.parametrize("policy_name", [name for name in POLICIES if name != "coverage"])
+@pytest.mark.parametrize("policy_name", POLICIES)
 def test_equals_the_policy(policy_name: str, spec_name: str, device: torch.device) -> None:
     spec = SPECS[spec_name]
     for number, policy in enumerate(chosen_settings(policy_name, spec_name, device)):
         seed = 7 * number + list(SPECS).index(spec_name)
         check(tied_scores(spec, seed) if number % 2 == 0 else smooth_scores(spec, seed), policy, spec, device)
+
+
+FEW_EXPERTS = RouterSpec(
+    num_experts=12, top_k=3, activation="sigmoid", renormalise=True, num_groups=3, kept_groups=2, has_bias=True
+)
+RULES = (
+    SharingRule(ranking="votes", size=5, protected=2, prefix_share=0.4, ballots="grouped", voters="masked", reuse=2),
+    SharingRule(ranking="votes", size=2, protected=9, keep_protected=True, prefix_share=0.2, group_limit="ignore"),
+    SharingRule(ranking="votes", size=4, prefix_share=1.0, drop_share=0.3, experts_per_token=2),
+    SharingRule(ranking="highest", size=4, voters="masked", drop_share=0.0),
+    SharingRule(ranking="coverage", size=7, saturation=0.125, ballots="grouped", voters="masked"),
+    SharingRule(ranking="coverage", size=12, saturation=1.0, group_limit="ignore"),
+    SharingRule(experts_per_token=1, drop_share=0.9),
+)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.ranking)
+@pytest.mark.parametrize("with_previous", [False, True])
+def test_equals_the_rule(rule: SharingRule, with_previous: bool, device: torch.device) -> None:
+    """Rules that no built-in policy makes; coresets of the step before, an empty one among them."""
+    for seed in (0, 1, 2):
+        scores = tied_scores(FEW_EXPERTS, seed)
+        member_GE = torch.rand(3, 12, generator=torch.Generator().manual_seed(seed)) < torch.tensor(
+            [[0.5], [0.0], [0.2]]
+        )
+        check(scores, Ruled(fixed=rule), FEW_EXPERTS, device, Coreset(member_GE) if with_previous else None)
+
+
+def test_a_layer_from_hidden_states(device: torch.device) -> None:
+    """The whole signature, by kernels and, for a policy that no rule expresses, by torch."""
+    spec = SPECS["sigmoid groups 64"]
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 5, 24, generator=generator), torch.randn(64, 24, generator=generator)
+    bias, live = torch.randn(64, generator=generator) / 8, torch.rand(2, 5, generator=generator) < 0.8
+    masked = torch.rand(2, 5, generator=generator) < 0.5
+    for policy in (make_policy("coverage", {"voters": "masked"}).bind(spec), Unruled()):
+        told = (weight.to(device), bias.to(device), policy, spec, live.to(device))
+        found = route_layer_triton(x.to(device), *told, masked_GL=masked.to(device))
+        expected = route_layer(x.to(device), *told, masked_GL=masked.to(device))
+        assert torch.equal(member(found), member(expected))
+        assert torch.equal(found.plan.expert_ids_TK, expected.plan.expert_ids_TK)
+        again = route_layer_triton(x.to(device), *told, previous=found.coreset)
+        assert torch.equal(member(again), member(found))
 
 
 @pytest.mark.parametrize("policy_name", ["vanilla", "des-vote", "block-top-p", "protected-vote"])

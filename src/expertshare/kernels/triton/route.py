@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from expertshare.kernels.triton.tiles import power_of_two
 from expertshare.routing import SharingRule, route_layer, router_scores, runs_on_torch
 from expertshare.types import Coreset, Routed, RouterScores, RoutingPlan, RoutingPolicy
 
-RANKINGS = {"all": 0, "votes": 1, "highest": 2}
+RANKINGS = {"all": 0, "votes": 1, "highest": 2, "coverage": 3}
 LANES_AT_A_TIME = 2048
 """Scores that a program holds at once, as 64-bit keys: 8 tokens of 256 experts."""
 MOST_EXPERTS = 4096
@@ -33,19 +34,21 @@ def route_layer_triton(
     previous: Coreset | None = None,
 ) -> Routed:
     """`route_layer`, with coreset, plan and counts from two kernels; by torch for a policy that no rule expresses."""
-    if runs_on_torch(policy) or not _expresses(policy.rule(spec)):
+    if runs_on_torch(policy):
         return route_layer(x_GLD, weight_ED, bias_E, policy, spec, live_GL, masked_GL=masked_GL, previous=previous)
     with torch.autocast(x_GLD.device.type, enabled=False):
         logits_GLE = F.linear(x_GLD.float(), weight_ED.float())
-    return select_and_assign(router_scores(logits_GLE, live_GL, spec, bias_E), spec, policy.rule(spec))
-
-
-def _expresses(rule: SharingRule) -> bool:
-    return rule.ranking in RANKINGS and rule.voters == "all" and rule.reuse == 1
+    scores = replace(router_scores(logits_GLE, live_GL, spec, bias_E), masked_GL=masked_GL)
+    return select_and_assign(scores, spec, policy.rule(spec), previous=previous)
 
 
 def select_and_assign(
-    scores: RouterScores, spec: RouterSpec, rule: SharingRule, *, expert_scale_E: Tensor | None = None
+    scores: RouterScores,
+    spec: RouterSpec,
+    rule: SharingRule,
+    *,
+    previous: Coreset | None = None,
+    expert_scale_E: Tensor | None = None,
 ) -> Routed:
     """routing.route and routing.count_load for a rule: the same coreset and experts to the bit, weights within the
     rounding of float32. For inference: weights have no gradient.
@@ -58,7 +61,7 @@ def select_and_assign(
         found.plan.active_E.zero_()
         found.load_E.zero_()
         return found
-    _find_coresets(choice, live, spec, rule, found, used_GE)
+    _find_coresets((choice, affinity, live), scores.masked_GL, previous, spec, rule, found, used_GE)
     scale_E = None if expert_scale_E is None else expert_scale_E.float().contiguous()
     _make_plan(choice, affinity, live, spec, rule, scale_E, found, used_GE)
     return found
@@ -86,19 +89,32 @@ def _member(found: Routed) -> Tensor:
 
 
 def _find_coresets(
-    choice: Tensor, live: Tensor, spec: RouterSpec, rule: SharingRule, found: Routed, used_GE: Tensor
+    scores: tuple[Tensor, Tensor, Tensor],
+    masked_GL: Tensor | None,
+    previous: Coreset | None,
+    spec: RouterSpec,
+    rule: SharingRule,
+    found: Routed,
+    used_GE: Tensor,
 ) -> None:
     from expertshare.kernels.triton.device.coreset import coreset_kernel
 
+    choice, affinity, live = scores
     groups, length, num_experts = choice.shape
+    only_masked = rule.voters == "masked" and masked_GL is not None
+    covers = rule.ranking == "coverage"
     reach = _reach(spec, "inside" if rule.ballots == "grouped" else "ignore")
     sizes = _lanes(num_experts, reach, length, most_tokens=16)
     lanes = sizes["NGP"] * sizes["GSP"]
     coreset_kernel[(groups,)](
         choice,
+        affinity,
         live,
+        masked_GL.expand(live.shape).contiguous() if only_masked and masked_GL is not None else live,
+        live if previous is None else previous.member_GE.contiguous(),
         _member(found),
         torch.empty((groups, lanes), dtype=torch.int64, device=choice.device),
+        torch.empty((groups, length if covers else 0, lanes + 1), dtype=torch.float64, device=choice.device),
         used_GE,
         found.group_experts_G,
         found.plan.active_E,
@@ -106,12 +122,15 @@ def _find_coresets(
         length,
         rule.size,
         _bits(rule.prefix_share or 0.0),
+        _bits(rule.saturation or 0.0),
         NUM_EXPERTS=num_experts,
         TOP_K=spec.top_k,
         RANKING=RANKINGS[rule.ranking],
-        FRONT=rule.protected,
+        FRONT=min(rule.protected, spec.top_k),
         WHOLE_FRONT=rule.keep_protected,
         HAS_SHARE=rule.prefix_share is not None,
+        ONLY_MASKED=only_masked,
+        HAS_PREVIOUS=previous is not None,
         KEYS_AT_A_TIME=min(16, lanes),
         **sizes,
         num_warps=8,
