@@ -14,7 +14,7 @@ ENGINE = (
     *("__init__.py", "__main__.py", "errors.py", "config.py", "types.py"),
     *("routing", "kernels", "native", "experts", "models", "decoding", "measure"),
 )
-ABOVE = ("api", "evaluation", "tuning", "training", "convert", "serving", "integrations", "cluster", "cli")
+ABOVE = ("api", "evaluation", "tuning", "training", "convert", "serving", "integrations", "ray_connection.py", "cli")
 
 
 def files_of(names: Sequence[str], kinds: Sequence[str] = (".py",)) -> list[Path]:

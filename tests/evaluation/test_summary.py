@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from expertshare.evaluation.resampling import PairCounts, capped_mean_interval, count_pairs
+from expertshare.evaluation.statistics import PairCounts, capped_mean_interval, count_pairs
 from expertshare.evaluation.summary import summarise
 
 

@@ -14,9 +14,9 @@ from starlette.types import Message
 from expertshare import cluster
 from expertshare.api.serving import opened_engine
 from expertshare.cli import main
-from expertshare.cluster.connection import chosen_address
 from expertshare.errors import ConfigError
 from expertshare.models import LoadedModel
+from expertshare.ray_connection import chosen_address
 from expertshare.serving import EngineLimits, ServerSettings
 from expertshare.serving.orders import EngineBusyError
 from expertshare.serving.replicas import Door, ReplicaPlan, ReplicaScale, create_entrance

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from expertshare.api.loading import DecodingValue, Model, decoding_options, for_model, listed, load, opened
-from expertshare.cluster import require_ray
 from expertshare.evaluation import (
     Evaluation,
     EvaluationSettings,
@@ -26,6 +25,7 @@ from expertshare.evaluation.evaluating import NoticeListener
 from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
 from expertshare.lab.tasks import generate_items
+from expertshare.ray_connection import require_ray
 from expertshare.tuning import PolicyFile
 from expertshare.types import RoutingPolicy
 

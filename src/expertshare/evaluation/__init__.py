@@ -1,6 +1,5 @@
 """Evaluation: answer many prompts under one policy, and compare policies on the same prompts."""
 
-from expertshare.evaluation.agreement import Agreement, agreement, token_agreement
 from expertshare.evaluation.answering import Answer, PolicyRun, answer_prompts
 from expertshare.evaluation.comparison import ComparedRun, Comparison, compare_policies
 from expertshare.evaluation.evaluating import Evaluation, EvaluationSettings, evaluate_sources
@@ -11,14 +10,17 @@ from expertshare.evaluation.scoring import ANSWER_RULES, judge, score, score_man
 from expertshare.evaluation.setup import Setup, encode_prompts
 from expertshare.evaluation.sources import SourceOptions, check_task_names, harness_version, make_sources
 from expertshare.evaluation.statistics import (
+    Agreement,
     PairedDifference,
     Proportion,
     Retained,
     TaskAccuracy,
+    agreement,
     paired_difference,
     proportion,
     retained,
     task_accuracy,
+    token_agreement,
 )
 from expertshare.routing import parse_policies, policy_label
 

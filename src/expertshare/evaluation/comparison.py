@@ -8,16 +8,17 @@ from typing import Any
 
 from expertshare.decoding import BlockResult, DecodingOptions
 from expertshare.errors import PolicyError
-from expertshare.evaluation.agreement import Agreement, agreement
 from expertshare.evaluation.answering import PolicyRun, answer_prompts
 from expertshare.evaluation.prompts import PromptRecord
 from expertshare.evaluation.scoring import check_scorable, judge
 from expertshare.evaluation.setup import Setup, encode_prompts
 from expertshare.evaluation.statistics import (
+    Agreement,
     PairedDifference,
     Proportion,
     Retained,
     TaskAccuracy,
+    agreement,
     paired_difference,
     retained,
     task_accuracy,

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from expertshare.cluster import connected
 from expertshare.errors import EvaluationError, ExpertShareError
 from expertshare.evaluation.model_files import model_sha256
 from expertshare.evaluation.pool import solve_with
 from expertshare.evaluation.solving import Job, Solved, Solver, SolverSetup
 from expertshare.measure.environment import versions
+from expertshare.ray_connection import connected
 
 RESTARTS = 3
 """How often an actor whose process or machine has died is started again, before the evaluation is given up."""

@@ -6,11 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import binomtest, norm
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest, multinomial, norm
 
 from expertshare.evaluation.prompts import PromptRecord
 
 CONFIDENCE = 0.95
+RESAMPLES = 10_000
+SEED = 0
 UNNAMED_TASK = "unnamed"
 
 
@@ -122,3 +126,81 @@ def retained(accuracy: Mapping[str, Proportion], reference: Mapping[str, Proport
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Agreement:
+    """tokens: share of answer positions with the same token, mean over prompts. exact: share of equal answers."""
+
+    tokens: float
+    exact: float
+
+
+def token_agreement(answer: Sequence[int], reference: Sequence[int]) -> float:
+    """Share of positions at which two answers have the same token; a position that only one has is a disagreement."""
+    length = max(len(answer), len(reference))
+    if length == 0:
+        return 1.0
+    return sum(mine == theirs for mine, theirs in zip(answer, reference, strict=False)) / length
+
+
+def agreement(answers: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> Agreement:
+    """Compare the answers to the same prompts, at least one."""
+    pairs = list(zip(answers, references, strict=True))
+    return Agreement(
+        tokens=sum(token_agreement(mine, theirs) for mine, theirs in pairs) / len(pairs),
+        exact=sum(list(mine) == list(theirs) for mine, theirs in pairs) / len(pairs),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairCounts:
+    """Items of one task by who got them right: both, the policy only, vanilla only, neither."""
+
+    both: int
+    gained: int
+    lost: int
+    neither: int
+
+    @property
+    def count(self) -> int:
+        """All items."""
+        return self.both + self.gained + self.lost + self.neither
+
+
+def count_pairs(outcomes: Sequence[bool], reference: Sequence[bool]) -> PairCounts:
+    """Count the outcomes on the same items; equal lengths."""
+    pairs = list(zip(outcomes, reference, strict=True))
+    return PairCounts(
+        both=pairs.count((True, True)),
+        gained=pairs.count((True, False)),
+        lost=pairs.count((False, True)),
+        neither=pairs.count((False, False)),
+    )
+
+
+def capped_mean_interval(tasks: Sequence[PairCounts]) -> tuple[float, float]:
+    """Percentile interval at the 95 % level of the mean over tasks of min(1, accuracy / vanilla's); at least one task.
+
+    Items are drawn with replacement within every task, a policy's and vanilla's outcome together; drawing the four
+    counts from their multinomial distribution is the same. A draw in which vanilla has nothing right leaves that task
+    out of its mean.
+    """
+    ratios = np.stack([_capped_ratios(task, SEED + number) for number, task in enumerate(tasks)])
+    counted = np.isfinite(ratios)
+    sums = np.where(counted, ratios, 0.0).sum(axis=0)
+    means = sums[counted.any(axis=0)] / counted.sum(axis=0)[counted.any(axis=0)]
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def _capped_ratios(task: PairCounts, seed: int) -> NDArray[np.float64]:
+    """[RESAMPLES]; NaN where vanilla has nothing right."""
+    shares = np.array([task.both, task.gained, task.lost, task.neither]) / task.count
+    both, gained, lost, _ = multinomial(task.count, shares, seed=np.random.default_rng(seed)).rvs(RESAMPLES).T
+    base = both + lost
+    ratios = np.full(RESAMPLES, np.nan)
+    np.divide(both + gained, base, out=ratios, where=base > 0)
+    capped: NDArray[np.float64] = np.minimum(ratios, 1.0)
+    return capped

@@ -6,8 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from expertshare.evaluation.resampling import PairCounts, capped_mean_interval, count_pairs
-from expertshare.evaluation.statistics import Proportion, paired_difference, proportion, retained
+from expertshare.evaluation.statistics import (
+    PairCounts,
+    Proportion,
+    capped_mean_interval,
+    count_pairs,
+    paired_difference,
+    proportion,
+    retained,
+)
 from expertshare.measure.cost import FORWARD_KINDS
 
 Line = Mapping[str, Any]

@@ -10,8 +10,8 @@ from typing import Any
 
 from starlette.types import Message
 
-from expertshare.cluster import connected
 from expertshare.errors import ConfigError
+from expertshare.ray_connection import connected
 from expertshare.serving.logs import log
 from expertshare.serving.orders import EngineBusyError
 from expertshare.serving.replicas.call import Call

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting one on this machine."""
+"""A Ray cluster: one that runs already, or one of this machine alone, for as long as it is needed."""
 
 from __future__ import annotations
 
