@@ -39,7 +39,7 @@ def write_prompts(path: str | Path, items: Iterable[PromptRecord]) -> None:
 
 
 def read_prompts(source: str | Path | TextIO) -> list[PromptRecord]:
-    """The records of a file or an open text stream; lines of blanks only are skipped.
+    """The records of a file or an open text stream; empty lines are skipped.
 
     Raises InputError, with the source's name and the line number, for anything but such records, and for a
     source without any.

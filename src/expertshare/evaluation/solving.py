@@ -64,7 +64,7 @@ class SolverSetup:
 class Solver:
     """A loaded model that answers jobs, one prompt at a time, so that no answer depends on what else is asked.
 
-    store: the experts of a converted model, open; whoever opened it closes it.
+    store: the experts of a converted model, open; the caller closes it.
     """
 
     loaded: LoadedModel

@@ -76,7 +76,7 @@ def read_policy_file(path: str | Path) -> PolicyFile:
         checksum = _checksum(content)
     except OSError as error:
         raise InputError(f"expected a readable policy file, got {path}: {error.strerror}; check the path") from error
-    except (ValueError, RecursionError) as error:  # no JSON, or values that JSON or Python has no room for
+    except (ValueError, RecursionError) as error:  # no JSON, or values that JSON or Python cannot hold
         raise InputError(f"expected a policy file (JSON), got {path}: {error}; expertshare tune makes one") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f'expected a policy file ("format": "{FORMAT}"), got {path}; make one with expertshare tune')

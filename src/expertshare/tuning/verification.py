@@ -38,7 +38,7 @@ class Verified:
         """In the unit of the kind: experts, bytes per prompt, or seconds per block."""
         costs = {"experts": self.unique_experts, "bytes": self.expert_bytes, "latency": self.seconds_per_block}
         found = costs[kind]
-        assert found is not None  # latency is measured before anybody asks for it
+        assert found is not None  # latency is measured before it is asked for
         return found
 
     def to_json(self, *, retain: float, confidence: float) -> dict[str, Any]:

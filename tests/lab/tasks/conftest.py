@@ -1,4 +1,4 @@
-"""The tokenizer takes a second to build, so the room shares one."""
+"""The tokenizer takes a second to build, so all tests share one."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Kind `code` (HumanEval-like): write one short function; unit tests decide.
 
-Level 1 is one operation, level 2 two, level 3 three or one whose constant has to be computed first, without room to
+Level 1 is one operation, level 2 two, level 3 three or one whose constant has to be computed first, without space to
 write the computation down.
 """
 

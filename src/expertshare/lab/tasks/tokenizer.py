@@ -1,6 +1,6 @@
 """The reference model's tokenizer: byte-level BPE whose vocabulary is the words of the generated tasks.
 
-Text is cut by the GPT-2 pattern (letters, digits, punctuation and blanks apart, one leading blank kept). A
+Text is cut by the GPT-2 pattern (letters, digits, punctuation and spaces apart, one leading space kept). A
 cut that is in the vocabulary is one token (`ignore_merges`); any other text falls back to its bytes, so every
 UTF-8 string survives a round trip. Whole words instead of learnt merges: merges would spend a third of the
 vocabulary on fragments that never occur.
@@ -41,12 +41,12 @@ def _byte_level() -> pre_tokenizers.PreTokenizer:
 
 
 def _words(seed: int) -> list[str]:
-    """The pieces into which train items are cut, and 0..MAX_VALUE with and without a blank; sorted."""
+    """The pieces into which train items are cut, and 0..MAX_VALUE with and without a space; sorted."""
     texts: set[str] = set()
     for task in TASKS:
         for item in islice(iterate_items(task, split="train", seed=seed), ITEMS_PER_TASK):
             texts.update((item.prompt, item.reference))
-    texts.update(f"{blank}{n}" for n in range(MAX_VALUE + 1) for blank in ("", " "))
+    texts.update(f"{space}{n}" for n in range(MAX_VALUE + 1) for space in ("", " "))
     cut = _byte_level()
     return sorted({piece for text in texts for piece, _ in cut.pre_tokenize_str(text)})
 
