@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertshare import native
-from expertshare.kernels import moe_ffn
+from expertshare.kernels import TorchBackend
+from expertshare.kernels.cpu_backend import CpuBackend
 from expertshare.kernels.quantise import QUANTISATIONS, quantise_bank
 from expertshare.kernels.weights import projections, tensors_of
 from expertshare.measure.environment import capture_environment
@@ -41,6 +42,7 @@ CASES = {
     "sdar": (2048, 768, 128),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+CPU, TORCH = CpuBackend(), TorchBackend()
 Backend = Callable[[Tensor, RoutingPlan, Any], Tensor]  # of the bank that `bank_for` makes
 
 
@@ -85,17 +87,17 @@ def loop(x_TD: Tensor, plan: RoutingPlan, bank: ExpertBank) -> Tensor:
 def with_own_threads(x_TD: Tensor, plan: RoutingPlan, bank: ExpertBank) -> Tensor:
     """The kernel in its own threads, which contest the cores with torch's where torch's operations surround it."""
     native.use_torch_threads(False)
-    y_TD = moe_ffn(x_TD, plan, bank, backend="cpu")
+    y_TD = CPU.moe_ffn(x_TD, plan, bank)
     native.use_torch_threads(None)
     return y_TD
 
 
 BACKENDS: dict[str, Backend] = {
-    "cpu": lambda x, plan, bank: moe_ffn(x, plan, bank, backend="cpu"),
+    "cpu": CPU.moe_ffn,
     "cpu-own": with_own_threads,
-    "cpu-int8": lambda x, plan, bank: moe_ffn(x, plan, bank, backend="cpu"),
-    "cpu-int4": lambda x, plan, bank: moe_ffn(x, plan, bank, backend="cpu"),
-    "grouped": lambda x, plan, bank: moe_ffn(x, plan, bank, backend="grouped"),
+    "cpu-int8": CPU.moe_ffn,
+    "cpu-int4": CPU.moe_ffn,
+    "torch": TORCH.moe_ffn,
     "loop": loop,
 }
 # Backends whose weights are not those of the dtype under test.
@@ -210,7 +212,7 @@ def run_case(case: str, dtype: str, uniques: list[int], options: argparse.Namesp
             continue
         expert_bytes = {backend: bytes_per_expert(bank) for backend, bank in banks.items()}
         plans = rotating_plans(unique, num_experts, min(expert_bytes.values()))
-        exact = moe_ffn(x_TD[:1].float(), _first_token(plans[0]), _widened(bank, plans[0]), backend="reference")
+        exact = TORCH.moe_ffn(x_TD[:1].float(), _first_token(plans[0]), _widened(bank, plans[0]))
         first = {backend: BACKENDS[backend](x_TD, plans[0], banks[backend])[:1].float() for backend in options.backends}
         errors = {backend: float((y - exact).abs().max() / exact.abs().max()) for backend, y in first.items()}
         times = time_backends(options.backends, x_TD, plans, banks, options.repeats, options.between)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from expertshare import native
-from expertshare.kernels.dense import head
+from expertshare.kernels.cpu_backend import CpuBackend
 from expertshare.kernels.quantise import quantise_table
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.report import write_json
@@ -41,7 +41,7 @@ def measure(rows: int, tables: dict[str, torch.Tensor | QuantisedTable], repeats
     times: dict[str, list[float]] = {name: [] for name in (*tables, "read")}
     for _ in range(repeats):
         for name, table in tables.items():
-            times[name].append(timed(partial(head, hidden_RD, table, [], backend="cpu")))
+            times[name].append(timed(partial(CpuBackend().best_token, hidden_RD, table, [])))
         times["read"].append(timed(floats.view(torch.int64).sum))
     found = {name: statistics.median(taken) for name, taken in times.items()}
     return {"rows": rows, **found, "gb_per_s": floats.nbytes / found.pop("read") / 1e6}

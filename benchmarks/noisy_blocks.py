@@ -16,6 +16,7 @@ from unseen_prompts import unseen_prompts
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.decoding import DecodingOptions
 from expertshare.evaluation import Setup, answer_prompts, encode_prompts, judge
+from expertshare.kernels import TorchBackend
 from expertshare.models import LoadedModel, Runtime
 from expertshare.models.runtime import ForwardInput
 from expertshare.routing import Layerwise, everything, make_policy
@@ -132,11 +133,11 @@ def forward(loaded: LoadedModel, block: NoisyBlock, policies: Sequence[Bans], co
         mask_BSP=(number_S[:, None] >= number_S[None, :]).expand(copies, -1, -1),
         block_length=length,
     )
-    runtime = Runtime(policy=Layerwise(layers=tuple(policies)), backend="grouped")
+    runtime = Runtime(policy=Layerwise(layers=tuple(policies)), backend=TorchBackend())
     with torch.no_grad():
         output = loaded.model(inputs, runtime)
         hidden_RCD = output.hidden_BSD[:, block.loss_S]
-        logits_RCV = loaded.model.logits(hidden_RCD.flatten(0, 1), backend="grouped").float()
+        logits_RCV = loaded.model.logits(hidden_RCD.flatten(0, 1), backend=TorchBackend()).float()
     targets_RC = block.clean_S[block.loss_S].repeat(copies)
     losses = torch.nn.functional.cross_entropy(logits_RCV, targets_RC, reduction="none")
     return losses.view(copies, -1).mean(dim=1)

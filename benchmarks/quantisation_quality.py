@@ -36,7 +36,7 @@ from expertshare.decoding.row import Row, Window
 from expertshare.evaluation import encode_prompts, paired_difference, proportion
 from expertshare.evaluation.scoring import score_many
 from expertshare.experts import ExpertMemory, StoreOptions, open_store
-from expertshare.kernels import AUTO, resolve_backend
+from expertshare.kernels import AUTO, choose_backend
 from expertshare.kernels.quantise import QUANTISATIONS
 from expertshare.lab.tasks import TASKS, TaskItem, generate_items
 from expertshare.measure.environment import capture_environment
@@ -101,7 +101,7 @@ def convert(source: str, out: Path, variant: Variant) -> Path:
 def trajectories(loaded: LoadedModel, items: Sequence[TaskItem]) -> Iterator[State]:
     """Every denoising step of the model's own answers."""
     prompts = encode_prompts(loaded, [item.prompt for item in items], None)
-    runtime = Runtime(policy=parse_policy("vanilla"), backend=resolve_backend(AUTO, loaded.model.device))
+    runtime = Runtime(policy=parse_policy("vanilla"), backend=choose_backend(AUTO, loaded.model.device))
     states: list[State] = []
     for start in range(0, len(prompts), BATCH):
         decoder = BlockDecoder(loaded.model, runtime, DecodingOptions(gen_length=GEN_LENGTH))
@@ -132,7 +132,7 @@ def log_probabilities(loaded: LoadedModel, variant: Variant, states: Sequence[St
             store = stack.enter_context(open_store(loaded.path, loaded.layout, options))
         runtime = Runtime(
             policy=parse_policy(variant.policy).bind(config.router),
-            backend=resolve_backend(AUTO, loaded.model.device),
+            backend=choose_backend(AUTO, loaded.model.device),
             store=store,
         )
         for state in states:

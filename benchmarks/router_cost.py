@@ -26,7 +26,8 @@ from torch import Tensor
 
 from expertshare import native
 from expertshare.config import ModelConfig, RouterSpec
-from expertshare.kernels import moe_ffn
+from expertshare.kernels import choose_backend
+from expertshare.kernels.cpu_backend import CpuBackend
 from expertshare.lab.bench.cases import CASES
 from expertshare.lab.bench.weights import random_banks
 from expertshare.measure.environment import capture_environment
@@ -35,6 +36,7 @@ from expertshare.routing import POLICIES, count_load, parse_policy, router_score
 from expertshare.types import ExpertBank, RoutingPlan, RoutingPolicy
 
 TOKENS = 32
+CPU = CpuBackend()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +107,9 @@ def plan_whole(
     router: Router, x_GLD: Tensor, live_GL: Tensor, policy: RoutingPolicy, spec: RouterSpec, watch: Stopwatch
 ) -> tuple[RoutingPlan, Tensor]:
     """As the model does it."""
-    plan, routing = router.plan(x_GLD, live_GL, policy, spec, backend="cpu")
+    routed = CPU.route(x_GLD, router.weight, router.bias, policy, spec, live_GL)
     watch.stop("routing")
-    return plan, routing.group_experts_G
+    return routed.plan, routed.group_experts_G
 
 
 def plan_by_torch(
@@ -136,7 +138,7 @@ def layer(
     watch = Stopwatch()
     plan, unique_G = plan_by(router, x_GLD, live_GL, policy, scene.spec, watch)
     watch.stop("between")
-    moe_ffn(x_GLD[0], plan, scene.bank, backend=options.backend)
+    options.chosen.moe_ffn(x_GLD[0], plan, scene.bank)
     watch.stop("experts")
     return watch.parts_us, int(unique_G[0])
 
@@ -180,7 +182,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--by", default="native", help="native, torch or both, comma-separated")
     parser.add_argument("--router-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of its values")
     parser.add_argument("--likeness", type=float, default=0.75, help="cosine of a block's tokens with its direction")
-    parser.add_argument("--backend", help="of the experts; default: cpu where it is there, else grouped")
+    parser.add_argument("--backend", help="of the experts; default: cpu where it is there, else torch")
     parser.add_argument("--layers", type=int, default=20, help="routers")
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--threads", type=int, help="default: torch's own choice")
@@ -194,7 +196,8 @@ def main() -> None:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    options.backend = options.backend or ("cpu" if native.available() else "grouped")
+    options.backend = options.backend or ("cpu" if native.available() else "torch")
+    options.chosen = choose_backend(options.backend, torch.device("cpu"))
     config = CASES["llada2.0-mini"].config
     sizes = {"num_experts": config.router.num_experts, "hidden": config.hidden_size, "inner": config.expert_hidden}
     (bank,) = random_banks(count=1, **sizes, dtype=torch.bfloat16, seed=0)

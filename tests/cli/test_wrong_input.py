@@ -36,7 +36,7 @@ GENERATE = [
     (("--temperature", "-1"), "temperature must be"),
     (("--seed", "-1"), "seed must be"),
     (("--dtype", "float23"), "Did you mean 'float32'?"),
-    (("--backend", "groupd"), "Did you mean 'grouped'?"),
+    (("--backend", "tritn"), "Did you mean 'triton'?"),
     (("--device", "gpu"), "unknown device 'gpu'"),
     (("--prompts", "x.jsonl"), "got --prompt and --prompts: choose one"),
     (("--report", "missing-directory/report.json"), "expected a path that can be written"),
@@ -108,7 +108,7 @@ def test_a_gpu_that_is_not_there(
 
 def test_triton_on_the_cpu(checkpoint: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("expertshare.kernels.door.check_available", lambda: None)
+    monkeypatch.setattr("expertshare.kernels.triton.check_available", lambda: None)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     done = run("generate", checkpoint, "--prompt", "hello", "--backend", "triton")
     assert done.code == 2

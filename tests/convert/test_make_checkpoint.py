@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backends import moe_ffn_loop
 from expertshare.config import ModelConfig
 from expertshare.convert import convert, restore, verify
 from expertshare.convert.shapes import default_unique, likeness
 from expertshare.decoding import DecodingOptions, generate
 from expertshare.errors import CheckpointError, ConfigError, InputError
 from expertshare.experts.layout import open_layers, read_manifest
-from expertshare.kernels import moe_ffn
 from expertshare.kernels.quantise import QUANTISATIONS, dequantise, quantise_bank
 from expertshare.lab.bench.cases import find_case
 from expertshare.lab.random_checkpoint.characters import first_byte_id, printable_ids, tokenizer_files
@@ -149,7 +149,7 @@ def test_the_pool_computes_what_its_experts_compute() -> None:
     ids_TK = torch.stack([torch.randperm(20, generator=generator)[:4] for _ in range(9)])
     active_E = torch.zeros(20, dtype=torch.bool).scatter_(0, ids_TK.flatten(), True)
     plan = RoutingPlan(ids_TK, torch.rand(9, 4, generator=generator), active_E)
-    expected = moe_ffn(x_TD, plan, whole, backend="reference")
+    expected = moe_ffn_loop(x_TD, plan, whole)
     torch.testing.assert_close(made.compute(x_TD, plan), expected, rtol=1e-5, atol=1e-5)
 
 

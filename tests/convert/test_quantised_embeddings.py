@@ -16,6 +16,8 @@ from expertshare.convert.sizes import sizes_of
 from expertshare.errors import CheckpointError, ConfigError, InputError
 from expertshare.experts import read_manifest
 from expertshare.experts.layout import DENSE, MANIFEST
+from expertshare.kernels import TorchBackend
+from expertshare.kernels.cpu_backend import CpuBackend
 from expertshare.lab.random_checkpoint.make_checkpoint import make_checkpoint
 from expertshare.models import load_model, save_model
 from expertshare.models.checkpoint import loaded_bytes, read_headers
@@ -24,7 +26,7 @@ from expertshare.native import available
 from .models import CONFIGS, LLADA2, read_all, save_random
 
 EMBED, HEAD = "model.word_embeddings.weight", "lm_head.weight"
-BACKENDS = ["grouped", *(["cpu"] if available() else [])]
+BACKENDS = [TorchBackend(), *([CpuBackend()] if available() else [])]
 
 
 def widened(codes_PC: torch.Tensor, scales_PG: torch.Tensor) -> torch.Tensor:
@@ -68,7 +70,7 @@ def test_every_family_loads_and_answers(tmp_path: Path, family: str) -> None:
     assert loaded.model.dtype == torch.bfloat16
     tokens = torch.tensor([[3, 200, 7]])
     with torch.no_grad():
-        mine, theirs = loaded.model.embed(tokens), whole.model.embed(tokens)
+        mine, theirs = (BACKENDS[0].embed(tokens, m.embed.weight, m.dtype) for m in (loaded.model, whole.model))
         assert mine.dtype == torch.bfloat16
         assert (mine - theirs).float().norm() < 0.02 * theirs.float().norm()
         hidden_RD = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -91,7 +93,11 @@ def test_tied_tables_are_one_in_memory(tmp_path: Path) -> None:
 def test_scales_stay_exact_whatever_the_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     _, out = converted(tmp_path, quantise="int8")
     loaded = load_model(out, dtype)
-    assert loaded.model.dtype == loaded.model.embed(torch.tensor([1])).dtype == dtype
+    assert (
+        loaded.model.dtype
+        == BACKENDS[0].embed(torch.tensor([1]), loaded.model.embed.weight, loaded.model.dtype).dtype
+        == dtype
+    )
     assert torch.equal(loaded.model.state_dict()["head.scales"], load_file(out / DENSE)[f"{HEAD}.scales"])
 
 

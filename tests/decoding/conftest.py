@@ -12,7 +12,8 @@ from torch import Tensor
 
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.decoding import DecodingOptions
-from expertshare.kernels.vocabulary import best_token
+from expertshare.kernels import Backend
+from expertshare.kernels.torch_backend import best_of_logits
 from expertshare.models.runtime import (
     ForwardInput,
     ForwardOutput,
@@ -119,11 +120,11 @@ class ScriptedModel(MoETransformer):
         )
         return ForwardOutput(hidden, (LayerKeyValues(keys, keys),) * self.config.num_layers, trace)
 
-    def best_tokens(self, hidden_RD: Tensor, excluded: Sequence[int], *, backend: str) -> tuple[Tensor, Tensor]:
+    def best_tokens(self, hidden_RD: Tensor, excluded: Sequence[int], *, backend: Backend) -> tuple[Tensor, Tensor]:
         """From the script, whatever the backend."""
-        return best_token(self.logits(hidden_RD), excluded)
+        return best_of_logits(self.logits(hidden_RD), excluded)
 
-    def logits(self, hidden_RD: Tensor, *, backend: str = "grouped") -> Tensor:
+    def logits(self, hidden_RD: Tensor, *, backend: Backend | None = None) -> Tensor:
         """The script, as log probabilities."""
         rows = []
         self.asked.append(hidden_RD[:, 0].long().tolist())

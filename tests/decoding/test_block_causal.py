@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from backends import backend_named
 from expertshare import native
 from expertshare.config import ModelConfig
 from expertshare.decoding import BlockDecoder, DecodingOptions, generate
@@ -142,27 +143,29 @@ def test_cache_holds_keys_and_values_of_final_tokens(
     assert all(step >= 1 for step in steps)
 
 
-@pytest.mark.parametrize("backend", ["grouped", *(["cpu"] if native.available() else [])])
+@pytest.mark.parametrize("backend", ["torch", *(["cpu"] if native.available() else [])])
 def test_block_causal_attention_is_a_plain_masked_softmax(
     config: ModelConfig, make_model: MakeModel, backend: str
 ) -> None:
     """One attention layer under the decoder's mask against a softmax over explicitly listed keys."""
     layers: Any = make_model(config).layers
-    attention = layers[0].attention
+    attention, oracle = layers[0].attention, backend_named("torch")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 12, 32, generator=generator)
     tables = (torch.ones(1, 1, 12, 4), torch.zeros(1, 1, 12, 4))
     live = torch.tensor([[True] * 8 + [False] * 4])
     with torch.no_grad():
-        got, _ = attention(x, tables, block_causal_mask(live, 4), None, backend=backend)
+        got, _ = attention(x, tables, block_causal_mask(live, 4), None, backend=backend_named(backend))
         q, k, v = attention.qkv(x)[0].split((32, 16, 16), dim=-1)
         for query in range(8):
             keys = range((query // 4 + 1) * 4)
             heads = []
             for head in range(4):
-                qh = attention.q_norm(q[query, head * 8 : head * 8 + 8])
+                qh = attention.q_norm(q[query, head * 8 : head * 8 + 8], oracle)
                 at = slice(head // 2 * 8, head // 2 * 8 + 8)
-                score = torch.stack([attention.k_norm(k[key, at]) @ qh for key in keys]) / 8**0.5
+                score = (
+                    torch.stack([attention.k_norm(k[key, at], backend_named("torch")) @ qh for key in keys]) / 8**0.5
+                )
                 heads.append(score.softmax(dim=0) @ torch.stack([v[key, at] for key in keys]))
             assert torch.allclose(got[0, query], attention.out(torch.cat(heads)), atol=1e-5)
 
@@ -259,7 +262,7 @@ def test_the_native_engine_decodes_the_same(
 ) -> None:
     """Dense layers, experts and head by our kernels: token for token the plain decoder in torch; and in a batch."""
     model, prompts = make_model(config, seed=2), [prompt_of(length) for length in (13, 3, 24)]
-    by_kernel = replace(runtime("des-vote:budget=8"), backend="cpu")
+    by_kernel = replace(runtime("des-vote:budget=8"), backend=backend_named("cpu"))
     together = generate(model, by_kernel, RULES[rule], prompts)
     for row, prompt in zip(together.rows, prompts, strict=True):
         plain = uncached(model, runtime("des-vote:budget=8"), RULES[rule], prompt)
@@ -268,7 +271,7 @@ def test_the_native_engine_decodes_the_same(
         assert row == generate(model, by_kernel, RULES[rule], [prompt]).rows[0]
 
 
-@pytest.mark.parametrize("backend", ["grouped", *(["cpu"] if native.available() else [])])
+@pytest.mark.parametrize("backend", ["torch", *(["cpu"] if native.available() else [])])
 @pytest.mark.parametrize("editing", [None, 0.4])
 def test_the_head_runs_on_positions_that_may_change_and_no_others(
     config: ModelConfig, make_model: MakeModel, runtime: MakeRuntime, backend: str, editing: float | None
@@ -277,7 +280,9 @@ def test_the_head_runs_on_positions_that_may_change_and_no_others(
     denoising steps only."""
     model = make_model(replace(config, eos_ids=()))
     options = DecodingOptions(gen_length=12, editing_threshold=editing)
-    stream = BlockDecoder(model, replace(runtime(), backend=backend), options).blocks([prompt_of(13), prompt_of(3)])
+    stream = BlockDecoder(model, replace(runtime(), backend=backend_named(backend)), options).blocks(
+        [prompt_of(13), prompt_of(3)]
+    )
     asked: list[int] = []
     wanted: list[int] = []
     best_tokens, denoise = model.best_tokens, stream.forwards.denoise

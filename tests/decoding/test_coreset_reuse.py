@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from backends import backend_named
 from expertshare import native
 from expertshare.config import ModelConfig
 from expertshare.decoding import BlockDecoder, DecodingOptions, generate
@@ -104,8 +105,8 @@ def test_layers_that_the_native_library_routes_have_nothing_to_keep(
     layers = [plain] * config.num_moe_layers
     layers[-1] = make_policy("des-vote", {"budget": 6, "reuse": 3, "voters": "masked"})
     model, answers = make_model(config), []
-    for backend in ("cpu", "grouped"):
-        chosen = replace(runtime(), policy=Layerwise(layers=tuple(layers)), backend=backend)
+    for backend in ("cpu", "torch"):
+        chosen = replace(runtime(), policy=Layerwise(layers=tuple(layers)), backend=backend_named(backend))
         answers.append([row.token_ids for row in generate(model, chosen, OPTIONS, PROMPTS).rows])
     assert answers[0] == answers[1]
 

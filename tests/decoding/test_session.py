@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from backends import backend_named
 from expertshare import native
 from expertshare.config import ModelConfig
 from expertshare.decoding import BlockResult, BlockSession, DecodingOptions, Joining, generate
@@ -19,7 +20,7 @@ from expertshare.models.transformer import MoETransformer
 
 MakeModel = Callable[..., MoETransformer]
 MakeRuntime = Callable[..., Runtime]
-BACKENDS = ["grouped", *(["cpu"] if native.available() else [])]
+BACKENDS = ["torch", *(["cpu"] if native.available() else [])]
 OPTIONS = [
     DecodingOptions(gen_length=24, threshold=0.6),
     DecodingOptions(gen_length=8, threshold=0.3, temperature=0.9, seed=5),
@@ -77,7 +78,7 @@ def join_as_blocks_end(
 def test_every_row_is_decoded_as_it_would_be_alone(
     config: ModelConfig, make_model: MakeModel, runtime: MakeRuntime, policy: str, backend: str
 ) -> None:
-    model, run = make_model(config), replace(runtime(policy), backend=backend)
+    model, run = make_model(config), replace(runtime(policy), backend=backend_named(backend))
     joining = [
         Joining(prompt=tuple(prompt), options=options.resolve(config))
         for prompt, options in zip(prompts(6), OPTIONS, strict=True)

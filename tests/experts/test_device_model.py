@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from backends import backend_named
 from expertshare import api
 from expertshare.api import loading
 from expertshare.convert import convert as quantise
@@ -25,18 +26,16 @@ from expertshare.experts import (
 )
 from expertshare.kernels.triton import interpreted, unavailable_reason
 from expertshare.models import LoadedModel, Runtime, load_model
-from expertshare.models.moe import _of_active, few_enough
 from expertshare.models.runtime import ForwardInput
 from expertshare.native import available
 from expertshare.routing import make_policy
-from expertshare.types import ExpertBank, RoutingPlan
 
 from .conversion import convert
 from .streams import SimulatedTransfer
 
 REFERENCE = Path(__file__).parents[2] / "models" / "reference"
 PROMPT = "Tom has 12 apples. He finds 7 more. How many apples does Tom have now?"
-EXACT = "cpu" if available() else "reference"
+EXACT = "cpu" if available() else "torch"
 STEPS: dict[str, Any] = {"gen_length": 32, "threshold": None, "steps_per_block": 6}
 
 
@@ -77,8 +76,8 @@ def test_hidden_states_are_the_same_bit_for_bit(converted: Path, kept: int) -> N
         BudgetedStore(converted, loaded.layout, slots(converted, 20).num_bytes, memory=memory) as tight,
     ):
         for seed in range(3):
-            expected = hidden_states(loaded, Runtime(policy=policy, backend=EXACT, store=whole), seed)
-            found = hidden_states(loaded, Runtime(policy=policy, backend=EXACT, store=tight), seed)
+            expected = hidden_states(loaded, Runtime(policy=policy, backend=backend_named(EXACT), store=whole), seed)
+            found = hidden_states(loaded, Runtime(policy=policy, backend=backend_named(EXACT), store=tight), seed)
             assert torch.equal(found, expected)
         assert tight.statistics().total.copies > 20
 
@@ -105,24 +104,8 @@ def test_answers_through_a_simulated_device_are_the_same(
     assert found.config["expert_store"].get("host_memory") == host_memory
 
 
-def test_a_bank_with_too_many_rows_for_a_grouped_product_is_cut_to_the_plan() -> None:
-    bank = ExpertBank(torch.randn(9, 4, 3), torch.randn(9, 3, 2))
-    active_S = torch.zeros(9, dtype=torch.bool)
-    active_S[[2, 7]] = True
-    plan = RoutingPlan(torch.tensor([[7, 2], [7, -1]]), torch.rand(2, 2), active_S)
-    assert few_enough(plan, bank, "grouped", most=9) == (plan, bank)  # of the host: no limit there
-    meta = ExpertBank(bank.gate_up_EHD.to("meta"), bank.down_EDF.to("meta"))
-    assert few_enough(plan, meta, "triton", most=9)[1] is meta
-    assert few_enough(plan, meta, "grouped", most=10)[1] is meta
-    small, chosen = _of_active(plan, bank)
-    assert small.expert_ids_TK.tolist() == [[1, 0], [1, -1]]
-    assert small.active_E.tolist() == [True, True]
-    assert torch.equal(chosen.gate_up_EHD, bank.gate_up_EHD[[2, 7]])
-    assert torch.equal(chosen.down_EDF, bank.down_EDF[[2, 7]])
-
-
 BACKENDS = [
-    "reference",
+    "torch",
     pytest.param(
         "triton",
         marks=pytest.mark.skipif(
@@ -160,10 +143,10 @@ class TestOnAGpu:
         assert loaded.layout is not None
         policy, device = make_policy("des-vote", {"budget": 16}).bind(loaded.config.router), loaded.model.device
         with open_store(converted, loaded.layout, StoreOptions(), device) as whole:
-            runtime = Runtime(policy=policy, backend=backend, store=whole)
+            runtime = Runtime(policy=policy, backend=backend_named(backend), store=whole)
             expected = [hidden_states(loaded, runtime, seed) for seed in range(10)]
         for options in every_store(converted):
             with open_store(converted, loaded.layout, options, device) as tight:
-                runtime = Runtime(policy=policy, backend=backend, store=tight)
+                runtime = Runtime(policy=policy, backend=backend_named(backend), store=tight)
                 for seed, right in enumerate(expected):
                     assert torch.equal(hidden_states(loaded, runtime, seed), right)

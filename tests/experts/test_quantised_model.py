@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from backends import backend_named
 from expertshare import api
 from expertshare.convert import convert
 from expertshare.experts import BudgetedStore, ExpertMemory, StoreOptions, open_store, read_manifest
@@ -17,7 +18,7 @@ from expertshare.routing import make_policy
 
 REFERENCE = Path(__file__).parents[2] / "models" / "reference"
 PROMPT = "Tom has 12 apples. He finds 7 more. How many apples does Tom have now?"
-BACKENDS = ["reference", *(["cpu"] if available() else [])]
+BACKENDS = ["torch", *(["cpu"] if available() else [])]
 
 
 @pytest.fixture(scope="module", params=["int8", "int4"])
@@ -56,9 +57,11 @@ def test_hidden_states_are_the_same_bit_for_bit(converted: Path, backend: str, p
     ):
         for _ in range(3):
             tokens_BS = torch.randint(3, 500, (1, 32), generator=generator)
-            expected = forward(tokens_BS, Runtime(policy=policy, backend=backend, store=whole))
+            expected = forward(tokens_BS, Runtime(policy=policy, backend=backend_named(backend), store=whole))
             assert expected.isfinite().all()
-            assert torch.equal(forward(tokens_BS, Runtime(policy=policy, backend=backend, store=tight)), expected)
+            assert torch.equal(
+                forward(tokens_BS, Runtime(policy=policy, backend=backend_named(backend), store=tight)), expected
+            )
         assert tight.statistics().total.reads > 20
 
 

@@ -14,7 +14,7 @@ import expertshare
 from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.integrations.transformers import experts as implementation
-from expertshare.kernels import moe_ffn
+from expertshare.kernels.cpu_experts import moe_ffn_cpu
 
 from .tiny_models import TOP_K, build, logits, tokens
 
@@ -29,12 +29,11 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Which experts our kernel was given, call by call."""
     calls: list[Tensor] = []
 
-    def counted(x: Tensor, plan: Any, bank: Any, *, backend: str) -> Tensor:
-        assert backend == "cpu"
+    def counted(x: Tensor, plan: Any, bank: Any) -> Tensor:
         calls.append(plan.active_E)
-        return moe_ffn(x, plan, bank, backend=backend)
+        return moe_ffn_cpu(x, plan, bank)
 
-    monkeypatch.setattr(implementation, "moe_ffn", counted)
+    monkeypatch.setattr(implementation._OURS, "moe_ffn", counted)
     return calls
 
 
@@ -78,11 +77,11 @@ def test_weights_are_read_where_they_lie(monkeypatch: pytest.MonkeyPatch) -> Non
     model = build("olmoe")
     addresses = []
 
-    def noted(x: Tensor, plan: Any, bank: Any, *, backend: str) -> Tensor:
+    def noted(x: Tensor, plan: Any, bank: Any) -> Tensor:
         addresses.append((bank.gate_up_EHD.data_ptr(), bank.down_EDF.data_ptr()))
         return x
 
-    monkeypatch.setattr(implementation, "moe_ffn", noted)
+    monkeypatch.setattr(implementation._OURS, "moe_ffn", noted)
     model.set_experts_implementation("expertshare")
     logits(model, tokens())
     layers = [layer.mlp.experts for layer in model.model.layers]

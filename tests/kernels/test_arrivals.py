@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from backends import moe_ffn
 from expertshare import native
 from expertshare.errors import CheckpointError, ConfigError
-from expertshare.kernels import moe_ffn
 from expertshare.kernels.quantise import QUANTISATIONS, quantise_bank
 from expertshare.kernels.weights import projections, tensors_of
 from expertshare.types import Bank, ExpertBank, QuantisedBank, RoutingPlan
@@ -165,12 +165,11 @@ def test_nobody_waits_long_for_the_others_once_one_will_not_come(unwritten_is_na
     assert min(waits) < 0.05  # of a patience of 0.1
 
 
-@pytest.mark.parametrize("backend", ["grouped", "reference"])
-def test_other_backends_wait_first(backend: str) -> None:
+def test_torch_waits_first() -> None:
     x_TD, plan, whole, partly = scene("float32")
     coming = Coming(on_their_way(), lambda: bring_late(whole, partly))
-    found = moe_ffn(x_TD, plan, partly, backend=backend, arrivals=coming)
-    assert torch.equal(found, moe_ffn(x_TD, plan, whole, backend=backend))
+    found = moe_ffn(x_TD, plan, partly, arrivals=coming)
+    assert torch.equal(found, moe_ffn(x_TD, plan, whole))
     assert coming.num_waits == 1
 
 

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from backends import moe_ffn, moe_ffn_loop
 from expertshare import native
 from expertshare.errors import ConfigError
-from expertshare.kernels import moe_ffn
 from expertshare.kernels.cpu_experts import moe_ffn_cpu
 from expertshare.native import loading
 from expertshare.types import ExpertBank, RoutingPlan
@@ -67,7 +67,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def reference_of(x_TD: Tensor, plan: RoutingPlan, bank: ExpertBank) -> Tensor:
-    return moe_ffn(x_TD, plan, bank, backend="reference")
+    return moe_ffn_loop(x_TD, plan, bank)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -156,7 +156,7 @@ def test_an_expert_may_serve_several_slots_of_a_token(seed: int, top_k: int) -> 
 def test_bfloat16_is_no_worse_than_torch(isa: str, dtype: torch.dtype) -> None:
     x_TD, plan, bank = scene((32, 8, 16, 256, 128), dtype)
     exact = formula(x_TD, plan, bank)
-    torch_error = relative_error(moe_ffn(x_TD, plan, bank, backend="grouped"), exact)
+    torch_error = relative_error(moe_ffn(x_TD, plan, bank), exact)
     # In float32 both are at the level of single roundings, where the order of sums decides.
     assert relative_error(moe_ffn_cpu(x_TD, plan, bank), exact) <= torch_error * (2 if dtype == torch.float32 else 1)
 
@@ -376,6 +376,6 @@ def test_impossible_numbers_of_threads(num_threads: int) -> None:
         native.set_num_threads(num_threads)
 
 
-def test_the_door_has_it() -> None:
+def test_the_backend_has_it() -> None:
     x_TD, plan, bank = scene((6, 2, 4, 16, 8), torch.bfloat16)
     assert torch.equal(moe_ffn(x_TD, plan, bank, backend="cpu"), moe_ffn_cpu(x_TD, plan, bank))

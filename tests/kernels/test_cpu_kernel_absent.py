@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from backends import moe_ffn
 from expertshare import native
 from expertshare.errors import ConfigError
-from expertshare.kernels import moe_ffn, resolve_backend
+from expertshare.kernels import choose_backend
 from expertshare.native import calls, loading
 
 from .test_moe_ffn import scene
@@ -38,17 +39,17 @@ def test_a_missing_library_is_said_and_the_default_still_works(library: Path) ->
     assert "no C++ compiler" in str(native.unavailable_reason())
     x_TD, plan, bank = scene((3, 2, 4, 16, 8), torch.float32)
     assert moe_ffn(x_TD, plan, bank).shape == (3, 16)
-    with pytest.raises(ConfigError, match=r"'cpu' is not available.*use the backend 'grouped'"):
+    with pytest.raises(ConfigError, match=r"'cpu' is not available.*use the backend 'torch'"):
         moe_ffn(x_TD, plan, bank, backend="cpu")
 
 
 def test_auto_falls_back_to_torch_and_says_so_once(library: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert [resolve_backend("auto", torch.device("cpu")) for _ in range(3)] == ["grouped"] * 3
+    assert [choose_backend("auto", torch.device("cpu")).name for _ in range(3)] == ["torch"] * 3
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "no C++ compiler" in caplog.text
-    assert resolve_backend("auto", torch.device("meta")) == "grouped"
+    assert choose_backend("auto", torch.device("meta")).name == "torch"
     with pytest.raises(ConfigError, match="'cpu' is not available"):
-        resolve_backend("cpu", torch.device("cpu"))
+        choose_backend("cpu", torch.device("cpu"))
 
 
 def test_a_library_that_cannot_be_loaded_is_said(library: Path) -> None:

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from expertshare import native
 from expertshare.errors import ConfigError
-from expertshare.kernels import head
+from expertshare.kernels import TorchBackend
+from expertshare.kernels.cpu_backend import CpuBackend
 from expertshare.kernels.cpu_ops import best_token_cpu, linear_cpu
-from expertshare.kernels.vocabulary import best_token
+from expertshare.kernels.torch_backend import best_of_logits
 
 from .conftest import ISAS
 
@@ -66,12 +67,12 @@ def test_is_the_best_of_the_logits(isa: str, shape: tuple[int, int, int], dtype:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_the_slow_twin_agrees(dtype: torch.dtype) -> None:
     hidden_RD, weight_VD = scene((37, 1000, 64), dtype)
-    tokens_R, probability_R = best_token(hidden_RD @ weight_VD.T, [3, 999])
+    tokens_R, probability_R = best_of_logits(hidden_RD @ weight_VD.T, [3, 999])
     best_R, share_R = formula(hidden_RD @ weight_VD.T, [3, 999])
     assert torch.equal(tokens_R, best_R)
     torch.testing.assert_close(probability_R.double(), share_R, rtol=1e-5, atol=0)
-    native_R, confidence_R = head(hidden_RD, weight_VD, [3, 999], backend="cpu")
-    torch_R, sure_R = head(hidden_RD, weight_VD, [3, 999], backend="grouped")
+    native_R, confidence_R = CpuBackend().best_token(hidden_RD, weight_VD, [3, 999])
+    torch_R, sure_R = TorchBackend().best_token(hidden_RD, weight_VD, [3, 999])
     assert torch.equal(torch_R, tokens_R)
     assert torch.equal(sure_R, probability_R)
     if dtype == torch.float32:
@@ -141,14 +142,14 @@ def test_a_logit_that_is_not_finite_is_told(isa: str, bad: float, dtype: torch.d
     weight_VD[350, 0] = 0.0
     spoilt = best_token_cpu(hidden_RD, weight_VD, excluded)
     assert spoilt[1].isnan().tolist() == [False, False, True, False]
-    assert torch.equal(best_token(linear_cpu(hidden_RD, weight_VD), excluded)[1].isnan(), spoilt[1].isnan())
+    assert torch.equal(best_of_logits(linear_cpu(hidden_RD, weight_VD), excluded)[1].isnan(), spoilt[1].isnan())
     assert clean[1].isfinite().all()
 
 
 def test_no_rows_and_more_than_are_taken_at_a_time() -> None:
     hidden_RD, weight_VD = scene((2100, 40, 8), torch.float32)
     assert [len(part) for part in best_token_cpu(hidden_RD[:0], weight_VD, [1])] == [0, 0]
-    assert [len(part) for part in best_token(hidden_RD[:0] @ weight_VD.T, [1])] == [0, 0]
+    assert [len(part) for part in best_of_logits(hidden_RD[:0] @ weight_VD.T, [1])] == [0, 0]
     assert torch.equal(best_token_cpu(hidden_RD, weight_VD, [1])[0], formula(linear_cpu(hidden_RD, weight_VD), [1])[0])
 
 
@@ -158,7 +159,7 @@ def test_exclusions_that_cannot_be(excluded: list[int]) -> None:
     with pytest.raises(ConfigError, match=r"must lie in 0\.\.39|all 40 ids"):
         best_token_cpu(hidden_RD, weight_VD, excluded)
     with pytest.raises(ConfigError, match=r"must lie in 0\.\.39|all 40 ids"):
-        best_token(hidden_RD @ weight_VD.T, excluded)
+        best_of_logits(hidden_RD @ weight_VD.T, excluded)
 
 
 def test_other_dtypes_are_refused() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -10,11 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from backends import moe_ffn, moe_ffn_loop
 from expertshare import native
 from expertshare.errors import ConfigError
-from expertshare.kernels import BACKENDS, moe_ffn, resolve_backend
+from expertshare.kernels import BACKENDS, choose_backend
 from expertshare.types import ExpertBank, RoutingPlan
 
+CPU = torch.device("cpu")
 RUNNABLE = [
     pytest.param(name, marks=pytest.mark.skipif(name == "cpu" and not native.available(), reason="library not built"))
     for name in BACKENDS
@@ -102,11 +104,9 @@ def test_backends_follow_the_formula(shape: tuple[int, ...], unused: float, dtyp
     st.floats(0.0, 1.0),
     st.integers(0, 1000),
 )
-def test_grouped_equals_reference(shape: tuple[int, ...], unused: float, seed: int) -> None:
+def test_one_grouped_product_is_the_plain_loop(shape: tuple[int, ...], unused: float, seed: int) -> None:
     x_TD, plan, bank = scene(shape, torch.float32, unused=unused, seed=seed)
-    grouped = moe_ffn(x_TD, plan, bank, backend="grouped")
-    reference = moe_ffn(x_TD, plan, bank, backend="reference")
-    torch.testing.assert_close(grouped, reference, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moe_ffn(x_TD, plan, bank), moe_ffn_loop(x_TD, plan, bank), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", RUNNABLE)
@@ -156,13 +156,16 @@ GRADIENT_SHAPE = (12, 3, 6, 16, 8)
 
 
 def gradients(
-    backend: str, unused: float, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = GRADIENT_SHAPE
+    compute: Callable[[Tensor, RoutingPlan, ExpertBank], Tensor],
+    unused: float,
+    dtype: torch.dtype = torch.float32,
+    shape: tuple[int, ...] = GRADIENT_SHAPE,
 ) -> list[Tensor]:
     x_TD, plan, bank = scene(shape, dtype, unused=unused)
     leaves = [t.clone().requires_grad_() for t in (x_TD, plan.weights_TK, bank.gate_up_EHD, bank.down_EDF)]
     x_TD, weights_TK, gate_up, down = leaves
     used = RoutingPlan(plan.expert_ids_TK, weights_TK, plan.active_E)
-    y_TD = moe_ffn(x_TD, used, ExpertBank(gate_up, down), backend=backend)
+    y_TD = compute(x_TD, used, ExpertBank(gate_up, down))
     target = torch.linspace(-1, 1, y_TD.numel()).view_as(y_TD)
     (y_TD.float() * target).sum().backward()
     grads = [leaf.grad for leaf in leaves]
@@ -172,20 +175,19 @@ def gradients(
 
 @pytest.mark.parametrize("shape", [GRADIENT_SHAPE, (5, 2, 16, 16, 8)])  # in the second most experts run nothing
 @pytest.mark.parametrize("unused", [0.0, 0.4])
-def test_gradients_equal_those_of_the_reference(unused: float, shape: tuple[int, ...]) -> None:
-    both = (gradients(backend, unused, shape=shape) for backend in ("grouped", "reference"))
-    for grouped, reference in zip(*both, strict=True):
-        torch.testing.assert_close(grouped, reference, rtol=1e-4, atol=1e-5)
+def test_gradients_equal_those_of_the_plain_loop(unused: float, shape: tuple[int, ...]) -> None:
+    for found, expected in zip(*(gradients(f, unused, shape=shape) for f in (moe_ffn, moe_ffn_loop)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_in_bfloat16_are_close() -> None:
-    exact = gradients("reference", 0.3)
-    for rough, fine in zip(gradients("grouped", 0.3, torch.bfloat16), exact, strict=True):
+    exact = gradients(moe_ffn_loop, 0.3)
+    for rough, fine in zip(gradients(moe_ffn, 0.3, torch.bfloat16), exact, strict=True):
         assert relative_error(rough.float(), fine.double()) < 0.05
 
 
 def test_an_unused_slot_has_no_gradient() -> None:
-    x_grad, weights_grad, gate_up_grad, down_grad = gradients("grouped", 0.4)
+    x_grad, weights_grad, gate_up_grad, down_grad = gradients(moe_ffn, 0.4)
     _, plan, _ = scene(GRADIENT_SHAPE, torch.float32, unused=0.4)
     assert weights_grad[plan.expert_ids_TK < 0].eq(0).all()
     assert weights_grad[plan.expert_ids_TK >= 0].ne(0).all()
@@ -193,15 +195,14 @@ def test_an_unused_slot_has_no_gradient() -> None:
 
 
 def test_an_unknown_backend_suggests_the_nearest() -> None:
-    x_TD, plan, bank = scene(SHAPES[0], torch.float32)
-    with pytest.raises(ConfigError, match="Did you mean 'grouped'"):
-        moe_ffn(x_TD, plan, bank, backend="groupd")
+    with pytest.raises(ConfigError, match=r"unknown expert backend 'tritn'. Did you mean 'triton'"):
+        choose_backend("tritn", CPU)
 
 
 def test_auto_means_the_native_kernel_on_a_cpu_and_torch_elsewhere() -> None:
-    expected = "cpu" if native.available() else "grouped"
-    assert resolve_backend("auto", torch.device("cpu")) == expected
-    assert resolve_backend("auto", torch.device("cuda")) == "grouped"
-    assert resolve_backend("reference", torch.device("cpu")) == "reference"
-    with pytest.raises(ConfigError, match=r"unknown expert backend 'grupped'.*grouped"):
-        resolve_backend("grupped", torch.device("cpu"))
+    assert choose_backend("auto", CPU).name == ("cpu" if native.available() else "torch")
+    assert choose_backend("auto", torch.device("cuda")).name == "torch"
+    assert choose_backend("torch", CPU).name == "torch"
+    for gone in ("grouped", "reference"):
+        with pytest.raises(ConfigError, match=rf"unknown expert backend '{gone}'.*torch"):
+            choose_backend(gone, CPU)

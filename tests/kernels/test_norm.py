@@ -11,7 +11,8 @@ from torch import Tensor
 
 from expertshare import native
 from expertshare.errors import ConfigError
-from expertshare.kernels import Place, add_and_norm, rms_norm, turn_heads_cpu
+from expertshare.kernels import CacheSlice, TorchBackend
+from expertshare.kernels.cpu_ops import add_and_norm_cpu, rms_norm_cpu, turn_heads_cpu
 
 from .conftest import ISAS
 
@@ -54,27 +55,27 @@ def test_norm_is_that_of_torch(isa: str, shape: tuple[int, ...], dtype: torch.dt
     outputs = []
     for num_threads in (1, 2, 3):
         native.set_num_threads(num_threads)
-        outputs.append(rms_norm(x, scale, EPS, backend="cpu"))
-        total, normed = add_and_norm(x, delta, scale, EPS, backend="cpu")
+        outputs.append(rms_norm_cpu(x, scale, EPS))
+        total, normed = add_and_norm_cpu(x, delta, scale, EPS)
         assert torch.equal(total, expected_sum)
-        assert torch.equal(normed, rms_norm(total, scale, EPS, backend="cpu"))
+        assert torch.equal(normed, rms_norm_cpu(total, scale, EPS))
     assert all(torch.equal(outputs[0], output) for output in outputs)
     assert outputs[0].dtype == dtype
-    assert_same_but_for_the_mean(outputs[0], rms_norm(x, scale, EPS, backend="grouped"))
+    assert_same_but_for_the_mean(outputs[0], TorchBackend().rms_norm(x, scale, EPS))
     torch.testing.assert_close(outputs[0].double(), expected * scale.double(), rtol=0.02, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_token_does_not_depend_on_others_or_on_the_instruction_set(isa: str, dtype: torch.dtype) -> None:
     x, scale = random(9, 70, dtype=dtype), random(70, dtype=dtype, seed=1)
-    alone = torch.cat([rms_norm(row.unsqueeze(0), scale, EPS, backend="cpu") for row in x])
-    assert torch.equal(rms_norm(x, scale, EPS, backend="cpu"), alone)
+    alone = torch.cat([rms_norm_cpu(row.unsqueeze(0), scale, EPS) for row in x])
+    assert torch.equal(rms_norm_cpu(x, scale, EPS), alone)
     spread = torch.stack((x, x), dim=1)[:, 0]
-    assert torch.equal(rms_norm(spread, scale, EPS, backend="cpu"), alone)
-    assert rms_norm(x[:0], scale, EPS, backend="cpu").shape == (0, 70)
+    assert torch.equal(rms_norm_cpu(spread, scale, EPS), alone)
+    assert rms_norm_cpu(x[:0], scale, EPS).shape == (0, 70)
 
 
-Given = tuple[Tensor, int, tuple[Tensor, Tensor], tuple[Tensor, Tensor], Place | None]
+Given = tuple[Tensor, int, tuple[Tensor, Tensor], tuple[Tensor, Tensor], CacheSlice | None]
 
 
 def scene(shape: tuple[int, ...], dtype: torch.dtype) -> Given:
@@ -83,7 +84,7 @@ def scene(shape: tuple[int, ...], dtype: torch.dtype) -> Given:
     scales = random(features, dtype=dtype, seed=1), random(features, dtype=dtype, seed=2)
     angle = random(batch, 1, length, rotated, dtype=torch.float32, seed=3) * 9
     room = torch.full((2, batch + 1, kv_heads, length + 7, features), float("nan"), dtype=dtype)
-    place = Place(room[0, 1:], room[1, 1:], [(3 * row) % 8 for row in range(batch)])
+    place = CacheSlice(room[0, 1:], room[1, 1:], [(3 * row) % 8 for row in range(batch)])
     return qkv, heads, scales, (angle.cos().to(dtype), angle.sin().to(dtype)), place
 
 
@@ -93,7 +94,7 @@ def by_torch(qkv: Tensor, heads: int, scales: tuple[Tensor, Tensor], tables: tup
     cos, sin = (table[:, 0] for table in tables)
     rotated = cos.shape[-1]
     for head in range(heads + kv_heads):
-        x = rms_norm(qkv[:, :, head], scales[int(head >= heads)], EPS, backend="grouped")
+        x = TorchBackend().rms_norm(qkv[:, :, head], scales[int(head >= heads)], EPS)
         left, right = x[..., : rotated // 2], x[..., rotated // 2 : rotated]
         x[..., :rotated] = x[..., :rotated] * cos + torch.cat((-right, left), dim=-1) * sin
         expected[:, :, head] = x
@@ -132,17 +133,17 @@ WRONG: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "no keys": ("as many of keys", lambda g: (g[0], 8, *g[2:])),
     "short scale": (r"scale of queries \[D\]", lambda g: (*g[:2], (g[2][0][:3], g[2][1]), *g[3:])),
     "short table": (r"cosines \[B, 1, S, R\]", lambda g: (*g[:3], (g[3][0], g[3][1][:, :, :3]), g[4])),
-    "too far": ("within", lambda g: (*g[:4], Place(g[4].keys_BHCD, g[4].values_BHCD, [0, 9]))),
-    "one start": ("2 starts", lambda g: (*g[:4], Place(g[4].keys_BHCD, g[4].values_BHCD, [0]))),
+    "too far": ("within", lambda g: (*g[:4], CacheSlice(g[4].keys_BHCD, g[4].values_BHCD, [0, 9]))),
+    "one start": ("2 starts", lambda g: (*g[:4], CacheSlice(g[4].keys_BHCD, g[4].values_BHCD, [0]))),
     "other heads": (
         r"buffer of keys \[B, G, C, D\]",
-        lambda g: (*g[:4], Place(g[4].keys_BHCD[:, :1], g[4].values_BHCD, [0, 0])),
+        lambda g: (*g[:4], CacheSlice(g[4].keys_BHCD[:, :1], g[4].values_BHCD, [0, 0])),
     ),
     "positions apart": (
         "buffer of values in place and expects the last 2 dimensions contiguous",
         lambda g: (
             *g[:4],
-            Place(g[4].keys_BHCD, g[4].values_BHCD.transpose(2, 3).contiguous().transpose(2, 3), [0, 0]),
+            CacheSlice(g[4].keys_BHCD, g[4].values_BHCD.transpose(2, 3).contiguous().transpose(2, 3), [0, 0]),
         ),
     ),
     "gradients": ("no gradients", lambda g: (g[0].requires_grad_(), *g[1:])),
@@ -162,6 +163,6 @@ def test_norms_that_do_not_fit_are_said_clearly() -> None:
     x, scale = torch.ones(3, 4), torch.ones(4)
     for wrong in ((x, scale[:3]), (x.double(), scale)):
         with pytest.raises(ConfigError, match="expect"):
-            rms_norm(*wrong, EPS, backend="cpu")
+            rms_norm_cpu(*wrong, EPS)
     with pytest.raises(ConfigError, match=r"what is added \[\.\.\., D\]"):
-        add_and_norm(x, x[:2], scale, EPS, backend="cpu")
+        add_and_norm_cpu(x, x[:2], scale, EPS)

@@ -9,15 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backends import backend_named
 from expertshare import native
 from expertshare.errors import ConfigError
-from expertshare.kernels import head, logits
+from expertshare.kernels.cpu_backend import CpuBackend
 from expertshare.kernels.quantise import quantise_table, table_rows
 from expertshare.types import QuantisedTable
 
 from .conftest import ISAS
 
 needs_native = pytest.mark.skipif(not native.available(), reason=f"no native kernel: {native.unavailable_reason()}")
+CPU = CpuBackend()
 pytestmark = pytest.mark.usefixtures("unwritten_is_nan")
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -57,7 +59,7 @@ def rounded_to_spans(hidden_RD: Tensor) -> Tensor:
 def test_logits_are_the_arithmetic_written_out(isa: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     hidden_RD, weight, widened_VD = scene(shape, dtype)
     expected_RV = rounded_to_spans(hidden_RD) @ widened_VD.T
-    found_RV = logits(hidden_RD, weight, backend="cpu")
+    found_RV = CPU.logits(hidden_RD, weight)
     assert found_RV.dtype == dtype
     step = 2**-8 if dtype == torch.bfloat16 else 2**-20
     torch.testing.assert_close(found_RV.double(), expected_RV, rtol=step, atol=2e-6)
@@ -69,11 +71,11 @@ def test_logits_are_the_arithmetic_written_out(isa: str, shape: tuple[int, int, 
 def test_the_best_token_is_that_of_the_logits(isa: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     hidden_RD, weight, _ = scene(shape, dtype)
     excluded = shape[1] // 2
-    logits_RV = logits(hidden_RD, weight, backend="cpu").double().index_fill(1, torch.tensor([excluded]), -torch.inf)
+    logits_RV = CPU.logits(hidden_RD, weight).double().index_fill(1, torch.tensor([excluded]), -torch.inf)
     outputs = []
     for num_threads in (1, 2, 3):
         native.set_num_threads(num_threads)
-        outputs += [head(hidden_RD, weight, [excluded], backend="cpu") for _ in range(3)]
+        outputs += [CPU.best_token(hidden_RD, weight, [excluded]) for _ in range(3)]
     tokens_R, probability_R = outputs[0]
     assert torch.equal(tokens_R, logits_RV.argmax(dim=1))
     torch.testing.assert_close(probability_R.double(), logits_RV.softmax(dim=1).amax(dim=1), rtol=1e-3, atol=0)
@@ -89,7 +91,7 @@ def test_every_instruction_set_gives_the_same_logits(dtype: torch.dtype, monkeyp
     found = []
     for name in ISAS:
         monkeypatch.setenv("EXPERTSHARE_ISA", name)
-        found.append(logits(hidden_RD, weight, backend="cpu"))
+        found.append(CPU.logits(hidden_RD, weight))
     for other in found[1:]:
         assert torch.equal(other, found[0])
 
@@ -97,11 +99,11 @@ def test_every_instruction_set_gives_the_same_logits(dtype: torch.dtype, monkeyp
 @needs_native
 def test_a_row_does_not_depend_on_its_batch(isa: str) -> None:
     hidden_RD, weight, _ = scene((70, 530, 160), torch.bfloat16)
-    whole = logits(hidden_RD, weight, backend="cpu")
-    together = head(hidden_RD, weight, [7], backend="cpu")
+    whole = CPU.logits(hidden_RD, weight)
+    together = CPU.best_token(hidden_RD, weight, [7])
     for first, last in [(0, 1), (5, 7), (69, 70), (3, 40)]:
-        alone = head(hidden_RD[first:last], weight, [7], backend="cpu")
-        assert torch.equal(logits(hidden_RD[first:last], weight, backend="cpu"), whole[first:last])
+        alone = CPU.best_token(hidden_RD[first:last], weight, [7])
+        assert torch.equal(CPU.logits(hidden_RD[first:last], weight), whole[first:last])
         assert torch.equal(alone[0], together[0][first:last])
         assert torch.equal(alone[1], together[1][first:last])
 
@@ -111,19 +113,19 @@ def test_a_row_does_not_depend_on_its_batch(isa: str) -> None:
 def test_what_is_not_finite_is_told(isa: str, value: float) -> None:
     hidden_RD, weight, _ = scene((3, 300, 256), torch.float32)
     hidden_RD[1, 130] = value
-    _, probability_R = head(hidden_RD, weight, [], backend="cpu")
+    _, probability_R = CPU.best_token(hidden_RD, weight, [])
     assert probability_R.isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("backend", ["grouped", *(["cpu"] if native.available() else [])])
+@pytest.mark.parametrize("backend", ["torch", *(["cpu"] if native.available() else [])])
 def test_backends_are_near_the_weights_that_were_rounded(backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden_RD = torch.randn(40, 256, generator=generator)
     weight_VD = torch.randn(6000, 256, generator=generator) / 16
     weight = quantise_table(weight_VD)
-    found_RV, exact_RV = logits(hidden_RD, weight, backend=backend), hidden_RD @ weight_VD.T
+    found_RV, exact_RV = backend_named(backend).logits(hidden_RD, weight), hidden_RD @ weight_VD.T
     assert (found_RV - exact_RV).norm() < 0.015 * exact_RV.norm()
-    tokens_R, probability_R = head(hidden_RD, weight, [], backend=backend)
+    tokens_R, probability_R = backend_named(backend).best_token(hidden_RD, weight, [])
     assert torch.equal(tokens_R, found_RV.argmax(dim=1))
     torch.testing.assert_close(probability_R, found_RV.softmax(dim=1).amax(dim=1), rtol=1e-4, atol=0)
 
@@ -152,6 +154,6 @@ def test_what_the_kernel_cannot_take_is_refused() -> None:
     ]
     for features, given, reason in cases:
         with pytest.raises(ConfigError, match=reason):
-            head(features, given, [], backend="cpu")
+            CPU.best_token(features, given, [])
     with pytest.raises(ConfigError, match=r"must lie in 0\.\.39"):
-        head(hidden_RD, weight, [40], backend="cpu")
+        CPU.best_token(hidden_RD, weight, [40])

@@ -9,7 +9,7 @@ import torch
 
 from expertshare import api
 from expertshare.errors import ConfigError, ExpertMemoryError
-from expertshare.kernels import door, resolve_backend
+from expertshare.kernels import backend, choose_backend
 from expertshare.models import load_model
 from expertshare.models.devices import usable_device
 
@@ -69,15 +69,15 @@ def test_a_model_is_held_against_the_memory_of_its_device(monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("one_gpu")
 def test_a_backend_on_the_wrong_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "check_available", lambda: None)
-    monkeypatch.setattr(door.native, "library", lambda: None)
+    monkeypatch.setattr("expertshare.kernels.triton.check_available", lambda: None)
+    monkeypatch.setattr(backend.native, "library", lambda: None)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ConfigError, match="'triton' expects a model on the device 'cuda', got one on 'cpu'"):
-        resolve_backend("triton", torch.device("cpu"))
+        choose_backend("triton", torch.device("cpu"))
     with pytest.raises(ConfigError, match="'cpu' expects a model on the device 'cpu', got one on 'cuda'"):
-        resolve_backend("cpu", torch.device("cuda"))
-    assert resolve_backend("triton", torch.device("cuda")) == "triton"
-    assert resolve_backend("grouped", torch.device("cuda")) == "grouped"
+        choose_backend("cpu", torch.device("cuda"))
+    assert choose_backend("triton", torch.device("cuda")).name == "triton"
+    assert choose_backend("torch", torch.device("cuda")).name == "torch"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ConfigError, match=r"on the device 'cpu' \(TRITON_INTERPRET is set\), got one on 'cuda'"):
-        resolve_backend("triton", torch.device("cuda"))
+        choose_backend("triton", torch.device("cuda"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from expertshare import native
+from expertshare.kernels.cpu_backend import CpuBackend
 from expertshare.models import ForwardInput, LayerKeyValues, MoETransformer, Runtime, load_model
 from expertshare.routing import make_policy
 
@@ -148,11 +149,11 @@ def test_padding_changes_nothing(case: tuple[Pair, MoETransformer, BlockCausal, 
 def test_native_layers_equal_the_oracle(case: tuple[Pair, MoETransformer, BlockCausal, int]) -> None:
     pair, model, block_causal, block_length = case
     ids_BS, mask_SS = tokens(), visible(block_causal, block_length)
-    by_kernel = replace(runtime(model), backend="cpu")
+    by_kernel = replace(runtime(model), backend=CpuBackend())
     with torch.no_grad():
         output = model(whole_input(ids_BS, mask_SS, block_length), by_kernel)
-        logits = model.logits(output.hidden_BSD, backend="cpu")
-        best_BS, _ = model.best_tokens(output.hidden_BSD.flatten(0, 1), [MASK], backend="cpu")
+        logits = model.logits(output.hidden_BSD, backend=CpuBackend())
+        best_BS, _ = model.best_tokens(output.hidden_BSD.flatten(0, 1), [MASK], backend=CpuBackend())
     expected = oracle_logits(pair, ids_BS, mask_SS)
     assert (logits - expected).abs().max() < TOLERANCE
     expected[..., MASK] = -torch.inf

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from expertshare import native
+from expertshare.kernels.cpu_backend import CpuBackend
 from expertshare.kernels.cpu_route import _layers, router_scores_cpu, takes
 from expertshare.lab.bench.cases import CASES
-from expertshare.models.moe import LayerRouting, Router, lay_side_by_side, narrow
-from expertshare.routing import POLICIES, count_load, route_layer
+from expertshare.models.moe import Router, lay_side_by_side, narrow
+from expertshare.routing import POLICIES, count_load, router_scores
 from expertshare.routing.route import routed
-from expertshare.types import RoutingPlan, RoutingPolicy
+from expertshare.types import Routed, RoutingPolicy
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.unavailable_reason()))
 
@@ -31,16 +32,18 @@ def make_router(seed: int) -> Router:
     return router
 
 
-def planned(router: Router, policy: RoutingPolicy, x: Tensor, live: Tensor) -> tuple[RoutingPlan, LayerRouting]:
-    return router.plan(x, live, policy, SPEC, backend="cpu")
+def planned(router: Router, policy: RoutingPolicy, x: Tensor, live: Tensor) -> Routed:
+    return CpuBackend().route(x, router.weight, router.bias, policy, SPEC, live)
 
 
 def assert_as_in_pieces(router: Router, policy: RoutingPolicy, x: Tensor, live: Tensor) -> None:
-    plan, routing = planned(router, policy, x, live)
+    routing = planned(router, policy, x, live)
+    plan = routing.plan
     if takes(x, router.weight, router.bias):
-        expected = routed(router_scores_cpu(x, router.weight, router.bias, live, SPEC), policy, SPEC, None).plan
+        scores = router_scores_cpu(x, router.weight, router.bias, live, SPEC)
     else:
-        expected = route_layer(x, router.weight, router.bias, policy, SPEC, live).plan
+        scores = router_scores(router(x), live, SPEC, router.bias)
+    expected = routed(scores, policy, SPEC, None).plan
     assert torch.equal(plan.expert_ids_TK, expected.expert_ids_TK)
     assert torch.equal(plan.weights_TK, expected.weights_TK)
     assert torch.equal(plan.active_E, expected.active_E)
@@ -108,9 +111,9 @@ def test_policies_take_turns() -> None:
 def test_training_stays_with_torch() -> None:
     router = make_router(1).requires_grad_(True)
     x, live = torch.randn(1, 8, CONFIG.hidden_size), torch.ones(1, 8, dtype=torch.bool)
-    assert planned(router, POLICIES["vanilla"](), x, live)[0].weights_TK.requires_grad
+    assert planned(router, POLICIES["vanilla"](), x, live).plan.weights_TK.requires_grad
     with torch.no_grad():
-        assert not planned(router, POLICIES["vanilla"](), x, live)[0].weights_TK.requires_grad
+        assert not planned(router, POLICIES["vanilla"](), x, live).plan.weights_TK.requires_grad
 
 
 def test_routers_side_by_side() -> None:

@@ -14,7 +14,7 @@ import pytest
 from expertshare.api import generate
 from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.errors import InputError, PolicyError
-from expertshare.kernels import AUTO, resolve_backend
+from expertshare.kernels import AUTO, choose_backend
 from expertshare.measure.cost import Cost
 from expertshare.models import LoadedModel, MoETransformer, Runtime, encode_prompt, initialise, load_model
 from expertshare.routing import parse_policy
@@ -56,7 +56,7 @@ def of(events: list[Event], kind: str, run: int) -> list[Event]:
 
 def decoded_alone(loaded: LoadedModel, policy: str, options: DecodingOptions) -> Cost:
     """The cost of the same prompt under one policy, unwatched."""
-    runtime = Runtime(policy=parse_policy(policy), backend=resolve_backend(AUTO, loaded.model.device))
+    runtime = Runtime(policy=parse_policy(policy), backend=choose_backend(AUTO, loaded.model.device))
     assert loaded.tokenizer is not None
     stream = BlockDecoder(loaded.model, runtime, options).blocks([encode_prompt(loaded.tokenizer, PROMPT)])
     for _ in stream:

@@ -60,7 +60,7 @@ def experts_tables(found: Point) -> list[Table]:
         "GMAC/s": lambda point: figure(point["gmac_per_s"]),
         "bound": lambda point: figure(point["bound_ms"], 2),
         "% of it": lambda point: percent(point["share_of_bound"]),
-        "x loop": _times("torch"),
+        "x loop": _times("torch-loop"),
         "x eager": _times("transformers-eager"),
         "x grouped": _times("transformers-grouped-mm"),
     }

@@ -69,7 +69,7 @@ class ComputeOptions(OptionGroup):
     """In which numbers and by what a model computes."""
 
     dtype: str | None = option("float32 or bfloat16; default: the checkpoint's.", default=None)
-    backend: str = option("Expert computation: auto, cpu, grouped, triton or reference.", default="auto")
+    backend: str = option("Expert computation: auto, cpu, torch or triton.", default="auto")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from expertshare.config import ModelConfig
-from expertshare.kernels import Place
-from expertshare.models.runtime import LayerKeyValues
+from expertshare.kernels import CacheSlice, LayerKeyValues
 
 
-class CacheView(Place):
+class CacheView(CacheSlice):
     """One layer's cache for the R rows of a forward: new positions of each row go right behind its finished ones.
 
     What lies beyond is stale; queries must not see it (`visible`).
     """
 
-    def place(self) -> Place:
+    def cache_slice(self) -> CacheSlice:
         """This view itself: kernels write into it."""
         return self
 

@@ -18,9 +18,10 @@ from expertshare.decoding.forwards import AccountedModel
 from expertshare.decoding.options import DecodingOptions
 from expertshare.decoding.row import Row
 from expertshare.experts.whole import ResidentSlabs
+from expertshare.kernels import LayerKeyValues
 from expertshare.kernels.triton.commit import FLAGS, commit_triton
 from expertshare.measure.cost import ForwardKind
-from expertshare.models.runtime import ForwardInput, ForwardOutput, LayerKeyValues, RoutingTrace, Runtime
+from expertshare.models.runtime import ForwardInput, ForwardOutput, RoutingTrace, Runtime
 from expertshare.models.transformer import MoETransformer
 from expertshare.routing import policy_at, runs_on_torch
 
@@ -120,7 +121,7 @@ class FixedView:
             held_RHCD[self.rows_R1, :, self.index_RL] = new_RHLD.transpose(1, 2)
         return self.layer
 
-    def place(self) -> None:
+    def cache_slice(self) -> None:
         """None: the host does not know where."""
 
 
@@ -304,8 +305,8 @@ class CapturedSteps:
         reasons = {
             "graphs are switched off": not runtime.graphs,
             f"the model is on {self._model.device}; graphs are a GPU's": self._graphs is None,
-            f"the backend {runtime.backend!r} asks the host while it runs; 'triton' does not": (
-                runtime.backend != "triton"
+            f"the backend {runtime.backend.name!r} asks the host while it runs; 'triton' does not": (
+                not runtime.backend.capturable
             ),
             "full attention runs the whole canvas, which has no cache": config.attention == "full",
             "experts come and go in a store": not isinstance(runtime.store, ResidentSlabs | None),

@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from expertshare.decoding.cache import KeyValueCache, visible
 from expertshare.decoding.row import Row, Window
+from expertshare.kernels import Past
 from expertshare.measure.cost import ForwardKind, Turn
-from expertshare.models.runtime import ForwardInput, ForwardOutput, Past, RoutingTrace, Runtime
+from expertshare.models.runtime import ForwardInput, ForwardOutput, RoutingTrace, Runtime
 from expertshare.models.transformer import MoETransformer
 from expertshare.routing import policy_at
 from expertshare.types import Coreset

@@ -15,7 +15,7 @@ from expertshare.decoding.commit_rules import Proposals
 from expertshare.decoding.options import DecodingOptions
 from expertshare.decoding.row import Row, Window
 from expertshare.errors import NumericsError
-from expertshare.kernels.vocabulary import ROWS_AT_A_TIME
+from expertshare.kernels.torch_backend import LOGIT_ROWS
 from expertshare.models.runtime import Runtime
 from expertshare.models.transformer import MoETransformer
 
@@ -105,8 +105,8 @@ def propose(
     distribution without the mask (float32 softmax, no noise, temperature or restriction), because
     restricting inflates it, unless the options ask for `filtered_confidence`.
     """
-    slices = torch.split(logits_CV, ROWS_AT_A_TIME)
-    noises = [None] * len(slices) if uniform_CV is None else torch.split(uniform_CV, ROWS_AT_A_TIME)
+    slices = torch.split(logits_CV, LOGIT_ROWS)
+    noises = [None] * len(slices) if uniform_CV is None else torch.split(uniform_CV, LOGIT_ROWS)
     proposed = [_propose(*pair, options, mask_id) for pair in zip(slices, noises, strict=True)]
     tokens, confidences = zip(*proposed, strict=True)
     return torch.cat(tokens), torch.cat(confidences)

@@ -10,7 +10,7 @@ from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError
 from expertshare.experts import SlabStore, StoreOptions
 from expertshare.experts.recording import RoutingRecorder
-from expertshare.kernels import AUTO, resolve_backend
+from expertshare.kernels import AUTO, choose_backend
 from expertshare.models import LoadedModel, Runtime, describe, encode_prompt
 from expertshare.types import RoutingPolicy
 
@@ -41,7 +41,7 @@ class Setup:
         """How to run the model under a policy. Raises ConfigError for a backend that does not exist or cannot run."""
         return Runtime(
             policy=policy,
-            backend=resolve_backend(self.backend, loaded.model.device),
+            backend=choose_backend(self.backend, loaded.model.device),
             store=self.store,
             bytes_per_expert=loaded.layout.format.expert_bytes if loaded.layout else None,
             on_plan=self.recorder.hear if self.recorder else None,
@@ -56,7 +56,7 @@ class Setup:
             "model_facts": asdict(describe(loaded)),
             "decoding": asdict(options.resolve(loaded.config)),
             "batch_size": self.batch_size,
-            "backend": resolve_backend(self.backend, loaded.model.device),
+            "backend": choose_backend(self.backend, loaded.model.device).name,
             "chat": has_template if self.chat is None else self.chat,
             "expert_store": self.store_options.to_json() if self.store_options else None,
         }

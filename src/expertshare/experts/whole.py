@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Self
 
@@ -34,6 +34,10 @@ class ResidentExperts(nn.Module):
         if self._bank is None or self._bank.gate_up_EHD is not gate_up or self._bank.down_EDF is not down:
             self._bank = ExpertBank(gate_up, down)
         return self._bank
+
+    def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> AbstractContextManager[Loan]:
+        """As ExpertStore.borrow, of the one layer that these are."""
+        return nullcontext(Loan(self.bank()))
 
 
 class ResidentStore:

@@ -1,32 +1,15 @@
-"""Computation behind doors: experts by `moe_ffn`, the rest of a model by `linear`, `swiglu`, `rms_norm` and so on."""
+"""What computes a model: an object with its operations, chosen once (`choose_backend`)."""
 
-from expertshare.kernels.attention import attend
-from expertshare.kernels.cpu_experts import one_expert_cpu
-from expertshare.kernels.cpu_ops import turn_heads_cpu
-from expertshare.kernels.cpu_route import route_layer_cpu
-from expertshare.kernels.dense import head, linear, logits, swiglu
-from expertshare.kernels.door import AUTO, BACKENDS, Backend, moe_ffn, resolve_backend
-from expertshare.kernels.norm import Place, add_and_norm, normalised, rms_norm
-from expertshare.kernels.triton.route import route_layer_triton, select_and_assign
+from expertshare.kernels.backend import AUTO, BACKENDS, Backend, CacheSlice, LayerKeyValues, Past, choose_backend
+from expertshare.kernels.torch_backend import TorchBackend
 
 __all__ = [
     "AUTO",
     "BACKENDS",
     "Backend",
-    "Place",
-    "add_and_norm",
-    "attend",
-    "head",
-    "linear",
-    "logits",
-    "moe_ffn",
-    "normalised",
-    "one_expert_cpu",
-    "resolve_backend",
-    "rms_norm",
-    "route_layer_cpu",
-    "route_layer_triton",
-    "select_and_assign",
-    "swiglu",
-    "turn_heads_cpu",
+    "CacheSlice",
+    "LayerKeyValues",
+    "Past",
+    "TorchBackend",
+    "choose_backend",
 ]

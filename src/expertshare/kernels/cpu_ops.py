@@ -9,18 +9,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from expertshare.errors import ConfigError
-from expertshare.kernels.vocabulary import check_excluded
+from expertshare.kernels.backend import CacheSlice, check_excluded
 from expertshare.native import calls
 from expertshare.types import QuantisedTable
-
-if TYPE_CHECKING:
-    from expertshare.kernels.norm import Place
 
 
 def linear_cpu(x: Tensor, weight_ND: Tensor) -> Tensor:
@@ -49,22 +45,22 @@ def turn_heads_cpu(
     scales: tuple[Tensor, Tensor],
     eps: float,
     tables: tuple[Tensor, Tensor],
-    place: Place | None,
+    cached: CacheSlice | None,
 ) -> None:
     """Norm and rotate the heads of queries, then of keys, in place, the values' behind them; then copy keys and values
-    to `place`.
+    to `cached`.
 
     qkv: contiguous. scales: of queries and keys, [D] each. tables: cosine and sine, [B, 1, S, rotated features] each,
-    in the heads' dtype. Rounds wherever the torch path does.
+    in the heads' dtype. Rounds wherever TorchBackend does.
     """
     buffers: tuple[Tensor | None, ...] = (None, None)
-    starts = array("q", () if place is None else place.starts)
-    if place is not None:
-        buffers = place.keys_BHCD, place.values_BHCD
-        batch, length, capacity = len(qkv_BSHD), qkv_BSHD.shape[1], place.keys_BHCD.shape[2]
+    starts = array("q", () if cached is None else cached.starts)
+    if cached is not None:
+        buffers = cached.keys_BHCD, cached.values_BHCD
+        batch, length, capacity = len(qkv_BSHD), qkv_BSHD.shape[1], cached.keys_BHCD.shape[2]
         if len(starts) != batch or (batch and not 0 <= min(starts) <= max(starts) <= capacity - length):
             raise ConfigError(
-                f"expected {batch} starts of {length} positions each within 0..{capacity}, got {list(place.starts)}."
+                f"expected {batch} starts of {length} positions each within 0..{capacity}, got {list(cached.starts)}."
             )
     num_kv_heads = (qkv_BSHD.shape[2] - num_heads) // 2
     numbers, given = (starts.buffer_info()[0], eps), (num_heads, num_kv_heads)

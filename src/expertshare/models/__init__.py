@@ -1,9 +1,10 @@
 """Model families, one transformer behind them, and strict loading from Hugging Face layouts."""
 
+from expertshare.kernels import LayerKeyValues, Past
 from expertshare.models.description import ModelFacts, describe
 from expertshare.models.family import Family, Place
 from expertshare.models.loading import LoadedModel, load_model
-from expertshare.models.runtime import ForwardInput, ForwardOutput, LayerKeyValues, Past, RoutingTrace, Runtime
+from expertshare.models.runtime import ForwardInput, ForwardOutput, RoutingTrace, Runtime
 from expertshare.models.saving import save_model
 from expertshare.models.table import FAMILIES, family_of
 from expertshare.models.tokenizer import decode_answer, encode_chat, encode_prompt, load_tokenizer

@@ -92,7 +92,7 @@ def load_model(
         dtype = dtype or layout.format.float_dtype or _own_dtype(stored, places)
         if layout.embeddings != "none":
             places = [part for place in places for part in quantised_places(place)]
-            quantise_vocabulary(model, dtype)
+            quantise_vocabulary(model)
     check_names(stored, places, path)
     check_tensors(stored, places, model.state_dict())
     model = _allocate(model, dtype or _own_dtype(stored, places), device)

@@ -1,39 +1,23 @@
-"""The mixture-of-experts layer: router, routing, experts, shared expert."""
+"""The mixture-of-experts layer: router, routing, experts, shared expert.
+
+Shapes: G sharing groups of L tokens, T = G * L tokens, D features, E experts, K experts per token, S slots of a store.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertshare import native
-from expertshare.config import ModelConfig, RouterSpec
+from expertshare.config import ModelConfig
 from expertshare.errors import ConfigError
 from expertshare.experts import ResidentExperts
-from expertshare.kernels import moe_ffn, route_layer_cpu, route_layer_triton
 from expertshare.models.layers import SwiGLU
 from expertshare.models.runtime import Runtime
-from expertshare.routing import route_layer
-from expertshare.types import Bank, Coreset, ExpertBank, Loan, RoutingPlan, RoutingPolicy
-
-_MOST_GROUPS = 1024
-"""Of torch's grouped product on a GPU: fewer than these. A store's slots may be more."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerRouting:
-    """One layer's share of a RoutingTrace: load_E int64, group_experts_G int64.
-
-    coreset: None where the native library chose it, which is never under a policy that needs to know of steps.
-    """
-
-    load_E: Tensor
-    group_experts_G: Tensor
-    coreset: Coreset | None = None
+from expertshare.types import Coreset, ExpertBank, Loan, Routed, RoutingPlan
 
 
 def in_slots(plan: RoutingPlan, loan: Loan) -> RoutingPlan:
@@ -49,25 +33,8 @@ def in_slots(plan: RoutingPlan, loan: Loan) -> RoutingPlan:
     return RoutingPlan(slots_TK, plan.weights_TK, active_S[:num_slots])
 
 
-def few_enough(plan: RoutingPlan, bank: Bank, backend: str, *, most: int = _MOST_GROUPS) -> tuple[RoutingPlan, Bank]:
-    """For torch's grouped product on a GPU, which refuses a bank of `most` rows: a copy of the plan's experts, and the
-    plan with their rows. Other plans and banks stay as they are."""
-    if backend != "grouped" or not isinstance(bank, ExpertBank) or len(bank.down_EDF) < most or bank.down_EDF.is_cpu:
-        return plan, bank
-    return _of_active(plan, bank)
-
-
-def _of_active(plan: RoutingPlan, bank: ExpertBank) -> tuple[RoutingPlan, ExpertBank]:
-    ids_TK, active_E = plan.expert_ids_TK, plan.active_E
-    rows_E = torch.where(active_E, active_E.cumsum(0) - 1, -1)
-    experts_U = active_E.nonzero().flatten()
-    rows_TK = torch.where(ids_TK < 0, ids_TK, rows_E[ids_TK.clamp(min=0)])
-    chosen = ExpertBank(bank.gate_up_EHD[experts_U], bank.down_EDF[experts_U])
-    return RoutingPlan(rows_TK, plan.weights_TK, torch.ones_like(experts_U, dtype=torch.bool)), chosen
-
-
 class Router(nn.Module):
-    """Linear scores of every expert, computed in float32 whatever the model's dtype; the bias is for selection only.
+    """Weights of a router: linear scores of every expert, and a bias that is for selection only.
 
     weight: float32, or bfloat16 where `narrow` found that to lose nothing. bias: float32, or None.
     """
@@ -80,28 +47,9 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(spec.num_experts) if spec.has_bias else None)
 
     def forward(self, x_GLD: Tensor) -> Tensor:
-        """Logits, float32 [G, L, E]."""
+        """Logits, float32 [G, L, E], whatever the dtype of the model: for training; a backend computes its own."""
         with torch.autocast(x_GLD.device.type, enabled=False):
             return F.linear(x_GLD.float(), self.weight.float())
-
-    def plan(
-        self,
-        x_GLD: Tensor,
-        live_GL: Tensor,
-        policy: RoutingPolicy,
-        spec: RouterSpec,
-        *,
-        backend: str,
-        masked_GL: Tensor | None = None,
-        previous: Coreset | None = None,
-    ) -> tuple[RoutingPlan, LayerRouting]:
-        """Router scores, selection and assignment of a layer, and what they ask of the experts, by the backend.
-
-        masked_GL, previous: for policies that need to know of steps, as in RouterScores and `route`.
-        """
-        route = {"cpu": route_layer_cpu, "triton": route_layer_triton}.get(backend, route_layer)
-        found = route(x_GLD, self.weight, self.bias, policy, spec, live_GL, masked_GL=masked_GL, previous=previous)
-        return found.plan, LayerRouting(found.load_E, found.group_experts_G, found.coreset)
 
 
 def lay_side_by_side(routers: Sequence[Router], dtype: torch.dtype = torch.float32) -> None:
@@ -158,33 +106,30 @@ class MoE(nn.Module):
         runtime: Runtime,
         masked_GL: Tensor | None = None,
         previous: Coreset | None = None,
-    ) -> tuple[Tensor, LayerRouting]:
+    ) -> tuple[Tensor, Routed]:
         """Returns the layer's output (same shape and dtype as the input) and what it asked of the experts.
 
         masked_GL, previous: as in ForwardInput, of this layer's groups.
         """
+        backend, router = runtime.backend, self.router
         with runtime.timed("router"):
-            policy, backend = runtime.policy_for(self.moe_layer, self.num_layers), runtime.backend
-            plan, routing = self.router.plan(
-                x_GLD, live_GL, policy, self.spec, backend=backend, masked_GL=masked_GL, previous=previous
+            policy = runtime.policy_for(self.moe_layer, self.num_layers)
+            routed = backend.route(
+                x_GLD, router.weight, router.bias, policy, self.spec, live_GL, masked_GL=masked_GL, previous=previous
             )
+        plan = routed.plan
         if runtime.on_plan is not None:
             runtime.on_plan(self.moe_layer, plan)
         x_TD = x_GLD.flatten(0, 1)
         with runtime.timed("experts"):
-            with self._borrow(plan, runtime) as loan:
-                lent, bank = few_enough(in_slots(plan, loan), loan.bank, backend)
-                y_TD = moe_ffn(x_TD, lent, bank, backend=backend, arrivals=loan.arrivals)
+            store = self.experts if runtime.store is None else runtime.store
+            if store is None:
+                raise ConfigError(
+                    "expected a runtime with a store, because this model's experts are in files of their own, got "
+                    "none: open one with expertshare.experts.open_store and pass it as Runtime(store=...)"
+                )
+            with store.borrow(self.moe_layer, plan.active_E, early=backend.takes_arrivals) as loan:
+                y_TD = backend.moe_ffn(x_TD, in_slots(plan, loan), loan.bank, loan.arrivals)
             if self.shared is not None:
-                y_TD = y_TD + self.shared(x_TD, backend=runtime.backend)
-        return y_TD.view(x_GLD.shape), routing
-
-    def _borrow(self, plan: RoutingPlan, runtime: Runtime) -> AbstractContextManager[Loan]:
-        if runtime.store is not None:
-            return runtime.store.borrow(self.moe_layer, plan.active_E, early=runtime.backend == "cpu")
-        if self.experts is None:
-            raise ConfigError(
-                "expected a runtime with a store, because this model's experts are in files of their own, got none: "
-                "open one with expertshare.experts.open_store and pass it as Runtime(store=...)"
-            )
-        return nullcontext(Loan(self.experts.bank()))
+                y_TD = y_TD + self.shared(x_TD, backend)
+        return y_TD.view(x_GLD.shape), routed

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from expertshare.errors import ConfigError
-from expertshare.kernels.quantise import table_rows, table_shapes
+from expertshare.kernels.quantise import table_shapes
 from expertshare.models.family import Place
 from expertshare.types import QuantisedTable
 
@@ -21,24 +21,20 @@ _ENTRIES = ("embed.weight", "head.weight")
 
 
 class QuantisedVocabulary(nn.Module):
-    """The codes and scales of a QuantisedTable: buffers, since nothing trains them. dtype: of the embeddings."""
+    """The codes and scales of a QuantisedTable: buffers, since nothing trains them."""
 
-    def __init__(self, vocabulary: int, depth: int, dtype: torch.dtype) -> None:
+    def __init__(self, vocabulary: int, depth: int) -> None:
         super().__init__()
         for name, (shape, part) in table_shapes(vocabulary, depth).items():
             self.register_buffer(name, torch.empty(shape, dtype=part))
         self.codes: Tensor
         self.scales: Tensor
-        self.num_rows, self.dtype = vocabulary, dtype
+        self.num_rows = vocabulary
 
     @property
     def weight(self) -> QuantisedTable:
-        """What the doors of the kernels take."""
+        """What a backend takes in the place of float weights."""
         return QuantisedTable(self.codes, self.scales, self.num_rows)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Embeddings of token ids [...]: [..., D]."""
-        return table_rows(self.weight, tokens, self.dtype)
 
 
 def is_vocabulary(place: Place) -> bool:

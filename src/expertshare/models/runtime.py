@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from expertshare.kernels import Place
+from expertshare.kernels import Backend, LayerKeyValues, TorchBackend
 from expertshare.measure.cost import PartClock
 from expertshare.routing import policy_at
 from expertshare.types import Coreset, ExpertStore, RoutingPlan, RoutingPolicy
@@ -25,14 +23,14 @@ _UNTIMED: AbstractContextManager[None] = nullcontext()
 class Runtime:
     """How to run a model: passed to every forward, never found in a global.
 
-    policy: bound to the model's router. backend: name of the expert computation; "cpu" computes dense layers and the
-    head by our own kernel too. store: where experts live, None for the model's own parameters; bytes_per_expert: of one
-    in the store, where it is not in the model's dtype. clock: adds up time by part if given. on_plan: hears every plan.
-    graphs: decoding may capture its steps in graphs, on a device that has them.
+    policy: bound to the model's router. backend: what computes (`choose_backend`). store: where experts live, None for
+    the model's own parameters; bytes_per_expert: of one in the store, where it is not in the model's dtype. clock: adds
+    up time by part if given. on_plan: hears every plan. graphs: decoding may capture its steps in graphs, on a device
+    that has them.
     """
 
     policy: RoutingPolicy
-    backend: str = "grouped"
+    backend: Backend = field(default_factory=TorchBackend)
     store: ExpertStore | None = None
     bytes_per_expert: int | None = None
     clock: PartClock | None = None
@@ -65,36 +63,6 @@ class ForwardInput:
     block_length: int
     masked_BS: Tensor | None = None
     previous: tuple[Coreset | None, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LayerKeyValues:
-    """Keys (rotated) and values of one layer: [B, key/value heads, positions, head dim] each."""
-
-    keys_BHSD: Tensor
-    values_BHSD: Tensor
-
-    def extended_by(self, new: LayerKeyValues) -> LayerKeyValues:
-        """All of these, then the new ones, in memory of their own."""
-        return LayerKeyValues(
-            torch.cat((self.keys_BHSD, new.keys_BHSD), dim=2), torch.cat((self.values_BHSD, new.values_BHSD), dim=2)
-        )
-
-    def place(self) -> None:
-        """There is no room behind these."""
-
-
-class Past(Protocol):
-    """What a layer of a forward may attend to beside its own positions."""
-
-    def extended_by(self, new: LayerKeyValues) -> LayerKeyValues:
-        """Cached and new keys and values, in the order of the forward's mask."""
-        ...
-
-    def place(self) -> Place | None:
-        """Where new keys and values belong, for who writes them there instead of calling `extended_by`; None where
-        there is no room."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from expertshare.config import ModelConfig
-from expertshare.kernels import head, logits
+from expertshare.kernels import Backend, LayerKeyValues, Past, TorchBackend
 from expertshare.models.layers import Attention, RMSNorm, SwiGLU, rotary_tables
-from expertshare.models.moe import LayerRouting, MoE
+from expertshare.models.moe import MoE
 from expertshare.models.quantised_vocabulary import QuantisedVocabulary
-from expertshare.models.runtime import ForwardInput, ForwardOutput, LayerKeyValues, Past, RoutingTrace, Runtime
+from expertshare.models.runtime import ForwardInput, ForwardOutput, RoutingTrace, Runtime
+from expertshare.types import Routed
+
+TORCH = TorchBackend()
 
 
 class Layer(nn.Module):
@@ -35,26 +38,26 @@ class Layer(nn.Module):
         tables: tuple[Tensor, Tensor],
         past: Past | None,
         runtime: Runtime,
-    ) -> tuple[Tensor, Tensor, LayerKeyValues, LayerRouting | None]:
+    ) -> tuple[Tensor, Tensor, LayerKeyValues, Routed | None]:
         """delta: what the residual stream x still lacks. Returns the same two for the next layer (a sum and the norm
         behind it are one operation), this layer's new keys and values, and its routing if it has experts."""
         backend = runtime.backend
         with runtime.timed("attention"):
             if delta_BSD is None:
-                h_BSD = self.attention_norm(x_BSD, backend=backend)
+                h_BSD = self.attention_norm(x_BSD, backend)
             else:
-                x_BSD, h_BSD = self.attention_norm.of_sum(x_BSD, delta_BSD, backend=backend)
-            y_BSD, new = self.attention(h_BSD, tables, inputs.mask_BSP, past, backend=backend)
-        x_BSD, h_BSD = self.mlp_norm.of_sum(x_BSD, y_BSD, backend=backend)
+                x_BSD, h_BSD = self.attention_norm.of_sum(x_BSD, delta_BSD, backend)
+            y_BSD, new = self.attention(h_BSD, tables, inputs.mask_BSP, past, backend)
+        x_BSD, h_BSD = self.mlp_norm.of_sum(x_BSD, y_BSD, backend)
         if self.mlp is not None:
-            return x_BSD, self.mlp(h_BSD, backend=backend), new, None
+            return x_BSD, self.mlp(h_BSD, backend), new, None
         assert self.moe is not None
         length = inputs.block_length
         h_GLD = h_BSD.reshape(-1, length, h_BSD.shape[-1])
         masked_GL = None if inputs.masked_BS is None else inputs.masked_BS.reshape(-1, length)
         previous = inputs.previous[self.moe.moe_layer] if inputs.previous else None
-        y_GLD, routing = self.moe(h_GLD, inputs.live_BS.reshape(-1, length), runtime, masked_GL, previous)
-        return x_BSD, y_GLD.view(x_BSD.shape), new, routing
+        y_GLD, routed = self.moe(h_GLD, inputs.live_BS.reshape(-1, length), runtime, masked_GL, previous)
+        return x_BSD, y_GLD.view(x_BSD.shape), new, routed
 
 
 class MoETransformer(nn.Module):
@@ -85,12 +88,12 @@ class MoETransformer(nn.Module):
 
     def forward(self, inputs: ForwardInput, runtime: Runtime, past: Sequence[Past] | None = None) -> ForwardOutput:
         """Run all layers; `past` holds the keys and values of finished blocks, one entry per layer."""
-        x_BSD = self.embed(inputs.tokens_BS)
+        x_BSD = runtime.backend.embed(inputs.tokens_BS, self.embed.weight, self.dtype)
         cos, sin = rotary_tables(inputs.positions_BS, self.config)
         tables = (cos.to(x_BSD.dtype), sin.to(x_BSD.dtype))
         delta_BSD: Tensor | None = None
         key_values: list[LayerKeyValues] = []
-        routings: list[LayerRouting] = []
+        routings: list[Routed] = []
         for index, layer in enumerate(self.layers):
             of_layer = past[index] if past is not None else None
             x_BSD, delta_BSD, new, routing = layer(x_BSD, delta_BSD, inputs, tables, of_layer, runtime)
@@ -98,19 +101,19 @@ class MoETransformer(nn.Module):
             if routing is not None:
                 routings.append(routing)
         assert delta_BSD is not None  # a model has layers
-        _, hidden_BSD = self.norm.of_sum(x_BSD, delta_BSD, backend=runtime.backend)
+        _, hidden_BSD = self.norm.of_sum(x_BSD, delta_BSD, runtime.backend)
         return ForwardOutput(hidden_BSD, tuple(key_values), _trace(routings))
 
-    def logits(self, hidden_RD: Tensor, *, backend: str = "grouped") -> Tensor:
+    def logits(self, hidden_RD: Tensor, *, backend: Backend = TORCH) -> Tensor:
         """Vocabulary scores of chosen rows: [R, V] in the model's dtype."""
-        return logits(hidden_RD, self.head.weight, backend=backend)
+        return backend.logits(hidden_RD, self.head.weight)
 
-    def best_tokens(self, hidden_RD: Tensor, excluded: Sequence[int], *, backend: str) -> tuple[Tensor, Tensor]:
-        """The most probable token of chosen rows and its probability, `excluded` ids left out: see kernels.dense."""
-        return head(hidden_RD, self.head.weight, excluded, backend=backend)
+    def best_tokens(self, hidden_RD: Tensor, excluded: Sequence[int], *, backend: Backend) -> tuple[Tensor, Tensor]:
+        """The most probable token of chosen rows and its probability, `excluded` ids left out: Backend.best_token."""
+        return backend.best_token(hidden_RD, self.head.weight, excluded)
 
 
-def _trace(routings: list[LayerRouting]) -> RoutingTrace:
+def _trace(routings: list[Routed]) -> RoutingTrace:
     return RoutingTrace(
         torch.stack([r.load_E for r in routings]),
         torch.stack([r.group_experts_G for r in routings]),
@@ -125,12 +128,12 @@ def leave_out_experts(model: MoETransformer) -> None:
             module.experts = None
 
 
-def quantise_vocabulary(model: MoETransformer, dtype: torch.dtype) -> None:
+def quantise_vocabulary(model: MoETransformer) -> None:
     """Put int8 tables in the place of embedding and head, on their device, uninitialised; one where they are tied."""
     size = (model.config.vocab_size, model.config.hidden_size)
     with torch.device(model.device):
-        model.embed = QuantisedVocabulary(*size, dtype)
-        model.head = model.embed if model.config.tie_embeddings else QuantisedVocabulary(*size, dtype)
+        model.embed = QuantisedVocabulary(*size)
+        model.head = model.embed if model.config.tie_embeddings else QuantisedVocabulary(*size)
 
 
 def initialise(model: MoETransformer, *, seed: int, std: float = 0.02) -> None:

@@ -43,7 +43,7 @@ def library() -> ctypes.CDLL:
     """The loaded library. Raises ConfigError where there is none."""
     loaded = _load()
     if isinstance(loaded, str):
-        raise ConfigError(f"the expert backend 'cpu' is not available: {loaded}, or use the backend 'grouped'.")
+        raise ConfigError(f"the expert backend 'cpu' is not available: {loaded}, or use the backend 'torch'.")
     return loaded
 
 

@@ -17,7 +17,7 @@ def page_routes(engine: Engine, model_name: str | None = None) -> APIRouter:
         lock=engine.model_lock,
         name=model_name,
         options=engine.options,
-        backend=engine.runtime.backend,
+        backend=engine.runtime.backend.name,
         store=engine.runtime.store,
         chat=engine.chat,
     )

@@ -14,7 +14,7 @@ import torch
 from expertshare.decoding import BlockDecoder, DecodingOptions, FinishReason
 from expertshare.decoding.row import check_prompts
 from expertshare.errors import InputError, TrainingError
-from expertshare.kernels import AUTO, resolve_backend
+from expertshare.kernels import AUTO, choose_backend
 from expertshare.models import LoadedModel, Runtime, decode_answer, encode_prompt
 from expertshare.routing import native_policy
 from expertshare.training.block_diffusion import Sample
@@ -112,7 +112,7 @@ def generate_answers(
     check_answerable(loaded, prompts, options.resolve(loaded.config), batch_size=batch_size)
     assert loaded.tokenizer is not None  # the check refused a model without one
     answers = read_answers(path, prompts)
-    runtime = Runtime(policy=native_policy(loaded.config), backend=resolve_backend(backend, loaded.model.device))
+    runtime = Runtime(policy=native_policy(loaded.config), backend=choose_backend(backend, loaded.model.device))
     decoder = BlockDecoder(loaded.model, runtime, options)
     path.parent.mkdir(parents=True, exist_ok=True)
     while len(answers) < len(prompts):

@@ -9,7 +9,7 @@ from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError
 from expertshare.evaluation import Setup, encode_prompts
 from expertshare.evaluation.prompts import PromptRecord
-from expertshare.kernels import resolve_backend
+from expertshare.kernels import choose_backend
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, Runtime
 from expertshare.routing import make_policy
@@ -105,7 +105,7 @@ def _named(listener: ProgressListener | None, part: str) -> ProgressListener | N
 def _record(
     loaded: LoadedModel, bench: Bench, decoding: DecodingOptions, options: TuningOptions, setup: Setup
 ) -> Replay:
-    backend = resolve_backend(setup.backend, loaded.model.device)
+    backend = choose_backend(setup.backend, loaded.model.device)
     runtime = Runtime(policy=make_policy("vanilla"), backend=backend, store=setup.store)
     prompts = bench.prompts()[: options.recorded_prompts]
     found = record_trajectories(loaded, prompts, decoding, runtime=runtime, batch_size=setup.batch_size)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from backends import moe_ffn
 from expertshare.errors import ConfigError
-from expertshare.kernels import moe_ffn, resolve_backend
+from expertshare.kernels import choose_backend
 from expertshare.kernels.triton import availability, interpreted, unavailable_reason
 
 from ..test_moe_ffn import scene
@@ -23,7 +24,7 @@ def test_without_triton_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     availability._not_installed.cache_clear()
     try:
         with pytest.raises(ConfigError, match=r"cannot run here: Triton is not installed.*expertshare\[triton\]"):
-            resolve_backend("triton", torch.device("cuda"))
+            choose_backend("triton", torch.device("cuda"))
         with pytest.raises(ConfigError, match="not installed"):
             moe_ffn(*scene((3, 2, 4, 16, 8), torch.float32), backend="triton")
     finally:
@@ -47,13 +48,13 @@ def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"torch sees no GPU. Use the backend 'auto'"):
-        resolve_backend("triton", torch.device("cpu"))
+        choose_backend("triton", torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("installed")
 def test_tensors_on_the_cpu_are_refused_where_a_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert resolve_backend("triton", torch.device("cuda")) == "triton"
+    assert choose_backend("triton", torch.device("cuda")).name == "triton"
     with pytest.raises(ConfigError, match="tensors on one GPU, got them on cpu"):
         moe_ffn(*scene((3, 2, 4, 16, 8), torch.float32), backend="triton")
 

@@ -18,6 +18,8 @@ from expertshare.decoding import BlockDecoder, BlockResult, BlockStream, Decodin
 from expertshare.decoding.captured import CapturedSteps, CudaGraphs, Graphs, capacity_for
 from expertshare.errors import NumericsError
 from expertshare.experts.whole import ResidentSlabs
+from expertshare.kernels import TorchBackend
+from expertshare.kernels.triton.backend import TritonBackend
 from expertshare.measure.cost import Cost
 from expertshare.models import MoETransformer, Runtime
 from expertshare.routing import everything, parse_policy
@@ -71,7 +73,7 @@ def decoder_of(
     captured: bool = True,
     graphs: Graphs | None = None,
 ) -> BlockDecoder:
-    runtime = Runtime(policy=parse_policy(policy), backend="triton", graphs=captured)
+    runtime = Runtime(policy=parse_policy(policy), backend=TritonBackend(), graphs=captured)
     return BlockDecoder(model_of(config, device), runtime, options, graphs=graphs or graphs_for(device))
 
 
@@ -159,7 +161,7 @@ def test_a_store_of_all_experts_is_captured_and_counts_the_same(device: torch.de
         store = ResidentSlabs.__new__(ResidentSlabs)
         layout = SimpleNamespace(num_layers=len(banks))
         super(ResidentSlabs, store).__init__(layout, banks, device)  # type: ignore[arg-type]
-        runtime = Runtime(policy=parse_policy("des-vote"), backend="triton", store=store, graphs=captured)
+        runtime = Runtime(policy=parse_policy("des-vote"), backend=TritonBackend(), store=store, graphs=captured)
         decoder = BlockDecoder(model, runtime, OPTIONS, graphs=graphs_for(device))
         blocks, _, uncaptured_because = answered(decoder, PROMPTS[:1])
         assert (uncaptured_because is None) == captured
@@ -204,7 +206,7 @@ def test_a_step_that_is_not_finite_writes_nothing_and_names_its_row(device: torc
 
 
 REASONS = [
-    ({"backend": "grouped"}, {}, False, "the backend 'grouped' asks the host"),
+    ({"backend": TorchBackend()}, {}, False, "the backend 'torch' asks the host"),
     ({"on_plan": lambda layer, plan: None}, {}, False, "are recorded"),
     ({"store": object()}, {}, False, "experts come and go in a store"),
     ({"graphs": False}, {}, False, "switched off"),
@@ -225,7 +227,7 @@ def test_why_a_batch_is_not_captured(
     runtime: dict[str, object], options: dict[str, object], watched: bool, reason: str | None
 ) -> None:
     config = CONFIGS["llada2"]
-    chosen = Runtime(**{"policy": parse_policy("vanilla"), "backend": "triton", **runtime})  # type: ignore[arg-type]
+    chosen = Runtime(**{"policy": parse_policy("vanilla"), "backend": TritonBackend(), **runtime})  # type: ignore[arg-type]
     chosen = replace(chosen, policy=chosen.policy.bind(config.router))
     wanted = replace(OPTIONS, **options).resolve(config)  # type: ignore[arg-type]
     why = CapturedSteps(MoETransformer(config), chosen, wanted, CheckedGraphs()).why_not(watched=watched)
@@ -233,7 +235,7 @@ def test_why_a_batch_is_not_captured(
 
 
 def test_full_attention_and_the_cpu_are_not_captured() -> None:
-    runtime = Runtime(policy=parse_policy("vanilla"), backend="triton")
+    runtime = Runtime(policy=parse_policy("vanilla"), backend=TritonBackend())
     for config, graphs, reason in (
         (TINY_LLADA_MOE, CheckedGraphs(), "full attention"),
         (CONFIGS["llada2"], None, "the model is on cpu; graphs are a GPU's"),

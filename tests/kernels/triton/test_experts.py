@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from backends import moe_ffn
 from expertshare.errors import ConfigError
-from expertshare.kernels import moe_ffn
 from expertshare.kernels.quantise import quantise_bank
 from expertshare.kernels.triton.experts import moe_ffn_triton
 from expertshare.types import Bank, ExpertBank, QuantisedBank, QuantisedWeight, RoutingPlan

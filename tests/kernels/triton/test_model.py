@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from backends import backend_named
 from expertshare.config import ModelConfig
 from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.models import ForwardInput, MoETransformer, Runtime
@@ -45,14 +46,16 @@ def test_a_forward_equals_torch_s(family: str, policy_name: str, device: torch.d
     config = CONFIGS[family]
     model, inputs = model_of(config, device), block(config, device)
     policy = make_policy(policy_name).bind(config.router)
-    expected, found = (model(inputs, Runtime(policy=policy, backend=name)) for name in ("grouped", "triton"))
+    expected, found = (
+        model(inputs, Runtime(policy=policy, backend=backend_named(name))) for name in ("torch", "triton")
+    )
     assert torch.equal(found.routing.load_NE, expected.routing.load_NE)
     assert torch.equal(found.routing.group_experts_NG, expected.routing.group_experts_NG)
     live = inputs.live_BS
     torch.testing.assert_close(found.hidden_BSD[live], expected.hidden_BSD[live], rtol=2e-4, atol=2e-4)
     rows = found.hidden_BSD[live]
     excluded = [config.mask_id]
-    ours, theirs = (model.best_tokens(rows, excluded, backend=name) for name in ("triton", "grouped"))
+    ours, theirs = (model.best_tokens(rows, excluded, backend=backend_named(name)) for name in ("triton", "torch"))
     assert torch.equal(ours[0], theirs[0])
     torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-6)
 
@@ -64,8 +67,10 @@ def test_an_answer_equals_that_of_torch(device: torch.device) -> None:
     policy = make_policy("des-vote").bind(config.router)
     options = DecodingOptions(gen_length=8, threshold=0.0, stop_at_eos=False)
     found = []
-    for backend in ("triton", "grouped"):
-        stream = BlockDecoder(model, Runtime(policy=policy, backend=backend), options).blocks([[5, 6, 7], [9] * 8])
+    for backend in ("triton", "torch"):
+        stream = BlockDecoder(model, Runtime(policy=policy, backend=backend_named(backend)), options).blocks(
+            [[5, 6, 7], [9] * 8]
+        )
         found.append([(block.row, block.token_ids) for block in stream])
     assert found[0] == found[1]
 
@@ -90,11 +95,11 @@ def test_a_forward_asks_the_host_nothing(policy_name: str, device: torch.device)
     """What a captured graph needs, seen without a GPU: by the operations that torch is asked for."""
     config = CONFIGS["llada2_moe"]
     model, inputs = model_of(config, device), block(config, device)
-    runtime = Runtime(policy=make_policy(policy_name).bind(config.router), backend="triton")
+    runtime = Runtime(policy=make_policy(policy_name).bind(config.router), backend=backend_named("triton"))
 
     def step() -> None:
         hidden_RD = model(inputs, runtime).hidden_BSD.flatten(0, 1)
-        model.best_tokens(hidden_RD, [config.mask_id], backend="triton")
+        model.best_tokens(hidden_RD, [config.mask_id], backend=backend_named("triton"))
 
     step()  # what is made once may come from the host
     with NoWordFromTheHost():
@@ -108,12 +113,15 @@ def test_a_captured_forward_equals_an_eager_one(policy_name: str, device: torch.
         pytest.skip("graphs are a GPU's")
     config = CONFIGS["llada2_moe"]
     model, inputs = model_of(config, device), block(config, device)
-    runtime = Runtime(policy=make_policy(policy_name).bind(config.router), backend="triton")
+    runtime = Runtime(policy=make_policy(policy_name).bind(config.router), backend=backend_named("triton"))
 
     def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         output = model(inputs, runtime)
         hidden_RD = output.hidden_BSD.flatten(0, 1)
-        return (*model.best_tokens(hidden_RD, [config.mask_id], backend="triton"), output.routing.load_NE)
+        return (
+            *model.best_tokens(hidden_RD, [config.mask_id], backend=backend_named("triton")),
+            output.routing.load_NE,
+        )
 
     torch.use_deterministic_algorithms(False)
     side = torch.cuda.Stream()

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from expertshare.config import RouterSpec
 from expertshare.errors import ConfigError
-from expertshare.kernels import select_and_assign
-from expertshare.kernels.triton.route import MOST_EXPERTS, route_layer_triton
+from expertshare.kernels.triton.route import MOST_EXPERTS, route_layer_triton, select_and_assign
 from expertshare.routing import POLICIES, SharingRule, count_load, make_policy, route, route_layer
 from expertshare.routing.policy import Policy
 from expertshare.types import Coreset, Routed, RouterScores, RoutingPolicy

@@ -11,6 +11,7 @@ import torch
 from expertshare import native
 from expertshare.config import RouterSpec
 from expertshare.errors import ConfigError, InputError
+from expertshare.kernels.cpu_backend import CpuBackend
 from expertshare.lab.bench import Case, ForwardSettings, bench_forward, find_case
 from expertshare.lab.bench.concentration import concentrate
 from expertshare.lab.bench.peer_models import build_peer
@@ -32,9 +33,9 @@ def _softmax_case() -> Case:
 @pytest.mark.parametrize("case", [find_case("tiny"), _softmax_case()], ids=["glm4_moe", "qwen3_moe"])
 def test_transformers_gives_the_same_logits_from_the_same_tensors(case: Case) -> None:
     settings = ForwardSettings(num_layers=3, context=16, unique=12, dtype=torch.float32, repeats=1, warmup=0)
-    found = bench_forward("tiny", case, VANILLA, ["grouped", "transformers-eager", "transformers-grouped-mm"], settings)
+    found = bench_forward("tiny", case, VANILLA, ["torch", "transformers-eager", "transformers-grouped-mm"], settings)
     assert [point["backend"] for point in found["forwards"]] == [
-        "grouped",
+        "torch",
         "transformers-eager",
         "transformers-grouped-mm",
     ]
@@ -75,8 +76,8 @@ def test_concentration_reaches_the_number_asked_for(unique: int) -> None:
 def test_points_say_where_the_time_went() -> None:
     policies = {**VANILLA, "des-vote:budget=8": parse_policy("des-vote:budget=8")}
     settings = ForwardSettings(num_layers=3, context=0, masked=3, unique=None, repeats=2, warmup=1)
-    found = bench_forward("tiny", find_case("tiny"), policies, ["grouped", "transformers-eager"], settings)
-    ours = [point for point in found["forwards"] if point["backend"] == "grouped"]
+    found = bench_forward("tiny", find_case("tiny"), policies, ["torch", "transformers-eager"], settings)
+    ours = [point for point in found["forwards"] if point["backend"] == "torch"]
     assert [point["policy"] for point in ours] == ["vanilla", "des-vote:budget=8"]
     for point in ours:
         assert point["ms_by_part"].keys() == {"router", "experts", "attention", "head", "other"}
@@ -89,12 +90,10 @@ def test_points_say_where_the_time_went() -> None:
 
 @pytest.mark.skipif(not native.available(), reason="the backend cpu needs the library for its dense layers")
 def test_grossly_wrong_logits_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from expertshare.kernels import BACKENDS
-
-    monkeypatch.setitem(BACKENDS, "cpu", lambda x_TD, plan, bank: -100 * x_TD)
+    monkeypatch.setattr(CpuBackend, "moe_ffn", lambda self, x_TD, plan, bank, arrivals=None: -100 * x_TD)
     settings = ForwardSettings(num_layers=3, context=0, unique=None, repeats=1, warmup=0)
-    found = bench_forward("tiny", find_case("tiny"), VANILLA, ["cpu", "grouped"], settings)
-    assert [point["backend"] for point in found["forwards"]] == ["grouped"]
+    found = bench_forward("tiny", find_case("tiny"), VANILLA, ["cpu", "torch"], settings)
+    assert [point["backend"] for point in found["forwards"]] == ["torch"]
     (entry,) = (entry for entry in found["left_out"] if entry["policy"])
     assert entry["backend"] == "cpu"
     assert entry["reason"].startswith("wrong: logits differ by ")
@@ -110,12 +109,12 @@ def test_what_cannot_be_run_is_refused() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'transformers-eager'"):
         bench_forward("tiny", tiny, VANILLA, ["transformers-eagr"], ForwardSettings())
     with pytest.raises(InputError, match=r"masked rows must lie in 1\.\.8"):
-        bench_forward("tiny", tiny, VANILLA, ["grouped"], ForwardSettings(num_layers=3, masked=9))
+        bench_forward("tiny", tiny, VANILLA, ["torch"], ForwardSettings(num_layers=3, masked=9))
     for unique in (1, 33):
         with pytest.raises(InputError, match=rf"unique experts must lie in 4\.\.32 .* got {unique}"):
-            bench_forward("tiny", tiny, VANILLA, ["grouped"], ForwardSettings(num_layers=3, unique=unique))
+            bench_forward("tiny", tiny, VANILLA, ["torch"], ForwardSettings(num_layers=3, unique=unique))
     with pytest.raises(InputError, match="fewer --layers"):
-        bench_forward("tiny", tiny, VANILLA, ["grouped"], ForwardSettings(memory_bytes=1000))
+        bench_forward("tiny", tiny, VANILLA, ["torch"], ForwardSettings(memory_bytes=1000))
 
 
 def test_memory_of_a_model_is_counted_before_it_is_made() -> None:

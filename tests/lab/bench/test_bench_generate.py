@@ -33,11 +33,11 @@ def _subject(threshold: float = 0.95) -> Subject:
 @pytest.mark.parametrize("threshold", [0.95, 0.004], ids=["one-by-one", "several-at-once"])
 def test_peers_decode_the_same_tokens(threshold: float) -> None:
     policies = {name: parse_policy(name) for name in ("vanilla", "des-vote:budget=8")}
-    backends = ["grouped", "transformers-grouped-mm"]
+    backends = ["torch", "transformers-grouped-mm"]
     found = bench_generate(_subject(threshold), policies, backends, batch_sizes=(1, 2), repeats=1, warmup=1)
     points = {(point["backend"], point["policy"], point["batch_size"]): point for point in found["generations"]}
     assert points.keys() == {
-        *(("grouped", policy, size) for policy in policies for size in (1, 2)),
+        *(("torch", policy, size) for policy in policies for size in (1, 2)),
         ("transformers-grouped-mm", "vanilla", 1),
     }
     for point in points.values():
@@ -45,10 +45,10 @@ def test_peers_decode_the_same_tokens(threshold: float) -> None:
         assert point["equal_across_repeats"]
         assert point["tokens_per_s"] == pytest.approx(32 / (point["ms"] / 1e3))
     for size in (1, 2):
-        assert points["grouped", "vanilla", size]["same_as_peer"] == {"transformers-grouped-mm": 1.0}
-    assert points["grouped", "des-vote:budget=8", 1]["unique_experts"] <= 8
-    assert points["grouped", "vanilla", 1]["faster_than"].keys() == {"transformers-grouped-mm", "vanilla"}
-    assert points["grouped", "vanilla", 2]["faster_than"].keys() == {"vanilla"}  # the peer has no batch of two
+        assert points["torch", "vanilla", size]["same_as_peer"] == {"transformers-grouped-mm": 1.0}
+    assert points["torch", "des-vote:budget=8", 1]["unique_experts"] <= 8
+    assert points["torch", "vanilla", 1]["faster_than"].keys() == {"transformers-grouped-mm", "vanilla"}
+    assert points["torch", "vanilla", 2]["faster_than"].keys() == {"vanilla"}  # the peer has no batch of two
     json.dumps(found, allow_nan=False)
 
 
@@ -56,7 +56,7 @@ def test_batches_do_not_change_the_mean_of_unique_experts() -> None:
     """In float32 every batch decodes the same tokens, so its blocks use the same experts: 5 rows in batches of 1 and 4,
     of which the last has one row."""
     subject = replace(_subject(0.004), prompts=[[3 + row, *range(7, 22)] for row in range(5)])
-    found = bench_generate(subject, {"vanilla": parse_policy("vanilla")}, ["grouped"], batch_sizes=(1, 4), repeats=1)
+    found = bench_generate(subject, {"vanilla": parse_policy("vanilla")}, ["torch"], batch_sizes=(1, 4), repeats=1)
     one, four = found["generations"]
     assert one["same_as_vanilla"] == four["same_as_vanilla"] == 1.0
     assert four["denoise_forwards"] < one["denoise_forwards"]
@@ -70,7 +70,7 @@ def test_repetitions_that_differ_are_told() -> None:
     decoding = generate.Decoding(_decoder(subject), subject.prompts, 2)
     decoding()
     decoding.tokens.append([(1,), (2,)])
-    point = generate._point("tiny", ("grouped", "vanilla", 2), decoding, [1.0], {})
+    point = generate._point("tiny", ("torch", "vanilla", 2), decoding, [1.0], {})
     assert not point["equal_across_repeats"]
 
 
@@ -85,18 +85,18 @@ def test_on_a_gpu_replays_run_beside_launches_one_by_one(monkeypatch: pytest.Mon
     from expertshare.lab.bench import generate
 
     cuda = torch.device("cuda")
-    assert generate.generate_backends(None, cuda)[:3] == ["triton", "triton-no-graphs", "grouped"]
+    assert generate.generate_backends(None, cuda)[:3] == ["triton", "triton-no-graphs", "torch"]
     assert generate.generate_backends(["triton-no-graphs"], cuda) == ["triton-no-graphs"]
     assert "triton-no-graphs" not in generate.generate_backends(None, torch.device("cpu"))
     with pytest.raises(ConfigError, match="unknown backend 'triton-graphs'"):
         generate.generate_backends(["triton-graphs"], cuda)
-    monkeypatch.setattr(generate, "resolve_backend", lambda name, device: name)
+    monkeypatch.setattr(generate, "choose_backend", lambda name, device: name)
     runtimes = [generate._runtime(name, parse_policy("vanilla"), cuda) for name in ("triton", "triton-no-graphs")]
     assert [(runtime.backend, runtime.graphs) for runtime in runtimes] == [("triton", True), ("triton", False)]
 
 
 def test_points_say_whether_steps_were_replayed() -> None:
-    (point,) = bench_generate(_subject(), {"vanilla": parse_policy("vanilla")}, ["grouped"], repeats=1, warmup=0)[
+    (point,) = bench_generate(_subject(), {"vanilla": parse_policy("vanilla")}, ["torch"], repeats=1, warmup=0)[
         "generations"
     ]
     assert point["captured"] is False
@@ -115,4 +115,4 @@ def test_the_plain_loop_takes_whole_blocks_only() -> None:
 
 def test_unusable_batches_are_refused() -> None:
     with pytest.raises(InputError, match="at least 1"):
-        bench_generate(_subject(), {"vanilla": parse_policy("vanilla")}, ["grouped"], batch_sizes=(0,))
+        bench_generate(_subject(), {"vanilla": parse_policy("vanilla")}, ["torch"], batch_sizes=(0,))

@@ -40,7 +40,7 @@ def test_experts_end_with_one_json_line(capsys: pytest.CaptureFixture[str], tmp_
     assert results["peak_gmac_per_s"] > 0
     wanted = {"case", "unique", "backend", "ms", "gb_per_s", "gmac_per_s", "share_of_bound"}
     assert all(wanted <= point.keys() for point in results["cases"])
-    names = {"grouped", "torch", "torch-grouped-mm", "transformers-eager", "transformers-grouped-mm"}
+    names = {"torch", "torch-loop", "torch-grouped-mm", "transformers-eager", "transformers-grouped-mm"}
     optional = {"cpu", "cpu-int8", "cpu-int4", "zentorch"}
     assert names <= {point["backend"] for point in results["cases"]} <= names | optional
     assert "tiny: one layer's experts, 8 tokens" in err
@@ -53,7 +53,7 @@ def test_experts_end_with_one_json_line(capsys: pytest.CaptureFixture[str], tmp_
 
 
 def test_experts_of_several_numbers_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--experts", "16,64", "--unique", "6", "--backends", "grouped", "--repeats", 1, "--json")
+    arguments = ("--experts", "16,64", "--unique", "6", "--backends", "torch", "--repeats", 1, "--json")
     code, out, _ = _run(capsys, "experts", "--case", "tiny", *arguments)
     assert code == 0
     points = json.loads(out)["cases"]
@@ -75,7 +75,7 @@ def test_forward_and_its_picture(capsys: pytest.CaptureFixture[str], tmp_path: P
 def test_generate_from_a_case(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     plot = tmp_path / "p.png"
     arguments = ("--layers", 3, "--limit", 2, "--gen-length", 8, "--batch-sizes", "1,2", "--repeats", 1)
-    names = ("--backends", "grouped,transformers-grouped-mm", "--policies", "vanilla")
+    names = ("--backends", "torch,transformers-grouped-mm", "--policies", "vanilla")
     code, out, err = _run(capsys, "generate", "--case", "tiny", *arguments, *names, "--json", "--plot", plot)
     assert code == 0, err
     results = json.loads(out)

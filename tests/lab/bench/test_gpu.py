@@ -70,8 +70,8 @@ def test_who_cannot_be_captured_is_launched_call_by_call() -> None:
 
 def test_everybody_takes_part_on_the_device_that_it_is_made_for() -> None:
     on_cpu, on_gpu = contenders(None, CPU), contenders(None, CUDA)
-    assert {"cpu", "cpu-int8", "grouped", "transformers-grouped-mm"} <= on_cpu.keys()
-    assert {"triton", "triton-int8", "triton-int4", "grouped", "transformers-eager"} <= on_gpu.keys()
+    assert {"cpu", "cpu-int8", "torch", "transformers-grouped-mm"} <= on_cpu.keys()
+    assert {"triton", "triton-int8", "triton-int4", "torch", "transformers-eager"} <= on_gpu.keys()
     assert not {name for name in on_cpu if name.startswith("triton")}
     assert not {name for name in on_gpu if name.startswith("cpu")}
     assert contenders(["triton"], CPU)["triton"].absent(CPU) == "runs on cuda only"

@@ -22,7 +22,7 @@ from expertshare.kernels.triton import interpreted, unavailable_reason
 from expertshare.lab.bench.bus import bus_bandwidth
 from expertshare.native import available
 
-EXACT = "cpu" if available() else "reference"
+EXACT = "cpu" if available() else "torch"
 ROOT = Path(__file__).parents[3]
 
 

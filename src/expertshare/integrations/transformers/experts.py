@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from expertshare import native
 from expertshare.errors import ConfigError
-from expertshare.kernels import moe_ffn
+from expertshare.kernels.cpu_backend import CpuBackend
 from expertshare.types import ExpertBank, RoutingPlan
 
 NAME = "expertshare"
 _GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+_OURS = CpuBackend()
 _log = logging.getLogger(__name__)
 _FITS: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 """Why an experts module's weights and activation are not for our kernel (None: they are), looked at once."""
@@ -60,7 +61,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     active_E = _active(ids_TK, num_experts)
     plan = RoutingPlan(ids_TK, top_k_weights.float(), active_E)
     bank = ExpertBank(self.gate_up_proj.detach(), self.down_proj.detach())
-    result = moe_ffn(hidden_states.detach(), plan, bank, backend="cpu")
+    result = _OURS.moe_ffn(hidden_states.detach(), plan, bank)
     for observer in OBSERVERS.get(self, ()):
         observer(active_E)
     return result

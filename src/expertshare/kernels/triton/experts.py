@@ -23,7 +23,7 @@ PROGRAMS_INTERPRETED = 3
 
 
 def moe_ffn_triton(x_TD: Tensor, plan: RoutingPlan, bank: Bank) -> Tensor:
-    """As moe_ffn_grouped, for inference, with a bank of floats (float32, bfloat16, float16) or of codes.
+    """As TorchBackend.moe_ffn, for inference, with a bank of floats (float32, bfloat16, float16) or of codes.
 
     Sums are float32: over features in the order of the tiles, over slots in their order, so that equal calls give equal
     bits. Hidden features are rounded once to the tokens' dtype. 8-bit weights enter as codes, the scale is applied to
@@ -118,7 +118,7 @@ def _check(x_TD: Tensor, plan: RoutingPlan, bank: Bank, weights: dict[str, Tenso
     wants_grad = x_TD.requires_grad or plan.weights_TK.requires_grad or any(t.requires_grad for t in parts.values())
     if torch.is_grad_enabled() and wants_grad:
         raise ConfigError(
-            "the expert backend 'triton' has no gradients: call it under torch.no_grad(), or use the backend 'grouped'."
+            "the expert backend 'triton' has no gradients: call it under torch.no_grad(), or use the backend 'torch'."
         )
     floats = {x_TD.dtype} | ({t.dtype for t in parts.values()} if isinstance(bank, ExpertBank) else set())
     if len(floats) != 1 or x_TD.dtype not in DTYPES:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from expertshare.errors import ConfigError
+from expertshare.kernels.backend import check_excluded
 from expertshare.kernels.triton.availability import check_devices, interpreted
 from expertshare.kernels.triton.tiles import power_of_two, tiles_for
-from expertshare.kernels.vocabulary import check_excluded
 from expertshare.kernels.weights import check_table
 from expertshare.types import QuantisedTable
 
@@ -21,7 +21,7 @@ TILES_AT_A_TIME = 1024
 def best_token_triton(
     hidden_RD: Tensor, weight_VD: Tensor | QuantisedTable, excluded: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """As kernels.head: token int64 [R], the lowest of equals, and its probability float32 [R] without `excluded`.
+    """As Backend.best_token: token int64 [R], the lowest of equals, and its probability float32 [R] without `excluded`.
 
     The probability is NaN where a logit of the row is not finite. Logits are rounded to the dtype of the hidden states,
     as if they were stored. An int8 table enters as codes; its scale is applied to the sum. Raises ConfigError as
@@ -96,7 +96,7 @@ def _check(hidden_RD: Tensor, weight_VD: Tensor | QuantisedTable) -> None:
     parts = (weight_VD.codes_PC, weight_VD.scales_PG) if isinstance(weight_VD, QuantisedTable) else (weight_VD,)
     check_devices(hidden_RD, *parts)
     if torch.is_grad_enabled() and (hidden_RD.requires_grad or parts[0].requires_grad):
-        raise ConfigError("the backend 'triton' has no gradients: call it under torch.no_grad(), or use 'grouped'.")
+        raise ConfigError("the backend 'triton' has no gradients: call it under torch.no_grad(), or use 'torch'.")
     floats = {hidden_RD.dtype} if is_table else {hidden_RD.dtype, parts[0].dtype}
     if len(floats) != 1 or hidden_RD.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ConfigError(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from expertshare.config import RouterSpec
+from expertshare.kernels import Past
 from expertshare.models import ForwardInput, MoETransformer, Runtime
-from expertshare.models.moe import Router
-from expertshare.models.runtime import Past
+from expertshare.models.moe import MoE
 from expertshare.routing import make_policy, route, router_scores
 
 BISECTIONS = 20
@@ -40,14 +40,14 @@ def concentrate(
     spec = model.config.router
     generator = torch.Generator().manual_seed(seed)
 
-    def tune(router: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        assert isinstance(router, Router)
-        x_GLD = arguments[0].float()
+    def tune(moe: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        assert isinstance(moe, MoE)
+        router, x_GLD = moe.router, arguments[0].float()
         preference_E = torch.randn(spec.num_experts, generator=generator).to(x_GLD.device)
         router.weight.copy_(concentrated(router.weight.float(), preference_E, x_GLD, router.bias, spec, unique))
 
-    routers = [module for module in model.modules() if isinstance(module, Router)]
-    hooks = [router.register_forward_pre_hook(tune) for router in routers]
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    hooks = [layer.register_forward_pre_hook(tune) for layer in layers]
     try:
         with torch.no_grad():
             model(inputs, Runtime(policy=make_policy("vanilla").bind(spec)), past)

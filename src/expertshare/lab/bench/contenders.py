@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from expertshare import native
 from expertshare.errors import ConfigError, nearest
-from expertshare.kernels import moe_ffn
+from expertshare.kernels import choose_backend
 from expertshare.kernels.triton import unavailable_reason as no_triton
 from expertshare.lab.bench.cases import Case
 from expertshare.types import Bank, ExpertBank, RoutingPlan
@@ -59,7 +59,10 @@ def contenders(names: Sequence[str] | None, device: torch.device = CPU) -> dict[
 def _ours(backend: str) -> Callable[[Sequence[Bank], Case], Run]:
     def build(banks: Sequence[Bank], case: Case) -> Run:
         del case  # a plan and a bank say everything
-        return lambda layer, x_TD, plan: moe_ffn(x_TD, plan, banks[layer], backend=backend)
+        first = banks[0]
+        weights = first.down_EDF if isinstance(first, ExpertBank) else first.down.codes_EPC
+        moe_ffn = choose_backend(backend, weights.device).moe_ffn
+        return lambda layer, x_TD, plan: moe_ffn(x_TD, plan, banks[layer])
 
     return build
 
@@ -173,8 +176,8 @@ CONTENDERS: dict[str, Contender] = {
             ("triton-int4", "int4", ", 4 bits"),
         )
     },
-    "grouped": Contender(build=_ours("grouped"), about="our torch path, which works everywhere"),
-    "torch": Contender(build=_torch_loop, host_bound=True, about="a loop over experts in plain torch"),
+    "torch": Contender(build=_ours("torch"), about="our torch backend, which works everywhere"),
+    "torch-loop": Contender(build=_torch_loop, host_bound=True, about="a loop over experts in plain torch"),
     "torch-grouped-mm": Contender(build=_torch_grouped_mm, about="F.grouped_mm with the least around it"),
     "transformers-eager": Contender(
         build=_transformers("eager"), host_bound=True, about="transformers' experts, its eager loop"

@@ -28,7 +28,7 @@ from expertshare.lab.bench.stage import (
 from expertshare.lab.bench.timing import Spread, spread
 from expertshare.types import Bank
 
-RATIOS_TO = ("cpu", "torch", "transformers-eager", "transformers-grouped-mm")
+RATIOS_TO = ("cpu", "torch-loop", "transformers-eager", "transformers-grouped-mm")
 Listener = Callable[[str], None]
 Point = dict[str, Any]
 

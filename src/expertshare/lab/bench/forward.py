@@ -15,7 +15,7 @@ from expertshare import native
 from expertshare.config import ModelConfig
 from expertshare.decoding.cache import CacheView, KeyValueCache
 from expertshare.errors import ConfigError, InputError, nearest
-from expertshare.kernels import BACKENDS
+from expertshare.kernels import BACKENDS, Backend, TorchBackend, choose_backend
 from expertshare.lab.bench.bound import forward_bound_ms, forward_work
 from expertshare.lab.bench.cases import Case
 from expertshare.lab.bench.concentration import concentrate
@@ -71,7 +71,7 @@ class Ours:
 
     scene: Scene
     policy: RoutingPolicy
-    backend: str
+    backend: Backend
     parts_s: list[dict[str, float]] = field(default_factory=list)
     group_experts_NG: Tensor | None = None
 
@@ -147,7 +147,8 @@ def bench_forward(
                 peer = build_peer(scene.model, case.peer, IMPLEMENTATIONS[backend])
                 calls[backend, "vanilla"] = _peer_call(scene, peer)
             else:
-                calls |= {(backend, label): Ours(scene, policy, backend) for label, policy in bound.items()}
+                ours = choose_backend(backend, settings.device)
+                calls |= {(backend, label): Ours(scene, policy, ours) for label, policy in bound.items()}
         on_progress(f"{name}: verifying")
         agreement = _agreement(calls, bound, scene)
         right = {key: call for key, call in calls.items() if agreement[key]["difference"] <= GROSSLY_WRONG}
@@ -192,7 +193,7 @@ def forward_backends(names: Sequence[str] | None, device: torch.device = CPU) ->
     for name in names or ():
         if name not in known:
             raise ConfigError(f"unknown backend {name!r}. {nearest(name, known)}")
-    wanted = names or ["cpu" if device.type == "cpu" else "triton", "grouped", *IMPLEMENTATIONS]
+    wanted = names or ["cpu" if device.type == "cpu" else "triton", "torch", *IMPLEMENTATIONS]
     return [name for name in wanted if name != "cpu" or native.available()]
 
 
@@ -266,7 +267,7 @@ def _agreement(
         policy = policies.get(label)
         if policy is None:  # peers run vanilla even where nobody asked us to
             policy = make_policy("vanilla").bind(scene.model.config.router)
-        expected = Ours(scene, policy, "grouped").logits().float()
+        expected = Ours(scene, policy, TorchBackend()).logits().float()
         for key, call in calls.items():
             if key[1] != label:
                 continue

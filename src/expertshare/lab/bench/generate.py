@@ -14,7 +14,7 @@ from expertshare.config import ModelConfig
 from expertshare.decoding import BlockDecoder, DecodingOptions, Generation
 from expertshare.decoding.row import check_prompts
 from expertshare.errors import InputError
-from expertshare.kernels import resolve_backend
+from expertshare.kernels import choose_backend
 from expertshare.lab.bench.cases import Case
 from expertshare.lab.bench.forward import CPU, forward_backends
 from expertshare.lab.bench.machine import dtype_name
@@ -152,8 +152,8 @@ def generate_backends(names: Sequence[str] | None, device: torch.device) -> list
 
 
 def _runtime(backend: str, policy: RoutingPolicy, device: torch.device) -> Runtime:
-    name = resolve_backend("triton" if backend == WITHOUT_GRAPHS else backend, device)
-    return Runtime(policy=policy, backend=name, graphs=backend != WITHOUT_GRAPHS)
+    chosen = choose_backend("triton" if backend == WITHOUT_GRAPHS else backend, device)
+    return Runtime(policy=policy, backend=chosen, graphs=backend != WITHOUT_GRAPHS)
 
 
 def bench_generate(

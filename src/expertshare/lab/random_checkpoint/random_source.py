@@ -54,13 +54,13 @@ class Calibration:
         """Concentrate layer `index`'s router (its weights are then in `routers` by name) and carry on behind it."""
         layer, config = self._layer(index), self._config
         runtime = Runtime(policy=make_policy("vanilla").bind(config.router))
-        x_BSD = self._x_BSD
-        normed_BSD = layer.attention_norm(x_BSD)
-        y_BSD, _ = layer.attention(normed_BSD, self._tables, self._inputs.mask_BSP, None, backend=runtime.backend)
+        x_BSD, backend = self._x_BSD, runtime.backend
+        normed_BSD = layer.attention_norm(x_BSD, backend)
+        y_BSD, _ = layer.attention(normed_BSD, self._tables, self._inputs.mask_BSP, None, backend)
         x_BSD = x_BSD + y_BSD
-        h_BSD = layer.mlp_norm(x_BSD)
+        h_BSD = layer.mlp_norm(x_BSD, backend)
         if layer.mlp is not None:
-            self._x_BSD = x_BSD + layer.mlp(h_BSD, backend=runtime.backend)
+            self._x_BSD = x_BSD + layer.mlp(h_BSD, backend)
             return LayerUse(0.0, float(self._x_BSD.square().mean().sqrt()))
         assert layer.moe is not None
         assert pool is not None
@@ -77,7 +77,7 @@ class Calibration:
         _, plan = route(scores, runtime.policy, config.router)
         y_TD = pool.compute(h_BSD.flatten(0, 1), plan)
         if moe.shared is not None:
-            y_TD = y_TD + moe.shared(h_BSD.flatten(0, 1), backend=runtime.backend)
+            y_TD = y_TD + moe.shared(h_BSD.flatten(0, 1), backend)
         self._x_BSD = x_BSD + y_TD.view(x_BSD.shape)
         ids_BSK = plan.expert_ids_TK.view(*x_BSD.shape[:2], -1)[:, -config.block_length :]
         unique = mean_unique(ids_BSK.flatten(0, 1), len(x_BSD), config.router)

@@ -10,7 +10,7 @@ from typing import Any
 
 from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.errors import InputError
-from expertshare.kernels import AUTO, resolve_backend
+from expertshare.kernels import AUTO, choose_backend
 from expertshare.models import LoadedModel, Runtime, decode_answer, describe, encode_prompt
 from expertshare.routing import parse_policy
 from expertshare.serving.live.texts import TokenTexts
@@ -44,7 +44,7 @@ class ModelTraceSource:
         self._loaded, self._tokenizer, self._lock, self._chat = loaded, loaded.tokenizer, lock, chat
         self._name = name or loaded.path.resolve().name
         self._options = options or DecodingOptions()
-        self._backend, self._store = resolve_backend(backend, loaded.model.device), store
+        self._backend, self._store = choose_backend(backend, loaded.model.device), store
         self._texts = TokenTexts(loaded.tokenizer)
 
     def facts(self) -> Mapping[str, Any]:
