@@ -28,7 +28,7 @@ class Arena {
    public:
     ~Arena() { std::free(memory_); }
 
-    // Room for `bytes`, which every later `carve` takes from; what was carved before is void.
+    // Memory for `bytes`, which every later `carve` takes from; what was carved before is void.
     void reserve(Index bytes) {
         used_ = 0;
         if (bytes <= size_) return;

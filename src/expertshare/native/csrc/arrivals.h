@@ -19,7 +19,7 @@ class Arrivals {
 
     bool there(Index expert) const { return states_ == nullptr || state(expert) == kThere; }
 
-    // Whether the expert is there in the end. Not if it will not come, nor if it takes so long that whoever called should
+    // Whether the expert is there in the end. Not if it will not come, nor if it takes so long that the caller should
     // look after it (and hear of an interrupt); once given up, nobody waits any more. Adds what it waited.
     bool await(Index expert, std::int64_t &waited_ns) {
         if (there(expert)) return true;

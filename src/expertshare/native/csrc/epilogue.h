@@ -1,5 +1,5 @@
-// From float32 sums to what leaves a kernel: SiLU and the weighted sum, rounded features, weights of a softmax, the best
-// of some logits. Plain loops that the compiler vectorises for each instruction set.
+// From float32 sums to what leaves a kernel: SiLU and the weighted sum, rounded features, weights of a softmax, the
+// best of some logits. Plain loops that the compiler vectorises for each instruction set.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +54,7 @@ void mix(const float *const *outs, const float *weights, Index num_outs, Index c
         for (Index k = 0; k < num_outs; k++) {
             const float *out = outs[k] + start;
             const float weight = weights[k];
-            // Half of them lie in another core's cache, and each is too short a run for the processor to see a pattern.
+            // Half of them are in another core's cache, and each is too short a run for the processor to see a pattern.
             for (Index i = 0; i < n; i += 16) __builtin_prefetch(out + 2 * kPiece + i, 0, 3);
             for (Index i = 0; i < n; i++) sums[i] += weight * out[i];
         }

@@ -190,8 +190,11 @@ class ExpertLayer final : public Work {
     void pack_tokens(Index item) {
         const Index width = gate_up_kernels_.width, first = item * width;
         const auto pack = [=](Index end, auto token_of) {
+            const auto features = [=](Index i) {
+                return static_cast<const char *>(layer_.x) + token_of(i) * hidden_depth_ * token_bytes_;
+            };
             pack_block(gate_up_kernels_, first, end, hidden_depth_, 0, hidden_depth_, tokens_ + item * token_stride_,
-                       [&](Index i) { return static_cast<const char *>(layer_.x) + token_of(i) * hidden_depth_ * token_bytes_; });
+                       features);
         };
         if (width == 1) return pack(item + 1, [](Index token) { return token; });
         Index end = first;

@@ -46,7 +46,7 @@ struct Kernels {
     Index (*block_bytes)(Index depth);
 
     // Features begin .. end of num_tokens <= width tokens, whose features are at x[0], x[1] and so on, into a block.
-    // What lies behind the last token is for the kernel to fill.
+    // What is behind the last token is for the kernel to fill.
     void (*pack)(const void *const *x, Index num_tokens, Index depth, Index begin, Index end, void *block);
 
     // out[m * out_stride + r] = dot(row r of w, token m) for r < num_rows, m < num_tokens <= kTokenBlock; token m is in

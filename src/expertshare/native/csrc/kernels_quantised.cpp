@@ -25,7 +25,7 @@ constexpr int kMostPanels = kLanes == 16 ? 2 : 1, kMaxTokens = kLanes == 16 ? 6 
 constexpr Index kStretchSpans = 4;  // of two panels: 16 KiB of int8
 
 // At least, in whole panels. Into the first cache: int8 gains nothing from more. With 4 bits arithmetic takes as long as
-// memory, in turns: far ahead a group of many tokens fetches for those of few.
+// memory, alternately: far ahead a group of many tokens fetches for those of few.
 template <class F>
 constexpr Index kAheadBytes = F::kBits == 8 ? 16 << 10 : 128 << 10;
 

@@ -26,8 +26,8 @@ struct es_norm {
     es_team team;
 };
 
-// Between the projection to queries, keys and values and attention: queries and keys are normed and rotated where they
-// lie, and keys and values copied to their place among earlier ones.
+// Between the projection to queries, keys and values and attention: queries and keys are normed and rotated in
+// place, and keys and values copied behind earlier ones.
 struct es_heads {
     void *qkv;             // [batch, length, num_heads + 2 * num_kv_heads, head_dim]; all but values is replaced
     const void *q_scale, *k_scale;  // [head_dim]

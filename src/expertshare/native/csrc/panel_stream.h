@@ -1,4 +1,4 @@
-// Panels of quantised weights as they lie in memory, and where a reader of them fetches ahead. Everything has internal
+// Panels of quantised weights in memory, and where a reader of them fetches ahead. Everything has internal
 // linkage: no file may end up with another instruction set's copy.
 #pragma once
 

@@ -11,7 +11,7 @@ namespace {
 // About 50 microseconds: longer than the steps between two calls within a layer, shorter than what others would miss.
 constexpr int kSpins = 2000;
 
-// Signals are for the threads of the program, not for ours, which inherit the mask of whoever starts them.
+// Signals are for the threads of the program, not for ours, which inherit the mask of the thread that starts them.
 class SignalsBlocked {
 #if defined(__unix__) || defined(__APPLE__)
    public:

@@ -1,4 +1,4 @@
-// A few threads that wait for work: they spin briefly, then sleep. Whoever calls is one of them.
+// A thread pool: threads spin briefly for work, then sleep. The caller of `run` is one of them.
 #pragma once
 
 #include <atomic>
@@ -46,7 +46,7 @@ class Pool {
     int num_threads() const { return static_cast<int>(threads_.size()) + 1; }
 
     // `work.run` in at most `width` threads, the caller among them as worker 0. A thread that wakes after the caller
-    // has finished does not take part: `run` must do all that is left whoever else is there.
+    // has finished does not take part: `run` must do all that is left, however many take part.
     void run(Work &work, int width);
 
    private:

@@ -9,7 +9,7 @@
 
 namespace expertshare {
 
-// On lines of its own: every item taken would otherwise throw out of the other caches what lies beside it.
+// On lines of its own: every item taken would otherwise throw what is beside it out of the other caches.
 class alignas(128) Queue {
    public:
     void fill(Index num_items) {

@@ -1,6 +1,6 @@
 // Rows of W dotted with token rows: every cache line of W comes from memory once.
 //
-// Few tokens: one row of W after the other, as they lie, so that memory sees a single stream; M sums in registers. More:
+// Few tokens: one row of W after the other, in order, so that memory sees a single stream; M sums in registers. More:
 // R rows by M tokens at a time, so that each load of a token serves R rows.
 //
 // A type V gives: Weight, Act; kStep (features per step); Loaded, load(w), load_some(w, n) with zeros behind n;
@@ -14,11 +14,47 @@
 #include <algorithm>
 
 #include "epilogue.h"
-#include "fetch.h"
 #include "kernels.h"
 #include "vec.h"
 
 namespace {
+
+constexpr Index kLine = 64;
+
+inline void prefetch(const char *line) { __builtin_prefetch(line, 0, 3); }
+
+// What is `ahead` bytes behind an offset into some weights, and behind their end where `next` begins; null: nothing.
+struct Stream {
+    const char *from, *next;
+    Index bytes, ahead;
+
+    const char *behind(Index at) const {
+        if (next == nullptr) return nullptr;
+        return at + ahead < bytes ? from + at + ahead : next + (at + ahead - bytes);
+    }
+};
+
+constexpr int kShareTurns = 4;
+
+// For several tiles of tokens. `ahead` is where to go on; of rows that are in the second cache already, `num_near` from
+// `near` on are fetched into the first, as much of them as the segment.
+struct Share {
+    const char *ahead, *near;
+    Index num_near, row_bytes;
+
+    // The line at `offset` and those behind it, one with each of four calls, and `Lines` of what is ahead.
+    template <int Lines>
+    inline __attribute__((always_inline)) void column(Index offset, int turn) {
+#pragma GCC unroll 8
+        for (int i = Lines * turn / kShareTurns; i < Lines * (turn + 1) / kShareTurns; i++) prefetch(ahead + i * kLine);
+        if (turn == kShareTurns - 1) ahead += Lines * kLine;
+        if (turn != 0) return;
+        for (Index r = 0; r < num_near; r++) {
+#pragma GCC unroll 8
+            for (int i = 0; i < kShareTurns; i++) prefetch(near + r * row_bytes + offset + i * kLine);
+        }
+    }
+};
 
 // Features of a segment. What two tiles of tokens have of one fits the first cache beside the rows that pass by: a load
 // that misses it waits for one of the few buffers that the lines on their way from memory hold (docs/performance.md).
