@@ -47,7 +47,7 @@ def _answers(name: str) -> Callable[[dict[str, Any]], Timings]:
 
 
 def _compare(result: dict[str, Any]) -> Timings:
-    for row in result["rows"]:
+    for row in result["runs"]:
         yield f"compare, {row['label']}", 1.0 / row["tokens_per_s"]
 
 
