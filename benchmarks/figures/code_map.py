@@ -62,18 +62,18 @@ def code_size() -> str:
 
 
 def code_map() -> str:
-    """A row for every package: files, lines, what it is for."""
-    rows = []
+    """A row for every package of the engine, and one each for what stands on it and for the laboratory."""
     single = [name for name in ENGINE if name.endswith(".py")]
-    for name in ["", *(name for name in parts() if name not in (*single, "lab/__init__.py"))]:
-        files = files_of([name] if name else single)
-        label = (
-            f"`{name}/`"
-            if name and not name.endswith(".py")
-            else f"`{name}`"
-            if name
-            else "`types.py`, `config.py` ..."
-        )
-        about = purpose(name) if name else "values that all others share, settings, errors"
-        rows.append((label, about, f"{len(files)}", f"{lines_of(files):,}"))
+    rows = [_row("`types.py`, `config.py`, ...", "values that all others share, settings, errors", files_of(single))]
+    rows += [_row(f"`{name}/`", purpose(name), files_of([name])) for name in ENGINE if name not in single]
+    above = [name for name in parts() if name not in ENGINE and not name.startswith("lab/")]
+    listed = ", ".join(f"`{name.removesuffix('.py')}` {lines_of(files_of([name])):,}" for name in above)
+    rows.append(_row("on the engine", listed, files_of(above)))
+    lab = [name for name in parts() if name.startswith("lab/")]
+    listed = ", ".join(f"`{name[4:]}` {lines_of(files_of([name])):,}" for name in lab)
+    rows.append(_row("`lab/`", listed, files_of(["lab"])))
     return table(("part", "what it is for", "files", "lines"), rows, words=2)
+
+
+def _row(label: str, about: str, files: Sequence[Path]) -> tuple[str, str, str, str]:
+    return label, about, f"{len(files)}", f"{lines_of(files):,}"
