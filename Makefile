@@ -16,10 +16,11 @@ PROMPT := Tom has 12 apples. He finds 7 more. He sells 4. How many apples does T
 POLICIES := vanilla,des-seq,des-vote,block-top-p
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test quality bench figures report docs clean
+.PHONY: help install demo test quality bench figures report docs clean
 
 help:
 	@echo 'make demo   generate with the reference model, with and without expert sharing, and draw what was saved'
+	@echo 'make install  only set everything up, with what serve and tune need'
 	@echo 'make test   lint, types, import contracts, tests'
 	@echo 'make quality  accuracy and experts of every policy, the figures of README; a quarter of an hour'
 	@echo 'make bench  a few minutes of benchmarks on this machine, into build/bench/ (docs/performance.md)'
@@ -38,6 +39,10 @@ demo: $(VENV)/runtime.stamp
 	$(BIN)/expertshare generate $(DISTILLED) --prompt '$(PROMPT)' --policy '$(DISTILLED_FOR)'
 	$(BIN)/expertshare compare $(MODEL) --prompts examples/prompts.jsonl --policies $(POLICIES) --plot build/demo.png
 	@echo 'Accuracy against experts, as a picture: build/demo.png'
+
+install: $(VENV)/runtime.stamp
+	$(PIP_INSTALL) --editable '.[serve,tune]'
+	@echo 'Installed. Next: source $(VENV)/bin/activate'
 
 test: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

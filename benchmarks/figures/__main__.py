@@ -8,8 +8,8 @@ A document says where a figure stands:
 
     <!-- figures: NAME --> ... <!-- end -->
 
-in a line, or on lines of its own around a table, a paragraph or a list. What stands between is replaced by what the
-function NAME (with _ for -) of the files beside this one makes of benchmarks/results. No marker begins a line of a
+within a line, or on lines of their own around a table, a paragraph or a list. What stands between is replaced by what
+the function NAME (with _ for -) of the files beside this one makes of benchmarks/results. No marker begins a line of a
 paragraph, where Markdown would take it for a block.
 """
 
@@ -56,9 +56,11 @@ def rewritten(text: str, known: dict[str, Callable[[], str]]) -> str:
     """The document with every block as the results say. Raises KeyError for a name that is no block."""
 
     def fill(match: re.Match[str]) -> str:
-        name, before = match["name"], match["text"]
+        name, before = match["name"], text[: match.start()]
         made = known[name]()
-        around = "\n\n" if "\n" in before else ""
+        alone = not before or before.endswith("\n")
+        around = "\n\n" if alone else ""
+        made = made if alone else " ".join(made.split())
         return f"<!-- figures: {name} -->{around}{made}{around}<!-- end -->"
 
     return BLOCK.sub(fill, text)

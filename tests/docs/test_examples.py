@@ -23,6 +23,8 @@ NOT_RUN = {
     'AutoModelForCausalLM.from_pretrained("my-model")': "tests/integrations runs it on a small model",
     "class FirmVote(CoresetPolicy)": "tests/routing/test_add_a_policy_doc.py runs it",
     "class HeadCount(CoresetPolicy)": "tests/routing/test_add_a_policy_doc.py runs it",
+    '"count": "Say how many bytes': "tests/cli/test_add_a_verb_doc.py runs it",
+    'EXAMPLE = "Example: expertshare count': "tests/cli/test_add_a_verb_doc.py runs it",
     "def test_three_tokens_elect_two_experts": "tests/routing/test_add_a_policy_doc.py runs it",
     'load_model("path/to/model", device="cuda")': "needs a GPU",
     "client = OpenAI(": "asks a running server; tests/serving/test_clients.py does so with the same client",
@@ -121,6 +123,8 @@ def test_another_command_names_what_exists(example: Example) -> None:
     words = example.words
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    elif words[0] == "source":
+        assert words[1:] == [".venv/bin/activate"]
     elif words[0] == "export":
         variable = words[1].partition("=")[0]
         sources = (ROOT / "src").rglob("*.py")

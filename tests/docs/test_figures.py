@@ -27,7 +27,7 @@ EVERYWHERE = {
     "64 experts": "what the reference model and LLaDA-MoE have",
 }
 ALLOWED: dict[str, dict[str, str]] = {
-    "README.md": {"99 % that the papers report": "published"},
+    "README.md": {"99 % that papers report": "published"},
     "contracts.md": {"every 20 ms": "a constant of the sampler", "80 % chance": "a constant of the test"},
     "distillation.md": {"79.0 % fewer at 99.11 %": "published in dMoE"},
     "evaluation.md": {"480 MB": "size of an extra", "10,000 times": "draws of the bootstrap"},
