@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from expertshare.errors import InputError
 from expertshare.lab.tasks import TASKS, TaskItem, generate_items, iterate_items
-from expertshare.lab.tasks.words import CATEGORIES, PROPERTIES
+from expertshare.lab.tasks.multiple_choice import CATEGORIES, PROPERTIES
 
 KINDS = ("arith", "math", "code", "code_pro", "choice")
 FACT = re.compile(r"^(\d+) ([-+*/]) (\d+) = (\d+)$", re.MULTILINE)

@@ -7,7 +7,8 @@ a division undoes such a product and divides by its second factor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -15,16 +16,26 @@ MAX_VALUE = 48
 MAX_OPERAND = 10
 FACTORS = range(2, 10)
 MULTIPLIERS = range(2, 7)
+OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.floordiv,
+}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Fact:
-    """`left symbol right = result`, all integers in 0..MAX_VALUE."""
+    """`left symbol right = result`, all integers in 0..MAX_VALUE; divisions leave no rest."""
 
     left: int
     symbol: str
     right: int
-    result: int
+
+    @property
+    def result(self) -> int:
+        """What the operation gives."""
+        return OPERATIONS[self.symbol](self.left, self.right)
 
     @property
     def text(self) -> str:
@@ -32,28 +43,22 @@ class Fact:
         return f"{self.left} {self.symbol} {self.right} = {self.result}"
 
 
-SUMS = tuple(
-    Fact(left=a, symbol="+", right=b, result=a + b) for b in range(1, MAX_OPERAND + 1) for a in range(MAX_VALUE - b + 1)
-)
-DIFFERENCES = tuple(Fact(left=f.result, symbol="-", right=f.right, result=f.left) for f in SUMS)
-PRODUCTS = tuple(
-    Fact(left=a, symbol="*", right=b, result=a * b) for a in FACTORS for b in MULTIPLIERS if a * b <= MAX_VALUE
-)
-QUOTIENTS = tuple(Fact(left=f.result, symbol="/", right=f.right, result=f.left) for f in PRODUCTS)
+SUMS = tuple(Fact(a, "+", b) for b in range(1, MAX_OPERAND + 1) for a in range(MAX_VALUE - b + 1))
+DIFFERENCES = tuple(Fact(fact.result, "-", fact.right) for fact in SUMS)
+PRODUCTS = tuple(Fact(a, "*", b) for a in FACTORS for b in MULTIPLIERS if a * b <= MAX_VALUE)
+QUOTIENTS = tuple(Fact(fact.result, "/", fact.right) for fact in PRODUCTS)
 
 
 def sum_onto(rng: Random, value: int) -> Fact:
     """A sum that starts from `value` (below MAX_VALUE)."""
-    operand = rng.randint(1, min(MAX_OPERAND, MAX_VALUE - value))
-    return Fact(left=value, symbol="+", right=operand, result=value + operand)
+    return Fact(value, "+", rng.randint(1, min(MAX_OPERAND, MAX_VALUE - value)))
 
 
 def difference_from(rng: Random, value: int) -> Fact:
     """A difference that starts from `value` (at least 1)."""
-    operand = rng.randint(1, min(MAX_OPERAND, value))
-    return Fact(left=value, symbol="-", right=operand, result=value - operand)
+    return Fact(value, "-", rng.randint(1, min(MAX_OPERAND, value)))
 
 
-def worked(facts: Sequence[Fact], final: str) -> str:
+def worked(facts: Sequence[Fact], final: object) -> str:
     """A worked answer: one fact per line, then the final answer behind "####"."""
     return "\n".join([*(fact.text for fact in facts), f"#### {final}"])

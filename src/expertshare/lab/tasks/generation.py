@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from random import Random
 
-from expertshare.errors import InputError
-from expertshare.lab.tasks.table import find_task
-from expertshare.lab.tasks.types import Split, TaskItem
+from expertshare.errors import InputError, nearest
+from expertshare.lab.tasks import arithmetic, code, multiple_choice, symbolic
+from expertshare.lab.tasks.types import Split, Task, TaskItem
 
+_KINDS = (arithmetic.TASK, symbolic.TASK, code.TASK, code.SELF_INVOKING, multiple_choice.TASK)
+TASKS: dict[str, Task] = {task.name: task for task in _KINDS}
+"""The kinds by name. A new kind is a file with a TASK and its entry here."""
 TEST_SHARE_INVERSE = 16
 LEVEL_SHARES = (0.30, 0.35, 0.35)
 BEYOND_SHARE = 0.20
@@ -30,22 +33,23 @@ def split_of(prompt: str) -> Split:
 
 def iterate_items(task: str, *, split: Split, seed: int) -> Iterator[TaskItem]:
     """An endless stream of items of one kind; prompts may repeat. Raises InputError for an unknown name."""
-    kind = find_task(task)
+    if task not in TASKS:
+        raise InputError(f"expected the name of a task, got {task!r}. {nearest(task, TASKS)}")
     if split not in ("train", "test"):
         raise InputError(f"expected split 'train' or 'test', got {split!r}")
-    return _stream(kind.name, split, seed)
+    return _stream(TASKS[task], split, Random(f"{task}/{split}/{seed}"))
 
 
-def _stream(task: str, split: Split, seed: int) -> Iterator[TaskItem]:
-    kind = find_task(task)
-    rng = Random(f"{task}/{split}/{seed}")
-    draws = (*kind.levels, kind.beyond)
+def _stream(task: Task, split: Split, rng: Random) -> Iterator[TaskItem]:
+    draws = (*task.levels, task.beyond)
     while True:
         beyond = split == "test" and rng.random() < BEYOND_SHARE
         level = 4 if beyond else _draw_level(rng)
         draft = draws[level - 1](rng)
         if split_of(draft.prompt) == split:
-            yield TaskItem(task=task, prompt=draft.prompt, reference=draft.reference, tests=draft.tests, level=level)
+            yield TaskItem(
+                task=task.name, prompt=draft.prompt, reference=draft.reference, tests=draft.tests, level=level
+            )
 
 
 def _draw_level(rng: Random) -> int:

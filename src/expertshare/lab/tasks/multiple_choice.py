@@ -1,7 +1,7 @@
 """Kind `choice` (ARC-like): four options, one right. The answer names the option.
 
 Level 1 asks for a category, level 2 for the odd one out, level 3 compares numbers, needs a sum, or asks for
-a property of an animal (two hops).
+a property of an animal (two hops). Its world: ten categories of twelve words, and properties of the animals.
 """
 
 from __future__ import annotations
@@ -10,8 +10,34 @@ from collections.abc import Sequence
 from random import Random
 
 from expertshare.lab.tasks.facts import DIFFERENCES, MAX_VALUE, SUMS
-from expertshare.lab.tasks.types import Draft, Task
-from expertshare.lab.tasks.words import CATEGORIES, PROPERTIES
+from expertshare.lab.tasks.types import Draft, Task, one_of
+
+
+def _words(line: str) -> tuple[str, ...]:
+    return tuple(line.split())
+
+
+CATEGORIES: dict[str, tuple[str, ...]] = {
+    "a metal": _words("iron copper silver gold tin zinc lead nickel steel bronze brass cobalt"),
+    "an animal": _words("dog cat horse cow goat eagle owl crow parrot shark whale trout"),
+    "a flower": _words("tulip rose lily daisy iris poppy violet lotus orchid jasmine dahlia peony"),
+    "an instrument": _words("violin piano flute drum guitar harp cello trumpet oboe banjo organ horn"),
+    "a color": _words("red blue green yellow black white brown pink purple gray cyan beige"),
+    "a fruit": _words("pear plum grape lemon mango peach cherry melon fig kiwi banana papaya"),
+    "a tool": _words("hammer saw drill wrench pliers axe shovel rake file chisel knife ladder"),
+    "a vehicle": _words("car bus train truck bike boat ship plane tram van taxi ferry"),
+    "a garment": _words("shirt coat hat sock shoe glove scarf dress skirt jacket belt boot"),
+    "a body part": _words("arm leg hand foot nose ear eye mouth knee elbow neck thumb"),
+}
+
+# Two hops: the word names an animal, the animal has the property.
+PROPERTIES: dict[str, frozenset[str]] = {
+    "can fly": frozenset(_words("eagle owl crow parrot")),
+    "lives in water": frozenset(_words("shark whale trout")),
+    "has four legs": frozenset(_words("dog cat horse cow goat")),
+    "has feathers": frozenset(_words("eagle owl crow parrot")),
+    "has fins": frozenset(_words("shark whale trout")),
+}
 
 _CATEGORY_NAMES = tuple(CATEGORIES)
 _ANIMALS = CATEGORIES["an animal"]
@@ -37,12 +63,8 @@ def _category(rng: Random) -> Draft:
 
 def _odd_one_out(rng: Random) -> Draft:
     asked, other = rng.sample(_CATEGORY_NAMES, 2)
-    return _pose(
-        rng,
-        f"Which of these is not {asked}",
-        rng.choice(CATEGORIES[other]),
-        rng.sample(CATEGORIES[asked], 3),
-    )
+    question = f"Which of these is not {asked}"
+    return _pose(rng, question, rng.choice(CATEGORIES[other]), rng.sample(CATEGORIES[asked], 3))
 
 
 def _extreme(rng: Random) -> Draft:
@@ -69,10 +91,6 @@ def _property(rng: Random) -> Draft:
     return _pose(rng, f"Which of these {asked}", rng.choice(has), rng.sample(lacks, 3))
 
 
-def _hard(rng: Random) -> Draft:
-    return rng.choice((_extreme, _equals, _property))(rng)
-
-
 def _neither(rng: Random) -> Draft:
     """Level 4: two exclusions, where training has one."""
     first, second, other = rng.sample(_CATEGORY_NAMES, 3)
@@ -84,6 +102,6 @@ def _neither(rng: Random) -> Draft:
 TASK = Task(
     name="choice",
     description="four-way multiple choice, like ARC",
-    levels=(_category, _odd_one_out, _hard),
+    levels=(_category, _odd_one_out, one_of((_extreme, _equals, _property))),
     beyond=_neither,
 )

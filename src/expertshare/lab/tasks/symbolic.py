@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 from expertshare.lab.tasks.facts import (
@@ -17,45 +18,29 @@ from expertshare.lab.tasks.facts import (
     sum_onto,
     worked,
 )
-from expertshare.lab.tasks.types import Draft, Draw, Task
+from expertshare.lab.tasks.types import Draft, Draw, Task, one_of
 
 VARIABLES = ("x", "y", "z", "n", "t", "k", "a", "b")
 
 
-def _add(left: int, right: int) -> Fact:
-    return Fact(left=left, symbol="+", right=right, result=left + right)
+def _solve(equation: str, facts: Sequence[Fact]) -> Draw:
+    """Equations that one of the facts solves. equation: with places for the variable and the fact's numbers."""
 
+    def draw(rng: Random) -> Draft:
+        v, fact = rng.choice(VARIABLES), rng.choice(facts)
+        asked = equation.format(v=v, left=fact.left, right=fact.right)
+        return Draft(prompt=f"Solve {asked}.", reference=worked([fact], fact.result))
 
-def _subtract(left: int, right: int) -> Fact:
-    return Fact(left=left, symbol="-", right=right, result=left - right)
-
-
-def _multiply(left: int, right: int) -> Fact:
-    return Fact(left=left, symbol="*", right=right, result=left * right)
-
-
-def _solve_sum(rng: Random) -> Draft:
-    v, fact = rng.choice(VARIABLES), rng.choice(DIFFERENCES)
-    return Draft(prompt=f"Solve {v} + {fact.right} = {fact.left}.", reference=worked([fact], str(fact.result)))
-
-
-def _solve_difference(rng: Random) -> Draft:
-    v, fact = rng.choice(VARIABLES), rng.choice(SUMS)
-    return Draft(prompt=f"Solve {v} - {fact.right} = {fact.left}.", reference=worked([fact], str(fact.result)))
-
-
-def _solve_product(rng: Random) -> Draft:
-    v, fact = rng.choice(VARIABLES), rng.choice(QUOTIENTS)
-    return Draft(prompt=f"Solve {fact.right}{v} = {fact.left}.", reference=worked([fact], str(fact.result)))
+    return draw
 
 
 def _simplify(rng: Random) -> Draft:
     """Coefficients stay at 2 or more, so that "1x" is never written."""
     v, right = rng.choice(VARIABLES), rng.randint(2, MAX_OPERAND)
     if rng.random() < 0.5:
-        fact = _add(rng.randint(2, MAX_VALUE - right), right)
+        fact = Fact(rng.randint(2, MAX_VALUE - right), "+", right)
     else:
-        fact = _subtract(rng.randint(right + 2, MAX_VALUE), right)
+        fact = Fact(rng.randint(right + 2, MAX_VALUE), "-", right)
     prompt = f"Simplify {fact.left}{v} {fact.symbol} {fact.right}{v}."
     return Draft(prompt=prompt, reference=worked([fact], f"{fact.result}{v}"))
 
@@ -66,18 +51,28 @@ def _expand(rng: Random) -> Draft:
     return Draft(prompt=f"Expand {fact.left}({v} {sign} {fact.right}).", reference=worked([fact], final))
 
 
-def _evaluate(rng: Random) -> Draft:
-    v, product = rng.choice(VARIABLES), rng.choice(PRODUCTS)
-    gains = product.result < MAX_VALUE and rng.random() < 0.5
-    last = sum_onto(rng, product.result) if gains else difference_from(rng, product.result)
-    prompt = f"Evaluate {product.left}{v} {last.symbol} {last.right} at {v} = {product.right}."
-    return Draft(prompt=prompt, reference=worked([product, last], str(last.result)))
+def _evaluate(rng: Random, num_terms: int = 1) -> Draft:
+    """A product and so many more terms."""
+    v, facts = rng.choice(VARIABLES), [rng.choice(PRODUCTS)]
+    for _ in range(num_terms):
+        value = facts[-1].result
+        gains = value == 0 or (value < MAX_VALUE and rng.random() < 0.5)
+        facts.append(sum_onto(rng, value) if gains else difference_from(rng, value))
+    product, *terms = facts
+    shifts = " ".join(f"{fact.symbol} {fact.right}" for fact in terms)
+    prompt = f"Evaluate {product.left}{v} {shifts} at {v} = {product.right}."
+    return Draft(prompt=prompt, reference=worked(facts, facts[-1].result))
+
+
+def _evaluate_three_terms(rng: Random) -> Draft:
+    """Level 4: one term more than training evaluates."""
+    return _evaluate(rng, num_terms=2)
 
 
 def _differentiate(rng: Random) -> Draft:
     v, power, factor = rng.choice(VARIABLES), rng.choice((2, 3)), rng.choice(MULTIPLIERS)
     sign, slope = rng.choice("+-"), rng.randint(2, MAX_VALUE)
-    fact = _multiply(power, factor)
+    fact = Fact(power, "*", factor)
     lead = f"{fact.result}{v}" if power == 2 else f"{fact.result}{v}^2"
     prompt = f"Differentiate {factor}{v}^{power} {sign} {slope}{v}."
     return Draft(prompt=prompt, reference=worked([fact], f"{lead} {sign} {slope}"))
@@ -87,12 +82,12 @@ def _solve_two_steps(rng: Random) -> Draft:
     v, last = rng.choice(VARIABLES), rng.choice(QUOTIENTS)
     if last.left < MAX_VALUE and rng.random() < 0.5:
         shift = rng.randint(1, min(MAX_OPERAND, MAX_VALUE - last.left))
-        first, sign = _subtract(last.left + shift, shift), "+"
+        first, sign = Fact(last.left + shift, "-", shift), "+"
     else:
         shift = rng.randint(1, min(MAX_OPERAND, last.left))
-        first, sign = _add(last.left - shift, shift), "-"
+        first, sign = Fact(last.left - shift, "+", shift), "-"
     prompt = f"Solve {last.right}{v} {sign} {shift} = {first.left}."
-    return Draft(prompt=prompt, reference=worked([first, last], str(last.result)))
+    return Draft(prompt=prompt, reference=worked([first, last], last.result))
 
 
 def _solve_both_sides(rng: Random) -> Draft:
@@ -101,18 +96,17 @@ def _solve_both_sides(rng: Random) -> Draft:
     b = rng.randint(2, MAX_OPERAND)
     c = rng.randint(1, min(MAX_OPERAND, last.left - 1))
     d = last.left - c
-    facts = [_subtract(last.right + b, b), _add(d, c), last]
+    facts = [Fact(last.right + b, "-", b), Fact(d, "+", c), last]
     prompt = f"Solve {last.right + b}{v} - {c} = {b}{v} + {d}."
-    return Draft(prompt=prompt, reference=worked(facts, str(last.result)))
+    return Draft(prompt=prompt, reference=worked(facts, last.result))
 
 
 def _expand_and_collect(rng: Random) -> Draft:
     v, outer = rng.choice(VARIABLES), rng.choice(MULTIPLIERS)
     inner = [k for k in MULTIPLIERS if outer * k + 2 <= MAX_VALUE]
-    lead, constant = _multiply(outer, rng.choice(inner)), _multiply(outer, rng.choice(inner))
-    extra = rng.randint(2, min(MAX_OPERAND, MAX_VALUE - lead.result))
-    collected = _add(lead.result, extra)
-    prompt = f"Expand {outer}({lead.right}{v} + {constant.right}) + {extra}{v}."
+    lead, constant = Fact(outer, "*", rng.choice(inner)), Fact(outer, "*", rng.choice(inner))
+    collected = Fact(lead.result, "+", rng.randint(2, min(MAX_OPERAND, MAX_VALUE - lead.result)))
+    prompt = f"Expand {outer}({lead.right}{v} + {constant.right}) + {collected.right}{v}."
     final = f"{collected.result}{v} + {constant.result}"
     return Draft(prompt=prompt, reference=worked([lead, constant, collected], final))
 
@@ -122,40 +116,23 @@ def _expand_and_shift(rng: Random) -> Draft:
     if product.result < MAX_VALUE and rng.random() < 0.5:
         last = sum_onto(rng, product.result)
     else:
-        shift = rng.randint(1, min(MAX_OPERAND, product.result - 1))
-        last = _subtract(product.result, shift)
+        last = Fact(product.result, "-", rng.randint(1, min(MAX_OPERAND, product.result - 1)))
     prompt = f"Expand {product.left}({v} + {product.right}) {last.symbol} {last.right}."
     return Draft(prompt=prompt, reference=worked([product, last], f"{product.left}{v} + {last.result}"))
 
 
-def _evaluate_three_terms(rng: Random) -> Draft:
-    """Level 4: one term more than training evaluates."""
-    v, facts = rng.choice(VARIABLES), [rng.choice(PRODUCTS)]
-    for _ in range(2):
-        value = facts[-1].result
-        gains = value == 0 or (value < MAX_VALUE and rng.random() < 0.5)
-        facts.append(sum_onto(rng, value) if gains else difference_from(rng, value))
-    product, *terms = facts
-    shifts = " ".join(f"{fact.symbol} {fact.right}" for fact in terms)
-    prompt = f"Evaluate {product.left}{v} {shifts} at {v} = {product.right}."
-    return Draft(prompt=prompt, reference=worked(facts, str(facts[-1].result)))
-
-
-EASY: tuple[Draw, ...] = (_solve_sum, _solve_difference, _solve_product, _simplify)
+EASY: tuple[Draw, ...] = (
+    _solve("{v} + {right} = {left}", DIFFERENCES),
+    _solve("{v} - {right} = {left}", SUMS),
+    _solve("{right}{v} = {left}", QUOTIENTS),
+    _simplify,
+)
 MEDIUM: tuple[Draw, ...] = (_expand, _evaluate, _evaluate, _differentiate)
 HARD: tuple[Draw, ...] = (_solve_two_steps, _solve_both_sides, _expand_and_collect, _expand_and_shift)
-
-
-def _one_of(draws: tuple[Draw, ...]) -> Draw:
-    def draw(rng: Random) -> Draft:
-        return rng.choice(draws)(rng)
-
-    return draw
-
 
 TASK = Task(
     name="math",
     description="symbolic mathematics with steps, like MATH",
-    levels=(_one_of(EASY), _one_of(MEDIUM), _one_of(HARD)),
+    levels=(one_of(EASY), one_of(MEDIUM), one_of(HARD)),
     beyond=_evaluate_three_terms,
 )

@@ -16,8 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from expertshare.errors import InputError
 from expertshare.lab.tasks.facts import MAX_VALUE
-from expertshare.lab.tasks.generation import iterate_items
-from expertshare.lab.tasks.table import TASKS
+from expertshare.lab.tasks.generation import TASKS, iterate_items
 
 MASK, EOS, PAD, USER, ASSISTANT = "<|mask|>", "<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>"
 SPECIAL_TOKENS = (MASK, EOS, PAD, USER, ASSISTANT)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
@@ -36,6 +36,11 @@ class Draft:
 
 
 Draw = Callable[[Random], Draft]
+
+
+def one_of(draws: Sequence[Draw]) -> Draw:
+    """A draw that chooses among `draws`, each as likely as the others."""
+    return lambda rng: rng.choice(draws)(rng)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
