@@ -24,8 +24,7 @@ from expertshare.decoding import DecodingOptions
 from expertshare.evaluation import PolicyRun, Setup, answer_prompts, encode_prompts
 from expertshare.experts import ExpertMemory, StoreOptions
 from expertshare.lab.bench import gpu_device
-from expertshare.lab.bench.bus import bus_bandwidth
-from expertshare.lab.bench.gpu import gpu_facts
+from expertshare.lab.bench.machine import bus_bandwidth, gpu_facts
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.memory import peak_memory_bytes
 from expertshare.measure.report import write_json

@@ -17,7 +17,6 @@ from expertshare.cli.bench_tables import case_table, experts_tables, forward_tab
 from expertshare.cli.console import check_at_least_one, check_outputs, people, print_json, split_names
 from expertshare.cli.options import OptionGroup, expanded, option
 from expertshare.cli.shared_options import set_threads
-from expertshare.convert.rates import CACHE_FACTOR
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.evaluation import encode_prompts, parse_policies, policy_label
@@ -34,13 +33,12 @@ from expertshare.lab.bench import (
     contenders,
     find_case,
     gpu_device,
-    gpu_memory_bytes,
     measure_gpu,
     measure_machine,
+    memory_limit_bytes,
     random_subject,
 )
-from expertshare.lab.bench.machine import CpuYardstick, dtype_name
-from expertshare.lab.bench.weights import memory_limit_bytes
+from expertshare.lab.bench.machine import dtype_name, yardstick_for
 from expertshare.lab.plots import plot_bench
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.report import Report
@@ -100,7 +98,7 @@ class BenchOptions(ListOption):
 
     def memory_bytes(self) -> int:
         """For weights, on the device."""
-        return gpu_memory_bytes(self.memory) if self.device == "cuda" else memory_limit_bytes(self.memory)
+        return memory_limit_bytes(self.memory, torch.device(self.device))
 
     def machine(self) -> Machine:
         """The machine, measured and told of."""
@@ -254,8 +252,7 @@ def forward(
     )
     chosen = _policies(policies)
     machine = bench.machine()
-    size = 2 * CACHE_FACTOR * machine.cache_bytes
-    yardstick = CpuYardstick(settings.dtype, buffer_bytes=size) if device.type == "cpu" else None
+    yardstick = yardstick_for(settings.dtype, machine.cache_bytes, device) if device.type == "cpu" else None
     found = bench_forward(case, picked, chosen, bench.names(), settings, _progress(), yardstick)
     if yardstick is not None:
         people(as_json=bench.as_json).print(_limits(found))

@@ -13,9 +13,8 @@ from expertshare.config import RouterSpec
 from expertshare.errors import ConfigError, InputError
 from expertshare.kernels.cpu_backend import CpuBackend
 from expertshare.lab.bench import Case, ForwardSettings, bench_forward, find_case
-from expertshare.lab.bench.concentration import concentrate
 from expertshare.lab.bench.peer_models import build_peer
-from expertshare.lab.bench.weights import model_bytes, random_model
+from expertshare.lab.bench.weights import concentrate, model_bytes, random_model
 from expertshare.models import ForwardInput, Runtime
 from expertshare.routing import parse_policy
 

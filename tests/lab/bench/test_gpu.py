@@ -11,8 +11,10 @@ import torch
 from expertshare.cli import main
 from expertshare.cli.bench_tables import machine_line
 from expertshare.errors import ConfigError
-from expertshare.lab.bench import Machine, contenders, gpu
-from expertshare.lab.bench.contenders import CPU
+from expertshare.lab.bench import Machine, contenders
+from expertshare.lab.bench import machine as machines
+from expertshare.lab.bench.machine import CPU, GpuYardstick
+from expertshare.lab.bench.timing import take_turns_on_gpu
 
 CUDA = torch.device("cuda")
 
@@ -31,7 +33,7 @@ def test_calls_take_turns_and_a_walk_is_divided_by_its_calls() -> None:
         assert [turn for _, turn in calls] == [0, 1, 2, 3]
         return 8.0
 
-    times = gpu.take_turns_on_gpu(
+    times = take_turns_on_gpu(
         {name: call_of(name) for name in "ab"},
         turns=4,
         repeats=2,
@@ -53,7 +55,7 @@ def test_who_cannot_be_captured_is_launched_call_by_call() -> None:
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
         return lambda: launched.append("replayed")
 
-    times = gpu.take_turns_on_gpu(
+    times = take_turns_on_gpu(
         {name: (lambda turn, name=name: launched.append(name)) for name in ("good", "fails", "waits")},
         turns=1,
         repeats=1,
@@ -94,11 +96,11 @@ def test_without_triton_or_with_the_interpreter_too(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ConfigError, match="TRITON_INTERPRET is set"):
-        gpu.gpu_device()
+        machines.gpu_device()
     monkeypatch.delenv("TRITON_INTERPRET")
-    monkeypatch.setattr(gpu, "unavailable_reason", lambda: "Triton is not installed (pip install ...)")
+    monkeypatch.setattr(machines, "unavailable_reason", lambda: "Triton is not installed (pip install ...)")
     with pytest.raises(ConfigError, match="Triton is not installed"):
-        gpu.gpu_device()
+        machines.gpu_device()
 
 
 def test_an_unknown_device_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,11 +111,11 @@ def test_an_unknown_device_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_card_is_named_in_results(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu.metadata, "version", lambda name: "3.9.0")
-    monkeypatch.setattr(gpu, "driver_version", lambda: "580.1")
+    monkeypatch.setattr(machines.metadata, "version", lambda name: "3.9.0")
+    monkeypatch.setattr(machines, "driver_version", lambda: "580.1")
     card = SimpleNamespace(name="NVIDIA H200", multi_processor_count=132, total_memory=10**9)
     machine = Machine(
-        facts={"gpu": gpu.gpu_facts(card)},
+        facts={"gpu": machines.gpu_facts(card)},
         cache_bytes=1,
         instruction_set="sm_90",
         bytes_per_s=4e12,
@@ -124,13 +126,12 @@ def test_the_card_is_named_in_results(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.to_json()["gpu"]["multiprocessors"] == 132
 
 
-def test_a_yardstick_copies_back_and_forth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "GEMM_SIZE", 4)
-    yardstick = gpu.GpuYardstick(torch.float32, buffer_bytes=64, device=CPU)
+def test_a_yardstick_copies_back_and_forth() -> None:
+    yardstick = GpuYardstick(torch.float32, buffer_bytes=64, device=CPU, size=4)
     yardstick._buffer.copy_(torch.arange(16.0))
     yardstick.read(0)
     assert yardstick._buffer.tolist() == [8.0, 9, 10, 11, 12, 13, 14, 15] * 2
     yardstick.multiply(0)
-    yardstick.note([2.0, 1.0, 3.0], [1.0])
+    yardstick.note(dict(zip(yardstick.calls(), ([2.0, 1.0, 3.0], [1.0]), strict=True)))
     assert yardstick.peaks().bytes_per_s == 64 / 2.0  # 32 bytes read, 32 written
     assert yardstick.peaks().macs_per_s == 64.0

@@ -19,7 +19,7 @@ from expertshare.decoding import DecodingOptions
 from expertshare.errors import ConfigError
 from expertshare.experts import ExpertMemory, open_store, opening, read_manifest
 from expertshare.kernels.triton import interpreted, unavailable_reason
-from expertshare.lab.bench.bus import bus_bandwidth
+from expertshare.lab.bench.machine import bus_bandwidth
 from expertshare.native import available
 
 EXACT = "cpu" if available() else "torch"

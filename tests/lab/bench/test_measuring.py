@@ -16,6 +16,8 @@ from expertshare.lab.bench.machine import (
 )
 from expertshare.lab.bench.timing import interleave, spread
 
+SIZES = {"bytes_per_expert": 2_000_000, "macs_per_pair": 1_000_000}
+
 
 def test_contenders_take_turns_and_no_two_calls_get_one_number() -> None:
     calls: list[tuple[str, int]] = []
@@ -36,28 +38,27 @@ def test_nobody_to_time_is_no_error() -> None:
 
 
 def test_spread_is_the_median_and_the_quartiles() -> None:
-    timed = spread([4.0, 1.0, 3.0, 2.0, 100.0])
-    assert (timed.median_s, timed.lower_s, timed.upper_s, timed.min_s, timed.max_s) == (3.0, 2.0, 4.0, 1.0, 100.0)
-    assert spread([2.0]).to_json()["ms_quartiles"] == [2000.0, 2000.0]
+    quartiles = {"ms": 3000.0, "ms_quartiles": [2000.0, 4000.0], "ms_min": 1000.0, "ms_max": 100_000.0, "repeats": 5}
+    assert spread([4.0, 1.0, 3.0, 2.0, 100.0]) == quartiles
+    assert spread([2.0])["ms_quartiles"] == [2000.0, 2000.0]
 
 
 def test_fit_finds_both_slopes_and_tells_the_rest() -> None:
     unique, pairs = [8, 16, 32, 8, 16, 32], [64, 64, 64, 256, 256, 256]
     seconds = [2e-4 * u + 1e-6 * p for u, p in zip(unique, pairs, strict=True)]
-    fit = fit_latency(unique, pairs, seconds)
+    fit = fit_latency(unique, pairs, seconds, **SIZES)
     assert fit is not None
-    np.testing.assert_allclose([fit.b_s, fit.a_s, fit.r_squared], [2e-4, 1e-6, 1.0], rtol=1e-9)
-    bent = fit_latency(unique[:3], pairs[:3], [1.0, 2.0, 2.5])
+    found = [fit["us_per_expert"], fit["us_per_pair"], fit["r_squared"], fit["gb_per_s"], fit["gmac_per_s"]]
+    np.testing.assert_allclose(found, [200.0, 1.0, 1.0, 10.0, 1000.0], rtol=1e-9)
+    bent = fit_latency(unique[:3], pairs[:3], [1.0, 2.0, 2.5], **SIZES)
     assert bent is not None
-    assert bent.r_squared < 1.0
-    assert max(map(abs, bent.residuals_s)) > 0.05
-    told = fit.to_json(bytes_per_expert=2_000_000, macs_per_pair=1_000_000)
-    np.testing.assert_allclose([told["gb_per_s"], told["gmac_per_s"]], [10.0, 1000.0], rtol=1e-9)
+    assert bent["r_squared"] < 1.0
+    assert max(map(abs, bent["residuals_ms"])) > 50
 
 
 def test_a_line_needs_three_points_and_two_numbers_of_experts() -> None:
-    assert fit_latency([8, 16], [64, 64], [1.0, 2.0]) is None
-    assert fit_latency([8, 8, 8], [64, 128, 256], [1.0, 2.0, 3.0]) is None
+    assert fit_latency([8, 16], [64, 64], [1.0, 2.0], **SIZES) is None
+    assert fit_latency([8, 8, 8], [64, 128, 256], [1.0, 2.0, 3.0], **SIZES) is None
 
 
 def test_bound_is_the_slower_of_bytes_and_products() -> None:

@@ -5,8 +5,7 @@ from expertshare.lab.bench.contenders import CONTENDERS, contenders
 from expertshare.lab.bench.experts import bench_experts
 from expertshare.lab.bench.forward import ForwardSettings, bench_forward
 from expertshare.lab.bench.generate import Subject, bench_generate, random_subject
-from expertshare.lab.bench.gpu import gpu_device, gpu_memory_bytes, measure_gpu
-from expertshare.lab.bench.machine import Machine, measure_machine
+from expertshare.lab.bench.machine import Machine, gpu_device, measure_gpu, measure_machine, memory_limit_bytes
 from expertshare.lab.bench.stage import ExpertsSettings
 
 __all__ = [
@@ -23,8 +22,8 @@ __all__ = [
     "contenders",
     "find_case",
     "gpu_device",
-    "gpu_memory_bytes",
     "measure_gpu",
     "measure_machine",
+    "memory_limit_bytes",
     "random_subject",
 ]

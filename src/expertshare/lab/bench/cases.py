@@ -50,36 +50,18 @@ def find_case(name: str) -> Case:
 
 
 _BY_256 = (12, 16, 24, 32, 48, 70, 128)
+_ASSUMED = "sizes from public descriptions, vocabulary assumed to be that of LLaDA2"
+_GELU = "expert widths of gemma-4-26B-A4B, SiLU instead of its tanh-GELU; expert layer only"
+_MEASURED: tuple[tuple[str, PeerClass | None, int, tuple[int, ...], str], ...] = (
+    ("llada2.0-mini", "glm4_moe", 32, _BY_256, "as released"),
+    ("llada2.0-flash", "glm4_moe", 32, _BY_256, "as released"),
+    ("llada-moe", "qwen3_moe", 32, (8, 12, 16, 24, 32, 48, 64), _ASSUMED),
+    ("sdar-30b-a3b", "qwen3_moe", 32, (8, 16, 24, 32, 48, 70), "at block 32, the b32 variant"),
+    ("diffusiongemma", None, 256, (16, 32, 64, 96, 128), _GELU),
+    ("tiny", "glm4_moe", 8, (6, 12, 24), "for tests; figures mean nothing"),
+)
 
 CASES: dict[str, Case] = {
-    "llada2.0-mini": Case(
-        config=SHAPES["llada2.0-mini"], peer="glm4_moe", tokens=32, unique=_BY_256, note="as released"
-    ),
-    "llada2.0-flash": Case(
-        config=SHAPES["llada2.0-flash"], peer="glm4_moe", tokens=32, unique=_BY_256, note="as released"
-    ),
-    "llada-moe": Case(
-        config=SHAPES["llada-moe"],
-        peer="qwen3_moe",
-        tokens=32,
-        unique=(8, 12, 16, 24, 32, 48, 64),
-        note="sizes from public descriptions, vocabulary assumed to be that of LLaDA2",
-    ),
-    "sdar-30b-a3b": Case(
-        config=SHAPES["sdar-30b-a3b"],
-        peer="qwen3_moe",
-        tokens=32,
-        unique=(8, 16, 24, 32, 48, 70),
-        note="at block 32, the b32 variant",
-    ),
-    "diffusiongemma": Case(
-        config=SHAPES["diffusiongemma"],
-        peer=None,
-        tokens=256,
-        unique=(16, 32, 64, 96, 128),
-        note="expert widths of gemma-4-26B-A4B, SiLU instead of its tanh-GELU; expert layer only",
-    ),
-    "tiny": Case(
-        config=SHAPES["tiny"], peer="glm4_moe", tokens=8, unique=(6, 12, 24), note="for tests; figures mean nothing"
-    ),
+    name: Case(config=SHAPES[name], peer=peer, tokens=tokens, unique=unique, note=note)
+    for name, peer, tokens, unique, note in _MEASURED
 }

@@ -1,4 +1,4 @@
-"""Who takes part in `bench experts`: ours, and what people would use instead, all on the very same weights."""
+"""What takes part in `bench experts`: ours, and what people would use instead, all on the very same weights."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from expertshare.errors import ConfigError, nearest
 from expertshare.kernels import choose_backend
 from expertshare.kernels.triton import unavailable_reason as no_triton
 from expertshare.lab.bench.cases import Case
+from expertshare.lab.bench.machine import CPU
 from expertshare.types import Bank, ExpertBank, RoutingPlan
 
 Run = Callable[[int, Tensor, RoutingPlan], Tensor]
 """run(layer, x_TD, plan) -> y_TD."""
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,27 +155,20 @@ def _zentorch_missing() -> str | None:
     return None
 
 
+def _our_kernels(backend: str, device: str, missing: Callable[[], str | None], about: str) -> dict[str, Contender]:
+    """One backend with floats and with each form of codes."""
+    forms = {"": (None, ""), "-int8": ("int8", ", int8"), "-int4": ("int4", ", 4 bits")}
+    return {
+        f"{backend}{ending}": Contender(
+            build=_ours(backend), missing=missing, quantisation=form, only_on=device, about=f"{about}{told}"
+        )
+        for ending, (form, told) in forms.items()
+    }
+
+
 CONTENDERS: dict[str, Contender] = {
-    **{
-        name: Contender(
-            build=_ours("cpu"),
-            missing=native.unavailable_reason,
-            quantisation=form,
-            only_on="cpu",
-            about=f"our kernel{told}",
-        )
-        for name, form, told in (("cpu", None, ""), ("cpu-int8", "int8", ", int8"), ("cpu-int4", "int4", ", 4 bits"))
-    },
-    **{
-        name: Contender(
-            build=_ours("triton"), missing=no_triton, quantisation=form, only_on="cuda", about=f"our GPU kernels{told}"
-        )
-        for name, form, told in (
-            ("triton", None, ""),
-            ("triton-int8", "int8", ", int8"),
-            ("triton-int4", "int4", ", 4 bits"),
-        )
-    },
+    **_our_kernels("cpu", "cpu", native.unavailable_reason, "our kernel"),
+    **_our_kernels("triton", "cuda", no_triton, "our GPU kernels"),
     "torch": Contender(build=_ours("torch"), about="our torch backend, which works everywhere"),
     "torch-loop": Contender(build=_torch_loop, host_bound=True, about="a loop over experts in plain torch"),
     "torch-grouped-mm": Contender(build=_torch_grouped_mm, about="F.grouped_mm with the least around it"),

@@ -1,8 +1,9 @@
-"""`bench experts`: one layer's experts, by number of unique experts, everybody on equal weights in one run."""
+"""`bench experts`: one layer's experts, by number of unique experts, all contenders on equal weights in one run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,7 @@ from expertshare.convert.rates import CACHE_FACTOR
 from expertshare.lab.bench.bound import Work, expert_work, fit_latency
 from expertshare.lab.bench.cases import Case
 from expertshare.lab.bench.contenders import Contender, Run
-from expertshare.lab.bench.gpu import MOST_TURNS, GpuYardstick, timed
-from expertshare.lab.bench.machine import MULTIPLY, READ, CpuYardstick, Machine, Peaks, Yardstick, dtype_name
+from expertshare.lab.bench.machine import Machine, Yardstick, dtype_name, yardstick_for
 from expertshare.lab.bench.stage import (
     QUANTISED_TOLERANCE,
     TOLERANCES,
@@ -25,7 +25,7 @@ from expertshare.lab.bench.stage import (
     relative_error,
     stage_of,
 )
-from expertshare.lab.bench.timing import Spread, spread
+from expertshare.lab.bench.timing import MOST_TURNS, spread, timed
 from expertshare.types import Bank
 
 RATIOS_TO = ("cpu", "torch-loop", "transformers-eager", "transformers-grouped-mm")
@@ -41,7 +41,7 @@ def bench_experts(
     on_progress: Listener = lambda _: None,
 ) -> dict[str, Any]:
     """Measure every case. Returns {"bandwidth_gb_per_s" and "peak_gmac_per_s": what the machine gave
-    in between, "cases": points, "fits": lines through them, "left_out": who was not timed and why}.
+    in between, "cases": points, "fits": lines through them, "left_out": which was not timed and why}.
 
     Raises InputError where the weights do not fit, or for a number of unique experts that cannot be routed.
     """
@@ -51,88 +51,68 @@ def bench_experts(
         {"case": None, "unique": None, "backend": name, "reason": reason} for name, reason in absent.items() if reason
     ]
     points: list[Point] = []
-    yardstick = _yardstick(machine, settings)
+    yardstick = yardstick_for(settings.dtype, machine.cache_bytes, settings.device)
     with torch.no_grad():
         for name, case in cases.items():
             on_progress(f"{name}: filling weights")
             banks = banks_of(case, machine, settings, present.values())
-            layer = _Layer(name, case, banks, present, yardstick, machine, settings)
-            left_out += [{"case": name, "unique": None, "backend": b, "reason": r} for b, r in layer.broken.items()]
+            runs: dict[str, Run] = {}
+            for backend, entrant in present.items():
+                try:  # an installed library need not fit this torch
+                    runs[backend] = entrant.build(banks[entrant.quantisation], case)
+                except (ImportError, OSError, RuntimeError, AttributeError) as error:
+                    reason = f"cannot be set up: {_first_line(error)}"
+                    left_out.append({"case": name, "unique": None, "backend": backend, "reason": reason})
+            layer = _Layer(name, case, banks, present, runs, yardstick, machine, settings)
             for tokens in settings.tokens or (case.tokens,):
                 for unique in settings.unique or case.unique:
                     on_progress(f"{name}: {unique} unique experts, {tokens} tokens")
                     found, refused = layer.measure(tokens, unique)
                     points += found
                     left_out += refused
-            del banks, layer
-    best = machine.peaks(settings.dtype)
-    limits = yardstick.peaks() if points else best
-    return {
-        "bandwidth_gb_per_s": limits.bytes_per_s / 1e9,
-        "peak_gmac_per_s": limits.macs_per_s / 1e9,
-        "cases": [_with_bounds(point, best) for point in points],
-        "fits": _fits(points, cases, present, settings.dtype),
-        "left_out": left_out,
-    }
-
-
-def _yardstick(machine: Machine, settings: ExpertsSettings) -> Yardstick:
-    size = 2 * CACHE_FACTOR * machine.cache_bytes
-    if settings.device.type == "cuda":
-        return GpuYardstick(settings.dtype, buffer_bytes=size, device=settings.device)
-    return CpuYardstick(settings.dtype, buffer_bytes=size)
+            del banks, runs, layer
+    limits = yardstick.peaks() if points else machine.peaks(settings.dtype)
+    fits = _fits(points, cases, present, settings.dtype)
+    return {**limits.to_json(), "cases": points, "fits": fits, "left_out": left_out}
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
 
 
+@dataclass(frozen=True, slots=True)
 class _Layer:
-    """One case's weights with every contender that can be set up over them. broken: why the others cannot, as an
-    installed library need not fit this torch."""
+    """One case's weights with every contender that could be set up over them."""
 
-    def __init__(
-        self,
-        name: str,
-        case: Case,
-        banks: Mapping[str | None, Sequence[Bank]],
-        present: Mapping[str, Contender],
-        yardstick: Yardstick,
-        machine: Machine,
-        settings: ExpertsSettings,
-    ) -> None:
-        self._name, self._case, self._banks, self._entrants = name, case, banks, present
-        self._yardstick, self._machine, self._settings = yardstick, machine, settings
-        self._runs: dict[str, Run] = {}
-        self.broken: dict[str, str] = {}
-        for backend, entrant in present.items():
-            try:
-                self._runs[backend] = entrant.build(banks[entrant.quantisation], case)
-            except (ImportError, OSError, RuntimeError, AttributeError) as error:
-                self.broken[backend] = f"cannot be set up: {_first_line(error)}"
+    name: str
+    case: Case
+    banks: Mapping[str | None, Sequence[Bank]]
+    entrants: Mapping[str, Contender]
+    runs: Mapping[str, Run]
+    yardstick: Yardstick
+    machine: Machine
+    settings: ExpertsSettings
 
     def measure(self, tokens: int, unique: int) -> tuple[list[Point], list[Point]]:
         """A point for each contender that is right, and the reason for each other one."""
-        settings, yardstick = self._settings, self._yardstick
-        stage = stage_of(self._case, self._banks, settings, tokens, unique)
-        checker = _Checker(stage, self._entrants)
-        for backend, run in self._runs.items():
+        settings, router = self.settings, self.case.config.router
+        stage = stage_of(self.case, self.banks, settings, tokens, unique)
+        checker = _Checker(stage, self.entrants)
+        for backend, run in self.runs.items():
             checker.judge(backend, run)
-        right = {backend: run for backend, run in self._runs.items() if backend not in checker.reasons}
-        calls: dict[str, Callable[[int], object]] = {READ: yardstick.read, MULTIPLY: yardstick.multiply}
+        right = {backend: run for backend, run in self.runs.items() if backend not in checker.reasons}
         seconds, captured = timed(
-            calls | {backend: partial(stage.call, run) for backend, run in right.items()},
+            self.yardstick.calls() | {backend: partial(stage.call, run) for backend, run in right.items()},
             settings.device,
             turns=min(MOST_TURNS, stage.num_calls),
             repeats=settings.repeats,
             warmup=settings.warmup,
-            host_bound=[name for name, entrant in self._entrants.items() if entrant.host_bound],
+            host_bound=[name for name, entrant in self.entrants.items() if entrant.host_bound],
         )
         for backend, run in right.items():  # once more: some kernels remember the routing of earlier calls
             checker.judge(backend, run)
-        router = self._case.config.router
         shared = {
-            "case": self._name,
+            "case": self.name,
             "num_experts": router.num_experts,
             "tokens": tokens,
             "pairs": tokens * router.top_k,
@@ -140,33 +120,45 @@ class _Layer:
             "dtype": dtype_name(settings.dtype),
             "seed": settings.seed,
         }
-        yardstick.note(seconds[READ], seconds[MULTIPLY])
-        limits = yardstick.peaks_of(seconds[READ], seconds[MULTIPLY])
+        limits, best = self.yardstick.note(seconds), self.machine.peaks(settings.dtype)
         spreads = {backend: spread(seconds[backend]) for backend in right if backend not in checker.reasons}
-        points = [
-            {
-                **shared,
-                "backend": backend,
-                "quantisation": self._entrants[backend].quantisation,
-                "bandwidth_gb_per_s": limits.bytes_per_s / 1e9,
-                "peak_gmac_per_s": limits.macs_per_s / 1e9,
-                **self._kept(backend),
-                "error": checker.errors[backend],
-                **({"captured": captured[backend]} if backend in captured else {}),
-                **_figures(taken, self._work(backend, tokens, unique), spreads),
-            }
-            for backend, taken in spreads.items()
-        ]
+        points = []
+        for backend, taken in spreads.items():
+            entrant, ms = self.entrants[backend], taken["ms"]
+            work = self._work(entrant, tokens, unique)
+            # Bounds of codes are of bytes alone: how fast the machine multiplies small integers is not measured.
+            bounded = work if entrant.quantisation is None else Work(num_bytes=work.num_bytes, num_macs=0)
+            bound_ms = 1e3 * bounded.bound_s(limits)
+            points.append(
+                {
+                    **shared,
+                    "backend": backend,
+                    "quantisation": entrant.quantisation,
+                    **limits.to_json(),
+                    **self._kept(entrant),
+                    "error": checker.errors[backend],
+                    **({"captured": captured[backend]} if backend in captured else {}),
+                    **taken,
+                    "gb_per_s": work.num_bytes / ms / 1e6,
+                    "gmac_per_s": work.num_macs / ms / 1e6,
+                    "bytes": work.num_bytes,
+                    "macs": work.num_macs,
+                    "faster_than": {other: spreads[other]["ms"] / ms for other in RATIOS_TO if other in spreads},
+                    "bound_ms": bound_ms,
+                    "best_bound_ms": 1e3 * bounded.bound_s(best),
+                    "share_of_bound": bound_ms / ms,
+                }
+            )
         return points, [{**shared, "backend": name, "reason": reason} for name, reason in checker.reasons.items()]
 
-    def _kept(self, backend: str) -> Point:
+    def _kept(self, entrant: Contender) -> Point:
         """Bytes of all layers that a contender walks through, and whether a cache could hold much of them."""
-        one = expert_bytes(self._case, self._entrants[backend], self._settings.dtype)
-        size = len(self._banks[None]) * self._case.config.router.num_experts * one
-        return {"weights_bytes": size, "beyond_cache": size >= CACHE_FACTOR * self._machine.cache_bytes}
+        one = expert_bytes(self.case, entrant, self.settings.dtype)
+        size = len(self.banks[None]) * self.case.config.router.num_experts * one
+        return {"weights_bytes": size, "beyond_cache": size >= CACHE_FACTOR * self.machine.cache_bytes}
 
-    def _work(self, backend: str, tokens: int, unique: int) -> Work:
-        config, dtype = self._case.config, self._settings.dtype
+    def _work(self, entrant: Contender, tokens: int, unique: int) -> Work:
+        config, dtype = self.case.config, self.settings.dtype
         return expert_work(
             tokens=tokens,
             top_k=config.router.top_k,
@@ -174,7 +166,7 @@ class _Layer:
             hidden=config.hidden_size,
             inner=config.expert_hidden,
             itemsize=dtype.itemsize,
-            expert_bytes=expert_bytes(self._case, self._entrants[backend], dtype),
+            expert_bytes=expert_bytes(self.case, entrant, dtype),
         )
 
 
@@ -206,26 +198,6 @@ class _Checker:
             self.reasons[backend] = f"wrong: relative error {worst:.2g}, allowed {tolerance:g}; not timed"
 
 
-def _figures(taken: Spread, work: Work, spreads: Mapping[str, Spread]) -> Point:
-    return {
-        **taken.to_json(),
-        "gb_per_s": work.num_bytes / taken.median_s / 1e9,
-        "gmac_per_s": work.num_macs / taken.median_s / 1e9,
-        "bytes": work.num_bytes,
-        "macs": work.num_macs,
-        "faster_than": {other: spreads[other].median_s / taken.median_s for other in RATIOS_TO if other in spreads},
-    }
-
-
-def _with_bounds(point: Point, best: Peaks) -> Point:
-    """The point with its bounds: by what the machine gave between its own calls, and by the best that it gave before
-    the run. Those of codes are of bytes alone: how fast the machine multiplies small integers is not measured."""
-    run = Peaks(bytes_per_s=point["bandwidth_gb_per_s"] * 1e9, macs_per_s=point["peak_gmac_per_s"] * 1e9)
-    work = Work(num_bytes=point["bytes"], num_macs=point["macs"] if point["quantisation"] is None else 0)
-    bounds = {"bound_ms": 1e3 * work.bound_s(run), "best_bound_ms": 1e3 * work.bound_s(best)}
-    return {**point, **bounds, "share_of_bound": bounds["bound_ms"] / point["ms"]}
-
-
 def _fits(
     points: Sequence[Point], cases: Mapping[str, Case], present: Mapping[str, Contender], dtype: torch.dtype
 ) -> list[Point]:
@@ -234,9 +206,13 @@ def _fits(
     for name, backend in dict.fromkeys((point["case"], point["backend"]) for point in points):
         mine = [point for point in points if (point["case"], point["backend"]) == (name, backend)]
         unique = [point["unique"] for point in mine]
-        fit = fit_latency(unique, [point["pairs"] for point in mine], [point["ms"] / 1e3 for point in mine])
+        fit = fit_latency(
+            unique,
+            [point["pairs"] for point in mine],
+            [point["ms"] / 1e3 for point in mine],
+            bytes_per_expert=expert_bytes(cases[name], present[backend], dtype),
+            macs_per_pair=cases[name].config.num_expert_parameters,
+        )
         if fit is not None:
-            size = expert_bytes(cases[name], present[backend], dtype)
-            told = fit.to_json(bytes_per_expert=size, macs_per_pair=cases[name].config.num_expert_parameters)
-            fits.append({"case": name, "backend": backend, "unique": unique, **told})
+            fits.append({"case": name, "backend": backend, "unique": unique, **fit})
     return fits

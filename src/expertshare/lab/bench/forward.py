@@ -18,18 +18,15 @@ from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.kernels import BACKENDS, Backend, TorchBackend, choose_backend
 from expertshare.lab.bench.bound import forward_bound_ms, forward_work
 from expertshare.lab.bench.cases import Case
-from expertshare.lab.bench.concentration import concentrate
-from expertshare.lab.bench.gpu import timed
-from expertshare.lab.bench.machine import MULTIPLY, READ, Yardstick, dtype_name
+from expertshare.lab.bench.machine import CPU, Yardstick, check_memory, dtype_name
 from expertshare.lab.bench.peer_models import IMPLEMENTATIONS, build_peer, peer_cache, peer_logits
-from expertshare.lab.bench.timing import spread
-from expertshare.lab.bench.weights import check_memory, model_bytes, random_model
+from expertshare.lab.bench.timing import spread, timed
+from expertshare.lab.bench.weights import concentrate, model_bytes, random_model
 from expertshare.measure.cost import PartClock
 from expertshare.models import ForwardInput, LayerKeyValues, MoETransformer, Runtime
 from expertshare.routing import make_policy
 from expertshare.types import RoutingPolicy
 
-CPU = torch.device("cpu")
 GROSSLY_WRONG = 0.5
 """Relative difference of logits from the reference above which a contender is not timed. bfloat16 alone moves some
 tokens to other experts, each a visible difference; exact agreement in float32 is what the tests check."""
@@ -55,8 +52,8 @@ class ForwardSettings:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One block behind a random cache, in whose room it puts its own keys and values as decoding does. past: what is
-    in the cache, for peers that keep one of their own; empty without context."""
+    """One block behind a random cache, which it writes its own keys and values to as decoding does. past: what is in
+    the cache, for peers that keep one of their own; empty without context."""
 
     model: MoETransformer
     inputs: ForwardInput
@@ -127,11 +124,11 @@ def bench_forward(
     on_progress: Callable[[str], None] = lambda _: None,
     yardstick: Yardstick | None = None,
 ) -> dict[str, Any]:
-    """Returns {"forwards": points, "left_out": who was not timed and why, "scene": what was run}.
+    """Returns {"forwards": points, "left_out": which was not timed and why, "scene": what was run}.
 
-    backends: ours and peers, None for all that are there. Peers run vanilla routing only. yardstick: takes its turns
-    between the calls on a CPU, whose limits are then given, with the bounds that follow. Raises InputError where the
-    model does not fit, ConfigError or PolicyError for names and knobs that cannot be used.
+    backends: ours and peers, None for all that are there. Peers run vanilla routing only. yardstick: timed between the
+    calls on a CPU, whose limits are then given, with the bounds that follow. Raises InputError where the model does not
+    fit, ConfigError or PolicyError for names and knobs that cannot be used.
     """
     chosen = forward_backends(backends, settings.device)
     config = case.stack(settings.num_layers)
@@ -153,25 +150,21 @@ def bench_forward(
         agreement = _agreement(calls, bound, scene)
         right = {key: call for key, call in calls.items() if agreement[key]["difference"] <= GROSSLY_WRONG}
         on_progress(f"{name}: timing {len(right)} contenders")
-        calls_by_name: dict[str, Callable[[int], object]] = {"\n".join(key): call for key, call in right.items()}
-        if yardstick is not None:
-            calls_by_name = {READ: yardstick.read, MULTIPLY: yardstick.multiply, **calls_by_name}
         seconds, captured = timed(
-            calls_by_name,
+            {**({} if yardstick is None else yardstick.calls()), **right},
             settings.device,
             turns=1,
             repeats=settings.repeats,
             warmup=settings.warmup,
-            host_bound=[name for name in calls_by_name if name.startswith("transformers-eager")],
+            host_bound=[key for key in right if key[0] == "transformers-eager"],
         )
     points = []
-    for (backend, label), call in right.items():
+    for key, call in right.items():
+        told: dict[str, Any] = {"captured": captured[key]} if captured else {}
         own = call.to_json(settings.repeats) if isinstance(call, Ours) else {}
-        figures = spread(seconds[f"{backend}\n{label}"]).to_json()
-        told: dict[str, Any] = {"captured": captured[f"{backend}\n{label}"]} if captured else {}
-        told |= {**figures, **own, **agreement[backend, label]}
-        points.append({"case": name, "backend": backend, "policy": label, **told})
-    _add_ratios(points)
+        told |= {**spread(seconds[key]), **own, **agreement[key]}
+        points.append({"case": name, "backend": key[0], "policy": key[1], **told})
+    add_ratios(points, lambda point: 1.0 / point["ms"])
     limits = {} if yardstick is None else _add_bounds(points, config, scene, settings, yardstick, seconds)
     limit = f"of their norm, allowed {GROSSLY_WRONG:g}; not timed"
     wrong = [
@@ -179,12 +172,18 @@ def bench_forward(
         for key, found in agreement.items()
         if key not in right
     ]
-    absent = [
-        {"backend": backend, "policy": None, "reason": reason}
-        for backend in (backends or ("cpu",))
-        if backend == "cpu" and (reason := native.unavailable_reason()) is not None
-    ]
-    return {**limits, "forwards": points, "left_out": wrong + absent, "scene": _told(config, scene, settings)}
+    told = {
+        "num_layers": config.num_layers,
+        "num_moe_layers": config.num_moe_layers,
+        "tokens": scene.inputs.tokens_BS.shape[1],
+        "masked": scene.masked,
+        "context": settings.context,
+        "unique_requested": settings.unique,
+        "dtype": dtype_name(settings.dtype),
+        "seed": settings.seed,
+        "weights": "random, the same tensors for all; routers concentrated by one direction per layer",
+    }
+    return {**limits, "forwards": points, "left_out": wrong + cpu_left_out(backends or ("cpu",)), "scene": told}
 
 
 def forward_backends(names: Sequence[str] | None, device: torch.device = CPU) -> list[str]:
@@ -195,6 +194,13 @@ def forward_backends(names: Sequence[str] | None, device: torch.device = CPU) ->
             raise ConfigError(f"unknown backend {name!r}. {nearest(name, known)}")
     wanted = names or ["cpu" if device.type == "cpu" else "triton", "torch", *IMPLEMENTATIONS]
     return [name for name in wanted if name != "cpu" or native.available()]
+
+
+def cpu_left_out(backends: Sequence[str]) -> list[dict[str, Any]]:
+    """Why the backend cpu, if it is among those wanted, has no figures: an entry of "left_out", or none."""
+    reason = native.unavailable_reason()
+    absent = reason is not None and "cpu" in backends
+    return [{"backend": "cpu", "policy": None, "reason": reason}] if absent else []
 
 
 def _scene(config: ModelConfig, case: Case, settings: ForwardSettings) -> Scene:
@@ -265,7 +271,7 @@ def _agreement(
     found = {}
     for label in dict.fromkeys(label for _, label in calls):
         policy = policies.get(label)
-        if policy is None:  # peers run vanilla even where nobody asked us to
+        if policy is None:  # peers run vanilla even where we are not to
             policy = make_policy("vanilla").bind(scene.model.config.router)
         expected = Ours(scene, policy, TorchBackend()).logits().float()
         for key, call in calls.items():
@@ -279,16 +285,14 @@ def _agreement(
     return found
 
 
-def _add_ratios(points: list[dict[str, Any]]) -> None:
-    """Speed against the peers and against vanilla in the same backend."""
-    by_key = {(point["backend"], point["policy"]): point["ms"] for point in points}
+def add_ratios(points: Sequence[dict[str, Any]], speed_of: Callable[[dict[str, Any]], float]) -> None:
+    """Speed against the peers and against vanilla in the same backend, each at the same batch size only."""
+    speeds = {(point["backend"], point["policy"], point.get("batch_size")): speed_of(point) for point in points}
     for point in points:
-        others = {
-            name: by_key[name, "vanilla"] / point["ms"] for name in IMPLEMENTATIONS if (name, "vanilla") in by_key
-        }
-        if (point["backend"], "vanilla") in by_key:
-            others["vanilla"] = by_key[point["backend"], "vanilla"] / point["ms"]
-        point["faster_than"] = others
+        size = point.get("batch_size")
+        others = {name: speeds.get((name, "vanilla", size)) for name in IMPLEMENTATIONS}
+        others["vanilla"] = speeds.get((point["backend"], "vanilla", size))
+        point["faster_than"] = {name: speed_of(point) / speed for name, speed in others.items() if speed}
 
 
 def _add_bounds(
@@ -297,11 +301,10 @@ def _add_bounds(
     scene: Scene,
     settings: ForwardSettings,
     yardstick: Yardstick,
-    seconds: Mapping[str, list[float]],
+    seconds: Mapping[Any, list[float]],
 ) -> dict[str, float]:
     """Give every forward whose experts were counted its bound; returns the limits, as results have them."""
-    yardstick.note(seconds[READ], seconds[MULTIPLY])
-    peaks = yardstick.peaks()
+    peaks = yardstick.note(seconds)
     tokens = scene.inputs.tokens_BS.shape[1]
     for point in points:
         if "unique_experts_by_layer" not in point:
@@ -317,18 +320,4 @@ def _add_bounds(
         by_part = forward_bound_ms(work, peaks)
         bound = sum(by_part.values())
         point |= {"bound_ms": bound, "bound_ms_by_part": by_part, "share_of_bound": bound / point["ms"]}
-    return {"bandwidth_gb_per_s": peaks.bytes_per_s / 1e9, "peak_gmac_per_s": peaks.macs_per_s / 1e9}
-
-
-def _told(config: ModelConfig, scene: Scene, settings: ForwardSettings) -> dict[str, Any]:
-    return {
-        "num_layers": config.num_layers,
-        "num_moe_layers": config.num_moe_layers,
-        "tokens": scene.inputs.tokens_BS.shape[1],
-        "masked": scene.masked,
-        "context": settings.context,
-        "unique_requested": settings.unique,
-        "dtype": dtype_name(settings.dtype),
-        "seed": settings.seed,
-        "weights": "random, the same tensors for all; routers concentrated by one direction per layer",
-    }
+    return peaks.to_json()

@@ -9,18 +9,17 @@ from typing import Any
 
 import torch
 
-from expertshare import native
 from expertshare.config import ModelConfig
 from expertshare.decoding import BlockDecoder, DecodingOptions, Generation
 from expertshare.decoding.row import check_prompts
 from expertshare.errors import InputError
 from expertshare.kernels import choose_backend
 from expertshare.lab.bench.cases import Case
-from expertshare.lab.bench.forward import CPU, forward_backends
-from expertshare.lab.bench.machine import dtype_name
+from expertshare.lab.bench.forward import add_ratios, cpu_left_out, forward_backends
+from expertshare.lab.bench.machine import CPU, check_memory, dtype_name
 from expertshare.lab.bench.peer_models import IMPLEMENTATIONS, build_peer, decode_with_peer
 from expertshare.lab.bench.timing import interleave, spread
-from expertshare.lab.bench.weights import check_memory, model_bytes, random_model
+from expertshare.lab.bench.weights import model_bytes, random_model
 from expertshare.models import MoETransformer, Runtime
 from expertshare.types import RoutingPolicy
 
@@ -92,23 +91,14 @@ class PeerDecoding:
     def __call__(self, turn: int = 0) -> None:
         """Answer all prompts."""
         del turn
-        length, threshold = self.options.block_length or self.config.block_length, self.options.threshold
-        assert threshold is not None
-        self.tokens.append(
-            [
-                tuple(
-                    decode_with_peer(
-                        self.peer,
-                        self.config,
-                        prompt,
-                        gen_length=self.options.gen_length,
-                        block_length=length,
-                        threshold=threshold,
-                    )
-                )
-                for prompt in self.prompts
-            ]
-        )
+        assert self.options.threshold is not None
+        lengths = {
+            "gen_length": self.options.gen_length,
+            "block_length": self.options.block_length or self.config.block_length,
+        }
+        threshold = self.options.threshold
+        answers = [decode_with_peer(self.peer, self.config, p, **lengths, threshold=threshold) for p in self.prompts]
+        self.tokens.append([tuple(answer) for answer in answers])
 
     def to_json(self) -> dict[str, Any]:
         """Nothing: the loop keeps no account of its costs."""
@@ -191,16 +181,12 @@ def bench_generate(
                 peer = build_peer(subject.model, case.peer, IMPLEMENTATIONS[backend])
                 calls[backend, "vanilla", 1] = PeerDecoding(peer, config, subject.prompts, subject.options)
         on_progress(f"{subject.name}: {len(calls)} contenders, {warmup + repeats} rounds")
-        seconds = interleave(
-            {"\n".join(map(str, key)): call for key, call in calls.items()}, repeats=repeats, warmup=warmup
-        )
-    points = [_point(subject.name, key, call, seconds["\n".join(map(str, key))], calls) for key, call in calls.items()]
-    _add_ratios(points)
-    reason = native.unavailable_reason()
-    absent = reason is not None and "cpu" in (backends or (subject.model.device.type,))
+        seconds = interleave(calls, repeats=repeats, warmup=warmup)
+    points = [_point(subject.name, key, call, seconds[key], calls) for key, call in calls.items()]
+    add_ratios(points, lambda point: float(point["tokens_per_s"]))
     return {
         "generations": points,
-        "left_out": [{"backend": "cpu", "policy": None, "reason": reason}] if absent else [],
+        "left_out": cpu_left_out(backends or (subject.model.device.type,)),
         "subject": {
             "name": subject.name,
             "num_layers": config.num_layers,
@@ -236,7 +222,7 @@ def _point(
         "tokens": num_tokens,
         "tokens_per_s": statistics.median(rates),
         "tokens_per_s_range": [rates[0], rates[-1]],
-        **spread(seconds).to_json(),
+        **spread(seconds),
         "equal_across_repeats": all(tokens == answers for tokens in call.tokens),
         "same_as_vanilla": None if reference is None else same_tokens(answers, reference.tokens[-1]),
         "same_as_peer": peers,
@@ -249,20 +235,3 @@ def same_tokens(answers: Tokens, others: Tokens) -> float:
     total = sum(max(len(mine), len(theirs)) for mine, theirs in zip(answers, others, strict=True))
     same = sum(a == b for mine, theirs in zip(answers, others, strict=True) for a, b in zip(mine, theirs, strict=False))
     return same / total if total else 1.0
-
-
-def _add_ratios(points: list[dict[str, Any]]) -> None:
-    """Tokens per second against the peers, which decode one prompt at a time, and against vanilla in the same backend,
-    each at the same batch size only."""
-    rates = {(point["backend"], point["policy"], point["batch_size"]): point["tokens_per_s"] for point in points}
-    for point in points:
-        size = point["batch_size"]
-        others = {
-            name: point["tokens_per_s"] / rates[name, "vanilla", size]
-            for name in IMPLEMENTATIONS
-            if (name, "vanilla", size) in rates
-        }
-        vanilla = rates.get((point["backend"], "vanilla", size))
-        if vanilla:
-            others["vanilla"] = point["tokens_per_s"] / vanilla
-        point["faster_than"] = others

@@ -1,11 +1,14 @@
-"""What this machine can do at best, measured in the same run as everything that is compared with it."""
+"""What this machine can do at best, measured in the same run as everything that is compared with it: the CPU and its
+memory, or the GPU."""
 
 from __future__ import annotations
 
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -13,7 +16,26 @@ from torch import Tensor
 
 from expertshare import native
 from expertshare.convert.rates import CACHE_FACTOR, GEMM_SHAPES, gemm_rate, last_level_cache_bytes, ones, read_bandwidth
+from expertshare.errors import ConfigError, InputError
+from expertshare.experts.device_slots import pinned
+from expertshare.kernels.triton import interpreted, unavailable_reason
+from expertshare.lab.bench.timing import Call, Walk, gpu_seconds, take_turns_on_gpu
 from expertshare.measure.environment import capture_environment
+from expertshare.measure.memory import available_memory_bytes
+
+CPU = torch.device("cpu")
+GPU_GEMM_SIZE = 8192
+BUS_BYTES = 2**28
+"""Of a measured copy: milliseconds on any bus, so that its launch does not count."""
+UNKNOWN_MEMORY_BYTES = 4 * 10**9
+"""What may be used where the system does not say how much is free."""
+_READ, _MULTIPLY = "(read)", "(multiply)"  # names of a yardstick's calls among those of contenders
+_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What reports call a dtype: float32, bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +44,10 @@ class Peaks:
 
     bytes_per_s: float
     macs_per_s: float
+
+    def to_json(self) -> dict[str, float]:
+        """As results have them."""
+        return {"bandwidth_gb_per_s": self.bytes_per_s / 1e9, "peak_gmac_per_s": self.macs_per_s / 1e9}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,12 +85,77 @@ def measure_machine(
         cache_bytes=cache,
         instruction_set=native.instruction_set() if native.available() else None,
         bytes_per_s=read_bandwidth(buffer_bytes or 2 * CACHE_FACTOR * cache),
-        macs_per_s={dtype_name(dtype): gemm_rate(dtype, gemm_shapes) for dtype in (torch.bfloat16, torch.float32)},
+        macs_per_s={dtype_name(dtype): gemm_rate(dtype, gemm_shapes) for dtype in _DTYPES},
     )
 
 
-READ, MULTIPLY = "(read)", "(multiply)"
-"""Names of a yardstick's calls among those of contenders."""
+def measure_gpu(device: torch.device) -> Machine:
+    """Look at the card and measure its limits; a few seconds."""
+    properties = torch.cuda.get_device_properties(device)
+    cache = int(properties.L2_cache_size)
+    peaks: dict[str, Peaks] = {}
+    for dtype in _DTYPES:
+        yardstick = yardstick_for(dtype, cache, device)
+        times = take_turns_on_gpu(yardstick.calls(), turns=4, repeats=10, warmup=2)
+        peaks[dtype_name(dtype)] = yardstick.note(times.seconds)
+    return Machine(
+        facts={**capture_environment(device).to_json(), "gpu": gpu_facts(properties)},
+        cache_bytes=cache,
+        instruction_set=f"sm_{properties.major}{properties.minor}",
+        bytes_per_s=max(found.bytes_per_s for found in peaks.values()),
+        macs_per_s={name: found.macs_per_s for name, found in peaks.items()},
+    )
+
+
+def gpu_device() -> torch.device:
+    """The current GPU. Raises ConfigError where there is none, or where Triton is missing or only interprets."""
+    reason = unavailable_reason()
+    if not torch.cuda.is_available():
+        reason = "torch sees no GPU (torch.cuda.is_available() is false)"
+    elif interpreted():
+        reason = "TRITON_INTERPRET is set, so kernels would run on the CPU: unset it"
+    if reason is not None:
+        raise ConfigError(f"--device cuda: {reason}. Leave --device out to measure this machine's CPU.")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def gpu_facts(properties: Any) -> dict[str, Any]:
+    """What a figure depends on besides the kernels: card, driver, CUDA and Triton."""
+    return {
+        "name": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "cuda": torch.version.cuda,
+        "driver": driver_version(),
+        "triton": metadata.version("triton"),
+    }
+
+
+def driver_version() -> str | None:
+    """As the kernel module says it; None where it does not."""
+    try:
+        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
+            words = file.readline().split()
+    except OSError:
+        return None
+    return next((word for word in words if word[:1].isdigit() and "." in word), None)
+
+
+def memory_limit_bytes(gigabytes: float | None, device: torch.device = CPU) -> int:
+    """The limit as given, else three quarters of the device's memory that is free."""
+    if gigabytes is not None:
+        return int(gigabytes * 1e9)
+    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else available_memory_bytes()
+    return UNKNOWN_MEMORY_BYTES if free is None else free * 3 // 4
+
+
+def check_memory(needed: int, limit: int, what: str, advice: str) -> None:
+    """Raise InputError where `what` does not fit."""
+    if needed > limit:
+        raise InputError(
+            f"{what} needs {needed / 1e9:.1f} GB, more than the limit of {limit / 1e9:.1f} GB: "
+            f"{advice}, or raise --memory"
+        )
 
 
 class Yardstick(ABC):
@@ -73,14 +164,13 @@ class Yardstick(ABC):
     On a shared machine bandwidth changes within seconds: a limit from the beginning of a run says little about its end.
     """
 
-    def __init__(self, left: Tensor, right: Tensor, *, pass_bytes: int) -> None:
-        """left [m, k], right [k, n]: what is multiplied. pass_bytes: that one pass moves."""
+    def __init__(self, left: Tensor, right: Tensor, *, buffer: Tensor, passes: int) -> None:
+        """left [m, k], right [k, n]: what is multiplied. buffer: float32, half of which is moved so many times."""
         self._left, self._right = left, right
         self._out = torch.empty(len(left), right.shape[1], dtype=left.dtype, device=left.device)
-        self._macs = left.numel() * right.shape[1]
-        self._pass_bytes = pass_bytes
-        self._read_s: list[float] = []
-        self._multiply_s: list[float] = []
+        self._buffer, self._half = buffer, max(1, len(buffer) // 2)
+        self._pass_bytes = passes * 4 * self._half
+        self._seconds: dict[str, list[float]] = {_READ: [], _MULTIPLY: []}
 
     @abstractmethod
     def read(self, turn: int) -> None:
@@ -91,20 +181,25 @@ class Yardstick(ABC):
         del turn
         torch.mm(self._left, self._right, out=self._out)
 
-    def note(self, read_s: Sequence[float], multiply_s: Sequence[float]) -> None:
-        """Keep the times of some passes and products."""
-        self._read_s += read_s
-        self._multiply_s += multiply_s
+    def calls(self) -> dict[str, Call]:
+        """What is to be timed, under names that no contender has."""
+        return {_READ: self.read, _MULTIPLY: self.multiply}
+
+    def note(self, seconds: Mapping[str, Sequence[float]]) -> Peaks:
+        """Keep the times of some of these calls; the limits that their medians stand for."""
+        for name, kept in self._seconds.items():
+            kept += seconds[name]
+        return self._peaks(seconds)
 
     def peaks(self) -> Peaks:
-        """The limits that the median of all times stands for."""
-        return self.peaks_of(self._read_s, self._multiply_s)
+        """The limits that the medians of all times stand for."""
+        return self._peaks(self._seconds)
 
-    def peaks_of(self, read_s: Sequence[float], multiply_s: Sequence[float]) -> Peaks:
-        """The limits that the medians of some passes and products stand for."""
+    def _peaks(self, seconds: Mapping[str, Sequence[float]]) -> Peaks:
+        macs = self._left.numel() * self._right.shape[1]
         return Peaks(
-            bytes_per_s=self._pass_bytes / statistics.median(read_s),
-            macs_per_s=self._macs / statistics.median(multiply_s),
+            bytes_per_s=self._pass_bytes / statistics.median(seconds[_READ]),
+            macs_per_s=macs / statistics.median(seconds[_MULTIPLY]),
         )
 
 
@@ -114,16 +209,50 @@ class CpuYardstick(Yardstick):
     def __init__(
         self, dtype: torch.dtype, *, buffer_bytes: int, gemm_shape: tuple[int, int, int] = GEMM_SHAPES[0]
     ) -> None:
-        self._buffer = ones(buffer_bytes // 4)
-        self._half = max(1, len(self._buffer) // 2)
         m, k, n = gemm_shape
-        super().__init__(torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype).T, pass_bytes=4 * self._half)
+        left, right = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype).T
+        super().__init__(left, right, buffer=ones(buffer_bytes // 4), passes=1)
 
     def read(self, turn: int) -> None:
         """The first half in even turns, else the second."""
         self._buffer[turn % 2 * self._half :][: self._half].sum()
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """What reports call a dtype: float32, bfloat16."""
-    return str(dtype).removeprefix("torch.")
+class GpuYardstick(Yardstick):
+    """A pass copies half of a buffer within the card's memory: bytes read and written both count."""
+
+    def __init__(
+        self, dtype: torch.dtype, *, buffer_bytes: int, device: torch.device, size: int = GPU_GEMM_SIZE
+    ) -> None:
+        left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        super().__init__(left, right, buffer=torch.ones(buffer_bytes // 4, device=device), passes=2)
+
+    def read(self, turn: int) -> None:
+        """One half onto the other, the other way round than the turn before."""
+        halves = self._buffer[: self._half], self._buffer[self._half : 2 * self._half]
+        halves[turn % 2].copy_(halves[1 - turn % 2])
+
+
+def yardstick_for(dtype: torch.dtype, cache_bytes: int, device: torch.device) -> Yardstick:
+    """The device's, with a buffer that is large beside its cache."""
+    size = 2 * CACHE_FACTOR * cache_bytes
+    if device.type == "cuda":
+        return GpuYardstick(dtype, buffer_bytes=size, device=device)
+    return CpuYardstick(dtype, buffer_bytes=size)
+
+
+def bus_bandwidth(
+    device: torch.device,
+    *,
+    num_bytes: int = BUS_BYTES,
+    repeats: int = 10,
+    allocate: Callable[[int], Tensor] = pinned,
+    seconds_of: Callable[[Walk], float] = gpu_seconds,
+) -> float:
+    """Bytes per second that a GPU copies from pinned host memory, the bound of a store whose experts do not all fit on
+    the card: the median of `repeats` after one to warm up. Raises ConfigError where there is no pinned memory."""
+    source = allocate(num_bytes)
+    target = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    copy = partial(target.copy_, source, non_blocking=True)
+    seconds = [seconds_of(copy) for _ in range(repeats + 1)]
+    return num_bytes / statistics.median(seconds[1:])

@@ -16,9 +16,9 @@ from expertshare.convert.rates import CACHE_FACTOR
 from expertshare.errors import InputError
 from expertshare.kernels.quantise import dequantise, only_expert, quantise_bank, scheme_named
 from expertshare.lab.bench.cases import Case
-from expertshare.lab.bench.contenders import CPU, Contender, Run
-from expertshare.lab.bench.machine import Machine
-from expertshare.lab.bench.weights import check_memory, in_slabs, quantised_expert_bytes, random_banks
+from expertshare.lab.bench.contenders import Contender, Run
+from expertshare.lab.bench.machine import CPU, Machine, check_memory
+from expertshare.lab.bench.weights import in_slabs, quantised_expert_bytes, random_banks
 from expertshare.types import Bank, ExpertBank, RoutingPlan
 
 MAX_BANKS = 8

@@ -1,68 +1,143 @@
-"""Timing several contenders so that noise on the machine hits all of them alike."""
+"""Timing several contenders so that noise on the machine hits all of them alike; on a GPU between two events, captured
+in a graph where that can be."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Spread:
-    """Seconds of one call over all repetitions: median, quartiles, least and most."""
+MOST_TURNS = 32
+"""Calls in one timed walk: enough to see other weights in each, few enough to capture quickly."""
 
-    median_s: float
-    lower_s: float
-    upper_s: float
-    min_s: float
-    max_s: float
-    repeats: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The same in milliseconds; `ms` is the median."""
-        return {
-            "ms": 1e3 * self.median_s,
-            "ms_quartiles": [1e3 * self.lower_s, 1e3 * self.upper_s],
-            "ms_min": 1e3 * self.min_s,
-            "ms_max": 1e3 * self.max_s,
-            "repeats": self.repeats,
-        }
+Call = Callable[[int], object]
+Walk = Callable[[], object]
 
 
-def spread(seconds: list[float]) -> Spread:
-    """Summary of at least one timing."""
-    ordered = sorted(seconds)
+def spread(seconds: Sequence[float]) -> dict[str, Any]:
+    """Milliseconds of at least one timing, as results have them: median (`ms`), quartiles, least and most."""
+    ordered = sorted(1e3 * each for each in seconds)
     lower, median, upper = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
-    return Spread(
-        median_s=median,
-        lower_s=lower,
-        upper_s=upper,
-        min_s=ordered[0],
-        max_s=ordered[-1],
-        repeats=len(ordered),
-    )
+    return {
+        "ms": median,
+        "ms_quartiles": [lower, upper],
+        "ms_min": ordered[0],
+        "ms_max": ordered[-1],
+        "repeats": len(ordered),
+    }
 
 
-def in_turns(names: Sequence[str], *, repeats: int, warmup: int) -> Iterator[tuple[str, bool]]:
-    """Who is called, and whether it counts: each once per round, in an order that moves on by one each round."""
+def timed(
+    calls: Mapping[Any, Call],
+    device: torch.device,
+    *,
+    turns: int,
+    repeats: int,
+    warmup: int,
+    host_bound: Collection[Any] = (),
+) -> tuple[dict[Any, list[float]], dict[Any, bool]]:
+    """Seconds of each call on either kind of device, and on a GPU whether the calls ran inside a graph."""
+    if device.type == "cpu":
+        return interleave(calls, repeats=repeats, warmup=warmup), {}
+    times = take_turns_on_gpu(calls, turns=turns, repeats=repeats, warmup=warmup, host_bound=host_bound)
+    return times.seconds, times.captured
+
+
+def interleave(calls: Mapping[Any, Call], *, repeats: int, warmup: int) -> dict[Any, list[float]]:
+    """Seconds of `repeats` calls of each contender, after `warmup` rounds.
+
+    A contender gets a number that grows with every call of anyone, so that it can touch other weights than the call
+    before.
+    """
+    seconds: dict[Any, list[float]] = {name: [] for name in calls}
+    for turn, (name, counts) in enumerate(_in_turns(list(calls), repeats=repeats, warmup=warmup)):
+        start = time.perf_counter()
+        calls[name](turn)
+        if counts:
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _in_turns(names: Sequence[Any], *, repeats: int, warmup: int) -> Iterator[tuple[Any, bool]]:
+    """Which is called, and whether it counts: each once per round, in an order that moves on by one each round."""
     for number in range(warmup + repeats):
         shift = number % len(names) if names else 0
         for name in (*names[shift:], *names[:shift]):
             yield name, number >= warmup
 
 
-def interleave(calls: Mapping[str, Callable[[int], object]], *, repeats: int, warmup: int) -> dict[str, list[float]]:
-    """Seconds of `repeats` calls of each contender, after `warmup` rounds.
+@dataclass(frozen=True, slots=True)
+class GpuTimes:
+    """seconds: of one call, by name. captured: whose calls ran inside a graph. reasons: why the others did not."""
 
-    A contender gets a number that grows with every call of anyone, so that it can touch other weights than the call
-    before.
+    seconds: dict[Any, list[float]]
+    captured: dict[Any, bool]
+    reasons: dict[Any, str]
+
+
+def captured(walk: Walk) -> Walk:
+    """The replay of a walk that has run before. RuntimeError where it cannot be captured."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        walk()
+    return graph.replay
+
+
+def gpu_seconds(walk: Walk) -> float:
+    """Between two events around the walk, on the current stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    start.record()
+    walk()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def take_turns_on_gpu(
+    calls: Mapping[Any, Call],
+    *,
+    turns: int,
+    repeats: int,
+    warmup: int,
+    host_bound: Collection[Any] = (),
+    capture: Callable[[Walk], Walk] = captured,
+    seconds_of: Callable[[Walk], float] = gpu_seconds,
+) -> GpuTimes:
+    """Seconds per call of each contender, from `repeats` walks of `turns` calls; contenders are interleaved.
+
+    A call gets its turn's number, so that each one of a walk touches other weights than the one before it. A walk is
+    captured in a graph, without gaps for launching, unless its contender is `host_bound` (it waits for the GPU in
+    between) or capturing fails; then it is launched call by call, as its users would.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn, (name, counts) in enumerate(in_turns(list(calls), repeats=repeats, warmup=warmup)):
-        start = time.perf_counter()
-        calls[name](turn)
+    walks: dict[Any, Walk] = {}
+    reasons: dict[Any, str] = {}
+    for name, call in calls.items():
+        walk = partial(_walk, call, turns)
+        for _ in range(2):  # compiles, allocates, chooses
+            walk()
+        walks[name] = walk
+        if name in host_bound:
+            reasons[name] = "waits for the GPU between its kernels"
+            continue
+        try:
+            walks[name] = capture(walk)
+        except RuntimeError as error:
+            reasons[name] = f"cannot be captured: {str(error).splitlines()[0] if str(error) else repr(error)}"
+    seconds: dict[Any, list[float]] = {name: [] for name in walks}
+    for name, counts in _in_turns(list(walks), repeats=repeats, warmup=warmup):
+        spent = seconds_of(walks[name]) / turns
         if counts:
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+            seconds[name].append(spent)
+    return GpuTimes(seconds, {name: name not in reasons for name in walks}, reasons)
+
+
+def _walk(call: Call, turns: int) -> None:
+    for turn in range(turns):
+        call(turn)

@@ -15,7 +15,7 @@ from torch import Tensor
 from expertshare.config import ModelConfig
 from expertshare.convert.scheme import ExpertStorage
 from expertshare.convert.tensor_file import TensorEntry
-from expertshare.lab.bench.concentration import concentrated, mean_unique
+from expertshare.lab.bench.weights import concentrated, mean_unique
 from expertshare.lab.random_checkpoint.characters import printable_ids
 from expertshare.lab.random_checkpoint.random_tensors import ExpertPool, RandomTensors, Recipe
 from expertshare.models.layers import rotary_tables
