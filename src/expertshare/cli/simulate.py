@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -192,7 +192,7 @@ def simulate(
     values = {
         "model": model or like or "",
         "model_bytes": sizes.dense_bytes + sizes.num_experts * sizes.slabs.get(use.quantise, 0),
-        "cluster": cluster.to_json(),
+        "cluster": asdict(cluster),
         "simulated_steps": steps,
         "seed": seed,
         "assumptions": list(ASSUMPTIONS),
@@ -223,10 +223,10 @@ def _run(simulation: Simulation, demand: Demand, degrees: list[int], counts: lis
         "recorded_blocks": simulation.trace.experts_NXLK.shape[1],
         "recorded_layers": simulation.trace.experts_NXLK.shape[0],
         "unique_experts": simulation.trace.mean_unique(),
-        "demand": demand.to_json(),
+        "demand": asdict(demand),
         "best_expert_parallel": best[-1].expert_parallel,
         "degrees": [simulation.capacity(degree).to_json() for degree in degrees],
-        "sweep": [point.to_json() for point in best],
+        "sweep": [asdict(point) for point in best],
     }
 
 

@@ -88,7 +88,7 @@ def fit_latency(
     bytes_per_expert: int,
     macs_per_pair: int,
 ) -> dict[str, Any] | None:
-    """latency = b * unique + a * pairs by least squares; None for fewer than three points or a single number of experts.
+    """latency = b * unique + a * pairs by least squares. None for fewer than three points, or one number of experts.
 
     With what b and a would mean as a bandwidth and a rate (None where they are not positive). residuals_ms: measured
     minus fitted, in the order of the points. r_squared: share of the variance over the points that the line explains.

@@ -1,8 +1,7 @@
 """A capacity model for many GPUs, fed by recorded routing: `expertshare simulate` (docs/scaling.md)."""
 
 from expertshare.lab.simulate.capacity import GPU_COUNTS, Capacity, Simulation, SweepPoint
-from expertshare.lab.simulate.cards import CARDS, Card, find_card
-from expertshare.lab.simulate.deployment import ASSUMPTIONS, Cluster, Demand
+from expertshare.lab.simulate.deployment import ASSUMPTIONS, CARDS, Card, Cluster, Demand, find_card
 from expertshare.lab.simulate.placement import PLACEMENTS
 from expertshare.lab.simulate.replica import Replica, part_seconds, simulate_replica
 from expertshare.lab.simulate.trace import BlockTrace, cut_into_blocks

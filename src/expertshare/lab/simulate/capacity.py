@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from expertshare.convert.plan import tokens_per_s
@@ -50,30 +50,22 @@ class SweepPoint:
     tokens_per_s: float
     requests_per_s: float
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values under the names of the fields."""
-        return asdict(self)
 
-
+@dataclass(frozen=True, slots=True)
 class Simulation:
     """One model on one kind of cluster under one record. Degrees that were simulated are remembered."""
 
-    def __init__(
-        self,
-        sizes: ModelSizes,
-        trace: BlockTrace,
-        cluster: Cluster,
-        demand: Demand,
-        *,
-        steps: int = 16,
-        seed: int = 0,
-    ) -> None:
-        if steps < 1:
-            raise InputError(f"steps to simulate must be at least 1, got {steps}")
-        self.trace = trace
-        self._sizes, self._cluster, self._demand = sizes, cluster, demand
-        self._steps, self._seed = steps, seed
-        self._known: dict[int, Capacity] = {}
+    sizes: ModelSizes
+    trace: BlockTrace
+    cluster: Cluster
+    demand: Demand
+    steps: int = 16
+    seed: int = 0
+    _known: dict[int, Capacity] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise InputError(f"steps to simulate must be at least 1, got {self.steps}")
 
     def capacity(self, expert_parallel: int) -> Capacity:
         """Of a replica of that many GPUs."""
@@ -83,7 +75,7 @@ class Simulation:
 
     def degrees(self, most: int) -> list[int]:
         """Powers of two up to `most` GPUs and the experts of a layer."""
-        limit = min(most, self._sizes.config.router.num_experts)
+        limit = min(most, self.sizes.config.router.num_experts)
         return [2**power for power in range(limit.bit_length()) if 2**power <= limit]
 
     def best(self, gpus: int, degrees: Sequence[int] | None = None) -> SweepPoint:
@@ -105,11 +97,11 @@ class Simulation:
         return point
 
     def _simulate(self, degree: int) -> Capacity:
-        sizes, demand, config = self._sizes, self._demand, self._sizes.config
+        sizes, demand, config = self.sizes, self.demand, self.sizes.config
         replica = simulate_replica(
-            sizes, self.trace, self._cluster, demand, num_gpus=degree, steps=self._steps, seed=self._seed
+            sizes, self.trace, self.cluster, demand, num_gpus=degree, steps=self.steps, seed=self.seed
         )
-        sequences = degree * self._cluster.sequences
+        sequences = degree * self.cluster.sequences
         per_step = config.block_length / demand.steps_per_block
         requests = sequences / (demand.steps_per_request(sizes) * replica.step_s)
         wanted = demand.requests_per_s

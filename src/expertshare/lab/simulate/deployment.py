@@ -1,14 +1,14 @@
-"""What is deployed and what is asked of it: the settings of a simulation."""
+"""What is deployed and what is asked of it: the settings of a simulation. What accelerators can do is by their makers'
+data sheets: limits, not measurements."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
+from expertshare.convert.rates import Rates
 from expertshare.convert.sizes import ModelSizes
-from expertshare.errors import InputError
-from expertshare.lab.simulate.cards import Card
+from expertshare.errors import ConfigError, InputError, nearest
 
 ASSUMPTIONS = (
     "Attention, dense layers and head are data-parallel: every GPU has a copy and its own sequences. Routed experts "
@@ -26,6 +26,81 @@ ASSUMPTIONS = (
     "A block of the prompt costs as much as one step of a block. Requests arrive evenly and find a place at once; "
     "--load is the share of the capacity that is used.",
 )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Card:
+    """One accelerator. bytes_per_s: its memory; flops_per_s: bfloat16 products without sparsity, two for each
+    multiply-accumulate. link_bytes_per_s: to others of its node, network_bytes_per_s: to other nodes, both in one
+    direction. source: where the figures are from."""
+
+    name: str
+    memory_bytes: float
+    bytes_per_s: float
+    flops_per_s: float
+    link_bytes_per_s: float
+    network_bytes_per_s: float
+    gpus_per_node: int
+    source: str
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if isinstance(value, float | int) and value <= 0:
+                raise InputError(f"{name} of a card must be above 0, got {value}")
+
+    def rates(self, efficiency: float) -> Rates:
+        """What kernels reach that get `efficiency` (a share) of both limits."""
+        return Rates(memory_bytes_per_s=efficiency * self.bytes_per_s, macs_per_s=efficiency * self.flops_per_s / 2)
+
+
+def find_card(name: str) -> Card:
+    """The card called `name`; ConfigError suggests the nearest."""
+    if name not in CARDS:
+        raise ConfigError(f"unknown card {name!r}. {nearest(name, CARDS)}")
+    return CARDS[name]
+
+
+_SHEETS: dict[str, tuple[float, float, float, float, float, str]] = {  # GB, TB/s, TFLOP/s, GB/s of link and network
+    "a100": (
+        *(80, 2.039, 312, 300, 25),
+        "NVIDIA A100 data sheet (80 GB, SXM; NVLink 600 GB/s both ways); DGX A100: 200 Gb/s for each GPU",
+    ),
+    "h100": (
+        *(80, 3.35, 989, 450, 50),
+        "NVIDIA H100 data sheet (SXM; NVLink 900 GB/s both ways); DGX H100: 400 Gb/s for each GPU",
+    ),
+    "h200": (
+        *(141, 4.8, 989, 450, 50),
+        "NVIDIA H200 data sheet (SXM; NVLink 900 GB/s both ways); DGX H200: 400 Gb/s for each GPU",
+    ),
+    "b200": (
+        *(180, 8, 2250, 900, 50),
+        "NVIDIA DGX B200 data sheet and user guide, an eighth of each (1,440 GB, 64 TB/s, NVLink 14.4 TB/s both ways, "
+        "8 x 400 Gb/s); HGX B200: 2.25 PFLOP/s without sparsity",
+    ),
+    "mi300x": (
+        *(192, 5.3, 1307, 448, 50),
+        "AMD Instinct MI300X data sheet (7 Infinity Fabric links of 128 GB/s both ways); network: 400 Gb/s for each "
+        "GPU assumed",
+    ),
+    "l40s": (
+        *(48, 0.864, 362, 32, 25),
+        "NVIDIA L40S data sheet (PCIe 4.0 x16, 64 GB/s both ways); network: 200 Gb/s for each GPU assumed",
+    ),
+}
+CARDS = {
+    name: Card(
+        name=name,
+        memory_bytes=memory * 1e9,
+        bytes_per_s=bandwidth * 1e12,
+        flops_per_s=products * 1e12,
+        link_bytes_per_s=link * 1e9,
+        network_bytes_per_s=network * 1e9,
+        gpus_per_node=8,
+        source=source,
+    )
+    for name, (memory, bandwidth, products, link, network, source) in _SHEETS.items()
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,10 +124,6 @@ class Cluster:
             raise InputError(f"the efficiency must lie above 0 and not above 1, got {self.efficiency}")
         if not 0.0 <= self.overlap <= 1.0:
             raise InputError(f"the overlap must lie in 0..1, got {self.overlap}")
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values under the names of the fields."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +162,3 @@ class Demand:
         if config.attention == "full":
             return blocks * self.steps_per_block
         return blocks * (self.steps_per_block + 1) + self.prompt_length / config.block_length
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values under the names of the fields."""
-        return asdict(self)

@@ -4,14 +4,13 @@ it: who computes what, and who sends how many tokens to whom."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expertshare.errors import ConfigError, InputError, nearest
-from expertshare.lab.simulate.trace import Bools, Ints
+from expertshare.lab.simulate.trace import Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,41 +38,17 @@ class Placement:
         return int(np.bincount(self.rank_of_S, minlength=self.num_ranks).max())
 
 
-def round_robin(load_E: Ints, num_ranks: int, num_copies: int) -> Placement:
-    """Expert e on GPU e mod R, whatever its load."""
-    _no_copies(num_copies, "round-robin")
-    experts = np.arange(len(load_E))
-    return Placement(experts, experts % num_ranks, num_ranks)
-
-
-def balanced(load_E: Ints, num_ranks: int, num_copies: int) -> Placement:
-    """The heaviest experts first, each to the GPU with the least load that has a slot free; as many on each GPU."""
-    _no_copies(num_copies, "balanced")
-    return _lightest_first(np.arange(len(load_E)), load_E.astype(np.float64), num_ranks)
-
-
-def replicated(load_E: Ints, num_ranks: int, num_copies: int) -> Placement:
-    """As balanced, with `num_copies` more slots, each for the expert that is busiest per copy by then."""
-    copies_E = np.ones(len(load_E), dtype=np.int64)
-    for _ in range(num_copies):
-        may_grow = copies_E < num_ranks  # a second copy on the same GPU helps nobody
-        if not may_grow.any():
-            break
-        copies_E[np.argmax(np.where(may_grow, load_E / copies_E, -1.0))] += 1
-    experts = np.repeat(np.arange(len(load_E)), copies_E)
-    return _lightest_first(experts, (load_E / copies_E)[experts], num_ranks)
-
-
-PLACEMENTS: dict[str, Callable[[Ints, int, int], Placement]] = {
-    "round-robin": round_robin,
-    "balanced": balanced,
-    "replicated": replicated,
-}
+PLACEMENTS = ("round-robin", "balanced", "replicated")
 
 
 def place(name: str, load_E: Ints, num_ranks: int, num_copies: int) -> Placement:
     """Experts of one layer on `num_ranks` GPUs. Raises ConfigError for an unknown name, InputError for GPUs or copies
-    that cannot be."""
+    that cannot be.
+
+    round-robin: expert e on GPU e mod R, whatever its load. balanced: the heaviest experts first, each to the GPU with
+    the least load that has a slot free; as many on each GPU. replicated: as balanced, and `num_copies` more slots, each
+    for the expert that is busiest per copy by then.
+    """
     if name not in PLACEMENTS:
         raise ConfigError(f"unknown placement {name!r}. {nearest(name, PLACEMENTS)}")
     if num_copies < 0:
@@ -83,12 +58,19 @@ def place(name: str, load_E: Ints, num_ranks: int, num_copies: int) -> Placement
             f"the expert-parallel degree must lie in 1..{len(load_E) + num_copies} (experts of a layer and their "
             f"copies), got {num_ranks}"
         )
-    return PLACEMENTS[name](load_E, num_ranks, num_copies)
-
-
-def _no_copies(num_copies: int, name: str) -> None:
-    if num_copies:
+    if num_copies and name != "replicated":
         raise InputError(f"{name} makes no copies of experts, got {num_copies}: leave --copies out, or replicate")
+    experts = np.arange(len(load_E))
+    if name == "round-robin":
+        return Placement(experts, experts % num_ranks, num_ranks)
+    copies_E = np.ones(len(load_E), dtype=np.int64)
+    for _ in range(num_copies):
+        may_grow = copies_E < num_ranks  # a second copy on the same GPU helps nobody
+        if not may_grow.any():
+            break
+        copies_E[np.argmax(np.where(may_grow, load_E / copies_E, -1.0))] += 1
+    expert_of_S = np.repeat(experts, copies_E)
+    return _lightest_first(expert_of_S, (load_E / copies_E)[expert_of_S], num_ranks)
 
 
 def _lightest_first(expert_of_S: Ints, load_S: NDArray[np.float64], num_ranks: int) -> Placement:
@@ -119,13 +101,6 @@ class LayerSteps:
     tokens_PRR: Ints
 
 
-@dataclass(frozen=True, slots=True)
-class _BlockLoads:
-    member_XS: Bools
-    pairs_XR: Ints
-    tokens_XR: Ints
-
-
 def draw_blocks(num_blocks: int, *, num_ranks: int, per_rank: int, steps: int, seed: int) -> Ints:
     """Which recorded blocks are at work [P, R, per_rank]: drawn evenly, with repetition, the same for a seed."""
     return np.random.default_rng(seed).integers(num_blocks, size=(steps, num_ranks, per_rank))
@@ -133,20 +108,7 @@ def draw_blocks(num_blocks: int, *, num_ranks: int, per_rank: int, steps: int, s
 
 def run_layer(experts_XLK: Ints, placement: Placement, draws_PRB: Ints) -> LayerSteps:
     """What one layer asks of every GPU in every step."""
-    loads, ranks = _block_loads(experts_XLK, placement), placement.num_ranks
-    unique, pairs, tokens = [], [], []
-    for draw_RB in draws_PRB:
-        drawn = np.unique(draw_RB)
-        active_S = loads.member_XS[drawn].any(axis=0)
-        unique.append(np.bincount(placement.rank_of_S[active_S], minlength=ranks))
-        times_RX = np.stack([np.bincount(row, minlength=len(loads.pairs_XR)) for row in draw_RB])
-        pairs.append(times_RX.sum(axis=0) @ loads.pairs_XR)
-        tokens.append(times_RX @ loads.tokens_XR)
-    return LayerSteps(np.stack(unique), np.stack(pairs), np.stack(tokens))
-
-
-def _block_loads(experts_XLK: Ints, placement: Placement) -> _BlockLoads:
-    slots_XLK = placement.slots_of(experts_XLK)
+    slots_XLK, ranks = placement.slots_of(experts_XLK), placement.num_ranks
     num_blocks, length, _ = slots_XLK.shape
     used = slots_XLK >= 0
     block, token, _ = np.nonzero(used)
@@ -154,8 +116,16 @@ def _block_loads(experts_XLK: Ints, placement: Placement) -> _BlockLoads:
     rank = placement.rank_of_S[slots]
     member_XS = np.zeros((num_blocks, len(placement.rank_of_S)), dtype=np.bool_)
     member_XS[block, slots] = True
-    pairs_XR = np.zeros((num_blocks, placement.num_ranks), dtype=np.int64)
+    pairs_XR = np.zeros((num_blocks, ranks), dtype=np.int64)
     np.add.at(pairs_XR, (block, rank), 1)
-    visits_XLR = np.zeros((num_blocks, length, placement.num_ranks), dtype=np.bool_)
+    visits_XLR = np.zeros((num_blocks, length, ranks), dtype=np.bool_)
     visits_XLR[block, token, rank] = True
-    return _BlockLoads(member_XS, pairs_XR, visits_XLR.sum(axis=1))
+    tokens_XR = visits_XLR.sum(axis=1)
+    unique, pairs, tokens = [], [], []
+    for draw_RB in draws_PRB:
+        active_S = member_XS[np.unique(draw_RB)].any(axis=0)
+        unique.append(np.bincount(placement.rank_of_S[active_S], minlength=ranks))
+        times_RX = np.stack([np.bincount(row, minlength=num_blocks) for row in draw_RB])
+        pairs.append(times_RX.sum(axis=0) @ pairs_XR)
+        tokens.append(times_RX @ tokens_XR)
+    return LayerSteps(np.stack(unique), np.stack(pairs), np.stack(tokens))

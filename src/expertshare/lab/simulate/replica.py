@@ -81,21 +81,6 @@ class Replica:
         return {**values, "step_s": self.step_s, "memory": {**values["memory"], "total": self.memory.total}}
 
 
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """Of one recorded layer, means over steps, in seconds and bytes."""
-
-    experts_s: float
-    bandwidth_s: float
-    exchange_s: float
-    exchange_bytes: float
-    network_bytes: float
-    visits: float
-    experts: float
-    pairs_P: Floats
-    unique_P: Floats
-
-
 def part_seconds(num_bytes: float, num_macs: float, rates: Rates, overlap: float) -> float:
     """Time of something that reads and multiplies: the longer of both, and what of the other is not hidden."""
     reading, computing = num_bytes / rates.memory_bytes_per_s, num_macs / rates.macs_per_s
@@ -135,7 +120,7 @@ def simulate_replica(
     kept = [(layer, times) for layer, times in zip(layers, times_N, strict=True) if times]
 
     def total(name: str) -> float:
-        return float(sum(getattr(layer, name) * times for layer, times in kept))
+        return sum(layer[name] * times for (layer, _, _), times in kept)
 
     experts_s = total("experts_s")
     memory = _memory(sizes, placed, cluster, demand)
@@ -146,8 +131,8 @@ def simulate_replica(
         exchange_s=total("exchange_s"),
         bandwidth_share=total("bandwidth_s") / experts_s if experts_s else 0.0,
         experts_per_gpu=total("experts") / sizes.config.num_moe_layers,
-        pairs=_spread([layer.pairs_P for layer, _ in kept]),
-        unique=_spread([layer.unique_P for layer, _ in kept]),
+        pairs=_spread([pairs_P for (_, pairs_P, _), _ in kept]),
+        unique=_spread([unique_P for (_, _, unique_P), _ in kept]),
         exchange_bytes=total("exchange_bytes"),
         network_bytes=total("network_bytes"),
         ranks_per_token=total("visits") / (tokens * sizes.config.num_moe_layers),
@@ -156,8 +141,8 @@ def simulate_replica(
     )
 
 
-def _layer(sizes: ModelSizes, ran: LayerSteps, cluster: Cluster) -> _Layer:
-    """Seconds and bytes of one layer."""
+def _layer(sizes: ModelSizes, ran: LayerSteps, cluster: Cluster) -> tuple[dict[str, float], Floats, Floats]:
+    """Seconds, bytes and counts of one recorded layer, means over steps; [P] how uneven pairs and experts are."""
     config, rates = sizes.config, cluster.card.rates(cluster.efficiency)
     width = config.hidden_size * ACTIVATION_BYTES
     arrived_PR = ran.tokens_PRR.sum(axis=1)
@@ -169,24 +154,25 @@ def _layer(sizes: ModelSizes, ran: LayerSteps, cluster: Cluster) -> _Layer:
     slowest_P = seconds_PR.argmax(axis=1)
     steps = np.arange(len(slowest_P))
     at_bandwidth_P = (reading_PR >= computing_PR)[steps, slowest_P]
-    near_RR = _same_node(ran.tokens_PRR.shape[1], cluster.card.gpus_per_node)
+    node_R = np.arange(ran.tokens_PRR.shape[1]) // cluster.card.gpus_per_node
+    near_RR = np.equal.outer(node_R, node_R)
     far_PRR = ran.tokens_PRR * ~near_RR
     link_PRR = ran.tokens_PRR * (near_RR & ~np.eye(len(near_RR), dtype=np.bool_))
     exchange_P = np.maximum(
         _busiest_port(link_PRR) * width / cluster.card.link_bytes_per_s,
         _busiest_port(far_PRR) * width / cluster.card.network_bytes_per_s,
     )
-    return _Layer(
-        experts_s=float(seconds_PR.max(axis=1).mean()),
-        bandwidth_s=float((seconds_PR.max(axis=1) * at_bandwidth_P).mean()),
-        exchange_s=2.0 * float(exchange_P.mean()),
-        exchange_bytes=2.0 * width * float((link_PRR + far_PRR).sum(axis=(1, 2)).mean()),
-        network_bytes=2.0 * width * float(far_PRR.sum(axis=(1, 2)).mean()),
-        visits=float(ran.tokens_PRR.sum(axis=(1, 2)).mean()),
-        experts=float(ran.unique_PR.max(axis=1).mean()),
-        pairs_P=_imbalance(ran.pairs_PR),
-        unique_P=_imbalance(ran.unique_PR),
-    )
+    means_of = {
+        "experts_s": seconds_PR.max(axis=1),
+        "bandwidth_s": seconds_PR.max(axis=1) * at_bandwidth_P,
+        "exchange_s": 2.0 * exchange_P,
+        "exchange_bytes": 2.0 * width * (link_PRR + far_PRR).sum(axis=(1, 2)),
+        "network_bytes": 2.0 * width * far_PRR.sum(axis=(1, 2)),
+        "visits": ran.tokens_PRR.sum(axis=(1, 2)),
+        "experts": ran.unique_PR.max(axis=1),
+    }
+    means = {name: float(values_P.mean()) for name, values_P in means_of.items()}
+    return means, _imbalance(ran.pairs_PR), _imbalance(ran.unique_PR)
 
 
 def _dense_seconds(sizes: ModelSizes, cluster: Cluster, demand: Demand) -> float:
@@ -217,11 +203,6 @@ def _memory(sizes: ModelSizes, placed: Sequence[Placement], cluster: Cluster, de
         cache=cache_bytes(sizes, positions=positions, batch_size=cluster.sequences),
         logits=rows * config.vocab_size * LOGIT_BYTES,
     )
-
-
-def _same_node(num_ranks: int, per_node: int) -> NDArray[np.bool_]:
-    node_R = np.arange(num_ranks) // per_node
-    return np.equal.outer(node_R, node_R)
 
 
 def _busiest_port(tokens_PRR: Ints) -> Ints:

@@ -17,7 +17,6 @@ from expertshare.errors import InputError
 from expertshare.experts.recording import RoutingRecord, TokenExperts
 
 Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
