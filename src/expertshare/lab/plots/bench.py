@@ -1,4 +1,4 @@
-"""Pictures of time: latency against unique experts, roofline, time by part, throughput."""
+"""Pictures of time: latency against unique experts, roofline, time by part, throughput, what many GPUs deliver."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from expertshare.lab.plots.style import (
     COLOURS,
     INK,
     SMALL,
-    check_plot_path,
     frame,
     legend_beside,
     literal,
@@ -26,6 +25,7 @@ from expertshare.lab.plots.style import (
 PANEL_WIDTH, PANEL_HEIGHT = 6.4, 4.4
 MARKERS = "osv"  # the next one where all colours are used
 BOUND_STYLES = ("--", ":", "-.")
+STEP_PARTS = {"dense": "#999999", "experts": COLOURS[0], "exchange": COLOURS[1]}
 Point = Mapping[str, Any]
 Look = tuple[str, str]  # colour, marker
 
@@ -34,9 +34,8 @@ def plot_bench(results: Mapping[str, Any], path: str | Path) -> None:
     """Draw what `expertshare bench` measured: `results` is its JSON line, or "results" of its report.
 
     experts: a panel of latency for each case, and one roofline of all. forward: time by part. generate: tokens per
-    second. Raises InputError for results without any measurement, or a path that cannot be written.
+    second. Raises InputError for results without any measurement.
     """
-    check_plot_path(path)
     if results.get("cases"):
         _plot_experts(results, path)
     elif results.get("forwards"):
@@ -51,7 +50,7 @@ def _plot_experts(results: Mapping[str, Any], path: str | Path) -> None:
     points: Sequence[Point] = results["cases"]
     cases = list(dict.fromkeys((point["case"], point["tokens"]) for point in points))
     looks = _looks(point["backend"] for point in points)
-    figure = new_figure(PANEL_WIDTH * (len(cases) + 1), PANEL_HEIGHT)
+    figure = new_figure(path, PANEL_WIDTH * (len(cases) + 1), PANEL_HEIGHT)
     panels = figure.subplots(1, len(cases) + 1)
     for axes, (case, tokens) in zip(panels, cases, strict=False):
         mine = [point for point in points if (point["case"], point["tokens"]) == (case, tokens)]
@@ -98,7 +97,7 @@ def _draw_roofline(
 
 
 def _plot_forwards(points: Sequence[Point], path: str | Path) -> None:
-    figure = new_figure(PANEL_WIDTH * 1.4, 1.2 + 0.4 * len(points))
+    figure = new_figure(path, PANEL_WIDTH * 1.4, 1.2 + 0.4 * len(points))
     axes = figure.add_subplot()
     labels = [f"{point['backend']}, {point['policy']}" for point in points]
     parts = next((list(point["ms_by_part"]) for point in points if "ms_by_part" in point), [])
@@ -112,12 +111,8 @@ def _plot_forwards(points: Sequence[Point], path: str | Path) -> None:
 
 
 def plot_parts(runs: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Draw seconds by part of the model as one bar for each run to `path`; runs: of a comparison.
-
-    Raises InputError for a path that cannot be written.
-    """
-    check_plot_path(path)
-    figure = new_figure(9, 1.4 + 0.3 * len(runs))
+    """Draw seconds by part of the model as one bar for each run to `path`; runs: of a comparison."""
+    figure = new_figure(path, 9, 1.4 + 0.3 * len(runs))
     axes = figure.add_subplot()
     seconds = [run["seconds_by_part"] for run in runs]
     stacked_bars(axes, [run["label"] for run in runs], list(seconds[0]), seconds)
@@ -127,7 +122,7 @@ def plot_parts(runs: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 
 
 def _plot_generations(points: Sequence[Point], path: str | Path) -> None:
-    figure = new_figure(PANEL_WIDTH * 1.4, PANEL_HEIGHT)
+    figure = new_figure(path, PANEL_WIDTH * 1.4, PANEL_HEIGHT)
     axes = figure.add_subplot()
     lines = list(dict.fromkeys((point["backend"], point["policy"]) for point in points))
     for index, (backend, policy) in enumerate(lines):
@@ -148,3 +143,45 @@ def _looks(backends: Any) -> dict[str, Look]:
     """A colour and a marker for each contender, the same in every panel."""
     names, colours = list(dict.fromkeys(backends)), len(COLOURS)
     return {name: (COLOURS[i % colours], MARKERS[i // colours % len(MARKERS)]) for i, name in enumerate(names)}
+
+
+def plot_scaling(simulated: Mapping[str, Any], path: str | Path) -> None:
+    """Draw tokens per second against GPUs, and the parts of a step at every expert-parallel degree, to `path`.
+
+    simulated: what `expertshare simulate --json` prints.
+    """
+    figure = new_figure(path, 11, 4.4)
+    left, right = figure.subplots(1, 2)
+    _draw_sweep(left, simulated)
+    _draw_step_parts(right, simulated)
+    save(figure, path)
+
+
+def _draw_sweep(axes: Axes, simulated: Mapping[str, Any]) -> None:
+    for trace, colour, marker in zip(simulated["traces"], COLOURS, "osD^vPX", strict=False):
+        points = [point for point in trace["sweep"] if point["tokens_per_s"] > 0]
+        x, y = [point["gpus"] for point in points], [point["tokens_per_s"] for point in points]
+        axes.plot(x, y, marker=marker, markersize=4, color=colour, label=trace["label"])
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    card = simulated["cluster"]["card"]["name"]
+    frame(axes, title=f"{simulated['model']} on {card}", x="GPUs", y="tokens per second")
+    axes.legend(**SMALL)
+
+
+def _draw_step_parts(axes: Axes, simulated: Mapping[str, Any]) -> None:
+    """Bars side by side: one for each trace at each degree."""
+    traces = simulated["traces"]
+    degrees = [each["replica"]["num_gpus"] for each in traces[0]["degrees"]]
+    width = 0.8 / len(traces)
+    for turn, trace in enumerate(traces):
+        positions = [index + (turn - (len(traces) - 1) / 2) * width for index in range(len(degrees))]
+        below = [0.0] * len(degrees)
+        for name, colour in STEP_PARTS.items():
+            heights = [1e3 * each["replica"][f"{name}_s"] for each in trace["degrees"]]
+            look: dict[str, Any] = {"color": colour, "alpha": 1.0 if turn == 0 else 0.55}
+            axes.bar(positions, heights, 0.9 * width, bottom=below, label=f"{name}, {trace['label']}", **look)
+            below = [low + high for low, high in zip(below, heights, strict=True)]
+    axes.set_xticks(range(len(degrees)), [str(degree) for degree in degrees])
+    frame(axes, title="Parts of a step", x="expert-parallel degree (GPUs of a replica)", y="ms")
+    axes.legend(**{**SMALL, "fontsize": 7})

@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from expertshare.lab.plots.style import COLOURS, INK, SMALL, check_plot_path, frame, new_figure, save
+from expertshare.lab.plots.style import COLOURS, INK, SMALL, frame, new_figure, save
 
 
 def plot_steps(results: Mapping[str, Any], path: str | Path) -> None:
     """Draw how unique experts are distributed over denoising steps, and their mean by step, to `path`.
 
-    results: of benchmarks/steps_distribution.py. Raises InputError for a path that cannot be written.
+    results: of benchmarks/steps_distribution.py.
     """
-    check_plot_path(path)
-    figure = new_figure(10, 4.4)
+    figure = new_figure(path, 10, 4.4)
     spread, course = figure.subplots(1, 2)
     for index, run in enumerate(results["runs"]):
         colour = COLOURS[index % len(COLOURS)]
@@ -41,10 +40,9 @@ def plot_steps(results: Mapping[str, Any], path: str | Path) -> None:
 def plot_weight_against_loss(results: Mapping[str, Any], path: str | Path) -> None:
     """Draw loss increase against router weight, a panel for each way of taking an expert out, to `path`.
 
-    results: of benchmarks/weight_against_loss.py. Raises InputError for a path that cannot be written.
+    results: of benchmarks/weight_against_loss.py.
     """
-    check_plot_path(path)
-    figure = new_figure(10, 4)
+    figure = new_figure(path, 10, 4)
     panels = figure.subplots(1, 2)
     titles = {"replaced": "Tokens take their next expert", "dropped": "Tokens run one expert less"}
     for axes, (way, title) in zip(panels, titles.items(), strict=True):
@@ -66,10 +64,9 @@ def plot_weight_against_loss(results: Mapping[str, Any], path: str | Path) -> No
 def plot_growth(results: Mapping[str, Any], path: str | Path) -> None:
     """Draw the union of experts against the tokens of a block, and products per byte of weights, to `path`.
 
-    results: of benchmarks/expert_growth.py. Raises InputError for a path that cannot be written.
+    results: of benchmarks/expert_growth.py.
     """
-    check_plot_path(path)
-    figure = new_figure(10, 4)
+    figure = new_figure(path, 10, 4)
     union, intensity = figure.subplots(1, 2)
     points = results["points"]
     tokens = [point["tokens"] for point in points]

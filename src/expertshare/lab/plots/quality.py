@@ -16,7 +16,6 @@ from expertshare.lab.plots.style import (
     COLOURS,
     INK,
     SMALL,
-    check_plot_path,
     frame,
     legend_beside,
     new_figure,
@@ -42,10 +41,9 @@ def plot_comparison(comparison: Mapping[str, Any], path: str | Path) -> None:
     joined by a line and labelled with their knobs, vanilla as a diamond.
 
     comparison: what Comparison.to_json gives. Quality is accuracy with its 95 % interval where the prompts can be
-    judged, else token agreement with vanilla. Raises InputError for a path that cannot be written.
+    judged, else token agreement with vanilla.
     """
-    check_plot_path(path)
-    figure = new_figure(8, 4.8)
+    figure = new_figure(path, 8, 4.8)
     axes = figure.add_subplot()
     judged = comparison["reference"]["accuracy"] is not None
     grouped: dict[str, list[Run]] = {"vanilla": [comparison["reference"]]}
@@ -105,12 +103,8 @@ def _part_labels(labels: Sequence[Annotation]) -> None:
 
 
 def plot_p_sweep(runs: Sequence[Run], reference: Run, path: str | Path) -> None:
-    """Draw what block top-p keeps and uses against p to `path`; runs: of a comparison, ascending in p.
-
-    Raises InputError for a path that cannot be written.
-    """
-    check_plot_path(path)
-    figure = new_figure(10, 4)
+    """Draw what block top-p keeps and uses against p to `path`; runs: of a comparison, ascending in p."""
+    figure = new_figure(path, 10, 4)
     kept, experts = figure.subplots(1, 2)
     judged = reference["accuracy"] is not None
     shares = [run["knobs"]["top_p_experts"] for run in runs]
@@ -128,12 +122,8 @@ def plot_p_sweep(runs: Sequence[Run], reference: Run, path: str | Path) -> None:
 
 
 def plot_block_lengths(comparisons: Mapping[int, Mapping[str, Any]], path: str | Path) -> None:
-    """Draw what every policy saves and keeps against the block length to `path`; comparisons: by block length.
-
-    Raises InputError for a path that cannot be written.
-    """
-    check_plot_path(path)
-    figure = new_figure(10, 4.5)
+    """Draw what every policy saves and keeps against the block length to `path`; comparisons: by block length."""
+    figure = new_figure(path, 10, 4.5)
     saved, kept = figure.subplots(1, 2)
     lengths = sorted(comparisons)
     judged = all(comparison["reference"]["accuracy"] is not None for comparison in comparisons.values())
@@ -172,11 +162,9 @@ def _line(axes: Axes, x: Sequence[float], y: Sequence[float], colour: str, label
 def plot_tuning(tuned: Mapping[str, Any], path: str | Path) -> None:
     """Draw what each verified policy retains against its cost to `path`, with one-sided bounds.
 
-    tuned: what Tuned.to_json gives. Grey: tried on the prompts of the search, without a claim. Raises InputError for a
-    path that cannot be written.
+    tuned: what Tuned.to_json gives. Grey: tried on the prompts of the search, without a claim.
     """
-    check_plot_path(path)
-    figure = new_figure(8, 4.8)
+    figure = new_figure(path, 8, 4.8)
     axes = figure.add_subplot()
     key, label, unit = COSTS[tuned["cost_kind"]]
     tried = [run for run in tuned["tried"] if run[key] is not None]  # latency is not measured in the search

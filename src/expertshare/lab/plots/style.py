@@ -26,8 +26,9 @@ def check_plot_path(path: str | Path) -> None:
         raise InputError(f"expected a picture name ending in {', '.join(FORMATS)}, got {path}")
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """An empty picture of a size in inches."""
+def new_figure(path: str | Path, width: float, height: float) -> Figure:
+    """An empty picture of a size in inches, for `path`. Raises InputError where the name has no known ending."""
+    check_plot_path(path)
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
