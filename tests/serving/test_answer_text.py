@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertshare.serving.answer_text import AnswerText
+from expertshare.serving.text import AnswerText
 
 letters = st.text("abc", max_size=14)
 

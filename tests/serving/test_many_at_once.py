@@ -18,7 +18,7 @@ from expertshare.decoding import DecodingOptions, generate
 from expertshare.models import LoadedModel, MoETransformer, Runtime, initialise
 from expertshare.routing import parse_policy
 from expertshare.serving import Engine, EngineLimits
-from expertshare.serving.orders import Event, Failure, Order, Progress
+from expertshare.serving.scheduling import Event, Failure, Order, Progress
 
 from .server import PROMPTS, Serve, alone
 

@@ -21,7 +21,7 @@ import pytest
 from expertshare.cli import main
 from expertshare.errors import ConfigError
 from expertshare.models import LoadedModel
-from expertshare.serving.extra import require_extra
+from expertshare.serving import require_extra
 from expertshare.serving.uvicorn_server import _listener
 
 from .server import PROMPTS, REFERENCE, alone
@@ -142,7 +142,7 @@ def test_a_drain_has_an_end_and_ctrl_c_its_status() -> None:
         (["--policy", "des-vote:budget=2"], "budget must lie in"),
         (["--max-batch", "0"], "max_batch must be"),
         (["--timeout", "0"], "timeout_s must be"),
-        (["--api-key", " "], "blank"),
+        (["--api-key", " "], "empty one"),
         (["--port", "70000"], "cannot listen"),
         (["--log-level", "loud"], "log level"),
         (["--expert-memory", "1GiB"], "expert layout"),
@@ -157,7 +157,7 @@ def test_flags_that_cannot_work(flags: list[str], said: str, capsys: pytest.Capt
 
 
 def test_without_the_extra_a_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expertshare.serving.extra.find_spec", lambda name: None if name == "fastapi" else name)
+    monkeypatch.setattr("expertshare.serving.find_spec", lambda name: None if name == "fastapi" else name)
     with pytest.raises(ConfigError, match=r"fastapi cannot be imported: install .*expertshare\[serve\]"):
         require_extra()
 

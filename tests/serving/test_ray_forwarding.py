@@ -12,8 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from expertshare.serving.event_stream import DONE, as_event
-from expertshare.serving.replicas.call import Call, answer_call
-from expertshare.serving.replicas.forwarding import Forwarding, ReplicaLostError, holds_answer
+from expertshare.serving.replicas.forwarding import Call, Forwarding, ReplicaLostError, answer_call, holds_answer
 
 CALL = Call(method="POST", path="/x", query=b"", headers=((b"a", b"b"),), body=b"body")
 LOST = None

@@ -31,7 +31,7 @@ LONG = {"temperature": 5.0, "max_tokens": 128}
 
 
 class Cluster:
-    """A server with two replicas. lines: what its entrance has logged so far."""
+    """A server with two replicas. lines: what its proxy has logged so far."""
 
     def __init__(self) -> None:
         flags = ["--replicas", "2", "--port", "0", "--dtype", "float32", "--gen-length", "512", "--threshold", "none"]

@@ -25,7 +25,7 @@ from expertshare.routing import native_policy, parse_policy
 from expertshare.serving import Engine, EngineLimits, OfferedPolicies, ServerSettings
 from expertshare.serving.live import page_paths
 from expertshare.serving.logs import log_config
-from expertshare.serving.replicas import Door, ReplicaPlan, ReplicaScale, create_entrance, replicas_on_ray
+from expertshare.serving.replicas import Admission, ReplicaPlan, ReplicaScale, create_proxy, replicas_on_ray
 from expertshare.tuning import PolicyFile
 from expertshare.types import RoutingPolicy
 
@@ -74,7 +74,7 @@ def opened_engine(
 
 
 @contextmanager
-def opened_entrance(
+def opened_proxy(
     model: str | Path,
     scale: ReplicaScale,
     settings: ServerSettings,
@@ -85,7 +85,7 @@ def opened_entrance(
     drain_timeout_s: float = 30.0,
     log_level: str = "INFO",
     **engine: Any,
-) -> Iterator[tuple[FastAPI, Door]]:
+) -> Iterator[tuple[FastAPI, Admission]]:
     """An application in front of several engines, each in a process of Ray's, and what drains it. Needs the extra
     `ray`, too.
 
@@ -106,8 +106,8 @@ def opened_entrance(
     )
     application = f"expertshare-{plan.settings.model_name}"
     with replicas_on_ray(plan, scale, limits, name=application, drain_timeout_s=drain_timeout_s) as replicas:
-        door = Door()
-        yield create_entrance(replicas, door, settings, open_paths=page_paths() if page else ()), door
+        admission = Admission()
+        yield create_proxy(replicas, admission, settings, open_paths=page_paths() if page else ()), admission
 
 
 def _check_policies(

@@ -114,7 +114,7 @@ def serve(
     Decoding flags are the defaults of requests.
     """
     # not above: help works without the extra
-    from expertshare.api.serving import opened_engine, opened_entrance
+    from expertshare.api.serving import opened_engine, opened_proxy
     from expertshare.serving import EngineLimits, ServerSettings, create_app, page_routes
     from expertshare.serving import serve as serve_app
     from expertshare.serving.live import page_paths
@@ -144,8 +144,8 @@ def serve(
     )
     if scale.on_ray:
         engine |= {"drain_timeout_s": drain_timeout, "log_level": level}
-        with opened_entrance(model, scale, settings, page=shown, threads=threads, **engine) as (app, door):
-            ended_by = listen(app, door)
+        with opened_proxy(model, scale, settings, page=shown, threads=threads, **engine) as (app, admission):
+            ended_by = listen(app, admission)
     else:
         set_threads(threads)
         with opened_engine(model, **engine) as one:

@@ -14,15 +14,15 @@ from starlette.exceptions import HTTPException
 
 import expertshare
 from expertshare.errors import ExpertShareError
-from expertshare.serving.codec import Codec
 from expertshare.serving.completions import Completions
 from expertshare.serving.engine import Engine
-from expertshare.serving.gate import Gate
 from expertshare.serving.logs import LOGGER
 from expertshare.serving.metrics import ServerMetrics
+from expertshare.serving.middleware import RequestChecks
 from expertshare.serving.refusals import Refusal, refusal_of
 from expertshare.serving.requests import LONGEST_QUOTE, ChatRequest, CompletionRequest
 from expertshare.serving.settings import ServerSettings
+from expertshare.serving.text import Codec
 
 OPEN_PATHS = ("/health", "/ready", "/metrics")
 _ERROR = {
@@ -64,7 +64,7 @@ def create_app(
 ) -> FastAPI:
     """An application that serves `engine`, which starts and closes with it.
 
-    extra_routers: included as they are, for example the live page's; their requests pass the same gate. open_paths:
+    extra_routers: included as they are, for example the live page's; their requests pass the same checks. open_paths:
     paths of theirs that need no API key. Raises InputError for a model without a tokenizer.
     """
     settings = settings or ServerSettings()
@@ -89,7 +89,7 @@ def create_app(
     for router in extra_routers:
         app.include_router(router)
     add_handlers(app)
-    app.add_middleware(Gate, settings=settings, metrics=metrics, open_paths=(*OPEN_PATHS, *open_paths))
+    app.add_middleware(RequestChecks, settings=settings, metrics=metrics, open_paths=(*OPEN_PATHS, *open_paths))
     return app
 
 

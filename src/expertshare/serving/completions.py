@@ -11,18 +11,16 @@ from starlette.responses import JSONResponse, Response
 
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import ExpertShareError, InputError, PolicyError
-from expertshare.serving.answer_text import AnswerText
-from expertshare.serving.codec import Codec
 from expertshare.serving.engine import Engine
 from expertshare.serving.event_stream import DONE, EventStream, as_event, unless_left
-from expertshare.serving.gate import LEFT, NOTES
 from expertshare.serving.metrics import ServerMetrics
-from expertshare.serving.orders import Order
+from expertshare.serving.middleware import LEFT, NOTES
 from expertshare.serving.refusals import Refusal, refusal_of
-from expertshare.serving.replies import ReplyForm
+from expertshare.serving.replies import Choice, ReplyForm, RunningRequest
 from expertshare.serving.requests import LONGEST_QUOTE, ChatRequest, CompletionRequest
-from expertshare.serving.running_request import Choice, RunningRequest
+from expertshare.serving.scheduling import Order
 from expertshare.serving.settings import ServerSettings
+from expertshare.serving.text import AnswerText, Codec
 
 LARGEST_SEED = 2**63
 

@@ -15,20 +15,20 @@ from expertshare.decoding.row import check_prompts
 from expertshare.errors import InputError
 from expertshare.experts import SlabStore, StoreStatistics
 from expertshare.models import LoadedModel, Runtime
-from expertshare.serving.offered_policies import OfferedPolicies
-from expertshare.serving.orders import (
+from expertshare.serving.fair_lock import FairLock
+from expertshare.serving.scheduling import (
     EngineBusyError,
     EngineClosedError,
+    EngineCounts,
     Event,
     Failure,
     Listener,
     Order,
+    PolicyGroup,
     Ticket,
+    UsageLedger,
 )
-from expertshare.serving.policy_group import PolicyGroup
-from expertshare.serving.settings import EngineLimits
-from expertshare.serving.turn_lock import TurnLock
-from expertshare.serving.usage import EngineCounts, UsageLedger
+from expertshare.serving.settings import EngineLimits, OfferedPolicies
 
 EngineState = Literal["new", "ready", "draining", "closed", "broken"]
 _LONGEST_RETRY_S = 60
@@ -63,7 +63,7 @@ class Engine:
         self.runtime = replace(runtime, policy=self.offered.default)
         config, dtype = loaded.config, loaded.model.dtype
         self._bytes_per_expert = runtime.bytes_per_expert or config.num_expert_parameters * dtype.itemsize
-        self.model_lock = TurnLock()
+        self.model_lock = FairLock()
         self.counts = EngineCounts(config.num_moe_layers)
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
@@ -82,7 +82,7 @@ class Engine:
     @property
     def max_rows(self) -> int:
         """Rows decoded at once: one where the expert store cannot hold a whole layer, because several rows may need
-        more experts together than it has room for."""
+        more experts together than fit into it."""
         statistics = self.store_statistics()
         narrow = statistics is not None and statistics.slots < self.loaded.config.router.num_experts
         return 1 if narrow and statistics is not None and statistics.kind == "budget" else self.limits.max_batch

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from expertshare.errors import ExpertShareError
-from expertshare.serving.orders import EngineBusyError, EngineClosedError, Failure
+from expertshare.serving.scheduling import EngineBusyError, EngineClosedError, Failure
 
 INVALID, OVERLOADED, UNAVAILABLE = "invalid_request_error", "rate_limit_error", "server_unavailable"
 _FAILURES = {

@@ -18,7 +18,7 @@ _LAST_BYTES_S = 5
 
 
 class Drainable(Protocol):
-    """What a server lets finish before it ends: an engine, or the door to several."""
+    """What a server lets finish before it ends: an engine, or the admission to several."""
 
     @property
     def state(self) -> str:

@@ -12,12 +12,10 @@ from weakref import WeakSet
 from torch import nn
 
 from expertshare.errors import ConfigError, PolicyError
-from expertshare.integrations.transformers.block_length import block_length_of
-from expertshare.integrations.transformers.calls import Call
+from expertshare.integrations.transformers.calls import Call, block_length_of
 from expertshare.integrations.transformers.experts import OBSERVERS
-from expertshare.integrations.transformers.layer_hooks import RouterHook, StackWatch
 from expertshare.integrations.transformers.metrics import RoutingMetrics
-from expertshare.integrations.transformers.sharing import SharedChoice
+from expertshare.integrations.transformers.sharing import RouterHook, SharedChoice, StackWatch
 from expertshare.integrations.transformers.sites import RouterSite, find_sites
 from expertshare.integrations.transformers.verification import verify
 from expertshare.routing import parse_policy, policy_at

@@ -1,14 +1,17 @@
-"""One layer's routing under a policy: the router's own choice wherever that stands, the plan's where it does not."""
+"""One layer's routing under a policy: the router's own choice where that stands, else the plan's, put in by hooks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from expertshare.integrations.transformers.calls import Call
-from expertshare.integrations.transformers.routers import RouterRule
+from expertshare.errors import InputError
+from expertshare.integrations.transformers.calls import Call, read_call
+from expertshare.integrations.transformers.sites import RouterRule, RouterSite
 from expertshare.routing import route
 from expertshare.routing.ranking import top_k_ids
 from expertshare.types import RoutingPolicy
@@ -74,7 +77,7 @@ def filled(choice: SharedChoice, num_experts: int, *, distinct: bool) -> Tensor:
 
     An unused slot repeats an expert of its token (padding: one that is run anyway), so that no expert is added.
     distinct: never twice the same in a token, for remote code that counts a token's experts by setting bits; it may
-    then have to name experts that nobody else runs.
+    then have to name experts that no other token runs.
     """
     unused_TK = choice.run_TK < 0
     if not distinct:
@@ -114,3 +117,70 @@ def share_of_mass(rule: RouterRule, choice: SharedChoice) -> Tensor:
     if rule.spec.renormalise:
         mass_T = (mass_T > 0).float()
     return torch.where(choice.own_T, 1.0, mass_T)
+
+
+Recorder = Callable[[int, Call, SharedChoice], None]
+
+
+class StackWatch:
+    """Remembers how the tokens of the last call of one stack lie. It is kept after the call: gradient checkpointing
+    runs layers again."""
+
+    def __init__(self, stack: nn.Module, block_length: int | None) -> None:
+        self.call: Call | None = None
+        self._block_length = block_length
+        self.removal = stack.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.call = read_call(stack, args, kwargs, self._block_length)
+
+
+class RouterHook:
+    """Replaces the output of one router. index: of its site; policy: bound to its rule."""
+
+    def __init__(
+        self, index: int, site: RouterSite, policy: RoutingPolicy, watch: StackWatch, record: Recorder
+    ) -> None:
+        self._index, self._site, self._policy = index, site, policy
+        self._watch, self._record = watch, record
+        self._mass_T: Tensor | None = None
+        hook = self._on_logits if site.rule.output == "logits" else self._on_triple
+        self.removals = [site.router.register_forward_hook(hook)]
+        if site.rule.output == "logits":
+            self.removals.append(site.block.register_forward_hook(self._on_block))
+
+    def _on_triple(self, _router: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        rule = self._site.rule
+        logits_TE, weights_TK, own_ids_TK = rule.parted(output)
+        choice = self._share(logits_TE, own_ids_TK)
+        ids_TK = filled(choice, rule.spec.num_experts, distinct=self._site.separate_experts)
+        own_T1 = choice.own_T.unsqueeze(-1)
+        shared_TK = torch.where(own_T1, weights_TK, choice.weights_TK.to(weights_TK.dtype))
+        return rule.joined(logits_TE, shared_TK, ids_TK)
+
+    def _on_logits(self, _router: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        rule = self._site.rule
+        logits_TE = output.reshape(-1, output.shape[-1])
+        own_ids_TK = logits_TE.float().softmax(dim=-1).topk(rule.spec.top_k, dim=-1).indices
+        choice = self._share(logits_TE, own_ids_TK)
+        self._mass_T = share_of_mass(rule, choice)
+        return restricted_logits(choice, logits_TE).reshape(output.shape)
+
+    def _on_block(self, _block: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        """Back from the softmax over the restricted logits to the model's own weights."""
+        assert self._mass_T is not None
+        hidden = output[0] if isinstance(output, tuple) else output
+        scaled = hidden * self._mass_T.to(hidden.dtype).reshape(*hidden.shape[:-1], 1)
+        return (scaled, *output[1:]) if isinstance(output, tuple) else scaled
+
+    def _share(self, logits_TE: Tensor, own_ids_TK: Tensor) -> SharedChoice:
+        call = self._watch.call
+        if call is None or call.live_BS.numel() != len(logits_TE):
+            known = "no call" if call is None else f"a call with {tuple(call.live_BS.shape)} positions"
+            raise InputError(
+                f"expected the router {self._site.name} to be called by its model with every position, got "
+                f"{len(logits_TE)} tokens after {known}: call the whole model, or remove the policy first."
+            )
+        choice = share(self._site.rule, self._site.router, self._policy, call, logits_TE, own_ids_TK)
+        self._record(self._index, call, choice)
+        return choice

@@ -1,15 +1,153 @@
-"""Where a model routes: every router, the block that calls it, its experts, and the stack of layers around them."""
+"""Where a model routes: every router and its rule, the block that calls it, its experts, the stack of layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from expertshare.config import RouterSpec
 from expertshare.errors import ConfigError
-from expertshare.integrations.transformers.routers import SUPPORTED, RouterRule, rule_of
+from expertshare.routing import router_scores
+from expertshare.types import RouterScores
+
+Output = Literal["logits, weights, ids", "ids, weights, logits", "logits"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterRule:
+    """How one router is read.
+
+    output: what its forward returns; with "logits" it is a plain linear layer, and the block around it chooses.
+    scores_are_probabilities: what stands in the place of logits went through the softmax already. bias, expert_scale:
+    names of the tensors [E] that select (added to the affinity) and weigh (a factor on the final weight), if any.
+    """
+
+    spec: RouterSpec
+    output: Output = "logits, weights, ids"
+    scores_are_probabilities: bool = False
+    bias: str | None = None
+    expert_scale: str | None = None
+
+    def scores(self, router: nn.Module, first_GLE: Tensor, live_GL: Tensor) -> RouterScores:
+        """Scores from the router's logits (or probabilities), any float dtype, [G, L, E]."""
+        if self.scores_are_probabilities:
+            affinity = first_GLE.float()
+            return RouterScores(affinity, affinity, live_GL)
+        return router_scores(first_GLE, live_GL, self.spec, self._tensor(router, self.bias))
+
+    def expert_scale_of(self, router: nn.Module) -> Tensor | None:
+        """The learned factor of every expert, where the model has one."""
+        return self._tensor(router, self.expert_scale)
+
+    @staticmethod
+    def _tensor(router: nn.Module, name: str | None) -> Tensor | None:
+        return None if name is None else getattr(router, name)
+
+    def parted(self, output: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, weights and ids from what a router that chooses has returned."""
+        first, weights, last = output
+        return (first, weights, last) if self.output == "logits, weights, ids" else (last, weights, first)
+
+    def joined(self, logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The reverse of `parted`."""
+        if self.output == "logits, weights, ids":
+            return logits_TE, weights_TK, ids_TK
+        return ids_TK, weights_TK, logits_TE
+
+
+def _softmax(router: Any, _block: Any) -> RouterRule:
+    """OLMoE, Qwen3-MoE; Mixtral, which always renormalises and says nothing of it."""
+    renormalise = bool(getattr(router, "norm_topk_prob", True))
+    return RouterRule(spec=_spec(router.num_experts, router.top_k, renormalise=renormalise))
+
+
+def _glm4(router: Any, _block: Any) -> RouterRule:
+    spec = RouterSpec(
+        num_experts=router.num_experts,
+        top_k=router.top_k,
+        activation="sigmoid",
+        renormalise=bool(router.norm_topk_prob),
+        scaling=float(router.routed_scaling_factor),
+        num_groups=router.num_group,
+        kept_groups=router.topk_group,
+        has_bias=True,
+    )
+    return RouterRule(spec=spec, bias="e_score_correction_bias")
+
+
+def _diffusion_gemma(router: Any, _block: Any) -> RouterRule:
+    config = router.config
+    spec = RouterSpec(
+        num_experts=config.num_experts,
+        top_k=config.top_k_experts,
+        activation="softmax",
+        renormalise=True,
+        has_expert_scale=True,
+    )
+    return RouterRule(spec=spec, scores_are_probabilities=True, expert_scale="per_expert_scale")
+
+
+def _llada2(router: Any, _block: Any) -> RouterRule:
+    """LLaDA2's released gate, which renormalises whatever its config says, except with one expert per token."""
+    bias = getattr(router, "expert_bias", None)
+    spec = RouterSpec(
+        num_experts=router.num_experts,
+        top_k=router.top_k,
+        activation="sigmoid",
+        renormalise=router.top_k > 1,
+        scaling=float(router.routed_scaling_factor),
+        num_groups=int(getattr(router, "n_group", None) or 1),
+        kept_groups=int(getattr(router, "topk_group", None) or 1),
+        has_bias=bias is not None,
+    )
+    return RouterRule(spec=spec, output="ids, weights, logits", bias=None if bias is None else "expert_bias")
+
+
+def _linear(router: Any, block: Any) -> RouterRule:
+    """LLaDA-MoE and SDAR, as OLMoE and Qwen3-MoE were before transformers 5: the block applies the softmax."""
+    spec = _spec(router.out_features, block.top_k, renormalise=bool(block.norm_topk_prob))
+    return RouterRule(spec=spec, output="logits")
+
+
+def _spec(num_experts: int, top_k: int, *, renormalise: bool) -> RouterSpec:
+    return RouterSpec(num_experts=num_experts, top_k=top_k, activation="softmax", renormalise=renormalise)
+
+
+NATIVE: dict[str, Callable[[Any, Any], RouterRule]] = {
+    "OlmoeTopKRouter": _softmax,
+    "Qwen3MoeTopKRouter": _softmax,
+    "MixtralTopKRouter": _softmax,
+    "Glm4MoeTopkRouter": _glm4,
+    "DiffusionGemmaTextRouter": _diffusion_gemma,
+}
+"""Router classes of transformers. Others may look alike and compute something else, so these go by their name."""
+
+SUPPORTED = (
+    "OLMoE, Qwen3-MoE, Mixtral, GLM-4-MoE and DiffusionGemma of transformers, and remote code with the interface of "
+    "LLaDA2 (a gate with top_k, num_experts and routed_scaling_factor that returns ids, weights, logits), LLaDA-MoE or "
+    "SDAR (a linear `gate` in a block with top_k and norm_topk_prob)"
+)
+
+_LLADA2_GATE = ("num_experts", "top_k", "routed_scaling_factor", "weight")
+
+
+def rule_of(router: nn.Module, block: nn.Module) -> RouterRule | None:
+    """The rule of a router inside its block, by the class or by the interface; None if it is not a known one."""
+    for kind in type(router).__mro__:
+        if kind.__name__ in NATIVE and kind.__module__.startswith("transformers."):
+            return NATIVE[kind.__name__](router, block)
+    if isinstance(router, nn.Linear):
+        usable = router.bias is None and hasattr(block, "top_k") and hasattr(block, "norm_topk_prob")
+        return _linear(router, block) if usable else None
+    if type(router).__module__.startswith("transformers.models."):
+        return None
+    usable = all(hasattr(router, name) for name in _LLADA2_GATE) and isinstance(router.weight, torch.Tensor)
+    return _llada2(router, block) if usable else None
+
 
 ROUTER_NAMES = ("gate", "router")
 

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from expertshare.errors import ConfigError
 from expertshare.integrations.transformers.calls import Call
-from expertshare.integrations.transformers.routers import RouterRule
 from expertshare.integrations.transformers.sharing import SharedChoice, share
-from expertshare.integrations.transformers.sites import RouterSite
+from expertshare.integrations.transformers.sites import RouterRule, RouterSite
 from expertshare.routing import make_policy
 
 TOKENS = 8

@@ -1,19 +1,140 @@
-"""The routes of the live page."""
+"""The routes of the live page, its files, and a trace on its way to a client."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import threading
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.resources import files
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from expertshare.errors import ExpertShareError, InputError
+from expertshare.routing import POLICIES
+from expertshare.serving.engine import Engine
 from expertshare.serving.event_stream import EventStream
-from expertshare.serving.live.limits import LiveLimits
-from expertshare.serving.live.page_files import HEADERS, PageFile, read_page
-from expertshare.serving.live.running_trace import Begin, RunningTrace
-from expertshare.serving.live.trace_request import TraceRequest, schema
-from expertshare.serving.live.trace_source import TraceSource
+from expertshare.serving.live.trace_request import LiveLimits, TraceRequest, schema
+from expertshare.serving.live.trace_source import ModelTraceSource, TraceSource
+from expertshare.serving.live.watched_run import Event
+
+_MEDIA_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+"""Nothing is loaded from anywhere else, nothing inline is run, nobody frames the page; caches ask for changes."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageFile:
+    """One file as it is sent."""
+
+    content: bytes
+    media_type: str
+    etag: str
+
+
+def read_page() -> Mapping[str, PageFile]:
+    """Every file of the page by its name; a name that is not here does not exist, whatever lies on the disk."""
+    page: dict[str, PageFile] = {}
+    for entry in files(__package__).joinpath("static").iterdir():
+        suffix = entry.name[entry.name.rfind(".") :]
+        if suffix in _MEDIA_TYPES:
+            content = entry.read_bytes()
+            page[entry.name] = PageFile(content, _MEDIA_TYPES[suffix], f'"{sha256(content).hexdigest()[:32]}"')
+    return page
+
+
+def page_paths() -> tuple[str, ...]:
+    """Where the page and its files are: what a browser has to get before it can ask for an API key. They tell nothing
+    of the model."""
+    return ("/", *(f"/live/{name}" for name in read_page()))
+
+
+Begin = Callable[[threading.Event], Iterator[Event]]
+"""Begins a trace, which ends soon after the event that it is given is set."""
+
+
+class RunningTrace:
+    """Events of one trace, made in one thread. `end` may be called at any time, and more than once."""
+
+    def __init__(self, begin: Begin, *, slot: threading.Lock, seconds: float) -> None:
+        """slot: held already, released once the trace's thread is done. seconds: how long it may take."""
+        self._stop, self._slot = threading.Event(), slot
+        self._events = _events(begin, self._stop)
+        self._deadline = asyncio.get_running_loop().time() + seconds
+        self._seconds = seconds
+        self._thread = ThreadPoolExecutor(1, "live-trace")
+        self._ended: Future[None] | None = None
+
+    async def next(self) -> Event | None:
+        """The next event, None after the last. Raises what the source raises, TimeoutError behind the deadline."""
+        async with asyncio.timeout_at(self._deadline):
+            return await asyncio.get_running_loop().run_in_executor(self._thread, next, self._events, None)
+
+    async def lines(self, first: Event | None) -> AsyncIterator[bytes]:
+        """`first` and all events behind it, as server-sent events. What goes wrong meanwhile is the last of them."""
+        event = first
+        while event is not None:
+            yield as_server_sent(event)
+            try:
+                event = await self.next()
+            except TimeoutError:
+                yield as_server_sent({"type": "error", "message": self.too_long})
+                break
+            except ExpertShareError as error:
+                yield as_server_sent({"type": "error", "message": str(error)})
+                break
+        # before the client hears that this was all: it may ask for another trace at once
+        await asyncio.shield(asyncio.wrap_future(self.end()))
+
+    @property
+    def too_long(self) -> str:
+        """What to say behind the deadline."""
+        return f"the trace took longer than the {self._seconds:g} s that this server allows: ask for less"
+
+    def end(self) -> Future[None]:
+        """Stop the work, at the latest after the step that is being decoded, then free the slot; done when it is."""
+        if self._ended is None:
+            self._stop.set()
+            # the one thread takes this up when it has left `next`, so that the generator is not closed while it runs
+            self._ended = self._thread.submit(self._finish)
+            self._thread.shutdown(wait=False)
+        return self._ended
+
+    def _finish(self) -> None:
+        try:
+            self._events.close()
+        finally:
+            self._slot.release()
+
+
+def _events(begin: Begin, stop: threading.Event) -> Generator[Event, None, None]:
+    """The trace as a generator, which can be closed whatever `begin` returns."""
+    yield from begin(stop)
+
+
+def as_server_sent(event: Event) -> bytes:
+    """One event of the protocol: its type by name, all of it as JSON on one line."""
+    data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+    return f"event: {event['type']}\ndata: {data}\n\n".encode()
+
 
 _ERROR = {
     "type": "object",
@@ -28,7 +149,7 @@ _REFUSED = {"content": {"application/json": {"schema": _ERROR}}}
 def live_routes(source: TraceSource, *, limits: LiveLimits | None = None) -> APIRouter:
     """GET / (the page), GET /live/settings, GET /live/NAME (its files), POST /live/trace (server-sent events).
 
-    One trace runs at a time; whoever asks meanwhile is told 429.
+    One trace runs at a time; a request meanwhile is told 429.
     """
     limits = limits or LiveLimits()
     page, slot = read_page(), threading.Lock()
@@ -132,3 +253,21 @@ def _send(file: PageFile, request: Request) -> Response:
 
 def _refuse(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": kind}}, status_code=status, headers=headers)
+
+
+def page_routes(engine: Engine, model_name: str | None = None) -> APIRouter:
+    """For create_app's extra_routers. Offers the policies that requests may ask for. Raises InputError for a model
+    without a tokenizer."""
+    source = ModelTraceSource(
+        engine.loaded,
+        lock=engine.model_lock,
+        name=model_name,
+        options=engine.options,
+        backend=engine.runtime.backend.name,
+        store=engine.runtime.store,
+        chat=engine.chat,
+    )
+    offered = engine.offered
+    if offered.names == frozenset(POLICIES):
+        return live_routes(source)
+    return live_routes(source, limits=LiveLimits(policies=offered.labels))

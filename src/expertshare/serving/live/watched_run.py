@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,35 @@ from expertshare.decoding.row import Row, Window
 from expertshare.measure.cost import ForwardKind
 from expertshare.models.runtime import RoutingTrace
 from expertshare.routing import policy_record
-from expertshare.serving.live.texts import TokenTexts
-from expertshare.serving.live.trace_source import Event
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+Event = dict[str, Any]
+"""One event of a trace, ready for JSON; docs/live-page.md says what each type holds."""
+
+
+class TokenTexts:
+    """What each token reads as by itself, remembered.
+
+    Some tokenizers swallow the space in front of a first token; so each is read behind another one, and what that one
+    reads as is cut off. Bytes that are no character by themselves read as the replacement character.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._before = list(tokenizer("x", add_special_tokens=False)["input_ids"])
+        self._prefix = self._decode([])
+        self._known: dict[int, str] = {}
+
+    def __getitem__(self, token: int) -> str:
+        if token not in self._known:
+            self._known[token] = self._decode([token]).removeprefix(self._prefix)
+        return self._known[token]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode([*self._before, *tokens], skip_special_tokens=False))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,84 @@
-"""A response from whichever replica lives: asked once more of another while no token has been passed on."""
+"""A request as a value for another process, and the response of whichever replica lives."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
-from starlette.types import Message
+from starlette.types import ASGIApp, Message
 
 from expertshare.errors import ExpertShareError
 from expertshare.serving.event_stream import DONE, as_event
 from expertshare.serving.refusals import UNAVAILABLE, Refusal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """An HTTP request with its whole body."""
+
+    method: str
+    path: str
+    query: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+
+
+async def answer_call(app: ASGIApp, call: Call) -> AsyncGenerator[Message]:
+    """The messages of the application's response. A caller that stops iterating is, to it, a client that left.
+
+    Raises what the application raises before its response is complete.
+    """
+    sent: asyncio.Queue[Message | None] = asyncio.Queue()
+    left = asyncio.Event()
+    unread = [{"type": "http.request", "body": call.body, "more_body": False}]
+
+    async def receive() -> Message:
+        if unread:
+            return unread.pop()
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def run() -> None:
+        try:
+            await app(_scope(call), receive, sent.put)
+        finally:
+            sent.put_nowait(None)
+
+    running = asyncio.create_task(run())
+    complete = False
+    try:
+        while not complete and (message := await sent.get()) is not None:
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+            yield message
+        if not complete:
+            await running
+    finally:
+        left.set()
+        if not complete:
+            running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+
+
+def _scope(call: Call) -> dict[str, object]:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": call.method,
+        "scheme": "http",
+        "path": call.path,
+        "raw_path": call.path.encode(),
+        "query_string": call.query,
+        "root_path": "",
+        "headers": list(call.headers),
+        "client": None,
+        "server": None,
+    }
+
 
 Attempt = Callable[[], AsyncGenerator[Message]]
 """Asks some replica, from the beginning."""

@@ -13,12 +13,10 @@ from starlette.types import Message
 from expertshare.errors import ConfigError
 from expertshare.ray_connection import connected
 from expertshare.serving.logs import log
-from expertshare.serving.orders import EngineBusyError
-from expertshare.serving.replicas.call import Call
-from expertshare.serving.replicas.forwarding import ReplicaLostError
+from expertshare.serving.replicas.forwarding import Call, ReplicaLostError
 from expertshare.serving.replicas.replica import Replica, ReplicaPlan
-from expertshare.serving.replicas.scale import ReplicaScale
-from expertshare.serving.settings import EngineLimits
+from expertshare.serving.scheduling import EngineBusyError
+from expertshare.serving.settings import EngineLimits, ReplicaScale
 
 DEPLOYMENT = "Replica"
 _RETRY_S = 1
@@ -79,7 +77,7 @@ def replicas_on_ray(
             log("replicas wait for processors", wanted=wanted, there=there)
         logging.getLogger("ray.serve").setLevel(logging.ERROR)  # imported by now: it says what it does, on stderr
         quiet = {"log_level": "WARNING"}
-        serve.start(proxy_location="Disabled", logging_config=quiet)  # the entrance is our own
+        serve.start(proxy_location="Disabled", logging_config=quiet)  # the proxy is our own
         bound = serve.deployment(Replica, name=DEPLOYMENT, **_options(plan, scale, limits, drain_timeout_s)).bind(plan)
         try:
             handle = serve.run(bound, name=name, route_prefix=None, logging_config=quiet)

@@ -14,14 +14,14 @@ from starlette.types import Message
 
 from expertshare.serving.app import create_app
 from expertshare.serving.engine import Engine
+from expertshare.serving.live.routes import page_routes
 from expertshare.serving.logs import log_config
-from expertshare.serving.orders import EngineClosedError
-from expertshare.serving.page import page_routes
-from expertshare.serving.replicas.call import Call, answer_call
+from expertshare.serving.replicas.forwarding import Call, answer_call
+from expertshare.serving.scheduling import EngineClosedError
 from expertshare.serving.settings import ServerSettings
 
 REPLICA_HEADER = b"x-expertshare-replica"
-"""Who has answered, for the entrance, which keeps it to itself."""
+"""Who has answered, for the proxy, which keeps it to itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

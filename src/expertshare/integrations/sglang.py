@@ -1,4 +1,6 @@
-"""Stands around SGLang's expert selection and lends it a routing function.
+"""A policy inside SGLang: an entry point of the group `sglang.srt.plugins`, off without EXPERTSHARE_POLICY.
+
+Wraps the expert selection of SGLang and gives it a routing function.
 
 Read against SGLang's plug-in registry and sglang/srt/layers/moe/topk.py: an AROUND hook is called with the original
 function first; `select_experts(hidden_states, router_logits, topk_config, *, layer_id, num_token_non_padded,

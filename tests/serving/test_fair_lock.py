@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from expertshare.serving.turn_lock import TurnLock
+from expertshare.serving.fair_lock import FairLock
 
 
 def test_who_asks_again_at_once_waits_behind_those_who_asked_before() -> None:
-    lock, order = TurnLock(), []
+    lock, order = FairLock(), []
     lock.acquire()
 
     def take(name: str) -> None:
@@ -32,7 +32,7 @@ def test_who_asks_again_at_once_waits_behind_those_who_asked_before() -> None:
 
 
 def test_waiting_may_end_without_a_turn() -> None:
-    lock = TurnLock()
+    lock = FairLock()
     assert lock.acquire()
     assert lock.locked()
     assert not lock.acquire(blocking=False)

@@ -8,10 +8,10 @@ from collections import deque
 from typing import Literal
 
 
-class TurnLock:
-    """Like threading.Lock, but fair: who asks again at once after a release waits behind those who asked before.
+class FairLock:
+    """Like threading.Lock, but fair: a thread that asks again at once after a release waits behind earlier ones.
 
-    The engine holds it for one forward pass at a time, so that whoever else runs the model (the live page) gets turns.
+    The engine holds it for one forward pass at a time, so that the live page can run the model in between.
     """
 
     def __init__(self) -> None:

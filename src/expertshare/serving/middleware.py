@@ -14,8 +14,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from expertshare.serving.logs import log
+from expertshare.serving.metrics import RequestMetrics
 from expertshare.serving.refusals import Refusal
-from expertshare.serving.request_metrics import RequestMetrics
 from expertshare.serving.settings import ServerSettings
 
 NOTES = "expertshare.notes"
@@ -25,7 +25,7 @@ LEFT = 499
 _CLOSE = {"Connection": "close"}  # of a body that was not read to its end
 
 
-class Gate:
+class RequestChecks:
     """ASGI middleware. open_paths: need no key."""
 
     def __init__(
@@ -40,18 +40,18 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        passage = _Passage(scope, send)
+        exchange = _Exchange(scope, send)
         try:
             self._check_key(scope)
             replay = await self._with_body(scope, receive)
             if replay is None:
-                passage.status = LEFT
+                exchange.status = LEFT
             else:
-                await self._app(scope, replay, passage.send)
+                await self._app(scope, replay, exchange.send)
         except Refusal as refusal:
-            await refusal.response()(scope, receive, passage.send)
+            await refusal.response()(scope, receive, exchange.send)
         finally:
-            self._note(scope, passage)
+            self._note(scope, exchange)
 
     def _check_key(self, scope: Scope) -> None:
         if self._key is None or scope["path"] in self._open_paths:
@@ -96,25 +96,25 @@ class Gate:
             413, f"the body may have {most} bytes: send a shorter one", code="body_too_large", headers=_CLOSE
         )
 
-    def _note(self, scope: Scope, passage: _Passage) -> None:
-        seconds, path = time.monotonic() - passage.began, _path(scope)
-        self._metrics.requests.labels(path, str(passage.status)).inc()
+    def _note(self, scope: Scope, exchange: _Exchange) -> None:
+        seconds, path = time.monotonic() - exchange.began, _path(scope)
+        self._metrics.requests.labels(path, str(exchange.status)).inc()
         self._metrics.seconds.labels(path).observe(seconds)
         log(
             "request",
-            id=passage.number,
+            id=exchange.number,
             method=scope["method"],
             path=path,
-            status=passage.status,
+            status=exchange.status,
             seconds=round(seconds, 6),
             **scope[NOTES],
         )
 
 
 @dataclass(slots=True)
-class _Passage:
+class _Exchange:
     """One request: its number, when it began, and the status that was sent (500: an error that nobody foresaw is on its
-    way past the gate)."""
+    way past the middleware)."""
 
     scope: Scope
     inner: Send

@@ -1,4 +1,6 @@
-"""Gives vLLM's fused MoE layer a routing function, where the model has none of its own.
+"""A policy inside vLLM: an entry point of the group `vllm.general_plugins`, off without EXPERTSHARE_POLICY.
+
+Gives vLLM's fused MoE layer a routing function, where the model has none of its own.
 
 Read against vLLM 0.32 and its main branch: `FusedMoEFactory` (`FusedMoE` before) in
 vllm.model_executor.layers.fused_moe takes `custom_routing_function`, which is called with hidden_states, gating_output,

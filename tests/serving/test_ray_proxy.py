@@ -1,4 +1,4 @@
-"""The entrance over replicas of this process, and everything about Ray that needs none."""
+"""The proxy over replicas of this process, and everything about Ray that needs none."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ import httpx
 import pytest
 from starlette.types import Message
 
-from expertshare import cluster
+from expertshare import ray_connection
 from expertshare.api.serving import opened_engine
 from expertshare.cli import main
 from expertshare.errors import ConfigError
 from expertshare.models import LoadedModel
 from expertshare.ray_connection import chosen_address
 from expertshare.serving import EngineLimits, ServerSettings
-from expertshare.serving.orders import EngineBusyError
-from expertshare.serving.replicas import Door, ReplicaPlan, ReplicaScale, create_entrance
-from expertshare.serving.replicas.call import Call
-from expertshare.serving.replicas.forwarding import ReplicaLostError
+from expertshare.serving.replicas import Admission, ReplicaPlan, ReplicaScale, create_proxy
+from expertshare.serving.replicas.forwarding import Call, ReplicaLostError
 from expertshare.serving.replicas.ray_application import _options, reason_of
 from expertshare.serving.replicas.replica import Replica
+from expertshare.serving.scheduling import EngineBusyError
 
 from .server import PROMPTS, REFERENCE, alone
 
@@ -57,13 +56,15 @@ def here(reference: LoadedModel) -> Iterator[Here]:
     one.replica.__del__()
 
 
-def asked(here: Here, *requests: tuple[str, str, Any], door: Door | None = None, **settings: Any) -> list[Any]:
+def asked(
+    here: Here, *requests: tuple[str, str, Any], admission: Admission | None = None, **settings: Any
+) -> list[Any]:
     """Responses to several requests, one after the other."""
-    app = create_entrance(here, door or Door(), ServerSettings(**settings))
+    app = create_proxy(here, admission or Admission(), ServerSettings(**settings))
 
     async def ask() -> list[httpx.Response]:
         transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://entrance", timeout=60) as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://proxy", timeout=60) as http:
             return [await http.request(method, path, **more) for method, path, more in requests]
 
     return asyncio.run(ask())
@@ -93,7 +94,7 @@ def test_the_entrance_keeps_the_bounds(here: Here) -> None:
     assert no_key.status_code == 401
     assert health.json() == {"status": "ready", "replicas": {"running": 1, "starting": 1}}
     assert ready.status_code == 200
-    opened = create_entrance(here, Door(), ServerSettings(api_key="k"), open_paths=("/",))
+    opened = create_proxy(here, Admission(), ServerSettings(api_key="k"), open_paths=("/",))
     assert opened.user_middleware[0].kwargs["open_paths"] == ("/health", "/ready", "/metrics", "/")
     assert asked(here, CHAT, max_body_bytes=10)[0].status_code == 413
     assert not here.asked
@@ -135,26 +136,26 @@ def test_losses_are_retried_once_and_counted(here: Here) -> None:
     assert "expertshare_lost_requests_total 1.0" in metrics.text
 
 
-def test_a_door_that_is_shut_lets_finish_what_is_inside(here: Here) -> None:
-    door = Door()
+def test_an_admission_that_is_closed_lets_requests_finish(here: Here) -> None:
+    admission = Admission()
 
     async def visit() -> None:
-        async with door.passage():
-            assert door.num_running == 1
-            door.drain()
-            assert not door.wait_until_idle(0)
+        async with admission.request():
+            assert admission.num_running == 1
+            admission.drain()
+            assert not admission.wait_until_idle(0)
 
     asyncio.run(visit())
     waited: list[bool] = []
-    thread = threading.Thread(target=lambda: waited.append(door.wait_until_idle(5)))
+    thread = threading.Thread(target=lambda: waited.append(admission.wait_until_idle(5)))
     thread.start()
     thread.join()
     assert waited == [True]
-    refused, health, ready = asked(here, CHAT, ("GET", "/health", {}), ("GET", "/ready", {}), door=door)
+    refused, health, ready = asked(here, CHAT, ("GET", "/health", {}), ("GET", "/ready", {}), admission=admission)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "not_ready")
     assert (health.status_code, ready.status_code) == (200, 503)
-    door.close()
-    assert door.state == "closed"
+    admission.close()
+    assert admission.state == "closed"
 
 
 def test_how_many_replicas_and_threads() -> None:
@@ -209,7 +210,7 @@ def test_flags_that_cannot_work(flags: list[str], said: str, capsys: pytest.Capt
 def test_without_ray_it_is_said_what_to_install(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cluster.connection, "find_spec", lambda name: None)
+    monkeypatch.setattr(ray_connection, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as left:
         main(command)
     assert left.value.code == 2
