@@ -19,22 +19,13 @@ import torch
 from unseen_prompts import unseen_prompts
 
 from expertshare.decoding import DecodingOptions
-from expertshare.evaluation import (
-    PolicyRun,
-    Setup,
-    answer_prompts,
-    encode_prompts,
-    judge,
-    paired_difference,
-    parse_policies,
-    policy_label,
-    retained,
-    task_accuracy,
-)
 from expertshare.evaluation.prompts import PromptRecord
+from expertshare.evaluation.runner import PolicyRun, Setup, answer_prompts, encode_prompts
+from expertshare.evaluation.scoring import judge
+from expertshare.evaluation.statistics import paired_difference, retained, task_accuracy
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, load_model
-from expertshare.routing import make_policy
+from expertshare.routing import make_policy, parse_policies, policy_label
 from expertshare.types import RoutingPolicy
 
 

@@ -19,11 +19,13 @@ import torch
 from unseen_prompts import unseen_prompts
 
 from expertshare.decoding import DecodingOptions
-from expertshare.evaluation import Setup, answer_prompts, encode_prompts, judge, parse_policies, policy_label
+from expertshare.evaluation.runner import Setup, answer_prompts, encode_prompts
+from expertshare.evaluation.scoring import judge
 from expertshare.evaluation.statistics import proportion
 from expertshare.lab.tasks.problems import TaskProblems
 from expertshare.measure.environment import capture_environment
 from expertshare.models import load_model
+from expertshare.routing import parse_policies, policy_label
 from expertshare.training.config import TrainingConfig
 from expertshare.training.scratch import prepare, run, run_folder
 

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from expertshare.api import load
 from expertshare.decoding import BlockDecoder, DecodingOptions
-from expertshare.evaluation import encode_prompts, parse_policies
 from expertshare.evaluation.prompts import read_prompts
+from expertshare.evaluation.runner import encode_prompts
 from expertshare.experts import ResidentExperts
 from expertshare.experts.slots import Bools, simulate
 from expertshare.experts.whole import ResidentStore
 from expertshare.models import LoadedModel, Runtime
+from expertshare.routing import parse_policies
 from expertshare.types import Loan, RoutingPolicy
 
 Trace = list[tuple[int, Bools]]

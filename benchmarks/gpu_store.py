@@ -21,7 +21,7 @@ import torch
 
 from expertshare.api.loading import opened
 from expertshare.decoding import DecodingOptions
-from expertshare.evaluation import PolicyRun, Setup, answer_prompts, encode_prompts
+from expertshare.evaluation.runner import PolicyRun, Setup, answer_prompts, encode_prompts
 from expertshare.experts import ExpertMemory, StoreOptions
 from expertshare.lab.bench import gpu_device
 from expertshare.lab.bench.machine import bus_bandwidth, gpu_facts

@@ -15,7 +15,8 @@ from unseen_prompts import unseen_prompts
 
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.decoding import DecodingOptions
-from expertshare.evaluation import Setup, answer_prompts, encode_prompts, judge
+from expertshare.evaluation.runner import Setup, answer_prompts, encode_prompts
+from expertshare.evaluation.scoring import judge
 from expertshare.kernels import TorchBackend
 from expertshare.models import LoadedModel, Runtime
 from expertshare.models.runtime import ForwardInput

@@ -33,8 +33,9 @@ from expertshare.convert.writing import write_expert_layout
 from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.decoding.forwards import block_causal_mask
 from expertshare.decoding.row import Row, Window
-from expertshare.evaluation import encode_prompts, paired_difference, proportion
+from expertshare.evaluation.runner import encode_prompts
 from expertshare.evaluation.scoring import score_many
+from expertshare.evaluation.statistics import paired_difference, proportion
 from expertshare.experts import ExpertMemory, StoreOptions, open_store
 from expertshare.kernels import AUTO, choose_backend
 from expertshare.kernels.quantise import QUANTISATIONS

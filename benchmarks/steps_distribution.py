@@ -18,7 +18,7 @@ import numpy as np
 from unseen_prompts import unseen_prompts
 
 from expertshare.api import compare, load
-from expertshare.evaluation import ComparedRun
+from expertshare.evaluation.comparison import ComparedRun
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.report import Report
 

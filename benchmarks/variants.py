@@ -25,23 +25,15 @@ from unseen_prompts import unseen_prompts
 from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.decoding.forwards import Forwards
 from expertshare.decoding.row import Row, Window
-from expertshare.evaluation import (
-    PolicyRun,
-    Setup,
-    answer_prompts,
-    encode_prompts,
-    judge,
-    paired_difference,
-    parse_policies,
-    retained,
-    task_accuracy,
-)
 from expertshare.evaluation.prompts import PromptRecord
+from expertshare.evaluation.runner import PolicyRun, Setup, answer_prompts, encode_prompts
+from expertshare.evaluation.scoring import judge
+from expertshare.evaluation.statistics import paired_difference, retained, task_accuracy
 from expertshare.experts.whole import ResidentStore
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, load_model
 from expertshare.models.moe import MoE
-from expertshare.routing import Layerwise
+from expertshare.routing import Layerwise, parse_policies
 from expertshare.types import ExpertStore, Loan, RoutingPolicy
 
 VANILLA = "vanilla"

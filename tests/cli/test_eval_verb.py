@@ -20,8 +20,7 @@ from expertshare.evaluation.run_directory import ITEMS, REPORT, RUN
 from expertshare.lab.tasks import generate_items
 from expertshare.models import load_model
 from expertshare.routing import Layerwise, make_policy
-from expertshare.tuning import PolicyFile
-from expertshare.tuning.policy_file import model_facts
+from expertshare.tuning.policy_file import PolicyFile, model_facts
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "models" / "reference"

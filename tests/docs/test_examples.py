@@ -13,8 +13,7 @@ import typer.main
 
 from expertshare.cli import main
 from expertshare.cli.app import app, load_verb
-from expertshare.evaluation import parse_policies
-from expertshare.routing import parse_policy
+from expertshare.routing import parse_policies, parse_policy
 
 from .examples import ROOT, Example, command_lines, inline_commands, python_blocks
 

@@ -8,10 +8,12 @@ import pytest
 
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import PolicyError
-from expertshare.evaluation import Comparison, Setup, compare_policies, parse_policies
+from expertshare.evaluation.comparison import Comparison, compare_policies
 from expertshare.evaluation.prompts import PromptRecord
+from expertshare.evaluation.runner import Setup
 from expertshare.lab.tasks import generate_items
 from expertshare.models import LoadedModel
+from expertshare.routing import parse_policies
 
 ITEMS = [item for task in ("arith", "choice") for item in generate_items(task, split="test", count=2, seed=3)]
 RECORDS = [PromptRecord(prompt=i.prompt, reference=i.reference, task=i.task, tests=i.tests) for i in ITEMS]

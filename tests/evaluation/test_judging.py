@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from expertshare.errors import InputError
-from expertshare.evaluation import judge, task_accuracy
 from expertshare.evaluation.prompts import PromptRecord
-from expertshare.evaluation.scoring import check_scorable
+from expertshare.evaluation.scoring import check_scorable, judge
+from expertshare.evaluation.statistics import task_accuracy
 
 
 def test_each_record_is_judged_by_its_own_rule() -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from expertshare.errors import PolicyError
-from expertshare.evaluation import parse_policies, policy_label
-from expertshare.routing import POLICIES, make_policy, split_policies
+from expertshare.routing import POLICIES, make_policy, parse_policies, policy_label, split_policies
 
 
 @pytest.mark.parametrize(

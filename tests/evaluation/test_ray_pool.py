@@ -18,11 +18,8 @@ from expertshare import api
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import EvaluationError, InputError
 from expertshare.evaluation.items import EvalItem
-from expertshare.evaluation.model_files import model_sha256
-from expertshare.evaluation.pool import solve_with
-from expertshare.evaluation.ray_pool import RemoteSolver
-from expertshare.evaluation.run_directory import ITEMS, RUN
-from expertshare.evaluation.solving import Job, Solved, SolverSetup
+from expertshare.evaluation.run_directory import ITEMS, RUN, model_sha256
+from expertshare.evaluation.workers import Job, RemoteSolver, Solved, SolverSetup, solve_with
 from expertshare.measure.environment import versions
 from expertshare.routing import POLICIES
 

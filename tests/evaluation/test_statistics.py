@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertshare.evaluation import paired_difference, proportion, retained
+from expertshare.evaluation.statistics import paired_difference, proportion, retained
 
 Z = 1.959963984540054  # normal quantile of 0.975
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from expertshare.evaluation.statistics import PairCounts, capped_mean_interval, count_pairs
+from expertshare.evaluation.statistics import PairedCounts, capped_mean_interval
 from expertshare.evaluation.summary import summarise
 
 
@@ -121,9 +121,9 @@ def test_the_bootstrap_agrees_with_scipys() -> None:
         method="percentile",
         rng=np.random.default_rng(4),
     ).confidence_interval
-    found = capped_mean_interval([count_pairs(mine.tolist(), base.tolist())])
+    found = capped_mean_interval([PairedCounts.of(mine.tolist(), base.tolist())])
     assert found == pytest.approx((expected.low, expected.high), abs=0.01)
 
 
 def test_equal_outcomes_have_no_spread() -> None:
-    assert capped_mean_interval([PairCounts(both=5, gained=0, lost=0, neither=5)] * 2) == (1.0, 1.0)
+    assert capped_mean_interval([PairedCounts(kept=5, gained=0, lost=0, neither=5)] * 2) == (1.0, 1.0)

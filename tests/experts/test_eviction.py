@@ -13,8 +13,8 @@ import torch
 
 from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.errors import ExpertMemoryError
-from expertshare.evaluation import encode_prompts
 from expertshare.evaluation.prompts import read_prompts
+from expertshare.evaluation.runner import encode_prompts
 from expertshare.experts import BudgetedStore, ResidentExperts
 from expertshare.experts.slots import ReuseForecast, simulate
 from expertshare.experts.whole import ResidentStore

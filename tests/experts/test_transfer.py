@@ -12,7 +12,7 @@ import torch
 
 from expertshare.api import loading
 from expertshare.errors import ConfigError, ExpertMemoryError, InputError
-from expertshare.evaluation import Setup
+from expertshare.evaluation.runner import Setup
 from expertshare.experts import (
     BudgetedStore,
     ExpertMemory,

@@ -9,8 +9,7 @@ import torch
 
 from expertshare.config import RouterSpec
 from expertshare.errors import PolicyError
-from expertshare.evaluation import policy_label
-from expertshare.routing import Layerwise, knobs, make_policy, policy_at
+from expertshare.routing import Layerwise, knobs, make_policy, policy_at, policy_label
 from expertshare.types import RouterScores
 
 SPEC = RouterSpec(num_experts=8, top_k=2, activation="softmax", renormalise=True)

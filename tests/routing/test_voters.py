@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from expertshare.errors import PolicyError
-from expertshare.evaluation import policy_label
-from expertshare.routing import POLICIES, Layerwise, make_policy, parse_policy, route
+from expertshare.routing import POLICIES, Layerwise, make_policy, parse_policy, policy_label, route
 from expertshare.types import Coreset, RouterScores
 
 from .cases import members, one_group, plain_spec

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, binom
 
-from expertshare.tuning import PairedCounts, least_solved, lower_bound, needed_prompts, p_value
+from expertshare.evaluation.statistics import PairedCounts
+from expertshare.tuning.certificate import least_solved, lower_bound, needed_prompts, p_value
 
 ERROR = 0.05
 FEW = st.integers(0, 40)

@@ -16,9 +16,14 @@ from expertshare.errors import InputError, PolicyError
 from expertshare.evaluation.prompts import PromptRecord
 from expertshare.models import LoadedModel, load_model
 from expertshare.routing import Layerwise, make_policy
-from expertshare.tuning import PolicyFile, check_model, read_policy_file
-from expertshare.tuning.fingerprint import model_fingerprint, prompts_fingerprint
-from expertshare.tuning.policy_file import model_facts
+from expertshare.tuning.policy_file import (
+    PolicyFile,
+    check_model,
+    model_facts,
+    model_fingerprint,
+    prompts_fingerprint,
+    read_policy_file,
+)
 from expertshare.types import RoutingPolicy
 
 PLAIN = make_policy("des-vote", {"budget": 7})

@@ -7,11 +7,11 @@ import torch
 
 from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.decoding.row import Window
+from expertshare.evaluation.runner import Setup
 from expertshare.models import LoadedModel, Runtime
 from expertshare.routing import Layerwise, make_policy, parse_policy
-from expertshare.tuning.packing import pack
 from expertshare.tuning.replay import Replay, coarse_divergence
-from expertshare.tuning.trajectories import record_trajectories, thin_out
+from expertshare.tuning.trajectories import pack, record_trajectories, thin_out
 
 OPTIONS = DecodingOptions(gen_length=24, threshold=0.5, stop_at_eos=False)
 PROMPTS = [list(range(5, 24)), [30, 31, 32], list(range(40, 51))]
@@ -20,7 +20,7 @@ RUNTIME = Runtime(policy=VANILLA)
 
 
 def test_every_step_is_recorded(any_model: LoadedModel) -> None:
-    found = record_trajectories(any_model, PROMPTS, OPTIONS, runtime=RUNTIME, batch_size=2)
+    found = record_trajectories(any_model, PROMPTS, OPTIONS, setup=Setup(backend="torch", batch_size=2))
     decoder = BlockDecoder(any_model.model, Runtime(policy=VANILLA), OPTIONS)
     for prompt, trajectory in zip(PROMPTS, found, strict=True):
         stream = decoder.blocks([prompt])
@@ -38,7 +38,7 @@ def test_replayed_hidden_states_are_those_of_decoding(any_model: LoadedModel, te
     decoding would run it, from vanilla's tokens: checked by decoding with the tokens forced."""
     policy = parse_policy(text).bind(any_model.config.router)
     prompt = PROMPTS[0]
-    (trajectory,) = record_trajectories(any_model, [prompt], OPTIONS, runtime=RUNTIME, batch_size=1)
+    (trajectory,) = record_trajectories(any_model, [prompt], OPTIONS, setup=Setup(backend="torch", batch_size=1))
     expected = _forced(any_model, prompt, trajectory, policy)
     replayed = []
     for item in pack([trajectory], any_model.config):
@@ -67,7 +67,7 @@ def _forced(model: LoadedModel, prompt: list[int], trajectory, policy) -> list[t
 
 
 def test_vanilla_does_not_diverge_from_itself(any_model: LoadedModel) -> None:
-    trajectories = record_trajectories(any_model, PROMPTS, OPTIONS, runtime=RUNTIME, batch_size=3)
+    trajectories = record_trajectories(any_model, PROMPTS, OPTIONS, setup=Setup(backend="torch", batch_size=3))
     replay = Replay.of(any_model, trajectories, runtime=RUNTIME)
     vanilla = replay.measure(VANILLA)
     assert (vanilla.divergence, vanilla.flips) == (0.0, 0.0)
@@ -77,7 +77,7 @@ def test_vanilla_does_not_diverge_from_itself(any_model: LoadedModel) -> None:
 
 
 def test_thinning_keeps_the_first_and_the_last_step(any_model: LoadedModel) -> None:
-    (trajectory,) = record_trajectories(any_model, PROMPTS[:1], OPTIONS, runtime=RUNTIME, batch_size=1)
+    (trajectory,) = record_trajectories(any_model, PROMPTS[:1], OPTIONS, setup=Setup(backend="torch", batch_size=1))
     thin = thin_out(trajectory, 3)
     assert [thin.snapshots[0], thin.snapshots[-1]] == [trajectory.snapshots[0], trajectory.snapshots[-1]]
     assert len(thin.snapshots) == 3

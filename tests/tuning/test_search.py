@@ -8,15 +8,22 @@ import pytest
 
 from expertshare.errors import InputError, PolicyError
 from expertshare.evaluation.prompts import PromptRecord
+from expertshare.evaluation.statistics import PairedCounts
 from expertshare.routing import Layerwise, make_policy
-from expertshare.tuning import PairedCounts, TuningOptions
 from expertshare.tuning.allocation import LayerOption, Sensitivity
 from expertshare.tuning.certificate import chance_to_pass
-from expertshare.tuning.chain import around, best_chain, find_edge, thin_front
+from expertshare.tuning.options import TuningOptions, resolve_quality, split_prompts
 from expertshare.tuning.replay import Replayed
-from expertshare.tuning.search import Point, fronts_by_policy, pareto_front
-from expertshare.tuning.space import dials
-from expertshare.tuning.split import resolve_quality, split_prompts
+from expertshare.tuning.search import (
+    Point,
+    around,
+    best_chain,
+    dials,
+    find_edge,
+    fronts_by_policy,
+    pareto_front,
+    thin_front,
+)
 from tiny_models import ROUTER
 
 

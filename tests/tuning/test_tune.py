@@ -10,12 +10,13 @@ import pytest
 
 from expertshare.api import generate, load, load_policy, tune
 from expertshare.cli import main
-from expertshare.evaluation import policy_label
 from expertshare.evaluation.prompts import write_prompts
 from expertshare.lab.plots import plot_tuning
 from expertshare.lab.tasks import generate_items
 from expertshare.models import LoadedModel
-from expertshare.tuning import Tuned, TuningOptions
+from expertshare.routing import policy_label
+from expertshare.tuning.options import TuningOptions
+from expertshare.tuning.results import Tuned
 
 REFERENCE = Path(__file__).parent.parent.parent / "models" / "reference"
 QUICK = TuningOptions(retain=0.5, confidence=0.9, trials=6, recorded_prompts=3, policies=("des-vote", "des-seq"))

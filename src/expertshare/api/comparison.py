@@ -16,16 +16,16 @@ from expertshare.api.loading import (
     load,
     opened,
 )
-from expertshare.evaluation import Comparison, Setup, compare_policies
-from expertshare.evaluation.comparison import ProgressListener
+from expertshare.evaluation.comparison import Comparison, compare_policies
 from expertshare.evaluation.prompts import PromptRecord
+from expertshare.evaluation.runner import ProgressListener, Setup
 from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.memory import MemoryWatch
 from expertshare.measure.report import Report
 from expertshare.routing import POLICIES
-from expertshare.tuning import PolicyFile
+from expertshare.tuning.policy_file import PolicyFile
 from expertshare.types import RoutingPolicy
 
 

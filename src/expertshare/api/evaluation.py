@@ -9,24 +9,15 @@ from pathlib import Path
 import torch
 
 from expertshare.api.loading import DecodingValue, Model, decoding_options, for_model, listed, load, opened
-from expertshare.evaluation import (
-    Evaluation,
-    EvaluationSettings,
-    Setup,
-    SourceOptions,
-    check_task_names,
-    evaluate_sources,
-    find_preset,
-    harness_version,
-    make_sources,
-)
-from expertshare.evaluation.comparison import ProgressListener
-from expertshare.evaluation.evaluating import NoticeListener
+from expertshare.evaluation.evaluating import Evaluation, EvaluationSettings, NoticeListener, evaluate_sources
+from expertshare.evaluation.presets import find_preset
+from expertshare.evaluation.runner import ProgressListener, Setup
+from expertshare.evaluation.sources import SourceOptions, check_task_names, harness_version, make_sources
 from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
 from expertshare.lab.tasks import generate_items
 from expertshare.ray_connection import require_ray
-from expertshare.tuning import PolicyFile
+from expertshare.tuning.policy_file import PolicyFile
 from expertshare.types import RoutingPolicy
 
 

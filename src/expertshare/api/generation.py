@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from expertshare.api.loading import DecodingValue, Model, decoding_options, for_model, load, opened
-from expertshare.evaluation import Answer, PolicyRun, Setup, answer_prompts, encode_prompts, policy_label
-from expertshare.evaluation.answering import BlockListener
+from expertshare.evaluation.runner import Answer, BlockListener, PolicyRun, Setup, answer_prompts, encode_prompts
 from expertshare.experts import StoreOptions
 from expertshare.experts.recording import RoutingRecorder
 from expertshare.kernels import AUTO
@@ -21,8 +20,8 @@ from expertshare.measure.environment import capture_environment, versions
 from expertshare.measure.memory import MemoryWatch, peak_memory_bytes
 from expertshare.measure.report import Report
 from expertshare.models import LoadedModel
-from expertshare.routing import native_policy, parse_policy, policy_record
-from expertshare.tuning import PolicyFile
+from expertshare.routing import native_policy, parse_policy, policy_label, policy_record
+from expertshare.tuning.policy_file import PolicyFile
 from expertshare.types import RoutingPolicy
 
 

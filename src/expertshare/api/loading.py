@@ -11,15 +11,16 @@ import torch
 
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import ConfigError, InputError, nearest
-from expertshare.evaluation import Setup, parse_policies
 from expertshare.evaluation.prompts import PromptRecord
+from expertshare.evaluation.runner import Setup
 from expertshare.experts import ExpertMemory, StoreOptions, has_expert_layout, open_store
 from expertshare.experts.opening import check_options
 from expertshare.models import LoadedModel, ModelFacts, describe, load_model
 from expertshare.models.devices import usable_device
 from expertshare.models.fits import check_fits, check_pinned_fits
 from expertshare.models.source import resolve_source
-from expertshare.tuning import PolicyFile, check_model
+from expertshare.routing import parse_policies
+from expertshare.tuning.policy_file import PolicyFile, check_model
 from expertshare.types import RoutingPolicy
 
 Model = str | Path | LoadedModel

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from expertshare import native
 from expertshare.api.loading import DecodingValue, Model, decoding_options, for_model, load, opened
-from expertshare.evaluation import Setup
+from expertshare.evaluation.runner import Setup
 from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
 from expertshare.models.source import read_json, read_optional_json, resolve_source
@@ -26,7 +26,7 @@ from expertshare.serving import Engine, EngineLimits, OfferedPolicies, ServerSet
 from expertshare.serving.live import page_paths
 from expertshare.serving.logs import log_config
 from expertshare.serving.replicas import Admission, ReplicaPlan, ReplicaScale, create_proxy, replicas_on_ray
-from expertshare.tuning import PolicyFile
+from expertshare.tuning.policy_file import PolicyFile
 from expertshare.types import RoutingPolicy
 
 

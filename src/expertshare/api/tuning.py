@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 
 from expertshare.api.loading import DecodingValue, Model, as_records, decoding_options, load, opened
-from expertshare.evaluation import Setup
-from expertshare.evaluation.comparison import ProgressListener
 from expertshare.evaluation.prompts import PromptRecord
+from expertshare.evaluation.runner import ProgressListener, Setup
 from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
-from expertshare.tuning import PolicyFile, Tuned, TuningOptions, read_policy_file
-from expertshare.tuning import tune as run_tuning
+from expertshare.tuning.options import TuningOptions
+from expertshare.tuning.policy_file import PolicyFile, read_policy_file
+from expertshare.tuning.results import Tuned
+from expertshare.tuning.tuner import tune as run_tuning
 
 
 def tune(

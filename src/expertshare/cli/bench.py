@@ -19,8 +19,8 @@ from expertshare.cli.options import OptionGroup, expanded, option
 from expertshare.cli.shared_options import set_threads
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import ConfigError, InputError, nearest
-from expertshare.evaluation import encode_prompts, parse_policies, policy_label
 from expertshare.evaluation.prompts import read_prompts
+from expertshare.evaluation.runner import encode_prompts
 from expertshare.lab.bench import (
     CASES,
     ExpertsSettings,
@@ -42,6 +42,7 @@ from expertshare.lab.bench.machine import dtype_name, yardstick_for
 from expertshare.lab.plots import plot_bench
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.report import Report
+from expertshare.routing import parse_policies, policy_label
 from expertshare.types import RoutingPolicy
 
 DEFAULT_MODEL, DEFAULT_PROMPTS = "models/reference", Path("examples/prompts.jsonl")

@@ -24,11 +24,11 @@ from expertshare.cli.shared_options import (
     set_threads,
 )
 from expertshare.cli.tables import megabytes, percent, percent_within, table
-from expertshare.evaluation import parse_policies
 from expertshare.evaluation.prompts import read_prompts
 from expertshare.evaluation.scoring import check_scorable
 from expertshare.measure.memory import MemoryWatch
-from expertshare.tuning import PolicyFile, read_policy_file
+from expertshare.routing import parse_policies
+from expertshare.tuning.policy_file import PolicyFile, read_policy_file
 from expertshare.types import RoutingPolicy
 
 EXAMPLE = (

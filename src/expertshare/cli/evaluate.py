@@ -21,7 +21,7 @@ from expertshare.cli.shared_options import (
     StoreFlags,
 )
 from expertshare.cli.tables import figure, percent, percent_within, table
-from expertshare.evaluation import PRESETS
+from expertshare.evaluation.presets import PRESETS
 
 EXAMPLE = (
     "Example: expertshare eval models/reference --tasks arith,code --policies vanilla,des-vote:budget=28 "

@@ -32,12 +32,12 @@ from expertshare.cli.shared_options import (
 from expertshare.cli.streaming import AnswerPrinter
 from expertshare.cli.tables import megabytes, percent, table
 from expertshare.errors import InputError
-from expertshare.evaluation import policy_label
 from expertshare.evaluation.prompts import read_prompts
 from expertshare.experts import StoreStatistics
 from expertshare.measure.cost import FORWARD_KINDS, ForwardKind
 from expertshare.measure.memory import MemoryWatch
 from expertshare.models import LoadedModel, decode_answer
+from expertshare.routing import policy_label
 
 EXAMPLE = (
     "Example: expertshare generate path/to/model --prompt 'What is 7 plus 8?' --policy des-vote --budget 16   "

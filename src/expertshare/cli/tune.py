@@ -25,7 +25,7 @@ from expertshare.cli.shared_options import (
 from expertshare.cli.tables import figure, megabytes, percent, table
 from expertshare.errors import InputError
 from expertshare.evaluation.prompts import PromptRecord, read_prompts
-from expertshare.tuning import TuningOptions
+from expertshare.tuning.options import TuningOptions
 from expertshare.tuning.search import check_optuna
 
 EXAMPLE = (

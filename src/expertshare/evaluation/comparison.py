@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from expertshare.decoding import BlockResult, DecodingOptions
+from expertshare.decoding import DecodingOptions
 from expertshare.errors import PolicyError
-from expertshare.evaluation.answering import PolicyRun, answer_prompts
 from expertshare.evaluation.prompts import PromptRecord
-from expertshare.evaluation.scoring import check_scorable, judge
-from expertshare.evaluation.setup import Setup, encode_prompts
+from expertshare.evaluation.runner import Agreement, Outcome, PolicyRun, PolicyRunner, ProgressListener, Setup
+from expertshare.evaluation.scoring import check_scorable
 from expertshare.evaluation.statistics import (
-    Agreement,
     PairedDifference,
     Proportion,
     Retained,
     TaskAccuracy,
-    agreement,
     paired_difference,
     retained,
     task_accuracy,
 )
 from expertshare.measure.memory import MemoryWatch, peak_memory_bytes
 from expertshare.models import LoadedModel
-from expertshare.routing import POLICIES, policy_label, policy_record
+from expertshare.routing import policy_label, policy_record
 from expertshare.types import RoutingPolicy
-
-VANILLA = POLICIES["vanilla"]()
-ProgressListener = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +43,27 @@ class ComparedRun:
     reduction: float
     retained: Retained
     difference: PairedDifference | None
+
+    @classmethod
+    def of(cls, outcome: Outcome, vanilla: Outcome) -> ComparedRun:
+        """Hold the outcome against vanilla's, and judge its answers."""
+        accuracy = task_accuracy(outcome.records, outcome.correct)
+        base_accuracy = task_accuracy(vanilla.records, vanilla.correct)
+        both = zip(outcome.correct, vanilla.correct, strict=True)
+        judged = [(mine, theirs) for mine, theirs in both if mine is not None and theirs is not None]
+        unique, base_unique = (o.run.cost.unique_experts["denoise"] for o in (outcome, vanilla))
+        return cls(
+            label=outcome.label,
+            run=outcome.run,
+            outcomes=outcome.correct,
+            accuracy=accuracy,
+            agreement=outcome.agreement,
+            reduction=1.0 - unique / base_unique,
+            retained=retained(accuracy.by_task, base_accuracy.by_task),
+            difference=paired_difference([m for m, _ in judged], [t for _, t in judged])
+            if judged and outcome is not vanilla
+            else None,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; shares as fractions, intervals as [low, high] at the 95 % level."""
@@ -137,104 +152,32 @@ def compare_policies(
     Everything that can be refused is refused before the first forward. on_progress(label, done, total) hears of
     every finished prompt. memory: a watch that runs already. Raises InputError, PolicyError or NumericsError.
     """
+    _check_policies(policies, loaded)
+    check_scorable(records)
     with memory or MemoryWatch() as watch:
-        runs, reference = _runs(loaded, records, policies, options, setup, on_progress)
+        runner = PolicyRunner(loaded, records, options, setup, on_progress)
+        runner.warm_up()
+        reference = ComparedRun.of(runner.vanilla, runner.vanilla)
+        runs = [
+            reference if (outcome := runner.run(policy)) is runner.vanilla else ComparedRun.of(outcome, runner.vanilla)
+            for policy in policies
+        ]
     return Comparison(
         records=tuple(records),
         config=setup.to_json(loaded, options),
-        runs=runs,
+        runs=tuple(runs),
         reference=reference,
         peak_memory_bytes=peak_memory_bytes(loaded.model.device),
         peak_anonymous_bytes=watch.peak_anonymous_bytes,
     )
 
 
-def _runs(
-    loaded: LoadedModel,
-    records: Sequence[PromptRecord],
-    policies: Sequence[RoutingPolicy],
-    options: DecodingOptions,
-    setup: Setup,
-    on_progress: ProgressListener | None,
-) -> tuple[tuple[ComparedRun, ...], ComparedRun]:
-    """The runs that were asked for, and vanilla's."""
-    labels = _labels(policies)
-    bound = [policy.bind(loaded.config.router) for policy in policies]
-    check_scorable(records)
-    prompts = encode_prompts(loaded, [record.prompt for record in records], setup.chat)
-
-    def run(policy: RoutingPolicy, label: str) -> PolicyRun:
-        listener = _count_finished(label, len(prompts), on_progress)
-        return answer_prompts(loaded, prompts, policy, options, setup=setup, on_block=listener)
-
-    _warm_up(loaded, prompts, options, setup)
-    base_run = run(VANILLA, VANILLA.name)
-    base_outcomes = judge(records, [answer.text for answer in base_run.answers])
-    reference = _compare(VANILLA.name, base_run, base_outcomes, base_run, base_outcomes, records)
-    runs: list[ComparedRun] = []
-    for policy, label in zip(bound, labels, strict=True):
-        if policy == VANILLA:
-            runs.append(reference)
-            continue
-        this = run(policy, label)
-        outcomes = judge(records, [answer.text for answer in this.answers])
-        runs.append(_compare(label, this, outcomes, base_run, base_outcomes, records))
-    return tuple(runs), reference
-
-
-def _labels(policies: Sequence[RoutingPolicy]) -> list[str]:
+def _check_policies(policies: Sequence[RoutingPolicy], loaded: LoadedModel) -> None:
     labels = [policy_label(policy) for policy in policies]
     if not labels:
         raise PolicyError("expected at least one policy to compare, got none; name one, e.g. des-vote:budget=16")
     repeated = sorted({label for label in labels if labels.count(label) > 1})
     if repeated:
         raise PolicyError(f"expected every policy once, got {', '.join(repeated)} again; drop it or change a knob")
-    return labels
-
-
-def _warm_up(loaded: LoadedModel, prompts: Sequence[Sequence[int]], options: DecodingOptions, setup: Setup) -> None:
-    """One block that counts nowhere, so that the first policy does not pay for what happens only once."""
-    resolved = options.resolve(loaded.config)
-    one_block = replace(options, gen_length=min(resolved.gen_length, resolved.block_length or 1))
-    answer_prompts(loaded, prompts[:1], VANILLA, one_block, setup=setup)
-
-
-def _count_finished(label: str, total: int, listener: ProgressListener | None) -> Callable[[BlockResult], None]:
-    done = 0
-
-    def heard(block: BlockResult) -> None:
-        nonlocal done
-        done += block.finish_reason is not None
-        if listener is not None and block.finish_reason is not None:
-            listener(label, done, total)
-
-    return heard
-
-
-def _compare(
-    label: str,
-    run: PolicyRun,
-    outcomes: Sequence[bool | None],
-    base_run: PolicyRun,
-    base_outcomes: Sequence[bool | None],
-    records: Sequence[PromptRecord],
-) -> ComparedRun:
-    accuracy, base_accuracy = task_accuracy(records, outcomes), task_accuracy(records, base_outcomes)
-    pairs = [
-        (mine, theirs)
-        for mine, theirs in zip(outcomes, base_outcomes, strict=True)
-        if mine is not None and theirs is not None
-    ]
-    base_unique = base_run.cost.unique_experts["denoise"]
-    return ComparedRun(
-        label=label,
-        run=run,
-        outcomes=tuple(outcomes),
-        accuracy=accuracy,
-        agreement=agreement([a.token_ids for a in run.answers], [a.token_ids for a in base_run.answers]),
-        reduction=1.0 - run.cost.unique_experts["denoise"] / base_unique,
-        retained=retained(accuracy.by_task, base_accuracy.by_task),
-        difference=paired_difference([m for m, _ in pairs], [t for _, t in pairs])
-        if pairs and run is not base_run
-        else None,
-    )
+    for policy in policies:
+        policy.bind(loaded.config.router)

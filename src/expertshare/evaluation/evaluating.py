@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,21 +14,25 @@ import torch
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError
 from expertshare.evaluation.items import EvalItem, TaskSource
-from expertshare.evaluation.model_files import model_sha256
-from expertshare.evaluation.pool import solve_here, solve_in_processes
-from expertshare.evaluation.ray_pool import solve_on_ray
-from expertshare.evaluation.run_directory import ITEMS, REPORT, RunDirectory, check_known
-from expertshare.evaluation.setup import Setup
-from expertshare.evaluation.solving import Job, Solved, Solver, SolverSetup
+from expertshare.evaluation.run_directory import ITEMS, REPORT, Key, RunDirectory, check_known, model_sha256
+from expertshare.evaluation.runner import VANILLA, ProgressListener, Setup
 from expertshare.evaluation.summary import summarise
+from expertshare.evaluation.workers import (
+    Job,
+    Solved,
+    Solver,
+    SolverSetup,
+    solve_here,
+    solve_in_processes,
+    solve_on_ray,
+)
 from expertshare.measure.environment import capture_environment, versions
 from expertshare.measure.report import Report
 from expertshare.models import LoadedModel
-from expertshare.routing import POLICIES, policy_label, policy_record
+from expertshare.routing import policy_label, policy_record
 from expertshare.types import RoutingPolicy
 
 SCHEMA_VERSION = 1
-ProgressListener = Callable[[str, int, int], None]
 NoticeListener = Callable[[str], None]
 
 
@@ -134,9 +139,7 @@ def evaluate_sources(
 
 def bind_policies(policies: Sequence[RoutingPolicy], loaded: LoadedModel) -> tuple[RoutingPolicy, ...]:
     """Vanilla first, then the others with every knob concrete, each once. Raises PolicyError."""
-    vanilla = POLICIES["vanilla"]()
-    bound = [policy.bind(loaded.config.router) for policy in policies]
-    return tuple(dict.fromkeys([vanilla.bind(loaded.config.router), *bound]))
+    return tuple(dict.fromkeys(policy.bind(loaded.config.router) for policy in (VANILLA, *policies)))
 
 
 def _answers(solver: Solver, jobs: Sequence[Job], settings: EvaluationSettings) -> Iterator[Solved]:
@@ -175,9 +178,7 @@ def _describe(
     settings: EvaluationSettings,
 ) -> dict[str, Any]:
     asked = hashlib.sha256("\n".join(f"{i.task} {i.id} {i.content} {i.gen_length}" for _, i in questions).encode())
-    counts: dict[str, int] = {}
-    for _, item in questions:
-        counts[item.task] = counts.get(item.task, 0) + 1
+    counts = dict(Counter(item.task for _, item in questions))
     decoding = asdict(settings.options)
     resolved = settings.setup.to_json(loaded, settings.options)
     return {
@@ -212,15 +213,10 @@ def _tell(dropped: int, done: int, total: int, out: Path, listener: NoticeListen
 class _Progress:
     """Lines done, by task."""
 
-    def __init__(
-        self, keys: Sequence[tuple[str, str, str]], done: set[tuple[str, str, str]], listener: ProgressListener | None
-    ) -> None:
+    def __init__(self, keys: Sequence[Key], done: set[Key], listener: ProgressListener | None) -> None:
         self._listener = listener
-        self._total: dict[str, int] = {}
-        self._done: dict[str, int] = {}
-        for key in keys:
-            self._total[key[0]] = self._total.get(key[0], 0) + 1
-            self._done[key[0]] = self._done.get(key[0], 0) + (key in done)
+        self._total = Counter(task for task, _, _ in keys)
+        self._done = Counter(task for task, _, _ in done)
         for task in self._total:
             self._tell(task)
 

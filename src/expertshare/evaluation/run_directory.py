@@ -6,6 +6,7 @@ A line is one append. A process that is killed leaves at most a cut last line, w
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,8 @@ from expertshare.measure.report import write_json
 
 RUN, ITEMS, REPORT = "run.json", "items.jsonl", "report.json"
 Key = tuple[str, str, str]
+DOCUMENTS = frozenset({".md", ".jsonl", ".png"})
+"""Files beside a model that change nothing about it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,3 +159,14 @@ def _check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], path: Path
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 100 else text[:97] + "..."
+
+
+def model_sha256(path: Path) -> str:
+    """Hash of every file of a model's directory, names included; documents and hidden files aside."""
+    total = hashlib.sha256()
+    for name in sorted(os.listdir(path)):
+        file = path / name
+        if file.is_file() and not name.startswith(".") and file.suffix not in DOCUMENTS:
+            with file.open("rb") as opened:
+                total.update(f"{name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertshare.errors import InputError, nearest
-from expertshare.evaluation.harness import BENCHMARKS, HarnessSource
+from expertshare.evaluation.harness.benchmarks import BENCHMARKS
 from expertshare.evaluation.harness.loading import installed_version
+from expertshare.evaluation.harness.source import HarnessSource
 from expertshare.evaluation.items import GeneratedSource, TaskSource
 from expertshare.evaluation.prompts import PromptRecord
 from expertshare.evaluation.scoring import ANSWER_RULES

@@ -129,57 +129,42 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Agreement:
-    """tokens: share of answer positions with the same token, mean over prompts. exact: share of equal answers."""
+class PairedCounts:
+    """Prompts by outcome. kept: solved by both; lost: by vanilla only; gained: by the policy only; neither."""
 
-    tokens: float
-    exact: float
-
-
-def token_agreement(answer: Sequence[int], reference: Sequence[int]) -> float:
-    """Share of positions at which two answers have the same token; a position that only one has is a disagreement."""
-    length = max(len(answer), len(reference))
-    if length == 0:
-        return 1.0
-    return sum(mine == theirs for mine, theirs in zip(answer, reference, strict=False)) / length
-
-
-def agreement(answers: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> Agreement:
-    """Compare the answers to the same prompts, at least one."""
-    pairs = list(zip(answers, references, strict=True))
-    return Agreement(
-        tokens=sum(token_agreement(mine, theirs) for mine, theirs in pairs) / len(pairs),
-        exact=sum(list(mine) == list(theirs) for mine, theirs in pairs) / len(pairs),
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PairCounts:
-    """Items of one task by who got them right: both, the policy only, vanilla only, neither."""
-
-    both: int
-    gained: int
+    kept: int
     lost: int
+    gained: int
     neither: int
 
+    @classmethod
+    def of(cls, outcomes: Sequence[bool], reference: Sequence[bool]) -> PairedCounts:
+        """Count pairs, one for each prompt."""
+        pairs = list(zip(outcomes, reference, strict=True))
+        return cls(
+            kept=pairs.count((True, True)),
+            lost=pairs.count((False, True)),
+            gained=pairs.count((True, False)),
+            neither=pairs.count((False, False)),
+        )
+
     @property
-    def count(self) -> int:
-        """All items."""
-        return self.both + self.gained + self.lost + self.neither
+    def total(self) -> int:
+        """Prompts."""
+        return self.kept + self.lost + self.gained + self.neither
+
+    @property
+    def solved(self) -> int:
+        """Prompts that vanilla solves."""
+        return self.kept + self.lost
+
+    @property
+    def retained(self) -> float:
+        """The policy's accuracy as a share of vanilla's; 0 where vanilla solves nothing."""
+        return (self.kept + self.gained) / self.solved if self.solved else 0.0
 
 
-def count_pairs(outcomes: Sequence[bool], reference: Sequence[bool]) -> PairCounts:
-    """Count the outcomes on the same items; equal lengths."""
-    pairs = list(zip(outcomes, reference, strict=True))
-    return PairCounts(
-        both=pairs.count((True, True)),
-        gained=pairs.count((True, False)),
-        lost=pairs.count((False, True)),
-        neither=pairs.count((False, False)),
-    )
-
-
-def capped_mean_interval(tasks: Sequence[PairCounts]) -> tuple[float, float]:
+def capped_mean_interval(tasks: Sequence[PairedCounts]) -> tuple[float, float]:
     """Percentile interval at the 95 % level of the mean over tasks of min(1, accuracy / vanilla's); at least one task.
 
     Items are drawn with replacement within every task, a policy's and vanilla's outcome together; drawing the four
@@ -195,12 +180,12 @@ def capped_mean_interval(tasks: Sequence[PairCounts]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _capped_ratios(task: PairCounts, seed: int) -> NDArray[np.float64]:
+def _capped_ratios(task: PairedCounts, seed: int) -> NDArray[np.float64]:
     """[RESAMPLES]; NaN where vanilla has nothing right."""
-    shares = np.array([task.both, task.gained, task.lost, task.neither]) / task.count
-    both, gained, lost, _ = multinomial(task.count, shares, seed=np.random.default_rng(seed)).rvs(RESAMPLES).T
-    base = both + lost
+    shares = np.array([task.kept, task.gained, task.lost, task.neither]) / task.total
+    kept, gained, lost, _ = multinomial(task.total, shares, seed=np.random.default_rng(seed)).rvs(RESAMPLES).T
+    base = kept + lost
     ratios = np.full(RESAMPLES, np.nan)
-    np.divide(both + gained, base, out=ratios, where=base > 0)
+    np.divide(kept + gained, base, out=ratios, where=base > 0)
     capped: NDArray[np.float64] = np.minimum(ratios, 1.0)
     return capped

@@ -7,10 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from expertshare.evaluation.statistics import (
-    PairCounts,
+    PairedCounts,
     Proportion,
     capped_mean_interval,
-    count_pairs,
     paired_difference,
     proportion,
     retained,
@@ -98,12 +97,12 @@ def _unique(cell: Sequence[Line], kind: str) -> float:
 def _summary(policy: str, tasks: Sequence[str], cells: Mapping[tuple[str, str], Sequence[Line]]) -> dict[str, Any]:
     accuracy: dict[str, Proportion] = {}
     base_accuracy: dict[str, Proportion] = {}
-    pairs: dict[str, PairCounts] = {}
+    pairs: dict[str, PairedCounts] = {}
     for task in tasks:
         mine, theirs = _paired(cells[task, policy], cells[task, VANILLA])
         if mine:
             accuracy[task], base_accuracy[task] = proportion(mine), proportion(theirs)
-            pairs[task] = count_pairs(mine, theirs)
+            pairs[task] = PairedCounts.of(mine, theirs)
     kept = retained(accuracy, base_accuracy)
     counted = list(kept.by_task)
     low_high = capped_mean_interval([pairs[task] for task in counted]) if counted else None

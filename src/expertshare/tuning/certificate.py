@@ -14,13 +14,14 @@ definition.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import betainc, gammaln, xlog1py, xlogy
 from scipy.stats import beta, binom, norm
+
+from expertshare.evaluation.statistics import PairedCounts
 
 POWER = 0.8
 # Error that is spent on bounding the open parameter, as a share of all of it (Berger and Boos).
@@ -30,42 +31,6 @@ _GRID = 25
 # Gauss-Hermite nodes and weights for an average over a normal variable.
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(5)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PairedCounts:
-    """Prompts by outcome. kept: solved by both; lost: by vanilla only; gained: by the policy only; neither."""
-
-    kept: int
-    lost: int
-    gained: int
-    neither: int
-
-    @classmethod
-    def of(cls, outcomes: Sequence[bool], reference: Sequence[bool]) -> PairedCounts:
-        """Count pairs, one for each prompt."""
-        pairs = list(zip(outcomes, reference, strict=True))
-        return cls(
-            kept=pairs.count((True, True)),
-            lost=pairs.count((False, True)),
-            gained=pairs.count((True, False)),
-            neither=pairs.count((False, False)),
-        )
-
-    @property
-    def total(self) -> int:
-        """Prompts."""
-        return self.kept + self.lost + self.gained + self.neither
-
-    @property
-    def solved(self) -> int:
-        """Prompts that vanilla solves."""
-        return self.kept + self.lost
-
-    @property
-    def retained(self) -> float:
-        """The policy's accuracy as a share of vanilla's; 0 where vanilla solves nothing."""
-        return (self.kept + self.gained) / self.solved if self.solved else 0.0
 
 
 def p_value(counts: PairedCounts, retain: float, *, error: float) -> float:

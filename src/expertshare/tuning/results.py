@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from expertshare.evaluation import policy_label
 from expertshare.measure.environment import Environment
+from expertshare.routing import policy_label
 from expertshare.tuning.certificate import POWER, least_solved, needed_prompts
-from expertshare.tuning.options import TuningOptions
+from expertshare.tuning.options import Judged, TuningOptions
 from expertshare.tuning.policy_file import PolicyFile
 from expertshare.tuning.search import Point
-from expertshare.tuning.split import Judged
 from expertshare.tuning.verification import Verified
 from expertshare.types import RoutingPolicy
 

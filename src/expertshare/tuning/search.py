@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import Field, dataclass, fields
+from typing import TYPE_CHECKING, Any
 
-from expertshare.errors import InputError
-from expertshare.routing import Layerwise
+import numpy as np
+
+from expertshare.config import GroupLimit, RouterSpec
+from expertshare.errors import InputError, PolicyError, nearest
+from expertshare.evaluation.runner import ProgressListener
+from expertshare.routing import POLICIES, Layerwise, make_policy
 from expertshare.tuning.allocation import Sensitivity, measure_sensitivity
 from expertshare.tuning.replay import Replay, Replayed
-from expertshare.tuning.space import Dial
 from expertshare.types import RoutingPolicy
 
 if TYPE_CHECKING:
@@ -21,7 +24,66 @@ SETTINGS_PER_DIAL = 8
 # Settings whose divergence is within this factor of the front's at their cost are tried in single layers.
 _NEAR_THE_FRONT = 1.3
 _LAYERWISE = "layerwise"
-SearchListener = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class KnobRange:
+    """From where a policy shares most (low) to where it hardly shares (high)."""
+
+    low: float
+    high: float
+    whole: bool
+
+
+def range_of(knob: Field[Any], spec: RouterSpec, group_limit: GroupLimit) -> KnobRange | None:
+    """What the knob's declaration says may be tried; None where it is not for tuning."""
+    tuned = knob.metadata.get("tuned", False)
+    if not tuned:
+        return None
+    low, high = knob.metadata["limits"](spec, group_limit) if tuned is True else tuned
+    return KnobRange(low, high, whole=tuned is True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dial:
+    """One policy and the knob that sets how much it shares."""
+
+    policy: str
+    knob: str
+    range: KnobRange
+
+    def at(self, value: float) -> RoutingPolicy:
+        """The policy with its knob at `value`."""
+        return make_policy(self.policy, {self.knob: round(value) if self.range.whole else round(value, 3)})
+
+    def settings(self, count: int) -> list[float]:
+        """`count` values at most, from low to high; counts at equal ratios, shares at equal distances."""
+        space = np.geomspace if self.range.whole else np.linspace
+        values = [float(value) for value in space(self.range.low, self.range.high, count)]
+        return sorted({float(round(value)) if self.range.whole else round(value, 3) for value in values})
+
+
+def dials(names: Sequence[str] | None, spec: RouterSpec) -> list[Dial]:
+    """One for each named policy (None: all that have a knob to turn).
+
+    Raises PolicyError for an unknown name, or one without such a knob.
+    """
+    found: list[Dial] = []
+    for name in POLICIES if names is None else dict.fromkeys(names):
+        if name not in POLICIES:
+            raise PolicyError(f"unknown policy {name!r}. {nearest(name, POLICIES)}")
+        limit = make_policy(name).group_limit
+        ranges = {f.name: reach for f in fields(POLICIES[name]) if (reach := range_of(f, spec, limit))}
+        for knob, reach in list(ranges.items())[:1]:
+            found.append(Dial(policy=name, knob=knob, range=reach))
+        if not ranges and names is not None:
+            known = dict.fromkeys(f.name for p in POLICIES.values() for f in fields(p) if f.metadata.get("tuned"))
+            raise PolicyError(
+                f"expected policies with one of the knobs {', '.join(known)}, got {name!r}: there is nothing to tune"
+            )
+    if not found:
+        raise PolicyError(f"expected at least one policy to tune, got none. {nearest('', POLICIES)}")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +101,7 @@ def check_optuna() -> None:
 
 
 def search(
-    replay: Replay, dials: Sequence[Dial], *, trials: int, seed: int, on_progress: SearchListener | None = None
+    replay: Replay, dials: Sequence[Dial], *, trials: int, seed: int, on_progress: ProgressListener | None = None
 ) -> list[Point]:
     """All policies that were tried: every dial at a few settings, then `trials` more that optuna's multi-objective
     TPE proposes (few experts, little divergence), per-layer allocations among them."""
@@ -81,7 +143,7 @@ def _names(policy: RoutingPolicy) -> list[str]:
     return [layer.name for layer in policy.layers] if isinstance(policy, Layerwise) else [policy.name]
 
 
-def _try_dials(replay: Replay, dials: Sequence[Dial], on_progress: SearchListener | None) -> list[Point]:
+def _try_dials(replay: Replay, dials: Sequence[Dial], on_progress: ProgressListener | None) -> list[Point]:
     policies = [dial.at(value) for dial in dials for value in dial.settings(SETTINGS_PER_DIAL)]
     points: list[Point] = []
     for policy in policies:
@@ -108,7 +170,7 @@ def _propose(
     *,
     trials: int,
     seed: int,
-    on_progress: SearchListener | None,
+    on_progress: ProgressListener | None,
 ) -> list[Point]:
     import optuna  # an optional dependency: check_optuna
 
@@ -149,3 +211,47 @@ def _suggest(trial: optuna.Trial, dials: Sequence[Dial], sensitivity: Sensitivit
 
 def _factors(sensitivity: Sensitivity) -> list[str]:
     return [f"layer_{n}.price" for n in range(len(sensitivity.options))]
+
+
+# Predicted chance of a certificate with which a point is taken for safe, and from which it is worth a test.
+_SAFE, _WORTH_A_TEST = 0.5, 0.25
+# Points tested on either side of the edge.
+_DEARER, _CHEAPER = 2, 4
+# Neighbours on the front differ by this share of the experts at least.
+_LEAST_SAVING = 0.02
+
+
+def thin_front(front: Sequence[Point]) -> list[Point]:
+    """Points that save something worth a test of its own, from many experts to few."""
+    kept: list[Point] = []
+    for point in front:
+        if not kept or point.replayed.unique_experts <= (1.0 - _LEAST_SAVING) * kept[-1].replayed.unique_experts:
+            kept.append(point)
+    return kept
+
+
+def find_edge(front: Sequence[Point], chance: Callable[[Point], float]) -> int:
+    """Place on the front (many experts first) of the cheapest point that is likely to pass; 0 where none is.
+
+    Bisection, as quality is taken to fall along the front. chance: predicted from generation on prompts of the search.
+    """
+    low, high = 0, len(front) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if chance(front[middle]) >= _SAFE else (low, middle - 1)
+    return low
+
+
+def around(front: Sequence[Point], edge: int) -> list[Point]:
+    """The points on both sides of the edge."""
+    return list(front[max(0, edge - _DEARER) : edge + _CHEAPER + 1])
+
+
+def best_chain(points: Sequence[Point], chance: Callable[[Point], float]) -> list[Point]:
+    """Points that stand a chance, and a better one than every cheaper point, the dearest first; where none stands
+    one, the likeliest alone."""
+    chain: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.replayed.unique_experts, -chance(p))):
+        if chance(point) >= _WORTH_A_TEST and (not chain or chance(point) > chance(chain[-1])):
+            chain.append(point)
+    return chain[::-1] or [max(points, key=chance)]

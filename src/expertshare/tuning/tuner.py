@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError
-from expertshare.evaluation import Setup, encode_prompts
 from expertshare.evaluation.prompts import PromptRecord
-from expertshare.kernels import choose_backend
+from expertshare.evaluation.runner import VANILLA, PolicyRunner, ProgressListener, Setup, encode_prompts
+from expertshare.evaluation.statistics import PairedCounts
 from expertshare.measure.environment import capture_environment
-from expertshare.models import LoadedModel, Runtime
-from expertshare.routing import make_policy
-from expertshare.tuning.certificate import PairedCounts, chance_to_pass, p_value
-from expertshare.tuning.chain import around, best_chain, find_edge, thin_front
-from expertshare.tuning.fingerprint import prompts_fingerprint
-from expertshare.tuning.latency import seconds_per_block
-from expertshare.tuning.options import TuningOptions
-from expertshare.tuning.policy_file import model_facts
+from expertshare.models import LoadedModel
+from expertshare.tuning.certificate import chance_to_pass, p_value
+from expertshare.tuning.options import Judged, TuningOptions, resolve_quality, split_prompts
+from expertshare.tuning.policy_file import model_facts, prompts_fingerprint
 from expertshare.tuning.replay import Replay
 from expertshare.tuning.results import Tuned
-from expertshare.tuning.search import Point, check_optuna, fronts_by_policy, pareto_front, search
-from expertshare.tuning.space import dials
-from expertshare.tuning.split import resolve_quality, split_prompts
+from expertshare.tuning.search import (
+    Point,
+    around,
+    best_chain,
+    check_optuna,
+    dials,
+    find_edge,
+    fronts_by_policy,
+    pareto_front,
+    search,
+    thin_front,
+)
 from expertshare.tuning.trajectories import record_trajectories, thin_out
-from expertshare.tuning.verification import Bench, Verified
+from expertshare.tuning.verification import Verified, verify, with_latency
 from expertshare.types import RoutingPolicy
 
-ProgressListener = Callable[[str, int, int], None]
 # Steps that are replayed of one prompt, at most.
 _STEPS_PER_PROMPT = 8
 
@@ -51,19 +54,19 @@ def tune(
     facts, choices = model_facts(loaded), dials(options.policies, loaded.config.router)
     quality = resolve_quality(records, options.quality)
     parts = split_prompts(records, search_share=options.search_share, seed=options.seed)
-    encode_prompts(loaded, [record.prompt for record in records], setup.chat)
+    encode_prompts(loaded, [record.prompt for record in records], setup.chat)  # errors count all prompts, not a part's
     searched, certified = (
-        Bench(loaded, part, decoding, setup, quality, _named(on_progress, name))
+        PolicyRunner(loaded, part, decoding, setup, _named(on_progress, name))
         for name, part in zip(("search", "certify"), parts, strict=True)
     )
-    replay = _record(loaded, searched, decoding, options, setup)
+    replay = _record(searched, options.recorded_prompts)
     points = search(replay, choices, trials=options.trials, seed=options.seed, on_progress=on_progress)
     front = thin_front(_worth_it(pareto_front(points), replay))
     tried: dict[RoutingPolicy, Verified] = {}
 
     def try_out(point: Point) -> PairedCounts:
         if point.policy not in tried:
-            tried[point.policy] = searched.verify(point.policy)
+            tried[point.policy] = verify(searched, point.policy, quality)
         return tried[point.policy].counts
 
     aim = {"retain": options.retain, "confidence": options.confidence}
@@ -74,10 +77,10 @@ def tune(
 
     fronts = [front, *(thin_front(own) for own in fronts_by_policy(points, front))]
     chain = best_chain([point for own in fronts for point in around(own, find_edge(own, chance))], chance)
-    tested, passed = _certify(certified, chain, options)
-    vanilla = certified.vanilla()
+    tested, passed = _certify(certified, chain, options, quality)
+    vanilla = verify(certified, VANILLA, quality)
     if options.cost == "latency":
-        vanilla, tested = _time(loaded, certified, vanilla, tested, decoding, setup)
+        vanilla, *tested = with_latency(certified, [vanilla, *tested])
     return Tuned(
         options=options,
         quality=quality,
@@ -102,14 +105,12 @@ def _named(listener: ProgressListener | None, part: str) -> ProgressListener | N
     return lambda label, done, total: listener(f"{part}: {label}", done, total)
 
 
-def _record(
-    loaded: LoadedModel, bench: Bench, decoding: DecodingOptions, options: TuningOptions, setup: Setup
-) -> Replay:
-    backend = choose_backend(setup.backend, loaded.model.device)
-    runtime = Runtime(policy=make_policy("vanilla"), backend=backend, store=setup.store)
-    prompts = bench.prompts()[: options.recorded_prompts]
-    found = record_trajectories(loaded, prompts, decoding, runtime=runtime, batch_size=setup.batch_size)
-    return Replay.of(loaded, [thin_out(trajectory, _STEPS_PER_PROMPT) for trajectory in found], runtime=runtime)
+def _record(runner: PolicyRunner, num_prompts: int) -> Replay:
+    """Vanilla's steps on the first prompts, ready to be replayed."""
+    loaded, setup = runner.loaded, runner.setup
+    found = record_trajectories(loaded, runner.prompts[:num_prompts], runner.options, setup=setup)
+    thinned = [thin_out(trajectory, _STEPS_PER_PROMPT) for trajectory in found]
+    return Replay.of(loaded, thinned, runtime=setup.runtime(loaded, VANILLA))
 
 
 def _worth_it(front: Sequence[Point], replay: Replay) -> list[Point]:
@@ -124,7 +125,9 @@ def _worth_it(front: Sequence[Point], replay: Replay) -> list[Point]:
     return found
 
 
-def _certify(bench: Bench, chain: Sequence[Point], options: TuningOptions) -> tuple[list[Verified], int]:
+def _certify(
+    runner: PolicyRunner, chain: Sequence[Point], options: TuningOptions, quality: Judged
+) -> tuple[list[Verified], int]:
     """Test the chain in its order and stop at the first failure; how many passed.
 
     The order was fixed without these prompts, and a test counts only if all before it passed, so each may spend the
@@ -133,21 +136,7 @@ def _certify(bench: Bench, chain: Sequence[Point], options: TuningOptions) -> tu
     error = 1.0 - options.confidence
     tested: list[Verified] = []
     for point in chain:
-        tested.append(bench.verify(point.policy))
+        tested.append(verify(runner, point.policy, quality))
         if p_value(tested[-1].counts, options.retain, error=error) > error:
             return tested, len(tested) - 1
     return tested, len(tested)
-
-
-def _time(
-    loaded: LoadedModel,
-    bench: Bench,
-    vanilla: Verified,
-    tested: Sequence[Verified],
-    decoding: DecodingOptions,
-    setup: Setup,
-) -> tuple[Verified, list[Verified]]:
-    everybody = [vanilla, *tested]
-    times = seconds_per_block(loaded, bench.prompts(), [v.policy for v in everybody], decoding, setup)
-    timed = [replace(v, seconds_per_block=seconds) for v, seconds in zip(everybody, times, strict=True)]
-    return timed[0], timed[1:]

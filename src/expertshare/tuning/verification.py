@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from expertshare.decoding import BlockResult, DecodingOptions
-from expertshare.evaluation import PolicyRun, Setup, answer_prompts, encode_prompts, policy_label
-from expertshare.evaluation.prompts import PromptRecord
-from expertshare.models import LoadedModel
-from expertshare.routing import make_policy
-from expertshare.tuning.certificate import PairedCounts, lower_bound, p_value
+from expertshare.evaluation.runner import Outcome, PolicyRunner
+from expertshare.evaluation.statistics import UNNAMED_TASK, PairedCounts
+from expertshare.routing import policy_label
+from expertshare.tuning.certificate import lower_bound, p_value
+from expertshare.tuning.options import Judged
 from expertshare.tuning.policy_file import policy_json
-from expertshare.tuning.split import Judged, right_answers
 from expertshare.types import RoutingPolicy
+
+# Of a measurement of latency.
+ROUNDS, PROMPTS = 5, 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,61 +60,42 @@ class Verified:
         }
 
 
-@dataclass(slots=True)
-class Bench:
-    """One part of the prompts, answered by vanilla once; `verify` answers them under other policies."""
+def verify(runner: PolicyRunner, policy: RoutingPolicy, quality: Judged) -> Verified:
+    """Generate under `policy` and hold the answers against vanilla's. Raises PolicyError or NumericsError."""
+    outcome = runner.run(policy)
+    right, expected = _right_answers(outcome, quality), _right_answers(runner.vanilla, quality)
+    by_task: dict[str, PairedCounts] = {}
+    for task in dict.fromkeys(record.task for record in runner.records):
+        places = [place for place, record in enumerate(runner.records) if record.task == task]
+        by_task[task or UNNAMED_TASK] = PairedCounts.of([right[p] for p in places], [expected[p] for p in places])
+    return Verified(
+        policy=outcome.run.policy,
+        counts=PairedCounts.of(right, expected),
+        by_task=by_task,
+        unique_experts=outcome.run.cost.unique_experts["denoise"],
+        expert_bytes=sum(outcome.run.cost.expert_bytes.values()) / len(runner.records),
+        steps=outcome.run.steps,
+    )
 
-    loaded: LoadedModel
-    records: Sequence[PromptRecord]
-    options: DecodingOptions
-    setup: Setup
-    quality: Judged
-    on_progress: Callable[[str, int, int], None] | None = None
-    _vanilla: PolicyRun | None = field(default=None, init=False)
-    _right: list[bool] = field(default_factory=list, init=False)
 
-    def prompts(self) -> list[list[int]]:
-        """Token ids."""
-        return encode_prompts(self.loaded, [record.prompt for record in self.records], self.setup.chat)
+def _right_answers(outcome: Outcome, quality: Judged) -> list[bool]:
+    """For each prompt whether the answer is right; under "agreement", whether its tokens are vanilla's."""
+    return [bool(right) for right in (outcome.same_as_vanilla if quality == "agreement" else outcome.correct)]
 
-    def vanilla(self) -> Verified:
-        """The model as it is, on these prompts."""
-        run, right = self._reference()
-        return self._verified(run, right, right)
 
-    def verify(self, policy: RoutingPolicy) -> Verified:
-        """Generate under `policy`. Raises PolicyError or NumericsError."""
-        vanilla, expected = self._reference()
-        run = self._answer(policy)
-        return self._verified(run, right_answers(self.records, run, vanilla, self.quality), expected)
+def with_latency(runner: PolicyRunner, verified: Sequence[Verified]) -> list[Verified]:
+    """Each with the median over rounds of its decoding time per decoded block, in seconds.
 
-    def _reference(self) -> tuple[PolicyRun, list[bool]]:
-        if self._vanilla is None:
-            self._vanilla = self._answer(make_policy("vanilla"))
-            self._right = right_answers(self.records, self._vanilla, self._vanilla, self.quality)
-        return self._vanilla, self._right
-
-    def _answer(self, policy: RoutingPolicy) -> PolicyRun:
-        done = 0
-
-        def heard(block: BlockResult) -> None:
-            nonlocal done
-            done += block.finish_reason is not None
-            if self.on_progress is not None and block.finish_reason is not None:
-                self.on_progress(policy_label(policy), done, len(self.records))
-
-        return answer_prompts(self.loaded, self.prompts(), policy, self.options, setup=self.setup, on_block=heard)
-
-    def _verified(self, run: PolicyRun, right: Sequence[bool], expected: Sequence[bool]) -> Verified:
-        by_task: dict[str, PairedCounts] = {}
-        for task in dict.fromkeys(record.task for record in self.records):
-            places = [place for place, record in enumerate(self.records) if record.task == task]
-            by_task[task or "unnamed"] = PairedCounts.of([right[p] for p in places], [expected[p] for p in places])
-        return Verified(
-            policy=run.policy,
-            counts=PairedCounts.of(right, expected),
-            by_task=by_task,
-            unique_experts=run.cost.unique_experts["denoise"],
-            expert_bytes=sum(run.cost.expert_bytes.values()) / len(self.records),
-            steps=run.steps,
-        )
+    In each round every policy decodes the same prompts once, in an order that moves on from round to round, so that a
+    machine that slows down for a while slows down all of them. The first round only warms up.
+    """
+    measured: list[list[float]] = [[] for _ in verified]
+    for turn in range(ROUNDS + 1):
+        for place in range(len(verified)):
+            which = (place + turn) % len(verified)
+            seconds = runner.seconds_per_block(verified[which].policy, PROMPTS)
+            if turn:
+                measured[which].append(seconds)
+    return [
+        replace(one, seconds_per_block=statistics.median(times)) for one, times in zip(verified, measured, strict=True)
+    ]

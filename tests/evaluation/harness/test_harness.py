@@ -11,8 +11,8 @@ import pytest
 from evaluation.harness.conftest import HUMANEVAL, MBPP, PRO
 from expertshare import api
 from expertshare.errors import InputError
-from expertshare.evaluation.harness import BENCHMARKS, HarnessSource
-from expertshare.evaluation.harness.source import cut
+from expertshare.evaluation.harness.benchmarks import BENCHMARKS
+from expertshare.evaluation.harness.source import HarnessSource, cut
 from expertshare.evaluation.items import CODE_NOT_ALLOWED
 from expertshare.models import load_model
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from expertshare.errors import InputError
-from expertshare.evaluation.harness import BENCHMARKS
+from expertshare.evaluation.harness.benchmarks import BENCHMARKS
 from expertshare.evaluation.harness.local_data import splits
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from expertshare.evaluation import ANSWER_RULES
+from expertshare.evaluation.scoring import ANSWER_RULES
 from expertshare.lab.tasks import TASKS
 
 

@@ -19,7 +19,7 @@ from expertshare.errors import InputError
 from expertshare.evaluation.harness.loading import NO_LIKELIHOOD, check_installed
 from expertshare.evaluation.harness.source import DEFAULT_GEN_LENGTH, cut, render_chat, stops
 from expertshare.evaluation.items import EvalItem, sha256_text
-from expertshare.evaluation.solving import Job, Solver, SolverSetup, store_of
+from expertshare.evaluation.workers import Job, Solver, SolverSetup, store_of
 from expertshare.kernels import AUTO
 from expertshare.models import load_model
 from expertshare.routing import native_policy, parse_policy

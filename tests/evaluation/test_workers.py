@@ -9,11 +9,19 @@ import pytest
 
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import EvaluationError, InputError
-from expertshare.evaluation import pool
-from expertshare.evaluation.evaluating import bind_policies, model_sha256
+from expertshare.evaluation import workers
+from expertshare.evaluation.evaluating import bind_policies
 from expertshare.evaluation.items import EvalItem
-from expertshare.evaluation.pool import solve_here, solve_in_processes
-from expertshare.evaluation.solving import Job, Solver, SolverSetup, item_seed, options_for
+from expertshare.evaluation.run_directory import model_sha256
+from expertshare.evaluation.workers import (
+    Job,
+    Solver,
+    SolverSetup,
+    item_seed,
+    options_for,
+    solve_here,
+    solve_in_processes,
+)
 from expertshare.models import LoadedModel
 from expertshare.routing import parse_policy
 
@@ -71,7 +79,7 @@ def test_a_process_that_dies_or_cannot_load_is_an_error(loaded: LoadedModel, mon
     jobs = [Job(item=item(0), policy=0)]
     with pytest.raises(InputError, match="no directory 'none'"):
         list(solve_in_processes(solver(loaded).setup, jobs, 1))
-    monkeypatch.setattr(pool, "WORKER", "keyword")  # a module that does nothing
+    monkeypatch.setattr(workers, "PROGRAM", "")  # does nothing
     with pytest.raises(EvaluationError, match="finished items are kept"):
         list(solve_in_processes(solver(loaded).setup, jobs, 1))
 

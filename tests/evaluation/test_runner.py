@@ -6,7 +6,7 @@ import pytest
 
 from expertshare.decoding import BlockResult, DecodingOptions
 from expertshare.errors import InputError
-from expertshare.evaluation import PolicyRun, Setup, answer_prompts, encode_prompts
+from expertshare.evaluation.runner import PolicyRun, Setup, answer_prompts, encode_prompts
 from expertshare.measure.cost import FORWARD_KINDS
 from expertshare.models import LoadedModel
 from expertshare.routing import parse_policy
