@@ -151,7 +151,7 @@ def test_what_it_cannot_take_is_said_clearly(device: torch.device) -> None:
     with pytest.raises(ConfigError, match="int64 expert ids"):
         moe_ffn_triton(x_TD, replace(plan, expert_ids_TK=plan.expert_ids_TK.int()), bank)
     turned = bank.down_EDF.transpose(1, 2).contiguous().transpose(1, 2)
-    with pytest.raises(ConfigError, match="'triton' reads weights where they lie"):
+    with pytest.raises(ConfigError, match="'triton' reads weights in place"):
         moe_ffn_triton(x_TD, plan, ExpertBank(bank.gate_up_EHD, turned))
     with pytest.raises(ConfigError, match="got them on"):
         moe_ffn_triton(x_TD.to("meta"), plan, bank)
