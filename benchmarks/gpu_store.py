@@ -23,8 +23,7 @@ from expertshare.api.loading import opened
 from expertshare.decoding import DecodingOptions
 from expertshare.evaluation.runner import PolicyRun, Setup, answer_prompts, encode_prompts
 from expertshare.experts import ExpertMemory, StoreOptions
-from expertshare.lab.bench import gpu_device
-from expertshare.lab.bench.machine import bus_bandwidth, gpu_facts
+from expertshare.lab.bench.machine import bus_bandwidth, gpu_device, gpu_facts
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.memory import peak_memory_bytes
 from expertshare.measure.report import write_json

@@ -11,7 +11,7 @@ import pytest
 from expertshare.api import generate, load, load_policy, tune
 from expertshare.cli import main
 from expertshare.evaluation.prompts import write_prompts
-from expertshare.lab.plots import plot_tuning
+from expertshare.lab.plots.quality import plot_tuning
 from expertshare.lab.tasks import generate_items
 from expertshare.models import LoadedModel
 from expertshare.routing import policy_label

@@ -21,25 +21,22 @@ from expertshare.decoding import DecodingOptions
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.evaluation.prompts import read_prompts
 from expertshare.evaluation.runner import encode_prompts
-from expertshare.lab.bench import (
-    CASES,
-    ExpertsSettings,
-    ForwardSettings,
+from expertshare.lab.bench.cases import CASES, find_case
+from expertshare.lab.bench.contenders import contenders
+from expertshare.lab.bench.experts import bench_experts
+from expertshare.lab.bench.forward import ForwardSettings, bench_forward
+from expertshare.lab.bench.generate import Subject, bench_generate, random_subject
+from expertshare.lab.bench.machine import (
     Machine,
-    Subject,
-    bench_experts,
-    bench_forward,
-    bench_generate,
-    contenders,
-    find_case,
+    dtype_name,
     gpu_device,
     measure_gpu,
     measure_machine,
     memory_limit_bytes,
-    random_subject,
+    yardstick_for,
 )
-from expertshare.lab.bench.machine import dtype_name, yardstick_for
-from expertshare.lab.plots import plot_bench
+from expertshare.lab.bench.stage import ExpertsSettings
+from expertshare.lab.plots.bench import plot_bench
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.report import Report
 from expertshare.routing import parse_policies, policy_label

@@ -8,7 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from expertshare.cli.tables import figure, percent, table
-from expertshare.lab.bench import Case, Machine
+from expertshare.lab.bench.cases import Case
+from expertshare.lab.bench.machine import Machine
 
 Point = Mapping[str, Any]
 Columns = dict[str, Callable[[Point], str]]

@@ -92,7 +92,7 @@ def compare(
         console.print(_accuracy_by_task(results["runs"]))
     record = api.comparison_report(comparison, loaded.model.device)
     if plot is not None:
-        from expertshare.lab.plots import plot_comparison  # only here: a picture needs matplotlib
+        from expertshare.lab.plots.quality import plot_comparison  # only here: a picture needs matplotlib
 
         plot_comparison(results, plot)
     if report is not None:

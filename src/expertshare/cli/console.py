@@ -44,7 +44,7 @@ def print_json(value: Any) -> None:
 def check_outputs(*paths: Path | None, plot: Path | None = None) -> None:
     """Refuse files that could not be written, before hours of work. Raises InputError."""
     if plot is not None:
-        from expertshare.lab.plots import check_plot_path  # only here: a picture needs matplotlib
+        from expertshare.lab.plots.style import check_plot_path  # only here: a picture needs matplotlib
 
         check_plot_path(plot)
     for path in (plot, *paths):

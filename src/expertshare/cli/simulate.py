@@ -19,7 +19,7 @@ from expertshare.convert.sizes import sizes_like, sizes_of
 from expertshare.errors import InputError
 from expertshare.experts import format_size, parse_size
 from expertshare.experts.recording import read_record
-from expertshare.lab.plots import plot_scaling
+from expertshare.lab.plots.bench import plot_scaling
 from expertshare.lab.simulate import (
     ASSUMPTIONS,
     CARDS,

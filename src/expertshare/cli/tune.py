@@ -106,7 +106,7 @@ def tune(
     if out is not None:
         policy_file.write(out)
     if plot is not None:
-        from expertshare.lab.plots import plot_tuning  # only here: a picture needs matplotlib
+        from expertshare.lab.plots.quality import plot_tuning  # only here: a picture needs matplotlib
 
         plot_tuning(results, plot)
     if as_json:

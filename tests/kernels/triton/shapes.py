@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from expertshare.config import RouterSpec
-from expertshare.lab.bench import CASES
+from expertshare.lab.bench.cases import CASES
 
 TINY_LLADA2 = CASES["tiny"].config
 TINY_LLADA_MOE = replace(

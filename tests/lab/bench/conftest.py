@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from expertshare.lab.bench import Machine
+from expertshare.lab.bench.machine import Machine
 
 
 @pytest.fixture

@@ -11,10 +11,18 @@ from torch import Tensor
 
 from expertshare.errors import ConfigError, InputError
 from expertshare.kernels.quantise import QUANTISATIONS, quantise_bank
-from expertshare.lab.bench import CASES, Case, ExpertsSettings, Machine, bench_experts, contenders, find_case
-from expertshare.lab.bench.contenders import CONTENDERS, Contender, Run
-from expertshare.lab.bench.machine import CPU
-from expertshare.lab.bench.stage import QUANTISED_TOLERANCE, TOLERANCES, expected_output, relative_error, rotation
+from expertshare.lab.bench.cases import CASES, Case, find_case
+from expertshare.lab.bench.contenders import CONTENDERS, Contender, Run, contenders
+from expertshare.lab.bench.experts import bench_experts
+from expertshare.lab.bench.machine import CPU, Machine
+from expertshare.lab.bench.stage import (
+    QUANTISED_TOLERANCE,
+    TOLERANCES,
+    ExpertsSettings,
+    expected_output,
+    relative_error,
+    rotation,
+)
 from expertshare.lab.bench.weights import random_banks
 from expertshare.native import available
 from expertshare.types import ExpertBank, RoutingPlan

@@ -12,7 +12,8 @@ from expertshare import native
 from expertshare.config import RouterSpec
 from expertshare.errors import ConfigError, InputError
 from expertshare.kernels.cpu_backend import CpuBackend
-from expertshare.lab.bench import Case, ForwardSettings, bench_forward, find_case
+from expertshare.lab.bench.cases import Case, find_case
+from expertshare.lab.bench.forward import ForwardSettings, bench_forward
 from expertshare.lab.bench.peer_models import build_peer
 from expertshare.lab.bench.weights import concentrate, model_bytes, random_model
 from expertshare.models import ForwardInput, Runtime

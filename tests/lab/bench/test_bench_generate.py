@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from expertshare.errors import ConfigError, InputError
-from expertshare.lab.bench import Subject, bench_generate, find_case, random_subject
-from expertshare.lab.bench.generate import same_tokens
+from expertshare.lab.bench.cases import find_case
+from expertshare.lab.bench.generate import Subject, bench_generate, random_subject, same_tokens
 from expertshare.lab.bench.peer_models import decode_with_peer
 from expertshare.routing import parse_policy
 

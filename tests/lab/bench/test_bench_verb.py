@@ -10,9 +10,8 @@ import pytest
 
 from expertshare.cli import main
 from expertshare.errors import InputError
-from expertshare.lab.bench import Machine
-from expertshare.lab.plots import plot_bench
-from expertshare.lab.plots.bench import _looks
+from expertshare.lab.bench.machine import Machine
+from expertshare.lab.plots.bench import _looks, plot_bench
 from expertshare.lab.plots.style import COLOURS
 
 

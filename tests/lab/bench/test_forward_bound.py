@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from expertshare.lab.bench import ForwardSettings, bench_forward, find_case
 from expertshare.lab.bench.bound import forward_bound_ms, forward_work
+from expertshare.lab.bench.cases import find_case
+from expertshare.lab.bench.forward import ForwardSettings, bench_forward
 from expertshare.lab.bench.machine import CpuYardstick, Peaks
 from expertshare.routing import parse_policy
 

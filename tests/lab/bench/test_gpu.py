@@ -11,9 +11,9 @@ import torch
 from expertshare.cli import main
 from expertshare.cli.bench_tables import machine_line
 from expertshare.errors import ConfigError
-from expertshare.lab.bench import Machine, contenders
 from expertshare.lab.bench import machine as machines
-from expertshare.lab.bench.machine import CPU, GpuYardstick
+from expertshare.lab.bench.contenders import contenders
+from expertshare.lab.bench.machine import CPU, GpuYardstick, Machine
 from expertshare.lab.bench.timing import take_turns_on_gpu
 
 CUDA = torch.device("cuda")

@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from expertshare.lab.plots.bench import _draw_latency
-from expertshare.lab.report.tables import latency_table
+from expertshare.lab.report.measured import latency_table
 from lab.report.conftest import content
 
 POINTS = content("experts-mini-1")["results"]["cases"]

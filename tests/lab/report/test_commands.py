@@ -13,7 +13,7 @@ import typer
 
 from expertshare.cli import app, load_verb
 from expertshare.errors import InputError
-from expertshare.lab.bench import find_case
+from expertshare.lab.bench.cases import find_case
 from expertshare.lab.report.sources import Source, read_source
 from lab.report.conftest import RESULTS, stored
 

@@ -57,8 +57,7 @@ def contenders(names: Sequence[str] | None, device: torch.device = CPU) -> dict[
 
 
 def _ours(backend: str) -> Callable[[Sequence[Bank], Case], Run]:
-    def build(banks: Sequence[Bank], case: Case) -> Run:
-        del case  # a plan and a bank say everything
+    def build(banks: Sequence[Bank], _case: Case) -> Run:
         first = banks[0]
         weights = first.down_EDF if isinstance(first, ExpertBank) else first.down.codes_EPC
         moe_ffn = choose_backend(backend, weights.device).moe_ffn
@@ -67,9 +66,8 @@ def _ours(backend: str) -> Callable[[Sequence[Bank], Case], Run]:
     return build
 
 
-def _torch_loop(banks: Sequence[ExpertBank], case: Case) -> Run:
+def _torch_loop(banks: Sequence[ExpertBank], _case: Case) -> Run:
     """What one writes first: for every expert in use, two matrix products over its tokens."""
-    del case
 
     def run(layer: int, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         bank, y_TD = banks[layer], torch.zeros_like(x_TD, dtype=torch.float32)
@@ -83,9 +81,8 @@ def _torch_loop(banks: Sequence[ExpertBank], case: Case) -> Run:
     return run
 
 
-def _torch_grouped_mm(banks: Sequence[ExpertBank], case: Case) -> Run:
+def _torch_grouped_mm(banks: Sequence[ExpertBank], _case: Case) -> Run:
     """torch's grouped matrix product with the least around it: one sort, one gather, one weighted sum."""
-    del case
 
     def run(layer: int, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         bank, num_experts = banks[layer], len(plan.active_E)
@@ -134,9 +131,8 @@ def _transformers(implementation: str) -> Callable[[Sequence[ExpertBank], Case],
     return build
 
 
-def _zentorch(banks: Sequence[ExpertBank], case: Case) -> Run:
+def _zentorch(banks: Sequence[ExpertBank], _case: Case) -> Run:
     """AMD's fused layer. Some of its versions are wrong when routing changes between calls; hence the checks."""
-    del case
     importlib.import_module("zentorch")
     fused = torch.ops.zentorch.zentorch_fused_moe
 

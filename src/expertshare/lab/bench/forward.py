@@ -165,7 +165,7 @@ def bench_forward(
         told |= {**spread(seconds[key]), **own, **agreement[key]}
         points.append({"case": name, "backend": key[0], "policy": key[1], **told})
     add_ratios(points, lambda point: 1.0 / point["ms"])
-    limits = {} if yardstick is None else _add_bounds(points, config, scene, settings, yardstick, seconds)
+    limits = {} if yardstick is None else _add_bounds(points, scene, settings, yardstick, seconds)
     limit = f"of their norm, allowed {GROSSLY_WRONG:g}; not timed"
     wrong = [
         {"backend": key[0], "policy": key[1], "reason": f"wrong: logits differ by {found['difference']:.2g} {limit}"}
@@ -220,31 +220,22 @@ def _scene(config: ModelConfig, case: Case, settings: ForwardSettings) -> Scene:
     device = settings.device
     model = random_model(config, settings.dtype, settings.seed).to(device)
     generator = torch.Generator().manual_seed(settings.seed)
-    views = _filled_views(config, settings, settings.context + length, generator)
+    end = settings.context + length
+    cache = KeyValueCache(config, num_rows=1, capacity=end, dtype=settings.dtype, device=device)
+    views = cache.views([0], [settings.context])
+    for finished in (part for view in views for part in view.reach(0)):
+        finished.copy_(torch.randn(finished.shape, generator=generator))
     past = tuple(LayerKeyValues(*view.reach(0)) for view in views) if settings.context else ()
     inputs = ForwardInput(
         tokens_BS=torch.randperm(config.vocab_size, generator=generator)[:length].unsqueeze(0).to(device),
-        positions_BS=torch.arange(settings.context, settings.context + length, device=device).unsqueeze(0),
+        positions_BS=torch.arange(settings.context, end, device=device).unsqueeze(0),
         live_BS=torch.ones(1, length, dtype=torch.bool, device=device),
         mask_BSP=None,
         block_length=length,
     )
-    scene = Scene(model, inputs, views, past, masked)
     if settings.unique is not None:
-        concentrate(model, inputs, scene.views, unique=settings.unique, seed=settings.seed)
-    return scene
-
-
-def _filled_views(
-    config: ModelConfig, settings: ForwardSettings, capacity: int, generator: torch.Generator
-) -> tuple[CacheView, ...]:
-    """A decoder's cache with `context` random positions, and the place behind them."""
-    cache = KeyValueCache(config, num_rows=1, capacity=capacity, dtype=settings.dtype, device=settings.device)
-    views = cache.views([0], [settings.context])
-    for view in views:
-        for finished in view.reach(0):
-            finished.copy_(torch.randn(finished.shape, generator=generator))
-    return views
+        concentrate(model, inputs, views, unique=settings.unique, seed=settings.seed)
+    return Scene(model, inputs, views, past, masked)
 
 
 def _peer_call(scene: Scene, peer: Any) -> Callable[[int], Tensor]:
@@ -268,20 +259,17 @@ def _agreement(
     calls: Mapping[tuple[str, str], Callable[[int], Tensor]], policies: Mapping[str, RoutingPolicy], scene: Scene
 ) -> dict[tuple[str, str], dict[str, float]]:
     """How near each one's logits are to those of our torch path under the same policy."""
-    found = {}
-    for label in dict.fromkeys(label for _, label in calls):
-        policy = policies.get(label)
-        if policy is None:  # peers run vanilla even where we are not to
-            policy = make_policy("vanilla").bind(scene.model.config.router)
-        expected = Ours(scene, policy, TorchBackend()).logits().float()
-        for key, call in calls.items():
-            if key[1] != label:
-                continue
-            logits = (call.logits() if isinstance(call, Ours) else call(0)).float()
-            found[key] = {
-                "difference": float((logits - expected).norm() / expected.norm()),
-                "same_argmax": float((logits.argmax(-1) == expected.argmax(-1)).float().mean()),
-            }
+    found, expected = {}, {}
+    for (backend, label), call in calls.items():
+        if label not in expected:  # peers run vanilla even where we are not to
+            policy = policies.get(label) or make_policy("vanilla").bind(scene.model.config.router)
+            expected[label] = Ours(scene, policy, TorchBackend()).logits().float()
+        right = expected[label]
+        logits = (call.logits() if isinstance(call, Ours) else call(0)).float()
+        found[backend, label] = {
+            "difference": float((logits - right).norm() / right.norm()),
+            "same_argmax": float((logits.argmax(-1) == right.argmax(-1)).float().mean()),
+        }
     return found
 
 
@@ -297,7 +285,6 @@ def add_ratios(points: Sequence[dict[str, Any]], speed_of: Callable[[dict[str, A
 
 def _add_bounds(
     points: Sequence[dict[str, Any]],
-    config: ModelConfig,
     scene: Scene,
     settings: ForwardSettings,
     yardstick: Yardstick,
@@ -310,7 +297,7 @@ def _add_bounds(
         if "unique_experts_by_layer" not in point:
             continue
         work = forward_work(
-            config,
+            scene.model.config,
             tokens=tokens,
             seen=settings.context + tokens,
             masked=scene.masked,

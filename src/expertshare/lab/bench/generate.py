@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from expertshare.config import ModelConfig
 from expertshare.decoding import BlockDecoder, DecodingOptions, Generation
 from expertshare.decoding.row import check_prompts
 from expertshare.errors import InputError
@@ -30,7 +30,7 @@ WITHOUT_GRAPHS = "triton-no-graphs"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Subject:
-    """What is decoded. peer: the class of transformers over the same weights, None where there is none to compare."""
+    """What is decoded. case: whose shapes a random model has, so that peers can join; None for a loaded one."""
 
     name: str
     model: MoETransformer
@@ -82,23 +82,14 @@ class Decoding:
 class PeerDecoding:
     """The plain loop over transformers, one prompt after another."""
 
-    peer: Any
-    config: ModelConfig
+    answer: Callable[[Sequence[int]], list[int]]
     prompts: Sequence[Sequence[int]]
-    options: DecodingOptions
     tokens: list[Tokens] = field(default_factory=list)
 
     def __call__(self, turn: int = 0) -> None:
         """Answer all prompts."""
         del turn
-        assert self.options.threshold is not None
-        lengths = {
-            "gen_length": self.options.gen_length,
-            "block_length": self.options.block_length or self.config.block_length,
-        }
-        threshold = self.options.threshold
-        answers = [decode_with_peer(self.peer, self.config, p, **lengths, threshold=threshold) for p in self.prompts]
-        self.tokens.append([tuple(answer) for answer in answers])
+        self.tokens.append([tuple(self.answer(prompt)) for prompt in self.prompts])
 
     def to_json(self) -> dict[str, Any]:
         """Nothing: the loop keeps no account of its costs."""
@@ -179,7 +170,17 @@ def bench_generate(
                 assert case is not None
                 assert case.peer is not None  # stack() refused it
                 peer = build_peer(subject.model, case.peer, IMPLEMENTATIONS[backend])
-                calls[backend, "vanilla", 1] = PeerDecoding(peer, config, subject.prompts, subject.options)
+                options = subject.options
+                assert options.threshold is not None
+                answer = partial(
+                    decode_with_peer,
+                    peer,
+                    config,
+                    gen_length=options.gen_length,
+                    block_length=options.block_length or config.block_length,
+                    threshold=options.threshold,
+                )
+                calls[backend, "vanilla", 1] = PeerDecoding(answer, subject.prompts)
         on_progress(f"{subject.name}: {len(calls)} contenders, {warmup + repeats} rounds")
         seconds = interleave(calls, repeats=repeats, warmup=warmup)
     points = [_point(subject.name, key, call, seconds[key], calls) for key, call in calls.items()]

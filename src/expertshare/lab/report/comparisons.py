@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from expertshare.evaluation.statistics import proportion
-from expertshare.lab import plots
+from expertshare.lab.plots.quality import common_labels, plot_block_lengths, plot_comparison, plot_p_sweep
+from expertshare.lab.report.figures import (
+    DASH,
+    Cell,
+    Columns,
+    Figure,
+    Values,
+    number,
+    percent,
+    plain_table,
+    section,
+    table_of,
+)
 from expertshare.lab.report.sources import Source
-from expertshare.lab.report.tables import Figure, Values, main_table, number, percent, plain_table, section
 
 
 def comparison_of(source: Source) -> Values:
@@ -100,12 +111,48 @@ def main(sources: Sequence[Source]) -> list[Figure]:
     return [
         Figure(
             title=f"{source.config['model']}, {comparison['num_prompts']:,} prompts",
-            caption="",
             sources=(source,),
-            table=main_table(comparison),
+            table=table_of(comparison["runs"], _main_columns(comparison["runs"])),
         )
         for source, comparison in _compared(sources)
     ]
+
+
+def _main_columns(runs: Sequence[Values]) -> Columns:
+    """For every policy: experts, accuracy by task, what is retained, the difference to vanilla."""
+    columns: dict[str, Callable[[Values], str | Cell]] = {
+        "policy": lambda run: run["label"],
+        "unique experts": lambda run: number(run["unique_experts"]["denoise"]),
+        "fewer, %": lambda run: percent(run["unique_experts_reduction"]),
+    }
+    for task in dict.fromkeys(task for run in runs for task in run["tasks"]):
+        columns[f"{task}, %"] = partial(_accuracy, task)
+    if any(run["accuracy"] is not None for run in runs):
+        columns["retained, %"] = lambda run: percent(run["retained"])
+        columns["capped, %"] = lambda run: _within(run["retained_capped"], run.get("retained_capped_interval"))
+    if any(run["difference"] for run in runs):
+        columns["against vanilla, points"] = lambda run: _difference(run["difference"])
+    if any(run["agreement"] is not None for run in runs):
+        columns["tokens as vanilla, %"] = lambda run: percent(run["agreement"])
+    return columns
+
+
+def _accuracy(task: str, run: Values) -> Cell:
+    found = run["tasks"].get(task)
+    return _within(found["accuracy"], found["interval"]) if found else Cell(DASH)
+
+
+def _within(share: float | None, interval: Sequence[float] | None) -> Cell:
+    """A share with its interval, in per cent."""
+    if share is None or interval is None:
+        return Cell(percent(share))
+    return Cell(percent(share), f"{percent(interval[0])} to {percent(interval[1])}")
+
+
+def _difference(found: Values | None) -> Cell:
+    if found is None:
+        return Cell(DASH)
+    return Cell(f"{100 * found['value']:+.1f}", f"{100 * found['low']:+.1f} to {100 * found['high']:+.1f}")
 
 
 def _kept_and_used(run: Values) -> tuple[str, ...]:
@@ -139,7 +186,7 @@ def p_sweeps(sources: Sequence[Source]) -> list[Figure]:
                 f"at p = {last[0]}, retained accuracy from {first[-1]} to {last[-1]} per cent.",
                 sources=(source,),
                 table=plain_table(("p", *KEPT_AND_USED), rows),
-                draw=partial(plots.plot_p_sweep, runs, comparison["reference"]),
+                draw=partial(plot_p_sweep, runs, comparison["reference"]),
             )
         )
     return found
@@ -157,7 +204,7 @@ def block_lengths(sources: Sequence[Source]) -> list[Figure]:
     found: list[Figure] = []
     for sweep in block_length_sweeps(sources):
         comparisons = {length: source.results for length, source in sweep.items()}
-        labels = ["vanilla", *plots.common_labels(comparisons)]
+        labels = ["vanilla", *common_labels(comparisons)]
         rows = []
         for length, comparison in comparisons.items():
             named = {run["label"]: run for run in [comparison["reference"], *comparison["runs"]]}
@@ -170,7 +217,7 @@ def block_lengths(sources: Sequence[Source]) -> list[Figure]:
                 alt=f"Two line charts over the block lengths {lengths}, a line for each policy; all points are tabled.",
                 sources=tuple(sweep.values()),
                 table=plain_table(("block length, policy", *KEPT_AND_USED), rows),
-                draw=partial(plots.plot_block_lengths, comparisons),
+                draw=partial(plot_block_lengths, comparisons),
             )
         )
     return found
@@ -196,7 +243,7 @@ def quality(sources: Sequence[Source]) -> list[Figure]:
                 alt=f"Scatter chart of accuracy against unique experts for {', '.join(sorted(policies))}; the "
                 "main table holds all points.",
                 sources=(source,),
-                draw=partial(plots.plot_comparison, comparison),
+                draw=partial(plot_comparison, comparison),
             )
         )
     return found

@@ -5,30 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from expertshare.lab import plots
-from expertshare.lab.report.sources import Source
-from expertshare.lab.report.tables import (
+from expertshare.lab.plots.bench import plot_bench, plot_parts
+from expertshare.lab.plots.blocks import plot_growth, plot_steps, plot_weight_against_loss
+from expertshare.lab.plots.quality import plot_tuning
+from expertshare.lab.report.figures import (
+    DASH,
     Figure,
-    latency_table,
+    Table,
+    Values,
+    each_of,
     number,
-    parts_table,
     percent,
     plain_table,
     section,
-    tuning_table,
+    table_of,
 )
-
-
-def per_result(kind: str, needs: str = "") -> Callable[[Callable[[Source], Figure]], Callable[..., list[Figure]]]:
-    """Make the decorated function, which draws one result, draw all of a kind that hold any `needs`."""
-
-    def wrap(draw: Callable[[Source], Figure]) -> Callable[[Sequence[Source]], list[Figure]]:
-        def make(sources: Sequence[Source]) -> list[Figure]:
-            return [draw(each) for each in sources if each.kind == kind and (not needs or each.results[needs])]
-
-        return make
-
-    return wrap
+from expertshare.lab.report.sources import Source
 
 
 @section(
@@ -36,32 +28,29 @@ def per_result(kind: str, needs: str = "") -> Callable[[Callable[[Source], Figur
     "Unique experts over steps",
     "CV: coefficient of variation, standard deviation by mean.",
     "python benchmarks/steps_distribution.py MODEL --json FILE",
+    kind="steps-distribution",
 )
-@per_result("steps-distribution")
 def steps(source: Source) -> Figure:
     """Distribution of unique experts over steps."""
     runs = source.results["runs"]
     said = "; ".join(f"{r['label']} mean {number(r['unique_experts'])}, CV {percent(r['cv'])} %" for r in runs)
-    rows = [
-        (
-            run["label"],
-            f"{run['steps']:,}",
-            number(run["unique_experts"]),
-            percent(run["cv"]),
-            ", ".join(percent(cv) for cv in run["cv_by_layer"]),
-            percent(run["cv_of_step_means"]),
-        )
-        for run in runs
-    ]
+    table = table_of(
+        runs,
+        {
+            "policy": lambda run: run["label"],
+            "steps": lambda run: f"{run['steps']:,}",
+            "unique experts": lambda run: number(run["unique_experts"]),
+            "CV, %": lambda run: percent(run["cv"]),
+            "CV by layer, %": lambda run: ", ".join(percent(cv) for cv in run["cv_by_layer"]),
+            "CV of step means, %": lambda run: percent(run["cv_of_step_means"]),
+        },
+    )
     return Figure(
         title=f"{source.config['model']}: denoising steps, one block at a time",
         caption="Left: all steps and layers. Right: mean over layers by step of a block, with its deviation.",
         alt=f"Histogram of unique experts and their course over steps. {said}.",
-        sources=(source,),
-        table=plain_table(
-            ("policy", "steps", "unique experts", "CV, %", "CV by layer, %", "CV of step means, %"), rows
-        ),
-        draw=partial(plots.plot_steps, source.results),
+        table=table,
+        draw=partial(plot_steps, source.results),
     )
 
 
@@ -70,8 +59,8 @@ def steps(source: Source) -> Figure:
     "Router weight against loss increase",
     "One expert at a time is taken out of one layer for one block.",
     "python benchmarks/weight_against_loss.py MODEL --json FILE",
+    kind="weight-against-loss",
 )
-@per_result("weight-against-loss")
 def weights(source: Source) -> Figure:
     """Router weight against the loss that an expert's absence costs."""
     names = {"sum": "sum over the block", "max": "largest of a token", "tokens": "tokens that use it"}
@@ -88,9 +77,8 @@ def weights(source: Source) -> Figure:
         caption="Light: a sample of knock-outs. Orange: means by tenths of router weight, of all knock-outs.",
         alt=f"Scatter charts of loss increase against router weight; Pearson's r is {rows[0][1]} where tokens "
         "take their next expert.",
-        sources=(source,),
         table=plain_table(("way, weight", "Pearson's r", "95 % interval", "Spearman's r", "r of sums by expert"), rows),
-        draw=partial(plots.plot_weight_against_loss, source.results),
+        draw=partial(plot_weight_against_loss, source.results),
     )
 
 
@@ -99,8 +87,8 @@ def weights(source: Source) -> Figure:
     "Experts against tokens",
     "What a block needs as it gets longer, and how much work each byte of weights then does.",
     "python benchmarks/expert_growth.py MODEL --json FILE",
+    kind="expert-growth",
 )
-@per_result("expert-growth")
 def growth(source: Source) -> Figure:
     """The union of experts against the tokens of a block."""
     results = source.results
@@ -112,29 +100,36 @@ def growth(source: Source) -> Figure:
         caption=f"Growth exponent {results['exponent']:.2f} (1 is linear, 0 is flat).",
         alt=f"Line charts: unique experts grow to {unique} of {results['num_experts']} at {tokens} tokens; a byte of "
         f"the MoE layer's weights serves {moe} multiply-accumulates there, one of a dense layer {dense}.",
-        sources=(source,),
         table=plain_table(
             ("tokens", "unique experts", "if independent", "MAC per byte, MoE", "MAC per byte, dense"), rows
         ),
-        draw=partial(plots.plot_growth, results),
+        draw=partial(plot_growth, results),
     )
 
 
-@per_result("bench forward", needs="forwards")
 def _forward(source: Source) -> Figure:
     forwards = source.results["forwards"]
     said = "; ".join(f"{f['backend']} {f['policy']} {number(f['ms'])} ms" for f in forwards)
+    columns: dict[str, Callable[[Values], str]] = {
+        "backend, policy": lambda forward: f"{forward['backend']}, {forward['policy']}",
+        "unique experts": lambda forward: number(forward.get("unique_experts")),
+        "all, ms": lambda forward: number(forward["ms"]),
+    }
+    for part in dict.fromkeys(part for forward in forwards for part in forward.get("ms_by_part", {})):
+        columns[f"{part}, ms"] = partial(_ms_of, part)
     return Figure(
         title=f"{source.config['case']}: one denoising forward, {source.config['num_layers']} layers",
         caption=f"{_bounds(source)} Grey: contenders whose parts cannot be told apart.",
         alt=f"Stacked bars of milliseconds by part. {said}.",
-        sources=(source,),
-        table=parts_table(forwards),
-        draw=partial(plots.plot_bench, source.results),
+        table=table_of(forwards, columns),
+        draw=partial(plot_bench, source.results),
     )
 
 
-@per_result("compare", needs="runs")
+def _ms_of(part: str, forward: Values) -> str:
+    return number(forward.get("ms_by_part", {}).get(part))
+
+
 def _decoding(source: Source) -> Figure:
     runs = source.results["runs"]
     names = list(runs[0]["seconds_by_part"])
@@ -143,9 +138,8 @@ def _decoding(source: Source) -> Figure:
         title=f"{source.config['model']}: a comparison's decoding",
         caption="As it ran, beside whatever else the machine did; policies may take different numbers of steps.",
         alt=f"Stacked bars of seconds by part ({', '.join(names)}) for {len(runs)} policies; see the table.",
-        sources=(source,),
         table=plain_table(("policy", *(f"{name}, s" for name in names)), rows),
-        draw=partial(plots.plot_parts, runs),
+        draw=partial(plot_parts, runs),
     )
 
 
@@ -157,7 +151,7 @@ def _decoding(source: Source) -> Figure:
 )
 def parts(sources: Sequence[Source]) -> list[Figure]:
     """Time by part of the model: of one forward, or else of comparisons, which ran beside other work."""
-    return _forward(sources) or _decoding(sources)
+    return each_of("bench forward", _forward, sources, "forwards") or each_of("compare", _decoding, sources, "runs")
 
 
 @section(
@@ -165,8 +159,9 @@ def parts(sources: Sequence[Source]) -> list[Figure]:
     "Latency against unique experts",
     "One expert layer; the bound is what memory bandwidth and arithmetic allow.",
     "expertshare bench experts --report FILE",
+    kind="bench experts",
+    needs="cases",
 )
-@per_result("bench experts", needs="cases")
 def latency(source: Source) -> Figure:
     """One expert layer against unique experts."""
     fits = "; ".join(
@@ -177,9 +172,8 @@ def latency(source: Source) -> Figure:
         title=f"{', '.join(source.config['cases'])}: one expert layer",
         caption=f"{_bounds(source)} Bars: quartiles. Last panel: roofline of all points.",
         alt=f"Line charts of milliseconds against unique experts. {fits or 'See the table'}.",
-        sources=(source,),
         table=latency_table(source.results["cases"]),
-        draw=partial(plots.plot_bench, source.results),
+        draw=partial(plot_bench, source.results),
     )
 
 
@@ -188,27 +182,27 @@ def latency(source: Source) -> Figure:
     "Whole answers",
     "Tokens per second of complete generations.",
     "expertshare bench generate --report FILE",
+    kind="bench generate",
+    needs="generations",
 )
-@per_result("bench generate", needs="generations")
 def answers(source: Source) -> Figure:
     """Whole answers, by batch size."""
     points = source.results["generations"]
-    rows = [
-        (
-            f"{point['backend']}, {point['policy']}",
-            f"{point['batch_size']}",
-            number(point["tokens_per_s"]),
-            number(point.get("unique_experts")),
-        )
-        for point in points
-    ]
+    table = table_of(
+        points,
+        {
+            "backend, policy": lambda point: f"{point['backend']}, {point['policy']}",
+            "batch size": lambda point: f"{point['batch_size']}",
+            "tokens/s": lambda point: number(point["tokens_per_s"]),
+            "unique experts": lambda point: number(point.get("unique_experts")),
+        },
+    )
     return Figure(
         title=f"{points[0]['model']}: tokens per second",
         caption=f"{_bounds(source)} Bars: range over repetitions.",
         alt="Line chart of tokens per second against batch size; see the table.",
-        sources=(source,),
-        table=plain_table(("backend, policy", "batch size", "tokens/s", "unique experts"), rows),
-        draw=partial(plots.plot_bench, source.results),
+        table=table,
+        draw=partial(plot_bench, source.results),
     )
 
 
@@ -217,19 +211,47 @@ def answers(source: Source) -> Figure:
     "Tuning",
     "What the tuner tried on its prompts, and what it certified on others.",
     "expertshare tune MODEL --prompts FILE --out policy.json",
+    kind="tune",
 )
-@per_result("tune")
 def tuning(source: Source) -> Figure:
     """What a tuning run found."""
     tuned = source.results
+    verdicts = {None: DASH, True: "yes", False: "no"}
+    table = table_of(
+        (tuned["vanilla"], *tuned["tested"]),
+        {
+            "policy": lambda run: run["label"],
+            "unique experts": lambda run: number(run["unique_experts"]),
+            "kept, %": lambda run: percent(run["retained"], 2),
+            f"{100 * tuned['options']['confidence']:g} % bound, %": lambda run: percent(run["lower_bound"], 2),
+            "lost": lambda run: f"{run['counts']['lost']}",
+            "gained": lambda run: f"{run['counts']['gained']}",
+            "certified": lambda run: verdicts[run.get("passed")],
+        },
+    )
     return Figure(
         title=f"Promise: keep {100 * tuned['options']['retain']:g} % of vanilla's {tuned['quality']}",
         caption=tuned["claim"],
         alt=f"Scatter chart of what policies keep against their cost. {tuned['claim']}",
-        sources=(source,),
-        table=tuning_table(tuned),
-        draw=partial(plots.plot_tuning, tuned),
+        table=table,
+        draw=partial(plot_tuning, tuned),
     )
+
+
+def latency_table(cases: Sequence[Values]) -> Table:
+    """Milliseconds of an expert layer by unique experts, a column for each contender. The bound is that of weights
+    that are not quantised, where there are any."""
+    backends = list(dict.fromkeys(case["backend"] for case in cases))
+    points: dict[tuple[str, int, int], list[Values]] = {}
+    for case in cases:
+        points.setdefault((case["case"], case["tokens"], case["unique"]), []).append(case)
+    rows = []
+    for (name, tokens, unique), here in points.items():
+        plain = [case for case in here if case.get("quantisation") is None]
+        ms = {case["backend"]: case["ms"] for case in here}
+        bound = min(case["bound_ms"] for case in plain or here)
+        rows.append([name, f"{tokens}", f"{unique}", number(bound, 2), *(number(ms.get(b), 2) for b in backends)])
+    return plain_table(("case", "tokens", "unique experts", "bound, ms", *(f"{b}, ms" for b in backends)), rows)
 
 
 def _bounds(source: Source) -> str:

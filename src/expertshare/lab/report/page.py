@@ -17,8 +17,8 @@ import expertshare
 from expertshare.errors import InputError
 from expertshare.lab.report import comparisons, measured
 from expertshare.lab.report.claims import VERDICTS, Claim, stored_claims
+from expertshare.lab.report.figures import Section
 from expertshare.lab.report.sources import Source, read_sources
-from expertshare.lab.report.tables import Section
 
 PAGE = "report.html"
 ORDER = (

@@ -11,8 +11,7 @@ from typing import Any
 from expertshare.errors import InputError
 from expertshare.evaluation.run_directory import REPORT, RUN
 from expertshare.lab.report.commands import command_line
-from expertshare.lab.report.kinds import ENVIRONMENT, KINDS, known_kinds
-from expertshare.lab.report.shape import NUMBER, Each, check_shape
+from expertshare.lab.report.kinds import ENVIRONMENT, KINDS, NUMBER, Each, check_shape, known_kinds
 from expertshare.measure.report import SCHEMA_VERSION
 from expertshare.tuning.policy_file import FORMAT
 
@@ -53,23 +52,19 @@ def read_source(path: str | Path) -> Source:
     value = _read_object(file, str(path))
     kind, parts = _recognise(value, str(path))
     known = KINDS[kind]
-    check_shape(parts["config"], known.config, "config", str(path))
-    check_shape(parts["seeds"], Each(NUMBER), "seeds", str(path))
-    check_shape(parts["results"], known.results, "results", str(path))
+    shapes = {
+        "config": known.config,
+        "seeds": Each(NUMBER),
+        "results": known.results,
+        "environment": (None, ENVIRONMENT),
+    }
+    for name, shape in shapes.items():
+        check_shape(parts[name], shape, name, str(path))
     fault = known.fault(parts["config"], parts["results"])
     if fault is not None:
         raise InputError(f"{path}: expected {fault}: cut off, edited, or too old")
-    if parts["environment"] is not None:
-        check_shape(parts["environment"], ENVIRONMENT, "environment", str(path))
-    return Source(
-        name=str(path),
-        kind=kind,
-        command=command_line(kind, parts["config"], parts["results"], parts["seeds"]),
-        environment=parts["environment"],
-        seeds=parts["seeds"],
-        config=parts["config"],
-        results=parts["results"],
-    )
+    command = command_line(kind, parts["config"], parts["results"], parts["seeds"])
+    return Source(name=str(path), kind=kind, command=command, **parts)
 
 
 def _report_of_run(directory: Path) -> Path:

@@ -2,9 +2,8 @@
 
 from expertshare.lab.simulate.capacity import GPU_COUNTS, Capacity, Simulation, SweepPoint
 from expertshare.lab.simulate.deployment import ASSUMPTIONS, CARDS, Card, Cluster, Demand, find_card
-from expertshare.lab.simulate.placement import PLACEMENTS
+from expertshare.lab.simulate.placement import PLACEMENTS, BlockTrace, cut_into_blocks
 from expertshare.lab.simulate.replica import Replica, part_seconds, simulate_replica
-from expertshare.lab.simulate.trace import BlockTrace, cut_into_blocks
 
 __all__ = [
     "ASSUMPTIONS",

@@ -11,8 +11,8 @@ from expertshare.convert.plan import tokens_per_s
 from expertshare.convert.sizes import ModelSizes
 from expertshare.errors import InputError
 from expertshare.lab.simulate.deployment import Cluster, Demand
+from expertshare.lab.simulate.placement import BlockTrace
 from expertshare.lab.simulate.replica import Replica, simulate_replica
-from expertshare.lab.simulate.trace import BlockTrace
 
 GPU_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1_000, 2_000, 5_000, 10_000)
 

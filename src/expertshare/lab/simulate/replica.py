@@ -13,8 +13,7 @@ from expertshare.convert.rates import Rates
 from expertshare.convert.sizes import ModelSizes, cache_bytes
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.lab.simulate.deployment import Cluster, Demand
-from expertshare.lab.simulate.placement import LayerSteps, Placement, draw_blocks, place, run_layer
-from expertshare.lab.simulate.trace import BlockTrace, Ints
+from expertshare.lab.simulate.placement import BlockTrace, Ints, LayerSteps, Placement, draw_blocks, place, run_layer
 
 Floats = NDArray[np.float64]
 ACTIVATION_BYTES = 2
