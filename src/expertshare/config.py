@@ -50,7 +50,7 @@ class RouterSpec:
 
     @property
     def group_size(self) -> int:
-        """Experts in one group."""
+        """Number of experts in one group."""
         return self.num_experts // self.num_groups
 
     def min_coreset_size(self, group_limit: GroupLimit) -> int:

@@ -142,7 +142,7 @@ class QuantisedWeight:
 
     @property
     def rows(self) -> int:
-        """Output features."""
+        """Output features of the projection."""
         return self.codes_EPC.shape[-2] * PANEL_ROWS
 
     @property
@@ -164,7 +164,7 @@ class QuantisedTable:
 
     @property
     def depth(self) -> int:
-        """Features of a row."""
+        """Input features of one row."""
         return self.codes_PC.shape[-1] // PANEL_ROWS
 
 
@@ -188,7 +188,7 @@ class Arrivals(Protocol):
 
     @property
     def states_S(self) -> Tensor:
-        """See above."""
+        """The state of every row of the bank, as the class says."""
         ...
 
     def wait(self) -> None:

@@ -17,7 +17,7 @@ PEERS_TITLE = "x: times as fast as torch's loop, transformers' eager and grouped
 
 
 def case_table(cases: Mapping[str, Case]) -> Table:
-    """The registry."""
+    """The cases that `bench` knows, with their sizes."""
     columns: dict[str, Callable[[tuple[str, Case]], str]] = {
         "case": lambda row: row[0],
         "hidden": lambda row: str(row[1].config.hidden_size),
@@ -113,7 +113,7 @@ def forward_tables(found: Point) -> list[Table]:
 
 
 def generate_tables(found: Point) -> list[Table]:
-    """Every contender."""
+    """A table of whole answers for every contender."""
     columns: Columns = {
         "backend": lambda point: point["backend"],
         "policy": lambda point: point["policy"],

@@ -47,7 +47,7 @@ EXAMPLE = (
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(AnswerOptions, DeviceOptions):
-    """How to compute, too."""
+    """Options of `generate`: what is decoded, and how it is computed."""
 
     graphs: bool = option(
         "On a GPU, with --backend triton: replay captured steps.", "--graphs/--no-graphs", default=True

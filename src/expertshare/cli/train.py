@@ -34,7 +34,7 @@ class TrainingOptions(OptionGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeOptions(OptionGroup):
-    """What to train."""
+    """Size and kind of the model to train."""
 
     family: str = option(
         "Layout: llada2_moe (blocks, grouped router) or llada_moe (full attention).", default="llada2_moe"

@@ -70,7 +70,7 @@ class Scheme:
         return {name: ((r // PANEL_ROWS, c * PANEL_ROWS), dtype) for name, ((r, c), dtype) in tall}
 
     def num_bytes(self, rows: int, depth: int) -> int:
-        """Bytes of one matrix."""
+        """Bytes of one matrix in this format."""
         return sum(shape[0] * shape[1] * dtype.itemsize for shape, dtype in self.layout(rows, depth).values())
 
 
@@ -140,7 +140,7 @@ def to_panels(rows: Tensor) -> Tensor:
 
 
 def from_panels(panels: Tensor) -> Tensor:
-    """The inverse of `to_panels`."""
+    """The inverse of `to_panels`: rows one after another."""
     by_row = grouped(_words(panels), PANEL_ROWS).transpose(-2, -1)
     return by_row.flatten(-3, -2).contiguous().view(panels.dtype)
 

@@ -66,7 +66,7 @@ class TorchBackend:
         return (y_TKD * plan.weights_TK.unsqueeze(-1)).sum(dim=1).to(x_TD.dtype)
 
     def linear(self, x: Tensor, weight_ND: Tensor) -> Tensor:
-        """torch's own."""
+        """torch's own product, as Backend.linear says."""
         return F.linear(x, weight_ND)
 
     def swiglu(self, x: Tensor, gate_up_HD: Tensor, down_DF: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class TorchBackend:
         return scale_D * (x_float * torch.rsqrt(x_float.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
 
     def add_and_norm(self, x: Tensor, delta: Tensor, scale_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """One after the other."""
+        """The sum, then its norm, one after the other."""
         total = x + delta
         return total, self.rms_norm(total, scale_D, eps)
 

@@ -11,7 +11,7 @@ from expertshare.types import PANEL_ROWS, Bank, ExpertBank, QuantisedTable, Quan
 
 
 def projections(bank: Bank) -> dict[str, Tensor | QuantisedWeight]:
-    """gate_up and down."""
+    """The two projections of a bank by name: gate_up and down."""
     if isinstance(bank, ExpertBank):
         return {"gate_up": bank.gate_up_EHD, "down": bank.down_EDF}
     return {"gate_up": bank.gate_up, "down": bank.down}
@@ -26,7 +26,7 @@ def tensors_of(name: str, weight: Tensor | QuantisedWeight) -> dict[str, Tensor]
 
 
 def shape_of(weight: Tensor | QuantisedWeight) -> tuple[int, ...]:
-    """[experts, rows, depth]."""
+    """A projection's shape: [experts, rows, depth]."""
     if isinstance(weight, Tensor):
         return tuple(weight.shape)
     return *weight.codes_EPC.shape[:-2], weight.rows, weight.depth

@@ -37,7 +37,7 @@ class Layerwise:
 
     @property
     def needs_steps(self) -> bool:
-        """Where any layer does."""
+        """Whether the policy of any layer does."""
         return any(policy.needs_steps for policy in self.layers)
 
     @property
@@ -46,7 +46,7 @@ class Layerwise:
         return self.layers[0].group_limit
 
     def bind(self, spec: RouterSpec) -> Layerwise:
-        """Bind every layer's policy."""
+        """The same with every layer's policy bound."""
         return replace(self, layers=tuple(policy.bind(spec) for policy in self.layers))
 
     def at(self, layer: int, num_layers: int) -> RoutingPolicy:

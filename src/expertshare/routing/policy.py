@@ -177,7 +177,7 @@ class CoresetPolicy(Policy):
 
     @property
     def needs_steps(self) -> bool:
-        """For `voters` or `reuse`."""
+        """Whether `voters` or `reuse` ask for it."""
         return self.voters == "masked" or (self.reuse or 1) > 1
 
     def sharing(self, **fields: Any) -> SharingRule:

@@ -40,7 +40,7 @@ class Completions:
         return min(self._settings.max_choices, self._engine.most_at_once)
 
     async def chat(self, asked: ChatRequest, request: Request) -> Response:
-        """POST /v1/chat/completions."""
+        """Answer a request to POST /v1/chat/completions."""
         self._check(asked)
         try:
             prompt = await self._codec.encode_chat(asked.messages)
@@ -50,7 +50,7 @@ class Completions:
         return await self._answer(asked, [prompt], request)
 
     async def complete(self, asked: CompletionRequest, request: Request) -> Response:
-        """POST /v1/completions."""
+        """Answer a request to POST /v1/completions."""
         self._check(asked)
         given = asked.prompts
         if len(given) > self._most_choices:

@@ -99,7 +99,7 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Rows in the queue."""
+        """Number of rows that wait in the queue."""
         return len(self._waiting)
 
     @property

@@ -31,7 +31,7 @@ class JSONLines(logging.Formatter):
 
 
 def log(event: str, **fields: Any) -> None:
-    """Write one line."""
+    """Write one line of JSON to the log."""
     LOGGER.info(event, extra={"fields": fields})
 
 

@@ -32,7 +32,7 @@ class RequestMetrics:
         )
 
     def exposition(self) -> bytes:
-        """In Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 

@@ -43,7 +43,7 @@ class Refusal(ExpertShareError):
         return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The whole response."""
+        """The whole HTTP response of this refusal."""
         return _AsciiJSON(self.to_json(), status_code=self.status, headers=self.headers)
 
 

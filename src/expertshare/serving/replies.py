@@ -135,7 +135,7 @@ class ReplyForm:
         return self._chunk(index, {"role": "assistant", "content": ""}, None)
 
     def piece(self, index: int, text: str) -> dict[str, Any]:
-        """A chunk with text."""
+        """A chunk of a stream that holds text."""
         return self._chunk(index, {"content": text}, None)
 
     def closing(self, index: int, choice: Choice) -> dict[str, Any]:

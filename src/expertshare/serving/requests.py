@@ -127,12 +127,12 @@ class Message(_Strict):
 
     @property
     def text(self) -> str:
-        """The whole content."""
+        """The whole content of the message as one text."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ChatRequest(_Sampling):
-    """POST /v1/chat/completions."""
+    """The body of POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -158,7 +158,7 @@ class CompletionRequest(_Sampling):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One for each answer."""
+        """The prompts, one for each answer."""
         prompt = self.prompt
         if isinstance(prompt, str):
             return [prompt]

@@ -58,7 +58,7 @@ Listener = Callable[[Event], None]
 
 
 class EngineBusyError(ExpertShareError):
-    """The queue is full."""
+    """Raised where the queue is full."""
 
     def __init__(self, message: str, *, retry_after_s: int) -> None:
         super().__init__(message)
@@ -167,7 +167,7 @@ class PolicyGroup:
 
     @property
     def counts(self) -> EngineCounts:
-        """Of the whole server."""
+        """Rows that run and wait, of the whole server."""
         return self.ledger.counts
 
     @property

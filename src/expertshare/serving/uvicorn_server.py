@@ -32,11 +32,11 @@ class Drainable(Protocol):
 
     @property
     def num_running(self) -> int:
-        """Answers that have."""
+        """Number of answers that have begun and are not finished."""
         ...
 
     def drain(self) -> None:
-        """Take nothing new."""
+        """Finish what runs and take nothing new."""
         ...
 
     def wait_until_idle(self, timeout_s: float) -> bool:
@@ -44,7 +44,7 @@ class Drainable(Protocol):
         ...
 
     def close(self) -> None:
-        """End what is left."""
+        """End whatever is left of the running answers."""
         ...
 
 
@@ -66,7 +66,7 @@ class DrainingServer(uvicorn.Server):
                 log("listening", host=host, port=port, state=self._engine.state)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal has come."""
+        """What happens when a signal has come."""
         del frame  # where it interrupted does not matter
         if self.signal_number is not None:
             self.force_exit = self.should_exit = True

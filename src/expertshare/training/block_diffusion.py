@@ -49,7 +49,7 @@ class TrainingBatch:
         return self.inputs.live_BS.view(rows, size // self.inputs.block_length, -1)[:, : self.num_noisy].any(dim=2)
 
     def to(self, device: torch.device) -> TrainingBatch:
-        """The same batch there."""
+        """The same batch on another device."""
         moved = {f.name: getattr(self.inputs, f.name) for f in fields(self.inputs)}
         moved = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()}
         return TrainingBatch(

@@ -176,7 +176,7 @@ class FromAnswers:
         return num_blocks - first, num_blocks
 
     def policy(self, step: int) -> RoutingPolicy:
-        """The curriculum's."""
+        """The policy that the curriculum has for a step."""
         return self.curriculum.policy(step)
 
 

@@ -62,7 +62,7 @@ class Processes:
         fully_shard(module)
 
     def total(self, *values: float) -> tuple[float, ...]:
-        """Sums over all processes."""
+        """Sums of the values over all processes."""
         return tuple(self.sum(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist())
 
     def sum(self, tensor: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class FromProblems:
         return list(make(samples, self._model, self._config, generator))
 
     def policy(self, step: int) -> RoutingPolicy:
-        """Vanilla at every step."""
+        """Vanilla routing at every step of training."""
         del step
         return self._policy
 

@@ -53,7 +53,7 @@ class RouterRule:
         return (first, weights, last) if self.output == "logits, weights, ids" else (last, weights, first)
 
     def joined(self, logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The reverse of `parted`."""
+        """The reverse of `parted`: one tensor again."""
         if self.output == "logits, weights, ids":
             return logits_TE, weights_TK, ids_TK
         return ids_TK, weights_TK, logits_TE
@@ -176,7 +176,7 @@ class RouterSite:
 
     @property
     def bytes_per_expert(self) -> int:
-        """Weights of one expert."""
+        """Bytes of the weights of one expert."""
         if isinstance(self.experts, nn.ModuleList):
             return sum(p.numel() * p.element_size() for p in self.experts[0].parameters())
         fused = [p for p in self.experts.parameters() if len(p) == self.rule.spec.num_experts]

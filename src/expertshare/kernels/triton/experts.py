@@ -103,7 +103,7 @@ def _grid(tiles: Tiles, num_pairs: int, num_experts: int, columns: int, device: 
 
 
 def num_programs(device: torch.device) -> int:
-    """Of a persistent grid."""
+    """Number of programs of a persistent grid."""
     return PROGRAMS_INTERPRETED if interpreted() else PROGRAMS_PER_PROCESSOR * _processors(device)
 
 

@@ -46,7 +46,7 @@ class Peaks:
     macs_per_s: float
 
     def to_json(self) -> dict[str, float]:
-        """As results have them."""
+        """The limits as results have them: plain values."""
         return {"bandwidth_gb_per_s": self.bytes_per_s / 1e9, "peak_gmac_per_s": self.macs_per_s / 1e9}
 
 

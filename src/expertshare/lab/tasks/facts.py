@@ -34,7 +34,7 @@ class Fact:
 
     @property
     def result(self) -> int:
-        """What the operation gives."""
+        """The number that the operation gives."""
         return OPERATIONS[self.symbol](self.left, self.right)
 
     @property

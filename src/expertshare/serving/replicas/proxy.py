@@ -38,7 +38,7 @@ class Admission:
 
     @property
     def state(self) -> AdmissionState:
-        """Whether requests are taken."""
+        """Whether requests are taken, as the health route says."""
         return self._state
 
     @property
@@ -48,7 +48,7 @@ class Admission:
 
     @property
     def num_running(self) -> int:
-        """Requests inside."""
+        """Number of requests that were admitted and are not finished."""
         return self._running
 
     @asynccontextmanager
