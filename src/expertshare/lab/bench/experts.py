@@ -21,11 +21,11 @@ from expertshare.lab.bench.stage import (
     Stage,
     banks_of,
     expected_output,
-    expert_bytes,
     relative_error,
     stage_of,
 )
 from expertshare.lab.bench.timing import MOST_TURNS, spread, timed
+from expertshare.lab.bench.weights import expert_bytes
 from expertshare.types import Bank
 
 RATIOS_TO = ("cpu", "torch-loop", "transformers-eager", "transformers-grouped-mm")
@@ -153,7 +153,7 @@ class _Layer:
 
     def _kept(self, entrant: Contender) -> Point:
         """Bytes of all layers that a contender walks through, and whether a cache could hold much of them."""
-        one = expert_bytes(self.case, entrant, self.settings.dtype)
+        one = expert_bytes(self.case.config, entrant.quantisation, self.settings.dtype)
         size = len(self.banks[None]) * self.case.config.router.num_experts * one
         return {"weights_bytes": size, "beyond_cache": size >= CACHE_FACTOR * self.machine.cache_bytes}
 
@@ -166,7 +166,7 @@ class _Layer:
             hidden=config.hidden_size,
             inner=config.expert_hidden,
             itemsize=dtype.itemsize,
-            expert_bytes=expert_bytes(self.case, entrant, dtype),
+            expert_bytes=expert_bytes(config, entrant.quantisation, dtype),
         )
 
 
@@ -210,7 +210,7 @@ def _fits(
             unique,
             [point["pairs"] for point in mine],
             [point["ms"] / 1e3 for point in mine],
-            bytes_per_expert=expert_bytes(cases[name], present[backend], dtype),
+            bytes_per_expert=expert_bytes(cases[name].config, present[backend].quantisation, dtype),
             macs_per_pair=cases[name].config.num_expert_parameters,
         )
         if fit is not None:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from expertshare.convert.rates import CACHE_FACTOR
 from expertshare.errors import InputError
-from expertshare.kernels.quantise import dequantise, only_expert, quantise_bank, scheme_named
+from expertshare.kernels.quantise import dequantise, only_expert
 from expertshare.lab.bench.cases import Case
 from expertshare.lab.bench.contenders import Contender, Run
 from expertshare.lab.bench.machine import CPU, Machine, check_memory
-from expertshare.lab.bench.weights import in_slabs, quantised_expert_bytes, random_banks
+from expertshare.lab.bench.weights import expert_bytes, quantised, random_banks
 from expertshare.types import Bank, ExpertBank, RoutingPlan
 
 MAX_BANKS = 8
@@ -93,9 +93,9 @@ def banks_of(
     """Enough layers to exceed the cache CACHE_FACTOR times, as far as memory and MAX_BANKS allow: floats under None,
     and the same quantised for contenders with codes. All forms together stay within the limit."""
     config = case.config
-    floats = config.router.num_experts * config.num_expert_parameters * settings.dtype.itemsize
+    floats = config.router.num_experts * expert_bytes(config, None, settings.dtype)
     forms = sorted({e.quantisation for e in entrants if e.quantisation is not None})
-    codes = sum(config.router.num_experts * quantised_expert_bytes(config, form) for form in forms)
+    codes = sum(config.router.num_experts * expert_bytes(config, form, settings.dtype) for form in forms)
     one = (2 if any(e.copies_weights for e in entrants) else 1) * floats + codes
     check_memory(one, settings.memory_bytes, "one layer of this case", "measure a smaller --experts")
     wanted = -(-CACHE_FACTOR * machine.cache_bytes // floats)
@@ -108,19 +108,7 @@ def banks_of(
         seed=settings.seed,
     )
     banks = [ExpertBank(*(t.to(settings.device) for t in (bank.gate_up_EHD, bank.down_EDF))) for bank in made]
-    return {None: banks, **{form: [_quantised(bank, form) for bank in banks] for form in forms}}
-
-
-def _quantised(bank: ExpertBank, form: str) -> Bank:
-    made = quantise_bank(bank, scheme_named(form))
-    return in_slabs(made, form) if bank.down_EDF.device.type == "cpu" else made
-
-
-def expert_bytes(case: Case, entrant: Contender, dtype: torch.dtype) -> int:
-    """Of one expert, as this contender holds it."""
-    if entrant.quantisation is None:
-        return case.config.num_expert_parameters * dtype.itemsize
-    return quantised_expert_bytes(case.config, entrant.quantisation)
+    return {None: banks, **{form: [quantised(bank, form) for bank in banks] for form in forms}}
 
 
 def loads(num_tokens: int, top_k: int, unique: int, skew: float = SKEW) -> list[int]:

@@ -21,7 +21,7 @@ from expertshare.config import ModelConfig, RouterSpec
 from expertshare.experts.slab import SlabFormat
 from expertshare.experts.slot_memory import allocate_slabs
 from expertshare.kernels import Past
-from expertshare.kernels.quantise import scheme_named
+from expertshare.kernels.quantise import quantise_bank, scheme_named
 from expertshare.models import ForwardInput, MoETransformer, Runtime
 from expertshare.models.moe import MoE, Router, lay_side_by_side
 from expertshare.native import ask_for_huge_pages
@@ -46,14 +46,17 @@ def random_banks(
     ]
 
 
-def in_slabs(bank: QuantisedBank, quantisation: str) -> QuantisedBank:
-    """The bank copied to where stores have it: slab after slab, in huge pages."""
-    down = bank.down
+def quantised(bank: ExpertBank, quantisation: str) -> QuantisedBank:
+    """The bank in codes; on a CPU copied to where stores have it: slab after slab, in huge pages."""
+    made = quantise_bank(bank, scheme_named(quantisation))
+    down = made.down
+    if down.codes_EPC.device.type != "cpu":
+        return made
     group = 0 if down.bits == 8 else down.group_size
     form = SlabFormat(scheme=quantisation, hidden=down.rows, inner=down.depth, group_size=group)  # type: ignore[arg-type]
     lent = form.bank(allocate_slabs(len(down.codes_EPC), form.slab_bytes))
     assert isinstance(lent, QuantisedBank)
-    for to, of in ((lent.gate_up, bank.gate_up), (lent.down, down)):
+    for to, of in ((lent.gate_up, made.gate_up), (lent.down, down)):
         to.codes_EPC.copy_(of.codes_EPC)
         to.scales_EPG.copy_(of.scales_EPG)
     return lent
@@ -102,8 +105,11 @@ def model_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 
-def quantised_expert_bytes(config: ModelConfig, quantisation: str) -> int:
-    """One expert's codes and scales. Raises ConfigError where the widths do not divide into the scheme's groups."""
+def expert_bytes(config: ModelConfig, quantisation: str | None, dtype: torch.dtype) -> int:
+    """Of one expert: its floats, or its codes and scales. Raises ConfigError where the widths do not divide into the
+    scheme's groups."""
+    if quantisation is None:
+        return config.num_expert_parameters * dtype.itemsize
     scheme, hidden, inner = scheme_named(quantisation), config.hidden_size, config.expert_hidden
     return scheme.num_bytes(2 * inner, hidden) + scheme.num_bytes(hidden, inner)
 

@@ -28,9 +28,14 @@ class Each:
     shape: Any
 
 
+def fields(shape: Any, *names: str) -> dict[str, Any]:
+    """The shape of an object with a value of one shape under each name."""
+    return dict.fromkeys(names, shape)
+
+
 def numbers(*names: str) -> dict[str, Any]:
     """The shape of an object with a number under each name."""
-    return dict.fromkeys(names, NUMBER)
+    return fields(NUMBER, *names)
 
 
 def check_shape(value: Any, shape: Any, where: str, file: str) -> None:
@@ -77,20 +82,17 @@ def _expect(holds: bool, what: str, value: Any, where: str, file: str) -> None:
 
 Shape = Mapping[str, Any]
 ENVIRONMENT: Shape = {"versions": Each(TEXT), "commit": (None, TEXT), "cpu": TEXT, **numbers("cpu_count", "threads")}
-_MAYBE = (None, NUMBER)
+_MAYBE, _INTERVAL = (None, NUMBER), Row(2)
 _KNOBS = {"top_p_experts?": NUMBER}
 _RUN = {
-    "policy": TEXT,
-    "label": TEXT,
+    **fields(TEXT, "policy", "label"),
+    **fields(_MAYBE, "accuracy", "retained", "retained_capped"),
+    **numbers("unique_experts_reduction", "agreement"),
     "knobs": _KNOBS,
     "unique_experts": numbers("denoise"),
     "seconds_by_part": Each(NUMBER),
-    **numbers("unique_experts_reduction", "agreement"),
-    "accuracy": _MAYBE,
-    "accuracy_interval": (None, Row(2)),
-    "tasks": Each({**numbers("accuracy", "count"), "interval": Row(2)}),
-    "retained": _MAYBE,
-    "retained_capped": _MAYBE,
+    "accuracy_interval": (None, _INTERVAL),
+    "tasks": Each({**numbers("accuracy", "count"), "interval": _INTERVAL}),
     "difference": (None, numbers("value", "low", "high", "p_value")),
 }
 COMPARISON = {"runs": [_RUN], "reference": _RUN, "num_prompts": NUMBER}
@@ -101,25 +103,21 @@ COMPARISON_CONFIG = {
     "batch_size": NUMBER,
 }
 _ROW = {
-    "task": TEXT,
-    "policy": TEXT,
+    **fields(TEXT, "task", "policy"),
     **numbers("count", "judged", "correct"),
-    "accuracy": _MAYBE,
-    "interval": (None, Row(2)),
-    "retained": _MAYBE,
+    **fields(_MAYBE, "accuracy", "retained"),
+    "interval": (None, _INTERVAL),
 }
 _SUMMARY = {
     "policy": TEXT,
-    "retained": _MAYBE,
-    "retained_capped": _MAYBE,
-    "retained_capped_interval": (None, Row(2)),
+    **fields(_MAYBE, "retained", "retained_capped", "unique_experts_reduction"),
+    "retained_capped_interval": (None, _INTERVAL),
     "unique_experts": numbers("denoise"),
-    "unique_experts_reduction": _MAYBE,
 }
-EVALUATION = {"tasks": [TEXT], "policies": [TEXT], "num_answers": NUMBER, "rows": [_ROW], "summary": [_SUMMARY]}
+EVALUATION = {**fields([TEXT], "tasks", "policies"), "num_answers": NUMBER, "rows": [_ROW], "summary": [_SUMMARY]}
 EVALUATION_CONFIG = {
     "model": TEXT,
-    "policies": [{"label": TEXT, "policy": TEXT, "knobs": _KNOBS}],
+    "policies": [{**fields(TEXT, "label", "policy"), "knobs": _KNOBS}],
     "identity": {"items": Each(NUMBER)},
     "config": {"limit": _MAYBE, "decoding": numbers("gen_length", "block_length")},
 }
@@ -131,9 +129,8 @@ _VERIFIED = {
 }
 TUNING = {
     "certified": FLAG,
-    **dict.fromkeys(("claim", "quality", "cost_kind"), TEXT),
-    "chosen": _VERIFIED,
-    "vanilla": _VERIFIED,
+    **fields(TEXT, "claim", "quality", "cost_kind"),
+    **fields(_VERIFIED, "chosen", "vanilla"),
     "tested": [{**_VERIFIED, "passed": FLAG}],
     "tried": [_VERIFIED],
     "num_prompts": numbers("search", "certify"),
@@ -141,24 +138,21 @@ TUNING = {
 }
 _LIMITS = numbers("bandwidth_gb_per_s", "peak_gmac_per_s")
 _CASE = {
-    "case": TEXT,
-    "backend": TEXT,
+    **fields(TEXT, "case", "backend"),
     **numbers("tokens", "unique", "ms", "bound_ms", "bytes", "macs", "gmac_per_s"),
-    "ms_quartiles": Row(2),
+    "ms_quartiles": _INTERVAL,
     "quantisation?": (None, TEXT),
 }
-_FIT = {"case": TEXT, "backend": TEXT, **numbers("us_per_expert", "r_squared")}
+_FIT = {**fields(TEXT, "case", "backend"), **numbers("us_per_expert", "r_squared")}
 _FORWARD = {
-    **dict.fromkeys(("case", "backend", "policy"), TEXT),
-    "ms": NUMBER,
+    **fields(TEXT, "case", "backend", "policy"),
+    **numbers("ms", "unique_experts?"),
     "ms_by_part?": Each(NUMBER),
-    "unique_experts?": NUMBER,
 }
 _GENERATION = {
-    **dict.fromkeys(("model", "backend", "policy"), TEXT),
-    **numbers("batch_size", "tokens_per_s"),
-    "tokens_per_s_range": Row(2),
-    "unique_experts?": NUMBER,
+    **fields(TEXT, "model", "backend", "policy"),
+    **numbers("batch_size", "tokens_per_s", "unique_experts?"),
+    "tokens_per_s_range": _INTERVAL,
 }
 _STEPS = {
     "label": TEXT,
@@ -167,10 +161,10 @@ _STEPS = {
     "histogram_by_layer": [[NUMBER]],
     "by_step": [numbers("step", "mean", "std")],
 }
-_CORRELATION = {**numbers("pearson_r", "spearman_r", "pearson_r_by_expert"), "pearson_r_interval": Row(2)}
+_CORRELATION = {**numbers("pearson_r", "spearman_r", "pearson_r_by_expert"), "pearson_r_interval": _INTERVAL}
 _KNOCKED_OUT = {
     **numbers("points", "blocks"),
-    "weights": dict.fromkeys(("sum", "max", "tokens"), _CORRELATION),
+    "weights": fields(_CORRELATION, "sum", "max", "tokens"),
     "sample": [Row(3)],
     "tenths": [numbers("weight", "increase")],
 }
@@ -223,7 +217,7 @@ def _script(name: str, results: Shape, fault: Callable[..., str | None] = _no_fa
     return Kind(how=how, results=results, config={"model": TEXT}, fault=fault)
 
 
-_GENERATED = {**dict.fromkeys(("name", "weights"), TEXT), **numbers("num_layers", "num_prompts"), "policies": [TEXT]}
+_GENERATED = {**fields(TEXT, "name", "weights"), **numbers("num_layers", "num_prompts"), "policies": [TEXT]}
 KINDS: dict[str, Kind] = {
     "eval": Kind(
         how="expertshare eval ... --out RUN_DIR",

@@ -53,16 +53,16 @@ def write_report(
     sources = read_sources(paths)
     parts = sections(sources)
     resolved = stored_claims() if claims else []
-    target, images = Path(out), tuple[Path, ...]()
+    target = Path(out)
+    alone = target.suffix == ".html"
     with TemporaryDirectory() as folder:
-        if target.suffix == ".html":
-            drawn = draw_all(parts, Path(folder))
-        else:
+        if not alone:
             _make(target)
-            drawn = draw_all(parts, target)
-            images, target = tuple(drawn.values()), target / PAGE
-        _write(target, render(sources, parts, drawn, title=title, claims=resolved))
-    return WrittenReport(page=target, images=images, missing=tuple(part.title for part in parts if not part.figures))
+        drawn = draw_all(parts, Path(folder) if alone else target)
+        page = target if alone else target / PAGE
+        _write(page, render(sources, parts, drawn, title=title, claims=resolved))
+    images = () if alone else tuple(drawn.values())
+    return WrittenReport(page=page, images=images, missing=tuple(part.title for part in parts if not part.figures))
 
 
 def sections(sources: Sequence[Source]) -> list[Section]:

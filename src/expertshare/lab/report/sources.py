@@ -127,12 +127,8 @@ def _of_envelope(value: dict[str, Any], name: str) -> tuple[str, dict[str, Any]]
 
 
 def _tuning(value: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "environment": value.get("environment"),
-        "seeds": value.get("seeds", {}),
-        "config": value.get("config", {}),
-        "results": value,
-    }
+    parts = {"environment": value.get("environment"), "results": value}
+    return {**parts, "seeds": value.get("seeds", {}), "config": value.get("config", {})}
 
 
 def _unknown(name: str, what: str) -> InputError:

@@ -80,21 +80,18 @@ class Simulation:
 
     def best(self, gpus: int, degrees: Sequence[int] | None = None) -> SweepPoint:
         """What `gpus` GPUs deliver at the degree that fits and delivers most; GPUs that are left over are idle."""
-        point = SweepPoint(gpus=gpus, expert_parallel=None, replicas=0, tokens_per_s=0.0, requests_per_s=0.0)
-        for degree in degrees if degrees is not None else self.degrees(gpus):
-            if degree > gpus:
-                continue
-            found = self.capacity(degree)
-            replicas = gpus // degree
-            if found.replica.fits and replicas * found.tokens_per_s > point.tokens_per_s:
-                point = SweepPoint(
-                    gpus=gpus,
-                    expert_parallel=degree,
-                    replicas=replicas,
-                    tokens_per_s=replicas * found.tokens_per_s,
-                    requests_per_s=replicas * found.requests_per_s,
-                )
-        return point
+        possible = [degree for degree in (self.degrees(gpus) if degrees is None else degrees) if degree <= gpus]
+        fitting = [(gpus // degree, found) for degree in possible if (found := self.capacity(degree)).replica.fits]
+        if not fitting:
+            return SweepPoint(gpus=gpus, expert_parallel=None, replicas=0, tokens_per_s=0.0, requests_per_s=0.0)
+        replicas, best = max(fitting, key=lambda each: each[0] * each[1].tokens_per_s)
+        return SweepPoint(
+            gpus=gpus,
+            expert_parallel=best.replica.num_gpus,
+            replicas=replicas,
+            tokens_per_s=replicas * best.tokens_per_s,
+            requests_per_s=replicas * best.requests_per_s,
+        )
 
     def _simulate(self, degree: int) -> Capacity:
         sizes, demand, config = self.sizes, self.demand, self.sizes.config
