@@ -117,6 +117,19 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
         train(trainer, run_folder(folder), resume=True, log_every=1)
 
 
+def test_a_checkpoint_that_an_older_version_laid_out_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    folder, config = tmp_path / "run", _config(steps=2)
+    trainer = _trainer(folder, config)
+    optimisers = [optimiser.state_dict() for optimiser in trainer.optimisers]
+    older = {"step": 1, "model": trainer.model.state_dict(), "optimisers": optimisers}  # named as the model's own
+    torch.save(older, folder / "checkpoint.pt")
+    with pytest.raises(TrainingError, match=r"checkpoint\.pt: expected .*model\..*, got .* or remove the file"):
+        train(trainer, run_folder(folder), resume=True, log_every=1)
+    (folder / "checkpoint.pt").unlink()
+    train(trainer, run_folder(folder), resume=True, log_every=1)
+    assert trainer.step_index == 2
+
+
 def test_a_damaged_record_of_the_run_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     _trainer(folder, _config())

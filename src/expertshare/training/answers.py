@@ -55,41 +55,42 @@ def read_answers(path: Path, prompts: Sequence[str]) -> list[StoredAnswer]:
         with path.open("r+b") as file:
             file.truncate(len(whole))
     answers = [_parse(line, f"{path}, line {number}") for number, line in enumerate(whole.splitlines(), 1)]
+    advice = "give the prompts that this run was started with, or another folder"
     for number, (answer, prompt) in enumerate(zip(answers, prompts, strict=False), 1):
         if answer.prompt != prompt:
             raise TrainingError(
                 f"{path}, line {number}: expected the answer to {prompt[:60]!r}, got one to "
-                f"{answer.prompt[:60]!r}: give the prompts that this run was started with, or another folder"
+                f"{answer.prompt[:60]!r}: {advice}"
             )
     if len(answers) > len(prompts):
         raise TrainingError(
-            f"{path} holds {len(answers)} answers, expected at most {len(prompts)}, one for each prompt: give the "
-            "prompts that this run was started with, or another folder"
+            f"{path} holds {len(answers)} answers, expected at most {len(prompts)}, one for each prompt: {advice}"
         )
     return answers
 
 
-def _parse(line: bytes, place: str) -> StoredAnswer:
+def _parse(line: bytes, source: str) -> StoredAnswer:
     try:
         values: dict[str, Any] = json.loads(line)
+        lists = {name: tuple(values[name]) for name in ("prompt_ids", "answer_ids")}
         return StoredAnswer(
-            prompt=values["prompt"],
-            prompt_ids=tuple(values["prompt_ids"]),
-            answer_ids=tuple(values["answer_ids"]),
-            text=values["text"],
-            finish_reason=values["finish_reason"],
+            prompt=values["prompt"], text=values["text"], finish_reason=values["finish_reason"], **lists
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"{place}: expected a stored answer, got {line[:60]!r}: use another folder") from error
+        raise TrainingError(f"{source}: expected a stored answer, got {line[:60]!r}: use another folder") from error
 
 
-def check_answerable(loaded: LoadedModel, prompts: Sequence[str], options: DecodingOptions, *, batch_size: int) -> None:
-    """Raise InputError unless the model can be asked all of `prompts`. options: resolved for the model."""
+def check_answerable(
+    loaded: LoadedModel, prompts: Sequence[str], options: DecodingOptions, *, batch_size: int
+) -> list[list[int]]:
+    """Token ids of all `prompts`; InputError unless the model can be asked them. options: resolved for the model."""
     if loaded.tokenizer is None:
         raise InputError(f"{loaded.path} has no tokenizer: put the model's tokenizer.json there")
     if batch_size < 1:
         raise InputError(f"the batch size of generation must be at least 1, got {batch_size}")
-    check_prompts([encode_prompt(loaded.tokenizer, text) for text in prompts], options, loaded.config)
+    ids = [encode_prompt(loaded.tokenizer, text) for text in prompts]
+    check_prompts(ids, options, loaded.config)
+    return ids
 
 
 @torch.no_grad()
@@ -109,37 +110,33 @@ def generate_answers(
     batches nor interruptions change an answer. on_progress(done, total) hears of every batch. Raises InputError,
     TrainingError or NumericsError.
     """
-    check_answerable(loaded, prompts, options.resolve(loaded.config), batch_size=batch_size)
+    prompt_ids = check_answerable(loaded, prompts, options.resolve(loaded.config), batch_size=batch_size)
     assert loaded.tokenizer is not None  # the check refused a model without one
     answers = read_answers(path, prompts)
     runtime = Runtime(policy=native_policy(loaded.config), backend=choose_backend(backend, loaded.model.device))
     decoder = BlockDecoder(loaded.model, runtime, options)
     path.parent.mkdir(parents=True, exist_ok=True)
     while len(answers) < len(prompts):
-        texts = prompts[len(answers) : len(answers) + batch_size]
-        ids = [encode_prompt(loaded.tokenizer, text) for text in texts]
-        stream = decoder.blocks(ids, seeds=[options.seed + len(answers) + row for row in range(len(ids))])
+        numbers = range(len(prompts))[len(answers) : len(answers) + batch_size]
+        seeds = [options.seed + number for number in numbers]
+        stream = decoder.blocks([prompt_ids[number] for number in numbers], seeds=seeds)
         for _ in stream:
             pass
         made = [
             StoredAnswer(
-                prompt=text,
-                prompt_ids=tuple(prompt_ids),
+                prompt=prompts[number],
+                prompt_ids=tuple(prompt_ids[number]),
                 answer_ids=row.token_ids,
                 text=decode_answer(loaded.tokenizer, row.token_ids),
                 finish_reason=row.finish_reason,
             )
-            for text, prompt_ids, row in zip(texts, ids, stream.generation().rows, strict=True)
+            for number, row in zip(numbers, stream.generation().rows, strict=True)
         ]
-        _append(path, made)
+        with path.open("a", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in made)
+            file.flush()
+            os.fsync(file.fileno())
         answers += made
         if on_progress is not None:
             on_progress(len(answers), len(prompts))
     return answers
-
-
-def _append(path: Path, answers: Sequence[StoredAnswer]) -> None:
-    with path.open("a", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers)
-        file.flush()
-        os.fsync(file.fileno())

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_args
 
 from expertshare.config import ModelConfig, RouterSpec
-from expertshare.errors import ConfigError
+from expertshare.errors import ConfigError, PolicyError
+from expertshare.routing import knobs, parse_policy
+from expertshare.types import RoutingPolicy
 
 OptimiserName = Literal["adamw", "muon"]
 DEFAULT_LR = {"adamw": 2e-3, "muon": 0.02}
@@ -148,6 +150,56 @@ class DistillConfig(RunConfig):
     def learning_rate_factor(self, step: int) -> float:
         """Share of the peak learning rate at 0-based `step`."""
         return RunConfig.learning_rate_factor(self, step) * 0.5 * (1.0 + math.cos(math.pi * step / self.steps))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curriculum:
+    """The policy of every step: the numbers of `start` go evenly to those of `target` in `steps` steps.
+
+    Both are bound to the model's router, so that all numbers are concrete.
+    """
+
+    start: RoutingPolicy
+    target: RoutingPolicy
+    steps: int
+    spec: RouterSpec
+
+    def policy(self, step: int) -> RoutingPolicy:
+        """The bound policy of 0-based `step`; from `steps` on, the target itself."""
+        if step >= self.steps:
+            return self.target
+        share = step / self.steps
+        between = {name: type(low)(round(low + share * (high - low), 9)) for name, (low, high) in self.moving().items()}
+        return replace(self.target, **between).bind(self.spec)  # type: ignore[type-var]
+
+    def moving(self) -> dict[str, tuple[float, float]]:
+        """First and last value of every knob in which the two differ."""
+        start, target = knobs(self.start), knobs(self.target)
+        return {name: (start[name], last) for name, last in target.items() if start[name] != last}
+
+
+def make_curriculum(config: DistillConfig, spec: RouterSpec) -> Curriculum:
+    """The curriculum that a configuration asks for; without a start policy, the target at every step.
+
+    Raises PolicyError for a policy that the router cannot work with, or a start that is another policy or differs in
+    more than numbers.
+    """
+    target = parse_policy(config.policy).bind(spec)
+    if config.start_policy is None:
+        return Curriculum(start=target, target=target, steps=0, spec=spec)
+    start = parse_policy(config.start_policy).bind(spec)
+    if start.name != target.name:
+        raise PolicyError(
+            f"the start policy must be {target.name} with other numbers, got {start.name}: only knobs can move"
+        )
+    steps = round(config.curriculum_share * config.steps)
+    curriculum = Curriculum(start=start, target=target, steps=steps, spec=spec)
+    for name, pair in curriculum.moving().items():
+        if not all(isinstance(value, int | float) for value in pair):
+            raise PolicyError(f"{name} must be the same word in both policies, got {pair[0]!r} and {pair[1]!r}")
+        if type(pair[0]) is not type(pair[1]):
+            raise PolicyError(f"{name} must be a count or a fraction in both policies, got {pair[0]} and {pair[1]}")
+    return curriculum
 
 
 FAMILIES = ("llada2_moe", "llada_moe")

@@ -25,8 +25,7 @@ from expertshare.models import LoadedModel, MoETransformer, load_model, save_mod
 from expertshare.routing import knobs
 from expertshare.training.answers import AnswerListener, StoredAnswer, check_answerable, generate_answers, read_answers
 from expertshare.training.block_diffusion import Sample, TrainingBatch, geometry, noise_seed, padded_batch
-from expertshare.training.config import DistillConfig
-from expertshare.training.curriculum import Curriculum, make_curriculum
+from expertshare.training.config import Curriculum, DistillConfig, make_curriculum
 from expertshare.training.optimisers import adamw, choose_trained, muon_and_adamw
 from expertshare.training.processes import Processes
 from expertshare.training.run_folder import RunFolder, write_whole

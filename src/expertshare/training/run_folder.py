@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -90,8 +90,9 @@ class RunFolder:
         torch.save(state, partial)
         os.replace(partial, self.checkpoint)
 
-    def load_state(self) -> dict[str, Any]:
-        """What `save_state` wrote; TrainingError for a file that is damaged or something else."""
+    def load_state(self, names: Collection[str]) -> dict[str, Any]:
+        """What `save_state` wrote; TrainingError for a file that is damaged or something else. names: of the tensors
+        of the model that is to continue."""
         path = self.checkpoint
         try:
             state = torch.load(path, weights_only=True)
@@ -102,6 +103,13 @@ class RunFolder:
             ) from error
         if not isinstance(state, dict) or not set(state) >= _STATE:
             raise TrainingError(f"{path} is not a training's, expected one with {', '.join(sorted(_STATE))}: remove it")
+        differing = sorted({*state["model"]} ^ {*names})
+        if differing:
+            raise TrainingError(
+                f"{path}: expected the tensors of this model ({min(names)}, ...), got those of another layout "
+                f"({min(state['model'], default='none')}, ...), which an older version of expertshare wrote: finish "
+                "the run with that version, or remove the file, and the same command starts from the first step"
+            )
         return state
 
     def append_log(self, line: Mapping[str, Any]) -> None:

@@ -219,7 +219,7 @@ def train(
             raise TrainingError(
                 f"{folder.checkpoint} exists already; pass --resume to continue it, or choose another folder"
             )
-        trainer.restore(folder.load_state())
+        trainer.restore(folder.load_state(trainer.module.state_dict().keys()))
     if first:
         folder.cut_log(trainer.step_index)
     window: list[StepResult] = []
