@@ -6,12 +6,17 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Protocol
 
+from expertshare.errors import InputError
 from expertshare.evaluation.prompts import PromptRecord
 from expertshare.evaluation.sandbox import run_programs
 from expertshare.evaluation.scoring import find_rule, program, score
 
+DEFAULT_COUNT = 100
+DEFAULT_GEN_LENGTH = 64
+"""Longer than any reference answer of the generated tasks."""
 CODE_NOT_ALLOWED = "code is not executed without --allow-code"
 
 
@@ -71,31 +76,55 @@ def failure(reason: str) -> str:
     return reason.partition(":")[0]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SourceOptions:
+    """What decides about items. limit: items of each task, the first ones (None: all; of generated kinds, 100).
+
+    gen_length: of every answer (None: each task's own). shots: examples before a benchmark's question (None: the
+    harness's number). data: folder of benchmark files (None: the hub). chat: None where the model has a template.
+    """
+
+    limit: int | None = None
+    seed: int = 0
+    gen_length: int | None = None
+    shots: int | None = None
+    data: Path | None = None
+    chat: bool | None = None
+    allow_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and (isinstance(self.limit, bool) or self.limit < 1):
+            raise InputError(f"limit must be at least 1, got {self.limit!r}")
+        if self.shots is not None and (isinstance(self.shots, bool) or self.shots < 0):
+            raise InputError(f"shots must be at least 0, got {self.shots!r}")
+        if self.gen_length is not None and self.gen_length < 1:
+            raise InputError(f"gen_length must be at least 1, got {self.gen_length!r}")
+        if self.data is not None and not self.data.is_dir():
+            raise InputError(f"expected a folder of benchmark files, got {self.data}: check the path")
+
+
 @dataclass(frozen=True, kw_only=True)
 class GeneratedSource:
     """Prompts of one task that a generator draws from a seed. draw: gives `count` distinct prompts of a task and seed,
     fewer being the first of more."""
 
     task: str
+    options: SourceOptions
     draw: Callable[..., Sequence[PromptRecord]]
-    count: int
-    seed: int
-    gen_length: int
-    chat: bool | None
-    allow_code: bool
     _drawn: list[PromptRecord] = field(default_factory=list)
 
     def items(self) -> Sequence[EvalItem]:
-        """`count` items; fewer items of the same seed are the first of more."""
+        """As many as the limit says; fewer items of the same seed are the first of more."""
         if not self._drawn:
-            self._drawn.extend(self.draw(self.task, count=self.count, seed=self.seed))
+            count = self.options.limit or DEFAULT_COUNT
+            self._drawn.extend(self.draw(self.task, count=count, seed=self.options.seed))
         return [
             EvalItem(
                 task=self.task,
                 id=str(number),
                 prompt=record.prompt,
-                chat=self.chat,
-                gen_length=self.gen_length,
+                chat=self.options.chat,
+                gen_length=self.options.gen_length or DEFAULT_GEN_LENGTH,
                 content=sha256_text(json.dumps(asdict(record))),
             )
             for number, record in enumerate(self._drawn)
@@ -106,7 +135,7 @@ class GeneratedSource:
         record = self._drawn[int(item.id)]
         if find_rule(self.task) != "program":
             return Judgement(correct=score(record, answer))
-        if not self.allow_code:
+        if not self.options.allow_code:
             return Judgement(correct=None, reason=CODE_NOT_ALLOWED)
         [verdict] = run_programs([program(record, answer)])
         return Judgement(correct=verdict.passed, reason=None if verdict.passed else failure(verdict.reason))

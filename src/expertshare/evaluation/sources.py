@@ -3,48 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from expertshare.errors import InputError, nearest
 from expertshare.evaluation.harness.benchmarks import BENCHMARKS
 from expertshare.evaluation.harness.loading import installed_version
 from expertshare.evaluation.harness.source import HarnessSource
-from expertshare.evaluation.items import GeneratedSource, TaskSource
+from expertshare.evaluation.items import GeneratedSource, SourceOptions, TaskSource
 from expertshare.evaluation.prompts import PromptRecord
 from expertshare.evaluation.scoring import ANSWER_RULES
 from expertshare.models import LoadedModel
-
-DEFAULT_COUNT = 100
-DEFAULT_GEN_LENGTH = 64
-"""Longer than any reference answer of the generated tasks."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SourceOptions:
-    """What decides about items. limit: items of each task, the first ones (None: all; of generated kinds, 100).
-
-    gen_length: of every answer (None: each task's own). shots: examples before a benchmark's question (None: the
-    harness's number). data: folder of benchmark files (None: the hub). chat: None where the model has a template.
-    """
-
-    limit: int | None = None
-    seed: int = 0
-    gen_length: int | None = None
-    shots: int | None = None
-    data: Path | None = None
-    chat: bool | None = None
-    allow_code: bool = False
-
-    def __post_init__(self) -> None:
-        if self.limit is not None and (isinstance(self.limit, bool) or self.limit < 1):
-            raise InputError(f"limit must be at least 1, got {self.limit!r}")
-        if self.shots is not None and (isinstance(self.shots, bool) or self.shots < 0):
-            raise InputError(f"shots must be at least 0, got {self.shots!r}")
-        if self.gen_length is not None and self.gen_length < 1:
-            raise InputError(f"gen_length must be at least 1, got {self.gen_length!r}")
-        if self.data is not None and not self.data.is_dir():
-            raise InputError(f"expected a folder of benchmark files, got {self.data}: check the path")
 
 
 def check_task_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -70,32 +37,9 @@ def make_sources(
 
     Raises InputError, also where an extra is not installed.
     """
-    sources: list[TaskSource] = []
-    for name in check_task_names(names):
-        if name in ANSWER_RULES:
-            sources.append(
-                GeneratedSource(
-                    task=name,
-                    draw=draw,
-                    count=options.limit or DEFAULT_COUNT,
-                    seed=options.seed,
-                    gen_length=options.gen_length or DEFAULT_GEN_LENGTH,
-                    chat=options.chat,
-                    allow_code=options.allow_code,
-                )
-            )
-        else:
-            sources.append(
-                HarnessSource.load(
-                    BENCHMARKS[name],
-                    limit=options.limit,
-                    seed=options.seed,
-                    gen_length=options.gen_length,
-                    shots=options.shots,
-                    data=options.data,
-                    chat=options.chat,
-                    allow_code=options.allow_code,
-                    tokenizer=loaded.tokenizer,
-                )
-            )
-    return sources
+    return [
+        GeneratedSource(task=name, options=options, draw=draw)
+        if name in ANSWER_RULES
+        else HarnessSource.load(BENCHMARKS[name], options, loaded.tokenizer)
+        for name in check_task_names(names)
+    ]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
+from expertshare.evaluation.runner import ProgressListener
 from expertshare.routing import Layerwise, make_policy
 from expertshare.tuning.replay import Replay
 from expertshare.types import RoutingPolicy
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,23 +54,32 @@ class Sensitivity:
 def measure_sensitivity(
     replay: Replay,
     settings: Sequence[RoutingPolicy],
-    on_measured: Callable[[], None] | None = None,
+    on_progress: ProgressListener | None = None,
 ) -> Sensitivity:
     """Restrict one layer at a time, to each of `settings`."""
     num_layers = replay.loaded.config.num_moe_layers
     vanilla = make_policy("vanilla")
     base = replay.measure(vanilla)
-    layers: list[tuple[LayerOption, ...]] = []
-    for layer in range(num_layers):
-        options = [LayerOption(policy=vanilla, unique_experts=base.by_layer[layer], divergence=0.0)]
-        for setting in settings:
-            mixed = tuple(setting if n == layer else vanilla for n in range(num_layers))
-            seen = replay.measure(Layerwise(layers=mixed))
-            options.append(LayerOption(policy=setting, unique_experts=seen.by_layer[layer], divergence=seen.divergence))
-            if on_measured is not None:
-                on_measured()
-        layers.append(tuple(options))
-    return Sensitivity(options=tuple(layers))
+    layers = [
+        [LayerOption(policy=vanilla, unique_experts=base.by_layer[layer], divergence=0.0)]
+        for layer in range(num_layers)
+    ]
+    tried = [(layer, setting) for layer in range(num_layers) for setting in settings]
+    for layer, setting in counted(tried, "layers", on_progress):
+        mixed = tuple(setting if n == layer else vanilla for n in range(num_layers))
+        seen = replay.measure(Layerwise(layers=mixed))
+        layers[layer].append(
+            LayerOption(policy=setting, unique_experts=seen.by_layer[layer], divergence=seen.divergence)
+        )
+    return Sensitivity(options=tuple(tuple(options) for options in layers))
+
+
+def counted(items: Sequence[Item], stage: str, on_progress: ProgressListener | None) -> Iterator[Item]:
+    """The items, each of which on_progress(stage, done, total) hears of once it is dealt with."""
+    for done, item in enumerate(items, 1):
+        yield item
+        if on_progress is not None:
+            on_progress(stage, done, len(items))
 
 
 def _hull_steps(options: Sequence[LayerOption]) -> list[float]:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from expertshare.config import GroupLimit, RouterSpec
+from expertshare.config import RouterSpec
 from expertshare.errors import InputError, PolicyError, nearest
 from expertshare.evaluation.runner import ProgressListener
 from expertshare.routing import POLICIES, Layerwise, make_policy
-from expertshare.tuning.allocation import Sensitivity, measure_sensitivity
+from expertshare.tuning.allocation import Sensitivity, counted, measure_sensitivity
 from expertshare.tuning.replay import Replay, Replayed
 from expertshare.types import RoutingPolicy
 
@@ -26,45 +26,29 @@ _NEAR_THE_FRONT = 1.3
 _LAYERWISE = "layerwise"
 
 
-@dataclass(frozen=True, slots=True)
-class KnobRange:
-    """From where a policy shares most (low) to where it hardly shares (high)."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dial:
+    """One policy and the knob that sets how much it shares: most at `low`, hardly at `high`. whole: a count."""
 
+    policy: str
+    knob: str
     low: float
     high: float
     whole: bool
 
-
-def range_of(knob: Field[Any], spec: RouterSpec, group_limit: GroupLimit) -> KnobRange | None:
-    """What the knob's declaration says may be tried; None where it is not for tuning."""
-    tuned = knob.metadata.get("tuned", False)
-    if not tuned:
-        return None
-    low, high = knob.metadata["limits"](spec, group_limit) if tuned is True else tuned
-    return KnobRange(low, high, whole=tuned is True)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Dial:
-    """One policy and the knob that sets how much it shares."""
-
-    policy: str
-    knob: str
-    range: KnobRange
-
     def at(self, value: float) -> RoutingPolicy:
         """The policy with its knob at `value`."""
-        return make_policy(self.policy, {self.knob: round(value) if self.range.whole else round(value, 3)})
+        return make_policy(self.policy, {self.knob: round(value) if self.whole else round(value, 3)})
 
     def settings(self, count: int) -> list[float]:
         """`count` values at most, from low to high; counts at equal ratios, shares at equal distances."""
-        space = np.geomspace if self.range.whole else np.linspace
-        values = [float(value) for value in space(self.range.low, self.range.high, count)]
-        return sorted({float(round(value)) if self.range.whole else round(value, 3) for value in values})
+        space = np.geomspace if self.whole else np.linspace
+        values = [float(value) for value in space(self.low, self.high, count)]
+        return sorted({float(round(value)) if self.whole else round(value, 3) for value in values})
 
 
 def dials(names: Sequence[str] | None, spec: RouterSpec) -> list[Dial]:
-    """One for each named policy (None: all that have a knob to turn).
+    """One for each named policy (None: all that have a knob to turn): its first knob that is declared as tuned.
 
     Raises PolicyError for an unknown name, or one without such a knob.
     """
@@ -72,18 +56,23 @@ def dials(names: Sequence[str] | None, spec: RouterSpec) -> list[Dial]:
     for name in POLICIES if names is None else dict.fromkeys(names):
         if name not in POLICIES:
             raise PolicyError(f"unknown policy {name!r}. {nearest(name, POLICIES)}")
-        limit = make_policy(name).group_limit
-        ranges = {f.name: reach for f in fields(POLICIES[name]) if (reach := range_of(f, spec, limit))}
-        for knob, reach in list(ranges.items())[:1]:
-            found.append(Dial(policy=name, knob=knob, range=reach))
-        if not ranges and names is not None:
-            known = dict.fromkeys(f.name for p in POLICIES.values() for f in fields(p) if f.metadata.get("tuned"))
+        knob = next(iter(_tuned_knobs(POLICIES[name])), None)
+        if knob is not None:
+            tuned = knob.metadata["tuned"]  # True: within the knob's own limits, else the lowest and highest value
+            low, high = knob.metadata["limits"](spec, make_policy(name).group_limit) if tuned is True else tuned
+            found.append(Dial(policy=name, knob=knob.name, low=low, high=high, whole=tuned is True))
+        elif names is not None:
+            known = dict.fromkeys(knob.name for policy in POLICIES.values() for knob in _tuned_knobs(policy))
             raise PolicyError(
                 f"expected policies with one of the knobs {', '.join(known)}, got {name!r}: there is nothing to tune"
             )
     if not found:
         raise PolicyError(f"expected at least one policy to tune, got none. {nearest('', POLICIES)}")
     return found
+
+
+def _tuned_knobs(policy: type[RoutingPolicy]) -> list[Field[Any]]:
+    return [knob for knob in fields(policy) if knob.metadata.get("tuned")]  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,17 +94,12 @@ def search(
 ) -> list[Point]:
     """All policies that were tried: every dial at a few settings, then `trials` more that optuna's multi-objective
     TPE proposes (few experts, little divergence), per-layer allocations among them."""
-    uniform = _try_dials(replay, dials, on_progress)
-    near = _near_front(uniform)
-    done, total = 0, len(near) * replay.loaded.config.num_moe_layers
-
-    def measured() -> None:
-        nonlocal done
-        done += 1
-        if on_progress is not None:
-            on_progress("layers", done, total)
-
-    sensitivity = measure_sensitivity(replay, [point.policy for point in near], measured)
+    policies = [dial.at(value) for dial in dials for value in dial.settings(SETTINGS_PER_DIAL)]
+    uniform = [
+        Point(policy=policy, replayed=replay.measure(policy)) for policy in counted(policies, "policies", on_progress)
+    ]
+    near = [point.policy for point in _near_front(uniform)]
+    sensitivity = measure_sensitivity(replay, near, on_progress)
     return uniform + _propose(replay, dials, sensitivity, trials=trials, seed=seed, on_progress=on_progress)
 
 
@@ -141,16 +125,6 @@ def fronts_by_policy(points: Sequence[Point], front: Sequence[Point]) -> list[li
 
 def _names(policy: RoutingPolicy) -> list[str]:
     return [layer.name for layer in policy.layers] if isinstance(policy, Layerwise) else [policy.name]
-
-
-def _try_dials(replay: Replay, dials: Sequence[Dial], on_progress: ProgressListener | None) -> list[Point]:
-    policies = [dial.at(value) for dial in dials for value in dial.settings(SETTINGS_PER_DIAL)]
-    points: list[Point] = []
-    for policy in policies:
-        points.append(Point(policy=policy, replayed=replay.measure(policy)))
-        if on_progress is not None:
-            on_progress("policies", len(points), len(policies))
-    return points
 
 
 def _near_front(points: Sequence[Point]) -> list[Point]:
@@ -204,9 +178,9 @@ def _suggest(trial: optuna.Trial, dials: Sequence[Dial], sensitivity: Sensitivit
         return sensitivity.allocate([price * factor for factor in factors])
     dial = next(dial for dial in dials if dial.policy == name)
     label = f"{dial.policy}.{dial.knob}"
-    if dial.range.whole:
-        return dial.at(trial.suggest_int(label, int(dial.range.low), int(dial.range.high)))
-    return dial.at(trial.suggest_float(label, dial.range.low, dial.range.high))
+    if dial.whole:
+        return dial.at(trial.suggest_int(label, int(dial.low), int(dial.high)))
+    return dial.at(trial.suggest_float(label, dial.low, dial.high))
 
 
 def _factors(sensitivity: Sensitivity) -> list[str]:

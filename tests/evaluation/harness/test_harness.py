@@ -13,7 +13,7 @@ from expertshare import api
 from expertshare.errors import InputError
 from expertshare.evaluation.harness.benchmarks import BENCHMARKS
 from expertshare.evaluation.harness.source import HarnessSource, cut
-from expertshare.evaluation.items import CODE_NOT_ALLOWED
+from expertshare.evaluation.items import CODE_NOT_ALLOWED, SourceOptions
 from expertshare.models import load_model
 
 pytest.importorskip("lm_eval", reason="the extra expertshare[eval] is not installed")
@@ -35,8 +35,8 @@ ANSWERS = {
 
 
 def load(name: str, data: Path, **changed: Any) -> HarnessSource:
-    settings = {"limit": 2, "seed": 0, "gen_length": None, "shots": None, "chat": False, "allow_code": True}
-    return HarnessSource.load(BENCHMARKS[name], data=data, tokenizer=None, **{**settings, **changed})
+    settings = {"limit": 2, "chat": False, "allow_code": True}
+    return HarnessSource.load(BENCHMARKS[name], SourceOptions(data=data, **{**settings, **changed}), None)
 
 
 @pytest.mark.parametrize("name", ANSWERS)
@@ -83,9 +83,8 @@ def test_code_is_not_run_unless_allowed(data: Path) -> None:
 def test_a_template_without_a_system_turn_gets_its_text_before_the_question(data: Path) -> None:
     tokenizer = load_model(REFERENCE).tokenizer
     source = HarnessSource.load(
-        BENCHMARKS["mmlu_hs_math"],
-        limit=1, seed=0, gen_length=8, shots=0, data=data, chat=None, allow_code=False, tokenizer=tokenizer,
-    )  # fmt: skip
+        BENCHMARKS["mmlu_hs_math"], SourceOptions(limit=1, gen_length=8, shots=0, data=data), tokenizer
+    )
     [item] = source.items()
     assert tokenizer is not None
     assert item.prompt != load("mmlu_hs_math", data, limit=1, shots=0).items()[0].prompt

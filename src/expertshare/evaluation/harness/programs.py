@@ -45,7 +45,7 @@ def _first_block(answer: str) -> str:
 def _compiles(text: str) -> bool:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # of the model's code, for nobody here
+            warnings.simplefilter("ignore", SyntaxWarning)  # about the model's code, which no reader of this output wrote
             compile(text, "<answer>", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
         return False

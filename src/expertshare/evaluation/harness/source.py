@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -17,7 +17,7 @@ from expertshare.errors import InputError
 from expertshare.evaluation.harness.benchmarks import Benchmark
 from expertshare.evaluation.harness.loading import load_task
 from expertshare.evaluation.harness.programs import verdict
-from expertshare.evaluation.items import CODE_NOT_ALLOWED, EvalItem, Judgement, failure, sha256_text
+from expertshare.evaluation.items import CODE_NOT_ALLOWED, EvalItem, Judgement, SourceOptions, failure, sha256_text
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -52,32 +52,25 @@ class HarnessSource:
     def load(
         cls,
         benchmark: Benchmark,
-        *,
-        limit: int | None,
-        seed: int,
-        gen_length: int | None,
-        shots: int | None,
-        data: Path | None,
-        chat: bool | None,
-        allow_code: bool,
+        options: SourceOptions,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> HarnessSource:
-        """Read the records and build every prompt. limit: items in all, taken from the parts in turn.
+        """Read the records and build every prompt. options.limit: items in all, taken from the parts in turn.
 
-        chat: None renders prompts by the tokenizer's chat template where it has one. Raises InputError.
+        options.chat: None renders prompts by the tokenizer's chat template where it has one. Raises InputError.
         """
+        limit = options.limit
         parts = list(benchmark.parts)[:limit]
         each = None if limit is None else -(-limit // len(parts))
-        render = _renderer(tokenizer, chat)
+        render = _renderer(tokenizer, options.chat)
         with TemporaryDirectory(prefix="expertshare-data-") as cache:
             by_part = [
-                _questions(task, benchmark.name, part, each, seed, shots, render)
+                _questions(task, benchmark.name, part, each, options, render)
                 for part in parts
-                for task in [load_task(benchmark, part, data, Path(cache))]
+                for task in [load_task(benchmark, part, options.data, Path(cache))]
             ]
         in_turn = [q for questions in zip_longest(*by_part) for q in questions if q is not None][:limit]
-        sized = [_sized(question, gen_length) for question in in_turn]
-        return cls(benchmark=benchmark, allow_code=allow_code, questions={q.item.id: q for q in sized})
+        return cls(benchmark=benchmark, allow_code=options.allow_code, questions={q.item.id: q for q in in_turn})
 
     def items(self) -> Sequence[EvalItem]:
         """In the order of the harness; several parts take turns."""
@@ -149,14 +142,14 @@ def render_chat(
 
 
 def _questions(
-    task: Task, name: str, part: str, count: int | None, seed: int, shots: int | None, render: Render | None
+    task: Task, name: str, part: str, count: int | None, options: SourceOptions, render: Render | None
 ) -> list[_Question]:
     """As simple_evaluate of the harness prepares them."""
-    if shots is not None and task.get_config("num_fewshot") != 0:
-        task.set_config(key="num_fewshot", value=shots)
+    if options.shots is not None and task.get_config("num_fewshot") != 0:
+        task.set_config(key="num_fewshot", value=options.shots)
     elif task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=seed)
+    task.set_fewshot_seed(seed=options.seed)
     questions: list[_Question] = []
     for number, record in task.doc_iterator(limit=count):
         context = task.fewshot_context(
@@ -174,14 +167,8 @@ def _questions(
             id=f"{part}/{number}" if part else str(number),
             prompt=context,
             chat=False,
-            gen_length=int(instance.args[1].get("max_gen_toks") or DEFAULT_GEN_LENGTH),
+            gen_length=options.gen_length or int(instance.args[1].get("max_gen_toks") or DEFAULT_GEN_LENGTH),
             content=content,
         )
         questions.append(_Question(item=item, task=task, instance=instance))
     return questions
-
-
-def _sized(question: _Question, gen_length: int | None) -> _Question:
-    if gen_length is None:
-        return question
-    return replace(question, item=replace(question.item, gen_length=gen_length))
