@@ -1,4 +1,4 @@
-"""The objective of models with full attention: denoise an answer, every position of the canvas seen by it.
+"""The objective of models with full attention: denoise an answer that sees the whole canvas.
 
 LLaDA masks a share of all answer tokens (arXiv 2502.09992, section 2). Its decoding in blocks shows the model something
 else: the answer before the current block is decided, the one after it wholly masked. Most samples here are masked as

@@ -45,7 +45,7 @@ def _first_block(answer: str) -> str:
 def _compiles(text: str) -> bool:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # about the model's code, which no reader of this output wrote
+            warnings.simplefilter("ignore", SyntaxWarning)  # about code that a model wrote
             compile(text, "<answer>", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
         return False
