@@ -21,6 +21,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 NATIVE = Path("src/expertshare/native/csrc")
+ABSENT = NATIVE / "absent.cpp"
 LOADING = NATIVE.parent / "loading.py"
 ABI_VERSION = re.findall(r"^ABI_VERSION = (\d+)", LOADING.read_text(), re.MULTILINE)[0]
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", f"-DEXPERTSHARE_ABI_VERSION={ABI_VERSION}"]
@@ -43,7 +44,7 @@ FAMILIES = {
     "kernels_float32.cpp": (["portable", "avx2", "avx512"], []),
     "kernels_bfloat16.cpp": (["portable", "avx2", "avx512", "avx512_bf16"], []),
     "kernels_quantised.cpp": (["portable", "avx2", "avx_vnni", "avx512_vnni"], AS_WRITTEN),
-    "kernels_gate.cpp": (["portable", "avx2", "avx512", "avx512_bf16"], []),
+    "kernels_router.cpp": (["portable", "avx2", "avx512", "avx512_bf16"], []),
     "kernels_norm.cpp": (["portable", "avx2", "avx512"], AS_WRITTEN),
 }
 
@@ -85,26 +86,27 @@ class Unit:
 
     def compile(self, to: Path, cxx: list[str]) -> str | None:
         """Write the object; a compiler that does not know the instruction set yields one without it: returns why."""
-        command = [*cxx, *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), "-c", str(self.source), "-o", str(to)]
+        command = [*cxx, *FLAGS, *shlex.split(os.environ.get("CXXFLAGS", "")), "-o", str(to), "-c"]
         if not self.isa:
-            return call(command)
-        command += [*FAMILIES[self.source.name][1], f"-DEXPERTSHARE_ISA={self.isa}"]
+            return call([*command, str(self.source)])
+        absent = [*command, f"-DEXPERTSHARE_ABSENT={self.name.removeprefix('kernels_')}", str(ABSENT)]
         wide = ISAS[self.isa]
         if wide and platform.machine() not in ("x86_64", "AMD64"):
-            return call([*command, "-DEXPERTSHARE_ABSENT"])
+            return call(absent)
+        command += [*FAMILIES[self.source.name][1], f"-DEXPERTSHARE_ISA={self.isa}"]
         try:
-            return call([*command, *wide])
+            return call([*command, *wide, str(self.source)])
         except CannotBuild as reason:
             if not wide:
                 raise
-            call([*command, "-DEXPERTSHARE_ABSENT"])
+            call(absent)
             return f"expertshare: built without {self.name}: {reason}"
 
 
 def units(sources: list[str]) -> list[Unit]:
     """Every object that these sources make, those that take longest first."""
     paths = [Path(source) for source in sources]
-    plain = [Unit(path) for path in paths if path.name not in FAMILIES]
+    plain = [Unit(path) for path in paths if path.name not in FAMILIES and path != ABSENT]
     return [Unit(path, isa) for path in paths if path.name in FAMILIES for isa in FAMILIES[path.name][0]] + plain
 
 

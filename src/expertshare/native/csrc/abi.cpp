@@ -13,7 +13,6 @@
 #include <system_error>
 #include <vector>
 
-#include "affinity.h"
 #include "attention.h"
 #include "expert_layer.h"
 #include "isa.h"
@@ -59,9 +58,9 @@ class Engine {
     template <class Run>
     es_status locked(int num_threads, es_team team, Run run);
     template <class Whole, class Run>
-    es_status in_parts(const Whole &whole, Index at_a_time, Run run);
-    template <class Piece, class Whole, class Kernel>
-    es_status at_once(const Whole &whole, const Kernel *kernels);
+    es_status in_parts(const Whole &whole, Index depth, Run run);
+    template <class Piece, class Whole, class Kernel, class... Scratch>
+    es_status at_once(const Whole &whole, const Kernel *kernels, Scratch &...scratch);
     Pool *own_threads(int num_threads, es_team team);
     static void before_fork();
     static void after_fork_in_parent();
@@ -126,12 +125,6 @@ const char *row_of(const void *rows, Index row, Index depth, int32_t is_bfloat16
     return static_cast<const char *>(rows) + row * depth * (is_bfloat16 ? 2 : 4);
 }
 
-Index width(const es_layer &whole) { return whole.hidden; }
-template <class Whole>
-Index width(const Whole &whole) {
-    return whole.depth;
-}
-
 // run(compute): `compute` runs a piece of work in the threads of this call.
 template <class Run>
 es_status Engine::locked(int num_threads, es_team team, Run run) {
@@ -140,15 +133,15 @@ es_status Engine::locked(int num_threads, es_team team, Run run) {
     return run([=](auto &piece) { compute(piece, pool, num_threads, team); });
 }
 
-// run(part, first token, compute) for so many tokens at a time: a part is the whole with its number of tokens and `x`
-// set.
+// run(part, first token, compute) for kTokensAtATime tokens of `depth` features: a part is the whole with its number of
+// tokens and `x` set.
 template <class Whole, class Run>
-es_status Engine::in_parts(const Whole &whole, Index at_a_time, Run run) {
+es_status Engine::in_parts(const Whole &whole, Index depth, Run run) {
     return locked(whole.num_threads, whole.team, [&](auto compute) {
-        for (Index token = 0; token < whole.num_tokens; token += at_a_time) {
+        for (Index token = 0; token < whole.num_tokens; token += kTokensAtATime) {
             Whole part = whole;
-            part.num_tokens = std::min<Index>(at_a_time, whole.num_tokens - token);
-            part.x = row_of(whole.x, token, width(whole), whole.is_bfloat16);
+            part.num_tokens = std::min<Index>(kTokensAtATime, whole.num_tokens - token);
+            part.x = row_of(whole.x, token, depth, whole.is_bfloat16);
             const es_status status = run(part, token, compute);
             if (status != ES_OK) return status;
         }
@@ -160,7 +153,7 @@ es_status Engine::run(const es_layer &whole) {
     const Kernels *to_hidden = kernels_for(whole.isa, whole.is_bfloat16 != 0, whole.gate_up);
     const Kernels *to_out = kernels_for(whole.isa, whole.is_bfloat16 != 0, whole.down);
     if (to_hidden == nullptr || to_out == nullptr) return ES_UNSUPPORTED_ISA;
-    return in_parts(whole, kTokensAtATime, [&](es_layer &part, Index token, auto compute) {
+    return in_parts(whole, whole.hidden, [&](es_layer &part, Index token, auto compute) {
         part.y = const_cast<char *>(row_of(whole.y, token, whole.hidden, whole.is_bfloat16));
         part.ids = whole.ids + token * whole.top_k;
         part.weights = whole.weights + token * whole.top_k;
@@ -173,7 +166,7 @@ es_status Engine::run(const es_layer &whole) {
 }
 
 es_status Engine::run(const es_step &whole) {
-    const AffinityKernels *kernels = affinity_kernels_for(whole.isa);
+    const RouterKernels *kernels = router_kernels_for(whole.isa);
     if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
     return locked(whole.num_threads, whole.team, [&](auto compute) {
         const Index at_a_time = RoutingStep::groups_at_a_time(whole);
@@ -201,7 +194,7 @@ es_status Engine::run(const es_projection &whole) {
     const Kernels *products = kernels_for(whole.isa, whole.is_bfloat16 != 0, table);
     if (floats == nullptr || products == nullptr) return ES_UNSUPPORTED_ISA;
     const PassKernels kernels = {*products, *floats};
-    return in_parts(whole, kTokensAtATime, [&](es_projection &part, Index token, auto compute) {
+    return in_parts(whole, whole.depth, [&](es_projection &part, Index token, auto compute) {
         if (whole.y != nullptr) {
             const char *y = row_of(whole.y, token, whole.num_rows, whole.is_bfloat16);
             Linear linear(matrix_of(part), const_cast<char *>(y), kernels, arena_, part.num_threads);
@@ -216,25 +209,19 @@ es_status Engine::run(const es_projection &whole) {
     });
 }
 
-es_status Engine::run(const es_attention &whole) {
-    const Kernels *kernels = kernels_for(whole.isa, whole.is_bfloat16 != 0);
+// One piece of work, with what scratch it needs.
+template <class Piece, class Whole, class Kernel, class... Scratch>
+es_status Engine::at_once(const Whole &whole, const Kernel *kernels, Scratch &...scratch) {
     if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
     return locked(whole.num_threads, whole.team, [&](auto compute) {
-        Attention attention(whole, *kernels, arena_);
-        compute(attention);
+        Piece piece(whole, *kernels, scratch...);
+        compute(piece);
         return ES_OK;
     });
 }
 
-// A piece that needs no scratch.
-template <class Piece, class Whole, class Kernel>
-es_status Engine::at_once(const Whole &whole, const Kernel *kernels) {
-    if (kernels == nullptr) return ES_UNSUPPORTED_ISA;
-    return locked(whole.num_threads, whole.team, [&](auto compute) {
-        Piece piece(whole, *kernels);
-        compute(piece);
-        return ES_OK;
-    });
+es_status Engine::run(const es_attention &whole) {
+    return at_once<Attention>(whole, kernels_for(whole.isa, whole.is_bfloat16 != 0), arena_);
 }
 
 es_status Engine::run(const es_norm &whole) {
@@ -255,7 +242,6 @@ int best_isa() {
     const char *named = std::getenv("EXPERTSHARE_ISA");
     return named == nullptr || *named == 0 ? best : -1;
 }
-
 
 template <class Call>
 int status_of(Call call) {

@@ -1,5 +1,6 @@
-// The C interface of the kernels: what ctypes binds. No C++ type crosses it, no exception leaves it. A function takes one
-// structure, which native/calls.py packs and whose tensors it has checked: all pointers are to memory of the caller.
+// The C interface of the kernels: what ctypes binds. No C++ type crosses it, no exception leaves it. A function takes
+// one structure, which native/calls.py packs and whose tensors it has checked: all pointers are to memory of the
+// caller.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +33,8 @@ struct es_layer {
     const void *x;          // [num_tokens, hidden]
     const int64_t *ids;     // [num_tokens, top_k]; -1 is an unused slot
     const float *weights;   // [num_tokens, top_k]
-    // [num_experts]: 0 while the weights are on their way, 1 when they are there, which another thread writes behind them,
-    // 2 if they will not come. Null: all are there.
+    // [num_experts]: 0 while the weights are on their way, 1 when they are there, which another thread writes behind
+    // them, 2 if they will not come. Null: all are there.
     const uint8_t *arrivals;
     int64_t *waited_ns;     // the longest that a thread waited for arrivals is added; not null if those are not
     void *y;                // [num_tokens, hidden]; written in full
@@ -79,6 +80,54 @@ struct es_attention {
     es_team team;
 };
 
+// By what a group's experts are ranked.
+enum es_ranking {
+    ES_ALL_EXPERTS = 0,  // by nothing: all are members
+    ES_VOTES = 1,        // sums over the ballots cast, each token's K best
+    ES_HIGHEST = 2,      // the highest score that a token gives
+    ES_COVERAGE = 3,     // one by one, by what they add to the affinity that the coreset covers
+};
+
+// SharingRule, with the model's group limit and K put in.
+struct es_rule {
+    int64_t size, num_protected;
+    double prefix_share, saturation, drop_share;  // below 0: there is none
+    int64_t experts_per_token;
+    int32_t ranking;  // es_ranking
+    int32_t keep_protected, only_masked_vote;
+    int32_t ballot_groups, ballot_kept_groups;  // what a ballot may name
+    int32_t expert_groups, kept_groups;         // what a token may be given inside its coreset
+    int32_t renormalise;
+    float scaling;
+    int32_t padding;
+};
+
+// A layer's routing. kernels/cpu_route.py packs this: what stays the same for a layer, then what a call brings.
+struct es_step {
+    const void *w;      // [num_experts, depth]
+    const float *bias;  // [num_experts], or null
+    int64_t depth, num_experts, top_k;
+    int32_t w_is_bfloat16, is_softmax;
+    es_rule rule;
+
+    const void *x;            // [groups * length, depth]
+    const uint8_t *live;      // [groups, length]
+    const uint8_t *masked;    // [groups, length]: still to be decided; or null
+    const uint8_t *previous;  // [groups, num_experts]: a row with members is that group's coreset; or null
+    uint8_t *coreset;         // [groups, num_experts], written in full; or null
+    float *affinity;          // [groups * length, num_experts], or null
+    float *choice;            // the same, with a bias; or null
+    int64_t *ids;             // [groups * length, top_k]
+    float *weights;           // [groups * length, top_k]
+    uint8_t *active;          // [num_experts]; null: only scores are wanted
+    int64_t *load;            // [num_experts]
+    int64_t *unique;          // [groups]
+    int64_t groups, length;
+    int32_t is_bfloat16;
+    int32_t isa, num_threads;
+    es_team team;  // null: threads of our own
+};
+
 enum es_status {
     ES_OK = 0,
     ES_BAD_EXPERT_ID = 1,
@@ -95,6 +144,7 @@ const char *es_isa_name(int isa);
 int es_isa_usable(int isa);       // whether this build has it and this processor runs it
 
 int es_moe_ffn(const es_layer *layer);
+int es_route(const es_step *step);
 int es_project(const es_projection *projection);
 int es_attend(const es_attention *attention);
 }

@@ -16,7 +16,7 @@ namespace expertshare {
 inline Index padded(Index bytes) { return ceil_div(bytes, 64) * 64 + 64; }
 
 template <class Word>
-void turn(const Word *from, Index num_rows, Index num_columns, Index row_stride, Word *to, Index to_stride) {
+void transpose(const Word *from, Index num_rows, Index num_columns, Index row_stride, Word *to, Index to_stride) {
     for (Index column = 0; column < num_columns; column++) {
         for (Index row = 0; row < num_rows; row++) to[column * to_stride + row] = from[row * row_stride + column];
     }
@@ -42,20 +42,16 @@ class Attention final : public Work {
         rounded_stride_ = padded(call.num_keys * element_);
         const Index threads = call.num_threads, groups = call.batch * call.num_kv_heads;
         const Index value_bytes = groups * call.head_dim * call.num_keys * element_;
-        arena.reserve(Arena::padded<char>(value_bytes) + Arena::padded_own<char>(threads, blocks * query_stride_) +
-                      Arena::padded_own<char>(threads, blocks * weight_stride_) +
-                      Arena::padded_own<char>(threads, kernels.width * rounded_stride_) +
-                      Arena::padded_own<float>(threads, kTile * call.num_keys) +
-                      Arena::padded_own<float>(threads, kTile * call.head_dim) +
-                      Arena::padded_own<const void *>(threads, blocks));
-        values_ = arena.carve<char>(value_bytes);
-        packed_queries_ = arena.carve_own<char>(threads, blocks * query_stride_);
-        packed_weights_ = arena.carve_own<char>(threads, blocks * weight_stride_);
-        rounded_ = arena.carve_own<char>(threads, kernels.width * rounded_stride_);
-        scores_ = arena.carve_own<float>(threads, kTile * call.num_keys);
-        sums_ = arena.carve_own<float>(threads, kTile * call.head_dim);
-        blocks_ = arena.carve_own<const void *>(threads, blocks);
-        turn_.fill(groups * pieces_);
+        arena.lay_out([&] {
+            values_ = arena.carve<char>(value_bytes);
+            packed_queries_ = arena.carve_own<char>(threads, blocks * query_stride_);
+            packed_weights_ = arena.carve_own<char>(threads, blocks * weight_stride_);
+            rounded_ = arena.carve_own<char>(threads, kernels.width * rounded_stride_);
+            scores_ = arena.carve_own<float>(threads, kTile * call.num_keys);
+            sums_ = arena.carve_own<float>(threads, kTile * call.head_dim);
+            blocks_ = arena.carve_own<const void *>(threads, blocks);
+        });
+        transpose_.fill(groups * pieces_);
         attend_.fill(groups * tiles_);
     }
 
@@ -65,12 +61,12 @@ class Attention final : public Work {
     }
 
     void run(int worker) override {
-        drain(turn_, worker, [this](Index item, Index) { turn_values(item); });
+        drain(transpose_, worker, [this](Index item, Index) { transpose_values(item); });
         drain(attend_, worker, [this, worker](Index item, Index) { attend(worker, item); });
     }
 
    private:
-    static constexpr Index kTile = 48;  // queries at a time: with 128 features and a few hundred keys their scores fit the cache
+    static constexpr Index kTile = 48;  // queries: with 128 features and a few hundred keys their scores fit the cache
     static constexpr Index kPiece = 64;  // positions of values that one item lays out as rows, within the first cache
     static constexpr Index kMacsPerThread = 1 << 18;  // less than this is not worth waking one more thread
 
@@ -87,18 +83,18 @@ class Attention final : public Work {
                 scores_.of(worker),          sums_.of(worker),            blocks_.of(worker)};
     }
 
-    void turn_values(Index item) {
+    void transpose_values(Index item) {
         const Index group = item / pieces_, first = item % pieces_ * kPiece;
         const Index batch = group / call_.num_kv_heads, head = group % call_.num_kv_heads;
         const Index count = std::min(kPiece, call_.num_keys - first);
         const Index from = batch * call_.v_batch_stride + head * call_.v_head_stride + first * call_.head_dim;
         const Index to = group * call_.head_dim * call_.num_keys + first;
         if (call_.is_bfloat16) {
-            turn(static_cast<const std::uint16_t *>(call_.v) + from, count, call_.head_dim, call_.head_dim,
-                 reinterpret_cast<std::uint16_t *>(values_) + to, call_.num_keys);
+            transpose(static_cast<const std::uint16_t *>(call_.v) + from, count, call_.head_dim, call_.head_dim,
+                      reinterpret_cast<std::uint16_t *>(values_) + to, call_.num_keys);
         } else {
-            turn(static_cast<const float *>(call_.v) + from, count, call_.head_dim, call_.head_dim,
-                 reinterpret_cast<float *>(values_) + to, call_.num_keys);
+            transpose(static_cast<const float *>(call_.v) + from, count, call_.head_dim, call_.head_dim,
+                      reinterpret_cast<float *>(values_) + to, call_.num_keys);
         }
     }
 
@@ -117,8 +113,8 @@ class Attention final : public Work {
             own.blocks[m / kernels_.width] = block;
         }
         const Index keys = (batch * call_.k_batch_stride + kv_head * call_.k_head_stride) * element_;
-        kernels_.multiply(floats_at(static_cast<const char *>(call_.k) + keys), call_.num_keys, call_.head_dim, own.blocks,
-                          count, own.scores, call_.num_keys, kNothing);
+        kernels_.multiply(floats_at(static_cast<const char *>(call_.k) + keys), call_.num_keys, call_.head_dim,
+                          own.blocks, count, own.scores, call_.num_keys, kNothing);
         float totals[kTile];
         for (Index m = 0; m < count; m++) {
             float *scores = own.scores + m * call_.num_keys;
@@ -156,7 +152,7 @@ class Attention final : public Work {
     Own<char> packed_queries_, packed_weights_, rounded_;
     Own<float> scores_, sums_;
     Own<const void *> blocks_;
-    Queue turn_, attend_;
+    Queue transpose_, attend_;
 };
 
 }  // namespace expertshare

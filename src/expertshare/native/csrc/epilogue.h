@@ -35,12 +35,12 @@ inline float exp_clamped(float x) {
     return p * power;
 }
 
-inline float silu(float gate) {
-    float z = -gate;
-    z = z > 87.0f ? 87.0f : z;  // a NaN passes both comparisons
-    z = z < -87.0f ? -87.0f : z;
-    return gate / (1.0f + exp_clamped(z));
+inline float clamped(float x) {  // a NaN passes both comparisons
+    x = x > 87.0f ? 87.0f : x;
+    return x < -87.0f ? -87.0f : x;
 }
+
+inline float silu(float gate) { return gate / (1.0f + exp_clamped(clamped(-gate))); }
 
 constexpr Index kPiece = 64;
 
@@ -103,7 +103,9 @@ inline float exponentials(float *scores, Index count, float scale) {
     for (Index i = 0; i < whole; i += kPartials) {
         for (Index j = 0; j < kPartials; j++) lanes[j] = scores[i + j] > lanes[j] ? scores[i + j] : lanes[j];
     }
-    for (Index i = whole; i < count; i++) lanes[i - whole] = scores[i] > lanes[i - whole] ? scores[i] : lanes[i - whole];
+    for (Index i = whole; i < count; i++) {
+        lanes[i - whole] = scores[i] > lanes[i - whole] ? scores[i] : lanes[i - whole];
+    }
     const float largest = largest_of(lanes);
     for (Index i = 0; i < whole; i += kPartials) {
         for (Index j = 0; j < kPartials; j++) {

@@ -1,5 +1,5 @@
-// One call of the expert layer: group tokens by expert, gate and up with SiLU, down, mix. Experts that are still on their
-// way come last.
+// One call of the expert layer: group tokens by expert, gate and up with SiLU, down, mix. Experts that are still on
+// their way come last.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,8 @@
 
 namespace expertshare {
 
-// Tokens of one expert: pairs first_pair .. first_pair + num_tokens. The first is the first of a block of either kernel.
+// Tokens of one expert: pairs first_pair .. first_pair + num_tokens. The first is the first of a block of either
+// kernel.
 struct Group {
     Index expert, first_pair, num_tokens;
 };
@@ -91,7 +92,7 @@ class ExpertLayer final : public Work {
     }
 
    private:
-    static constexpr Index kChunkBytes = 256 << 10;  // of weights an item reads: with the tokens of a block it fits the L2 cache
+    static constexpr Index kChunkBytes = 256 << 10;  // of weights an item reads: with a block's tokens it fits the L2
     static constexpr Index kItemsPerThread = 8;
     static constexpr Index kBytesPerThread = 128 << 10;  // less than this is not worth waking one more thread
 
@@ -107,27 +108,21 @@ class ExpertLayer final : public Work {
         const Index most_rows = std::max(granule, kChunkBytes / (2 * gate_up_weights_.row_bytes));
         const Index gate_up_floats = 2 * kTokenBlock * std::min(most_rows, ceil_div(inner_depth_, granule) * granule);
 
-        arena.reserve(Arena::padded<Group>(most_groups) + Arena::padded<Index>(slots) +
-                      Arena::padded<Index>(layer_.num_experts + 1) + Arena::padded<Index>(pairs) +
-                      2 * Arena::padded<const void *>(pairs) + Arena::padded<char>(x_blocks * token_stride_) +
-                      Arena::padded<char>(pairs / down_kernels_.width * hidden_stride_) +
-                      Arena::padded<float>(pairs * out_stride_) +
-                      Arena::padded_own<float>(threads, gate_up_floats) +
-                      Arena::padded_own<const float *>(threads, layer_.top_k) +
-                      Arena::padded_own<float>(threads, layer_.top_k) + Arena::padded_own<std::int64_t>(threads, 1));
-        groups_ = arena.carve<Group>(most_groups);
-        pair_of_slot_ = arena.carve<Index>(slots);
-        first_of_expert_ = arena.carve<Index>(layer_.num_experts + 1);
-        token_of_pair_ = arena.carve<Index>(pairs);
-        x_blocks_ = arena.carve<const void *>(pairs);
-        h_blocks_ = arena.carve<const void *>(pairs);
-        tokens_ = arena.carve<char>(x_blocks * token_stride_);
-        hidden_ = arena.carve<char>(pairs / down_kernels_.width * hidden_stride_);
-        outs_ = arena.carve<float>(pairs * out_stride_);
-        gate_up_ = arena.carve_own<float>(threads, gate_up_floats);
-        outs_of_token_ = arena.carve_own<const float *>(threads, layer_.top_k);
-        weights_of_token_ = arena.carve_own<float>(threads, layer_.top_k);
-        waited_ns_ = arena.carve_own<std::int64_t>(threads, 1);
+        arena.lay_out([&] {
+            groups_ = arena.carve<Group>(most_groups);
+            pair_of_slot_ = arena.carve<Index>(slots);
+            first_of_expert_ = arena.carve<Index>(layer_.num_experts + 1);
+            token_of_pair_ = arena.carve<Index>(pairs);
+            x_blocks_ = arena.carve<const void *>(pairs);
+            h_blocks_ = arena.carve<const void *>(pairs);
+            tokens_ = arena.carve<char>(x_blocks * token_stride_);
+            hidden_ = arena.carve<char>(pairs / down_kernels_.width * hidden_stride_);
+            outs_ = arena.carve<float>(pairs * out_stride_);
+            gate_up_ = arena.carve_own<float>(threads, gate_up_floats);
+            outs_of_token_ = arena.carve_own<const float *>(threads, layer_.top_k);
+            weights_of_token_ = arena.carve_own<float>(threads, layer_.top_k);
+            waited_ns_ = arena.carve_own<std::int64_t>(threads, 1);
+        });
         for (int worker = 0; worker < threads; worker++) *waited_ns_.of(worker) = 0;
     }
 
@@ -157,7 +152,8 @@ class ExpertLayer final : public Work {
             if (pair < 0) continue;
             const Index x_width = gate_up_kernels_.width;
             token_of_pair_[pair] = slot / layer_.top_k;
-            x_blocks_[pair / x_width] = tokens_ + (x_width == 1 ? token_of_pair_[pair] : pair / x_width) * token_stride_;
+            const Index x_block = x_width == 1 ? token_of_pair_[pair] : pair / x_width;
+            x_blocks_[pair / x_width] = tokens_ + x_block * token_stride_;
             h_blocks_[pair / down_kernels_.width] = hidden_block(pair);
         }
         Group *const end = groups_ + num_groups_;
@@ -167,7 +163,8 @@ class ExpertLayer final : public Work {
         std::sort(groups_, late, [](const Group &a, const Group &b) {
             return a.num_tokens != b.num_tokens ? a.num_tokens > b.num_tokens : a.expert < b.expert;
         });
-        std::sort(late, end, [](const Group &a, const Group &b) { return a.expert < b.expert; });  // as they are asked for
+        // In the order in which they are asked for.
+        std::sort(late, end, [](const Group &a, const Group &b) { return a.expert < b.expert; });
     }
 
     static Index chunk_rows(Index num_rows, Index row_bytes, Index granule, Index num_groups, Index num_threads) {

@@ -32,18 +32,19 @@ struct Isa {
     const char *name;
     bool (*on_this_processor)();
     const Kernels *const &float32, *const &bfloat16, *const &quantised;
-    const AffinityKernels *const &gate;
+    const RouterKernels *const &router;
     const NormPair *const &norm;
 };
 
 const Isa isas[] = {
-    {"avx512_bf16", has_avx512_bf16, float32_avx512, bfloat16_avx512_bf16, quantised_avx512_vnni, gate_avx512_bf16,
+    {"avx512_bf16", has_avx512_bf16, float32_avx512, bfloat16_avx512_bf16, quantised_avx512_vnni, router_avx512_bf16,
      norm_avx512},
-    {"avx512_vnni", has_avx512_vnni, float32_avx512, bfloat16_avx512, quantised_avx512_vnni, gate_avx512, norm_avx512},
-    {"avx512", has_avx512, float32_avx512, bfloat16_avx512, quantised_avx2, gate_avx512, norm_avx512},
-    {"avx_vnni", has_avx_vnni, float32_avx2, bfloat16_avx2, quantised_avx_vnni, gate_avx2, norm_avx2},
-    {"avx2", has_avx2, float32_avx2, bfloat16_avx2, quantised_avx2, gate_avx2, norm_avx2},
-    {"portable", always, float32_portable, bfloat16_portable, quantised_portable, gate_portable, norm_portable},
+    {"avx512_vnni", has_avx512_vnni, float32_avx512, bfloat16_avx512, quantised_avx512_vnni, router_avx512,
+     norm_avx512},
+    {"avx512", has_avx512, float32_avx512, bfloat16_avx512, quantised_avx2, router_avx512, norm_avx512},
+    {"avx_vnni", has_avx_vnni, float32_avx2, bfloat16_avx2, quantised_avx_vnni, router_avx2, norm_avx2},
+    {"avx2", has_avx2, float32_avx2, bfloat16_avx2, quantised_avx2, router_avx2, norm_avx2},
+    {"portable", always, float32_portable, bfloat16_portable, quantised_portable, router_portable, norm_portable},
 };
 
 Format format_of(const es_weight &weight) {
@@ -63,7 +64,7 @@ bool isa_usable(int isa) {
     if (isa < 0 || isa >= num_isas()) return false;
     const Isa &known = isas[isa];
     return known.float32 != nullptr && known.bfloat16 != nullptr && known.quantised != nullptr &&
-           known.gate != nullptr && known.norm != nullptr && known.on_this_processor();
+           known.router != nullptr && known.norm != nullptr && known.on_this_processor();
 }
 
 const Kernels *kernels_for(int isa, bool is_bfloat16) {
@@ -78,7 +79,7 @@ const Kernels *kernels_for(int isa, bool is_bfloat16, const es_weight &weight) {
     return format == kNumFormats ? nullptr : isas[isa].quantised + 2 * format + (is_bfloat16 ? 1 : 0);
 }
 
-const AffinityKernels *affinity_kernels_for(int isa) { return isa_usable(isa) ? isas[isa].gate : nullptr; }
+const RouterKernels *router_kernels_for(int isa) { return isa_usable(isa) ? isas[isa].router : nullptr; }
 
 const NormKernels *norm_kernels_for(int isa, bool is_bfloat16) {
     if (!isa_usable(isa)) return nullptr;

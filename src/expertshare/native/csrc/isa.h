@@ -17,7 +17,7 @@ const Kernels *kernels_for(int isa, bool is_bfloat16);
 const Kernels *kernels_for(int isa, bool is_bfloat16, const es_weight &weight);
 
 // Null unless the instruction set is usable.
-const AffinityKernels *affinity_kernels_for(int isa);
+const RouterKernels *router_kernels_for(int isa);
 const NormKernels *norm_kernels_for(int isa, bool is_bfloat16);
 
 }  // namespace expertshare

@@ -3,16 +3,11 @@
 // Built without contraction (setup.py): a product that torch rounds before it adds is rounded here too.
 #include "kernels.h"
 
-#if !defined(EXPERTSHARE_ABSENT)
 #include <cmath>
 
-#include "bfloat16.h"
+#include "epilogue.h"
 
 namespace {
-
-using expertshare::Index;
-
-constexpr Index kSums = 16;  // side by side, whatever the vector length
 
 template <class T>
 inline float rounded(float value) {
@@ -23,16 +18,13 @@ inline float rounded(float value) {
 
 template <class T>
 float over_root_mean_square(const T *x, Index count, float eps) {
-    float sums[kSums] = {};
-    const Index whole = count / kSums * kSums;
-    for (Index i = 0; i < whole; i += kSums) {
-        for (Index j = 0; j < kSums; j++) sums[j] += load(x[i + j]) * load(x[i + j]);
+    float sums[kPartials] = {};
+    const Index whole = count / kPartials * kPartials;
+    for (Index i = 0; i < whole; i += kPartials) {
+        for (Index j = 0; j < kPartials; j++) sums[j] += load(x[i + j]) * load(x[i + j]);
     }
     for (Index i = whole; i < count; i++) sums[i - whole] += load(x[i]) * load(x[i]);
-    for (Index half = kSums / 2; half > 0; half /= 2) {
-        for (Index j = 0; j < half; j++) sums[j] += sums[j + half];
-    }
-    return 1.0f / std::sqrt(sums[0] / static_cast<float>(count) + eps);
+    return 1.0f / std::sqrt(sum_of(sums) / static_cast<float>(count) + eps);
 }
 
 template <class T>
@@ -65,8 +57,8 @@ void rotate(T *__restrict left, T *__restrict right, Index half, const T *__rest
 }
 
 template <class T>
-void turn(void *head, const void *scale, Index head_dim, float eps, const void *cos, const void *sin,
-          Index rotary_dim) {
+void norm_and_rotate(void *head, const void *scale, Index head_dim, float eps, const void *cos, const void *sin,
+                     Index rotary_dim) {
     T *x = static_cast<T *>(head);
     const T *scales = static_cast<const T *>(scale);
     const float by = over_root_mean_square(x, head_dim, eps);
@@ -75,11 +67,9 @@ void turn(void *head, const void *scale, Index head_dim, float eps, const void *
     rotate(x, x + half, half, static_cast<const T *>(cos), static_cast<const T *>(sin));
 }
 
-constexpr expertshare::NormPair kernels = {{norm<std::uint16_t>, turn<std::uint16_t>}, {norm<float>, turn<float>}};
+constexpr expertshare::NormPair kernels = {{norm<std::uint16_t>, norm_and_rotate<std::uint16_t>},
+                                            {norm<float>, norm_and_rotate<float>}};
 
 }  // namespace
 
 const expertshare::NormPair *const expertshare::EXPERTSHARE_TABLE(norm) = &kernels;
-#else
-const expertshare::NormPair *const expertshare::EXPERTSHARE_TABLE(norm) = nullptr;
-#endif

@@ -1,31 +1,91 @@
 // Panels of quantised weights dotted with quantised tokens. A panel is 16 rows: of each line of 64 bytes the first four
-// codes are four features of the first row, and so on, so that lanes are rows, a token's four features meet a line by one
-// instruction, and a sum needs no adding up across lanes. With 4 bits the halves of a line's bytes are two such lines:
-// the low ones in the first half of their group of features, the high ones as far on in the second.
+// codes are four features of the first row, and so on, so that lanes are rows, a token's four features meet a line by
+// one instruction, and a sum needs no adding up across lanes. With 4 bits the halves of a line's bytes are two such
+// lines: the low ones in the first half of their group of features, the high ones as far on in the second.
 //
 // R panels meet M tokens at a time in registers: codes are unpacked once for M tokens, and every line comes from memory
 // once. Of each group of features the products are summed as integers, which become floats and go, times the weights'
-// scales, into the sum of a span, and that, times the token's scale, into the total; with 8 bits a row's scale comes last.
-// Since integers are exact and the order of floats is fixed, every instruction set gets the same bits.
+// scales, into the sum of a span, and that, times the token's scale, into the total; with 8 bits a row's scale comes
+// last. Since integers are exact and the order of floats is fixed, every instruction set gets the same bits.
 #include "kernels.h"
 
-#if !defined(EXPERTSHARE_ABSENT)
 #include <algorithm>
 #include <type_traits>
 
-#include "panel_stream.h"
 #include "quantised_panel.h"
 #include "quantised_span.h"
 
 namespace {
+
+using expertshare::kPanelRows;
+using expertshare::Rows;
+
+constexpr Index kUnit = 4;  // lines of a panel at a time: any depth that is a multiple of 16 has whole ones
+
+// Bytes from one panel to the next.
+struct Strides {
+    Index codes, scales;
+};
+
+inline Rows skip(const Rows &w, Strides strides, Index panels) {
+    const auto at = [panels](const char *from, Index stride) {
+        return from == nullptr ? nullptr : from + panels * stride;
+    };
+    return {at(w.codes, strides.codes), at(w.scales, strides.scales), at(w.minima, strides.scales)};
+}
+
+// What a tile fetches ahead: so many lines of codes with every unit that it reads, `left` in all; and of scales and
+// minima, where they are not null, the line of every `scale_step` bytes. All of a panel's scales at once would find the
+// buffers for lines on their way full, and the processor drops what it has no buffer for.
+struct Ahead {
+    const char *at;
+    Index lines, left;
+    const char *scales, *minima;
+    Index scale_step;
+
+    inline __attribute__((always_inline)) void fetch() {
+        const Index count = std::min(lines, left);
+        for (Index i = 0; i < count; i++) prefetch(at + i * kLineBytes);
+        at += count * kLineBytes, left -= count;
+        if (scales != nullptr) prefetch(scales), scales += scale_step;
+        if (minima != nullptr) prefetch(minima), minima += scale_step;
+    }
+};
+
+// The panels of one call, and behind them those of the next.
+struct Region {
+    Rows w, next;
+    Strides strides;
+    Index num_panels;
+
+    Rows panel(Index k) const { return k < num_panels ? skip(w, strides, k) : skip(next, strides, k - num_panels); }
+
+    // What to fetch while R panels are read that begin `codes` and `scales` bytes before those from `first` on: as
+    // much, in the order of addresses.
+    template <int R>
+    Rows ahead(Index first, Index codes, Index scales) const {
+        if (next.codes == nullptr) return expertshare::kNothing;
+        codes *= R, scales *= R;
+        for (; codes >= strides.codes; codes -= strides.codes, scales -= strides.scales) first++;
+        const Rows from = panel(first);
+        return {from.codes + codes, from.scales + scales, from.minima == nullptr ? nullptr : from.minima + scales};
+    }
+
+    // Of rows that have one scale each.
+    void fetch_scales(Index first, Index count) const {
+        if (next.codes == nullptr) return;
+        const char *scales = panel(first).scales;
+        for (Index at = 0; at < count * strides.scales; at += kLineBytes) prefetch(scales + at);
+    }
+};
 
 // Panels and tokens that meet in registers.
 constexpr int kMostPanels = kLanes == 16 ? 2 : 1, kMaxTokens = kLanes == 16 ? 6 : 2;
 
 constexpr Index kStretchSpans = 4;  // of two panels: 16 KiB of int8
 
-// At least, in whole panels. Into the first cache: int8 gains nothing from more. With 4 bits arithmetic takes as long as
-// memory, alternately: far ahead a group of many tokens fetches for those of few.
+// At least, in whole panels. Into the first cache: int8 gains nothing from more. With 4 bits arithmetic takes as long
+// as memory, alternately: far ahead a group of many tokens fetches for those of few.
 template <class F>
 constexpr Index kAheadBytes = F::kBits == 8 ? 16 << 10 : 128 << 10;
 
@@ -153,8 +213,8 @@ struct Tile {
 
 template <class F, int R, int M>
 void panels_tile(EXPERTSHARE_PANELS_TILE) {
-    Tile<F, R, M> tile = {{codes_stride, scales_stride}, {codes, scales, minima}, {},
-                             {ahead_at, ahead_lines, ahead_left, ahead_scales, ahead_minima, scale_step}, out, out_stride};
+    const Ahead ahead = {ahead_at, ahead_lines, ahead_left, ahead_scales, ahead_minima, scale_step};
+    Tile<F, R, M> tile = {{codes_stride, scales_stride}, {codes, scales, minima}, {}, ahead, out, out_stride};
     for (int m = 0; m < M; m++) tile.tokens[m] = static_cast<const Span *>(x[m]) + span;
     tile.add_spans(features);
 }
@@ -234,8 +294,8 @@ void panels_of_tiles(const Region &region, Index first_panel, Index distance, In
     }
 }
 
-// Rows that begin and end a panel. One panel after the other is one stream from memory; where tokens are many, arithmetic
-// counts more, and several panels share each load of a token.
+// Rows that begin and end a panel. One panel after the other is one stream from memory; where tokens are many,
+// arithmetic counts more, and several panels share each load of a token.
 template <class F>
 void multiply_panels(const Rows &w, Index num_rows, Index depth, const void *const *x, Index num_tokens, float *out,
                     Index out_stride, const Rows &next) {
@@ -255,8 +315,8 @@ void multiply_panels(const Rows &w, Index num_rows, Index depth, const void *con
 
 template <class F, class Token>
 constexpr expertshare::Kernels quantised_kernels_of() {
-    return {1,       kSpan,   span_bytes, pack_spans<F, Token>, multiply_panels<F>, swiglu_spans<F>, mix<MixedInto<Token>>,
-            nullptr, nullptr, nullptr};
+    return {1,       kSpan,   span_bytes, pack_spans<F, Token>, multiply_panels<F>, swiglu_spans<F>,
+            mix<MixedInto<Token>>, nullptr, nullptr, nullptr};
 }
 
 using Int8 = Format<8, 0, false>;
@@ -274,6 +334,3 @@ constexpr expertshare::Kernels kernels[] = {
 }  // namespace
 
 const expertshare::Kernels *const expertshare::EXPERTSHARE_TABLE(quantised) = kernels;
-#else
-const expertshare::Kernels *const expertshare::EXPERTSHARE_TABLE(quantised) = nullptr;
-#endif

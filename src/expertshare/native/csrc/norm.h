@@ -91,30 +91,29 @@ class Heads final : public Work {
     }
 
     void run(int worker) override {
-        drain(tokens_, worker, [this](Index token, Index) { turn(token); });
+        drain(tokens_, worker, [this](Index token, Index) { norm_and_rotate(token); });
     }
 
    private:
-    void turn(Index token) {
-        const Index bytes = call_.head_dim * element_, turned = call_.num_heads + call_.num_kv_heads;
-        char *heads = static_cast<char *>(call_.qkv) + token * (turned + call_.num_kv_heads) * bytes;
+    void norm_and_rotate(Index token) {
+        const Index bytes = call_.head_dim * element_, rotated = call_.num_heads + call_.num_kv_heads;
+        char *heads = static_cast<char *>(call_.qkv) + token * (rotated + call_.num_kv_heads) * bytes;
         const char *cos = static_cast<const char *>(call_.cos) + token * call_.rotary_dim * element_;
         const char *sin = static_cast<const char *>(call_.sin) + token * call_.rotary_dim * element_;
-        for (Index head = 0; head < turned; head++) {
-            kernels_.turn(heads + head * bytes, head < call_.num_heads ? call_.q_scale : call_.k_scale, call_.head_dim,
-                          call_.eps, cos, sin, call_.rotary_dim);
+        for (Index head = 0; head < rotated; head++) {
+            kernels_.norm_and_rotate(heads + head * bytes, head < call_.num_heads ? call_.q_scale : call_.k_scale,
+                                     call_.head_dim, call_.eps, cos, sin, call_.rotary_dim);
         }
         if (call_.keys == nullptr) return;
         for (Index head = 0; head < call_.num_kv_heads; head++) {
-            place(heads + (call_.num_heads + head) * bytes, token, head, call_.keys, call_.keys_batch_stride,
-                  call_.keys_head_stride);
-            place(heads + (turned + head) * bytes, token, head, call_.values, call_.values_batch_stride,
-                  call_.values_head_stride);
+            append(heads + (call_.num_heads + head) * bytes, token, head, call_.keys, call_.keys_batch_stride,
+                   call_.keys_head_stride);
+            append(heads + (rotated + head) * bytes, token, head, call_.values, call_.values_batch_stride,
+                   call_.values_head_stride);
         }
     }
 
-    void place(const char *head, Index token, Index kv_head, void *to, Index batch_stride,
-                      Index head_stride) const {
+    void append(const char *head, Index token, Index kv_head, void *to, Index batch_stride, Index head_stride) const {
         const Index row = token / call_.length, position = call_.starts[row] + token % call_.length;
         const Index at = row * batch_stride + kv_head * head_stride + position * call_.head_dim;
         std::memcpy(static_cast<char *>(to) + at * element_, head, static_cast<std::size_t>(call_.head_dim * element_));

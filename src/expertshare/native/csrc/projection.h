@@ -51,10 +51,9 @@ class RowPass : public Work {
    protected:
     static constexpr Index kMostRows = 256;
 
-    // `chunk_rows` is a multiple of 32, at most kMostRows. `extra_bytes` of the arena are left to the derived class. Throws
-    // std::bad_alloc.
+    // `chunk_rows` is a multiple of 32, at most kMostRows. Throws std::bad_alloc.
     RowPass(const Matrix &matrix, const PassKernels &kernels, Arena &arena, int num_threads, Index chunk_rows,
-                     Index extra_bytes)
+            Index num_bests)
         : matrix_(matrix),
           floats_(kernels.floats),
           chunk_(chunk_rows),
@@ -67,11 +66,12 @@ class RowPass : public Work {
           num_blocks_(ceil_div(matrix.num_tokens, products_.width)),
           block_stride_(spread_over_sets(products_.block_bytes(matrix.depth))) {
         const Index num_sums = std::min(kTokenBlock, matrix.num_tokens) * sum_stride_;
-        arena.reserve(Arena::padded<char>(num_blocks_ * block_stride_) + Arena::padded<const void *>(num_blocks_) +
-                      Arena::padded_own<float>(num_threads, num_sums) + extra_bytes);
-        packed_ = arena.carve<char>(num_blocks_ * block_stride_);
-        blocks_ = arena.carve<const void *>(num_blocks_);
-        sums_ = arena.carve_own<float>(num_threads, num_sums);
+        arena.lay_out([&] {
+            packed_ = arena.carve<char>(num_blocks_ * block_stride_);
+            blocks_ = arena.carve<const void *>(num_blocks_);
+            sums_ = arena.carve_own<float>(num_threads, num_sums);
+            bests_ = arena.carve<Best>(num_bests);
+        });
         for (Index block = 0; block < num_blocks_; block++) blocks_[block] = packed_ + block * block_stride_;
         pack_.fill(num_blocks_);
         chunks_.fill(num_chunks_);
@@ -99,10 +99,11 @@ class RowPass : public Work {
     const Matrix matrix_;
     const Kernels &floats_;
     const Index chunk_, num_chunks_, piece_;
+    Best *bests_ = nullptr;  // num_bests, for the derived class
 
    private:
     static constexpr Index kPieceBytes = 128 << 10;  // two of them and the tokens fit the second cache
-    static constexpr Index kRowGranule = 32;  // a multiple of every tile: which rows are the odd ones is the same for all
+    static constexpr Index kRowGranule = 32;  // a multiple of every tile: the same rows are the odd ones for all
     static constexpr Index kItemsPerThread = 8;
     static constexpr Index kBytesPerThread = 128 << 10;  // less than this is not worth waking one more thread
 
@@ -171,9 +172,8 @@ class Head final : public RowPass {
     };
     Head(const Matrix &matrix, const Choice &choice, const PassKernels &kernels, Arena &arena, int num_threads)
         : RowPass(matrix, kernels, arena, num_threads, kMostRows,
-                  Arena::padded<Best>(matrix.num_tokens * num_chunks(matrix, kMostRows))),
+                  matrix.num_tokens * num_chunks(matrix, kMostRows)),
           choice_(choice) {
-        bests_ = arena.carve<Best>(matrix.num_tokens * num_chunks_);
         merge_.fill(matrix.num_tokens);
     }
 
@@ -191,7 +191,8 @@ class Head final : public RowPass {
         drain(merge_, worker, [this](Index token, Index) { merge(token); });
     }
 
-    // Rows that are left out never win and weigh nothing; a logit that is not finite stays, for the caller has to see it.
+    // Rows that are left out never win and weigh nothing; a logit that is not finite stays, for the caller has to see
+    // it.
     void exclude(const Sums &sums) const {
         for (Index i = 0; i < choice_.num_excluded; i++) {
             const Index row = choice_.excluded[i] - sums.first_row;
@@ -218,7 +219,6 @@ class Head final : public RowPass {
     }
 
     const Choice choice_;
-    Best *bests_ = nullptr;  // [num_tokens, num_chunks]
     Queue merge_;
 };
 

@@ -11,15 +11,13 @@ using Ints = Vec<std::int32_t>;
 using Shorts = Vec<std::int16_t, 2 * kLanes>;
 using UnsignedShorts = Vec<std::uint16_t, 2 * kLanes>;
 
-struct Ints16 {
-    Ints part[kParts];
+template <class V>
+struct Parts {
+    V part[kParts];
 };
-struct Floats16 {
-    Floats part[kParts];
-};
-struct Codes16 {  // four features of each row
-    Words part[kParts];
-};
+using Ints16 = Parts<Ints>;
+using Floats16 = Parts<Floats>;
+using Codes16 = Parts<Words>;  // four features of each row
 
 #define EXPERTSHARE_EACH_PART _Pragma("GCC unroll 4") for (int p = 0; p < kParts; p++)
 
@@ -117,7 +115,8 @@ EXPERTSHARE_INLINE Ints dot(Ints sums, Words codes, Ints token) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(token));
     return sums;
 #elif EXPERTSHARE_LEVEL == EXPERTSHARE_LEVEL_avx_vnni
-    return bits_as<Ints>(_mm256_dpbusd_avx_epi32(bits_as<__m256i>(sums), bits_as<__m256i>(codes), bits_as<__m256i>(token)));
+    return bits_as<Ints>(_mm256_dpbusd_avx_epi32(bits_as<__m256i>(sums), bits_as<__m256i>(codes),
+                                                 bits_as<__m256i>(token)));
 #elif EXPERTSHARE_LEVEL != EXPERTSHARE_LEVEL_portable
     // VPMADDUBSW saturates at 16 bits, which these products never reach: two of at most 15 * 127, or two of 127 * 127
     // where the sign of the weight is moved to the token.

@@ -44,8 +44,8 @@ class alignas(128) Queue {
     std::atomic<Index> done_{0};
 };
 
-// Does `now`, unless it is -1, and then items until there are none; returns when those of all threads are done. Each item
-// is claimed one ahead, so that the end of one can already fetch the beginning of the next (-1 if there is none).
+// Does `now`, unless it is -1, and then items until there are none; returns when those of all threads are done. Each
+// item is claimed one ahead, so that the end of one can already fetch the beginning of the next (-1 if there is none).
 template <class Item>
 void drain_from(bool from_back, Queue &queue, Index now, Item item) {
     Index taken = 0;

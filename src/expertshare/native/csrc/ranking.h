@@ -18,7 +18,7 @@ inline std::int32_t ordered(float score) {
     return std::max(key, std::numeric_limits<std::int32_t>::min() + 1);  // one NaN would be that
 }
 
-// Keeps the k largest of what is offered in the order of ids. Whoever comes later must be larger to displace.
+// Keeps the k largest of what is offered in the order of ids. A later one must be larger to displace.
 class Podium {
    public:
     void reset(int k) {

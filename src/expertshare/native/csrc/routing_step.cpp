@@ -1,6 +1,7 @@
 #include "routing_step.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "mixture.h"
 
@@ -34,11 +35,11 @@ bool RankingScratch::fits(const es_step &step) const {
 }
 
 Index RoutingStep::groups_at_a_time(const es_step &step) {
-    return std::max<Index>(1, Affinity::kTokensAtATime / std::max<Index>(1, step.length));
+    return std::max<Index>(1, RouterScores::kTokensAtATime / std::max<Index>(1, step.length));
 }
 
-RoutingStep::RoutingStep(const es_step &step, const AffinityKernels &kernels, Index first_group, Index num_groups,
-                         Arena &gate_arena, Arena &arena, std::vector<RankingScratch> &scratch)
+RoutingStep::RoutingStep(const es_step &step, const RouterKernels &kernels, Index first_group, Index num_groups,
+                         Arena &scores_arena, Arena &arena, std::vector<RankingScratch> &scratch)
     : step_(step),
       rule_(step.rule),
       first_group_(first_group),
@@ -46,8 +47,8 @@ RoutingStep::RoutingStep(const es_step &step, const AffinityKernels &kernels, In
       num_experts_(step.num_experts),
       first_token_(first_group * step.length),
       shares_(step.rule.ranking != ES_ALL_EXPERTS || step.previous != nullptr),
-      gate_(gate_of(arena)),
-      affinity_(gate_, kernels, gate_arena),
+      tokens_(carve(arena)),
+      router_scores_(step, tokens_, kernels, scores_arena),
       scratch_(scratch) {
     const auto num_scratches = static_cast<std::size_t>(std::min<Index>(step.num_threads, kMostScratches));
     if (scratch.size() != num_scratches || !scratch.front().fits(step)) {
@@ -58,40 +59,33 @@ RoutingStep::RoutingStep(const es_step &step, const AffinityKernels &kernels, In
     if (step.active != nullptr && shares_) find_voters();
     to_score_.fill(num_groups * step.length);
     to_elect_.fill(num_groups);
-    to_place_.fill(num_groups * step.length);
+    to_assign_.fill(num_groups * step.length);
 }
 
-// The part of the gate that these groups need, and memory for all that is between a token's features and its plan.
-es_gate RoutingStep::gate_of(Arena &arena) {
+// Memory for all that is between a token's features and its plan, where the caller does not want it.
+RouterScores::Tokens RoutingStep::carve(Arena &arena) {
     const Index tokens = num_groups_ * step_.length, scores = tokens * num_experts_, slots = tokens * step_.top_k;
-    arena.reserve(2 * Arena::padded<float>(scores) + Arena::padded<int32_t>(slots) + Arena::padded<float>(slots) +
-                  Arena::padded<uint8_t>(slots) + Arena::padded<uint8_t>(num_groups_ * num_experts_) +
-                  Arena::padded<uint8_t>(tokens));
-    es_gate gate = {};
-    gate.x = static_cast<const char *>(step_.x) + first_token_ * step_.depth * (step_.is_bfloat16 != 0 ? 2 : 4);
-    gate.w = step_.w;
-    gate.bias = step_.bias;
-    gate.num_tokens = tokens;
-    gate.depth = step_.depth;
-    gate.num_experts = num_experts_;
-    gate.is_bfloat16 = step_.is_bfloat16;
-    gate.w_is_bfloat16 = step_.w_is_bfloat16;
-    gate.is_softmax = step_.is_softmax;
-    gate.isa = step_.isa;
-    gate.num_threads = step_.num_threads;
-    gate.team = step_.team;
-    const auto room = [&](float *wanted) {
-        return wanted != nullptr ? wanted + first_token_ * num_experts_ : arena.carve<float>(scores);
+    const auto wanted_or_ours = [&](auto *wanted, Index first, Index count) {
+        return wanted != nullptr ? wanted + first : arena.carve<std::remove_pointer_t<decltype(wanted)>>(count);
     };
-    gate.affinity = room(step_.affinity);
-    gate.choice = gate.bias == nullptr ? nullptr : room(step_.choice);
-    ballots_ = arena.carve<int32_t>(slots);
-    best_ = arena.carve<float>(slots);
-    kept_ = arena.carve<uint8_t>(slots);
-    votes_ = arena.carve<uint8_t>(tokens);
-    coreset_ = step_.coreset != nullptr ? step_.coreset + first_group_ * num_experts_
-                                        : arena.carve<uint8_t>(num_groups_ * num_experts_);
-    return gate;
+    RouterScores::Tokens of = {first_token_, tokens, nullptr, nullptr};
+    arena.lay_out([&] {
+        of.affinity = wanted_or_ours(step_.affinity, first_token_ * num_experts_, scores);
+        if (step_.bias != nullptr) of.choice = wanted_or_ours(step_.choice, first_token_ * num_experts_, scores);
+        coreset_ = wanted_or_ours(step_.coreset, first_group_ * num_experts_, num_groups_ * num_experts_);
+        ballots_ = arena.carve<int32_t>(slots);
+        best_ = arena.carve<float>(slots);
+        kept_ = arena.carve<uint8_t>(slots);
+        votes_ = arena.carve<uint8_t>(tokens);
+    });
+    return of;
+}
+
+// That of the step before, if it has members; otherwise null.
+const uint8_t *RoutingStep::kept_coreset(Index group) const {
+    if (step_.previous == nullptr) return nullptr;
+    const uint8_t *previous = step_.previous + (first_group_ + group) * num_experts_;
+    return any(previous, num_experts_) ? previous : nullptr;
 }
 
 // The live tokens, or the masked ones of a group that has any; none of a group that keeps its coreset.
@@ -100,9 +94,7 @@ void RoutingStep::find_voters() {
         const Index length = step_.length, first = first_token_ + group * length;
         const uint8_t *live = step_.live + first;
         uint8_t *votes = votes_ + group * length;
-        const uint8_t *previous =
-            step_.previous == nullptr ? nullptr : step_.previous + (first_group_ + group) * num_experts_;
-        if (previous != nullptr && any(previous, num_experts_)) {
+        if (kept_coreset(group) != nullptr) {
             std::fill_n(votes, length, uint8_t{0});
             continue;
         }
@@ -115,25 +107,25 @@ void RoutingStep::find_voters() {
 }
 
 const float *RoutingStep::choice(Index token) const {
-    return (gate_.choice != nullptr ? gate_.choice : gate_.affinity) + token * num_experts_;
+    return (tokens_.choice != nullptr ? tokens_.choice : tokens_.affinity) + token * num_experts_;
 }
 
 void RoutingStep::run(int worker) {
-    affinity_.multiply_all(worker);
+    router_scores_.multiply_all(worker);
     if (worker >= static_cast<int>(scratch_.size())) return;  // nothing is read that others are still to write
     RankingScratch &scratch = scratch_[static_cast<std::size_t>(worker)];
     drain(to_score_, worker, [&](Index token, Index) { score(token, scratch); });
     if (step_.active == nullptr || (!shares_ && step_.coreset == nullptr)) return;
     drain(to_elect_, worker, [&](Index group, Index) { elect(group, scratch); });
     if (!shares_) return;
-    drain(to_place_, worker, [&](Index token, Index) { place(token, scratch); });
+    drain(to_assign_, worker, [&](Index token, Index) { assign(token, scratch); });
 }
 
 // Its scores, and what they are enough for: the plan without a coreset, or the ballot.
 void RoutingStep::score(Index token, RankingScratch &scratch) {
-    affinity_.finish(token);
+    router_scores_.finish(token);
     if (step_.active == nullptr) return;
-    if (!shares_) return place(token, scratch);
+    if (!shares_) return assign(token, scratch);
     if (!casts_ballots(rule_) || votes_[token] == 0) return;
     scratch.ballot.rank(choice(token));
     const Podium &podium = scratch.ballot.podium();
@@ -160,16 +152,14 @@ void RoutingStep::elect_by_cover(Index group, RankingScratch &scratch, uint8_t *
     scratch.cover.clear(num_experts_, step_.top_k);
     for (Index token = group * step_.length; token < (group + 1) * step_.length; token++) {
         if (votes_[token] == 0) continue;
-        scratch.cover.add(ballots_ + token * step_.top_k, gate_.affinity + token * num_experts_, rule_.saturation);
+        scratch.cover.add(ballots_ + token * step_.top_k, tokens_.affinity + token * num_experts_, rule_.saturation);
     }
     scratch.cover.take(rule_.size, member);
 }
 
 void RoutingStep::elect(Index group, RankingScratch &scratch) {
     uint8_t *member = coreset_ + group * num_experts_;
-    const uint8_t *previous =
-        step_.previous == nullptr ? nullptr : step_.previous + (first_group_ + group) * num_experts_;
-    if (previous != nullptr && any(previous, num_experts_)) {
+    if (const uint8_t *previous = kept_coreset(group)) {
         std::copy_n(previous, num_experts_, member);
         return;
     }
@@ -194,7 +184,7 @@ void RoutingStep::elect(Index group, RankingScratch &scratch) {
     scratch.rows.best(ranking, front, num_experts_, rule_.size, [member](int id) { member[id] = 1; });
 }
 
-void RoutingStep::place(Index token, RankingScratch &scratch) {
+void RoutingStep::assign(Index token, RankingScratch &scratch) {
     const Index group = token / step_.length, top_k = step_.top_k;
     const Index wanted = shares_ ? group : RankingScratch::kAllExperts;
     if (scratch.entered != wanted) {
@@ -209,7 +199,7 @@ void RoutingStep::place(Index token, RankingScratch &scratch) {
     int64_t *ids = step_.ids + first_token_ * top_k + slot;
     for (int place = 0; place < top_k; place++) {
         ids[place] = place < found && place < kept_slots ? podium.id(place) : -1;
-        best_[slot + place] = place < found ? gate_.affinity[token * num_experts_ + podium.id(place)] : 0.0f;
+        best_[slot + place] = place < found ? tokens_.affinity[token * num_experts_ + podium.id(place)] : 0.0f;
     }
     const uint8_t *kept = nullptr;
     if (rule_.drop_share >= 0.0) {
@@ -223,10 +213,17 @@ void RoutingStep::place(Index token, RankingScratch &scratch) {
 
 void RoutingStep::count(const es_step &step) {
     const Index slots = step.length * step.top_k;
-    Load counted(step.num_experts);
+    std::vector<Index> last(static_cast<std::size_t>(step.num_experts), -1);  // the last group that used an expert
     std::fill_n(step.load, step.num_experts, int64_t{0});
     for (Index group = 0; group < step.groups; group++) {
-        step.unique[group] = counted.add_group(step.ids + group * slots, slots, step.load);
+        step.unique[group] = 0;
+        for (Index slot = group * slots; slot < (group + 1) * slots; slot++) {
+            if (step.ids[slot] < 0) continue;
+            Index &seen = last[static_cast<std::size_t>(step.ids[slot])];
+            step.load[step.ids[slot]]++;
+            step.unique[group] += seen == group ? 0 : 1;
+            seen = group;
+        }
     }
     for (Index e = 0; e < step.num_experts; e++) step.active[e] = step.load[e] != 0 ? 1 : 0;
 }

@@ -4,8 +4,8 @@
 // R rows by M tokens at a time, so that each load of a token serves R rows.
 //
 // A type V gives: Weight, Act; kStep (features per step); Loaded, load(w), load_some(w, n) with zeros behind n;
-// dot(acc, loaded, x); place(i), where feature i is in a packed token; kMaxTokens: M with four rows; kHoldsRows: whether
-// all R vectors of W stay in registers, or one at a time while x is reloaded.
+// dot(acc, loaded, x); position_of(i), where feature i is in a packed token; kMaxTokens: M with four rows; kHoldsRows:
+// whether all R vectors of W stay in registers, or one at a time while x is reloaded.
 //
 // The depth is cut into segments. Each has a sum of its own, and the sums of a row are added in order: so tiles may
 // take segments in whatever order suits the caches, and the bits stay the same.
@@ -19,10 +19,6 @@
 
 namespace {
 
-constexpr Index kLine = 64;
-
-inline void prefetch(const char *line) { __builtin_prefetch(line, 0, 3); }
-
 // What is `ahead` bytes behind an offset into some weights, and behind their end where `next` begins; null: nothing.
 struct Stream {
     const char *from, *next;
@@ -34,7 +30,7 @@ struct Stream {
     }
 };
 
-constexpr int kShareTurns = 4;
+constexpr int kShareColumns = 4;
 
 // For several tiles of tokens. `ahead` is where to go on; of rows that are in the second cache already, `num_near` from
 // `near` on are fetched into the first, as much of them as the segment.
@@ -44,14 +40,16 @@ struct Share {
 
     // The line at `offset` and those behind it, one with each of four calls, and `Lines` of what is ahead.
     template <int Lines>
-    inline __attribute__((always_inline)) void column(Index offset, int turn) {
+    inline __attribute__((always_inline)) void column(Index offset, int nth) {
 #pragma GCC unroll 8
-        for (int i = Lines * turn / kShareTurns; i < Lines * (turn + 1) / kShareTurns; i++) prefetch(ahead + i * kLine);
-        if (turn == kShareTurns - 1) ahead += Lines * kLine;
-        if (turn != 0) return;
+        for (int i = Lines * nth / kShareColumns; i < Lines * (nth + 1) / kShareColumns; i++) {
+            prefetch(ahead + i * kLineBytes);
+        }
+        if (nth == kShareColumns - 1) ahead += Lines * kLineBytes;
+        if (nth != 0) return;
         for (Index r = 0; r < num_near; r++) {
 #pragma GCC unroll 8
-            for (int i = 0; i < kShareTurns; i++) prefetch(near + r * row_bytes + offset + i * kLine);
+            for (int i = 0; i < kShareColumns; i++) prefetch(near + r * row_bytes + offset + i * kLineBytes);
         }
     }
 };
@@ -65,11 +63,6 @@ constexpr int kFewTokens = 8;
 constexpr Index kFewBytes = 36 << 10;   // of them, so that the rows that pass by leave them in the first cache
 constexpr Index kFewAhead = 16 << 10;  // with no more than four tokens half of it is quicker
 
-template <int N>
-struct Count {
-    static constexpr int value = N;
-};
-
 constexpr int quads(int tokens) { return (tokens + 3) / 4; }
 
 // Adds the sums of `count` features of one row from w on, and of M tokens from `at` on: one segment, or what is left
@@ -77,7 +70,7 @@ constexpr int quads(int tokens) { return (tokens + 3) / 4; }
 template <class V, int M, bool Fetch>
 EXPERTSHARE_INLINE void add_piece(const typename V::Weight *w, Index at, Index count,
                                                      const void *const *x, const char *ahead, Quad *totals) {
-    constexpr Index kColumn = kLine / sizeof(typename V::Weight);
+    constexpr Index kColumn = kLineBytes / sizeof(typename V::Weight);
     const typename V::Act *tokens[M];
     Floats acc[4 * quads(M)];
     for (int m = 0; m < 4 * quads(M); m++) acc[m] = Floats{};
@@ -89,7 +82,7 @@ EXPERTSHARE_INLINE void add_piece(const typename V::Weight *w, Index at, Index c
     Index i = 0;
 #pragma GCC unroll 4
     for (; i + kColumn <= count; i += kColumn) {
-        if constexpr (Fetch) prefetch(ahead), ahead += kLine;
+        if constexpr (Fetch) prefetch(ahead), ahead += kLineBytes;
 #pragma GCC unroll 16
         for (Index s = 0; s < kColumn; s += V::kStep) add(V::load(w + i + s), i + s);
     }
@@ -128,7 +121,7 @@ template <class V, int R, int M, int Lines>
 EXPERTSHARE_INLINE void add_segment(const typename V::Weight *w, Index depth, Index at, Index count,
                                                        const void *const *x, float *out, Index out_stride,
                                                        Share share) {
-    constexpr Index kColumn = kLine / sizeof(typename V::Weight);
+    constexpr Index kColumn = kLineBytes / sizeof(typename V::Weight);
     const typename V::Act *tokens[M];
     Floats acc[M][R];
     for (int m = 0; m < M; m++) {
@@ -149,17 +142,17 @@ EXPERTSHARE_INLINE void add_segment(const typename V::Weight *w, Index depth, In
             }
         }
     };
-    const auto column = [&](Index i, int turn) __attribute__((always_inline)) {
-        share.template column<Lines>(i * static_cast<Index>(sizeof(typename V::Weight)), turn);
+    const auto column = [&](Index i, int nth) __attribute__((always_inline)) {
+        share.template column<Lines>(i * static_cast<Index>(sizeof(typename V::Weight)), nth);
 #pragma GCC unroll 8
         for (Index s = 0; s < kColumn; s += V::kStep) step(i + s);
     };
     Index i = 0;
-    for (; i + kShareTurns * kColumn <= count; i += kShareTurns * kColumn) {
+    for (; i + kShareColumns * kColumn <= count; i += kShareColumns * kColumn) {
 #pragma GCC unroll 4
-        for (int turn = 0; turn < kShareTurns; turn++) column(i + turn * kColumn, turn);
+        for (int nth = 0; nth < kShareColumns; nth++) column(i + nth * kColumn, nth);
     }
-    for (int turn = 0; i + kColumn <= count; i += kColumn, turn++) column(i, turn);
+    for (int nth = 0; i + kColumn <= count; i += kColumn, nth++) column(i, nth);
     for (; i + V::kStep <= count; i += V::kStep) step(i);
     if (i < count) {
         for (int r = 0; r < R; r++) {
@@ -202,7 +195,7 @@ EXPERTSHARE_INLINE void with_tokens(Index num_tokens, Run run) {
     if constexpr (M > 1) {
         if (num_tokens < M) return with_tokens<M - 1>(num_tokens, run);
     }
-    run(Count<M>{});
+    run(std::integral_constant<int, M>{});
 }
 
 constexpr int kShares[] = {0, 1, 2, 3, 4, 5, 6, 8, 16};  // lines in four columns
@@ -234,41 +227,41 @@ Segment<V> sharing_segment(int which, Index num_tokens) {
 // Two tiles of tokens at most, as even as it goes, and which of the next rows each fetches into the first cache.
 template <class V, int R, int M>
 struct Part {
-    struct Turn {
+    struct TokenTile {
         Index from, size, near, num_near;
         Segment<V> idle, sharing;
     };
     Index num_tiles;
-    Turn turns[2];
+    TokenTile tiles[2];
 
     Part(Index first, Index size) : num_tiles((size + M - 1) / M) {
         for (Index i = 0; i < num_tiles; i++) {
             const Index from = size * i / num_tiles, near = R * i / num_tiles;
-            Turn &turn = turns[i];
-            turn = {first + from, size * (i + 1) / num_tiles - from, near, R * (i + 1) / num_tiles - near, nullptr,
+            TokenTile &tile = tiles[i];
+            tile = {first + from, size * (i + 1) / num_tiles - from, near, R * (i + 1) / num_tiles - near, nullptr,
                     nullptr};
-            turn.idle = sharing_segment<V, R, M>(0, turn.size);
+            tile.idle = sharing_segment<V, R, M>(0, tile.size);
         }
     }
 
     // Before a pass: from now on each tile is to fetch kShares[which] lines in four columns.
     void share(int which) {
-        for (Index i = 0; i < num_tiles; i++) turns[i].sharing = sharing_segment<V, R, M>(which, turns[i].size);
+        for (Index i = 0; i < num_tiles; i++) tiles[i].sharing = sharing_segment<V, R, M>(which, tiles[i].size);
     }
 };
 
-// More tokens: two tiles of them at a time meet the same rows by turns, a segment after the other. With three tiles or
-// more, tokens that are only ever read from the first cache grow old in the second, which then takes them out of both.
-// `next` is fetched meanwhile, evenly, so that arithmetic on many tokens and the memory's work overlap. Whatever takes a
-// division is done once a pass: a segment is some two hundred cycles.
+// More tokens: two tiles of them at a time meet the same rows one after the other, segment by segment. With three tiles
+// or more, tokens that are only ever read from the first cache grow old in the second, which then takes them out of
+// both. `next` is fetched meanwhile, evenly, so that arithmetic on many tokens and the memory's work overlap. Whatever
+// takes a division is done once a pass: a segment is some two hundred cycles.
 template <class V, int R, int M>
 void many_tokens(const typename V::Weight *w, Index num_blocks, Index depth, const void *const *x, Index num_tokens,
                  float *out, Index out_stride, const typename V::Weight *next) {
     constexpr Index kPart = 2 * M;
-    constexpr Index kBytes = sizeof(typename V::Weight), kFour = kShareTurns * kLine / kBytes;
+    constexpr Index kBytes = sizeof(typename V::Weight), kFour = kShareColumns * kLineBytes / kBytes;
     const Index num_parts = (num_tokens + kPart - 1) / kPart, num_segments = (depth + kSegment - 1) / kSegment;
     Share share = {reinterpret_cast<const char *>(next), nullptr, 0, depth * kBytes};
-    Index left = next == nullptr ? 0 : num_blocks * R * depth * kBytes / kLine;
+    Index left = next == nullptr ? 0 : num_blocks * R * depth * kBytes / kLineBytes;
     for (Index p = 0; p < num_parts; p++) {
         const Index first = num_tokens * p / num_parts;
         Part<V, R, M> part(first, num_tokens * (p + 1) / num_parts - first);
@@ -283,12 +276,13 @@ void many_tokens(const typename V::Weight *w, Index num_blocks, Index depth, con
                 const typename V::Weight *block = w + b * R * depth + at;
                 const typename V::Weight *then = b + 1 < num_blocks ? block + R * depth : w + at + count;
                 for (Index i = 0; i < part.num_tiles; i++) {
-                    const auto &turn = part.turns[i];
-                    share.near = reinterpret_cast<const char *>(then + turn.near * depth);
-                    share.num_near = turn.num_near;
-                    const Segment<V> run = left > 0 ? turn.sharing : turn.idle;
-                    run(block, depth, at, count, x + turn.from, out + turn.from * out_stride + b * R, out_stride, share);
-                    share.ahead += lines * kLine, left -= lines;
+                    const auto &tile = part.tiles[i];
+                    share.near = reinterpret_cast<const char *>(then + tile.near * depth);
+                    share.num_near = tile.num_near;
+                    const Segment<V> run = left > 0 ? tile.sharing : tile.idle;
+                    float *to = out + tile.from * out_stride + b * R;
+                    run(block, depth, at, count, x + tile.from, to, out_stride, share);
+                    share.ahead += lines * kLineBytes, left -= lines;
                 }
             }
         }
@@ -321,8 +315,8 @@ void multiply(const expertshare::Rows &w, Index num_rows, Index depth, const voi
     rows_by_few<V>(from + whole * depth, num_rows - whole, depth, x, num_tokens, out + whole, out_stride, nullptr);
 }
 
-// A token is packed as its features in the order of V::place, with zeros up to a whole vector: weights that are zeros
-// times garbage could be NaN.
+// A token is packed as its features in the order of V::position_of, with zeros up to a whole vector: weights that are
+// zeros times garbage could be NaN.
 template <class V>
 Index block_bytes(Index depth) {
     return (depth + V::kStep - 1) / V::kStep * V::kStep * static_cast<Index>(sizeof(typename V::Act));
@@ -330,7 +324,7 @@ Index block_bytes(Index depth) {
 
 template <class V>
 void pad(Index end, Index depth, typename V::Act *token) {
-    for (Index i = depth; end == depth && i % V::kStep != 0; i++) token[V::place(i)] = 0;
+    for (Index i = depth; end == depth && i % V::kStep != 0; i++) token[V::position_of(i)] = 0;
 }
 
 template <class V>
@@ -341,7 +335,7 @@ void pack(const void *const *x, Index, Index depth, Index begin, Index end, void
     if constexpr (sizeof(Weight) == sizeof(typename V::Act)) {
         std::memcpy(to + begin, from + begin, static_cast<std::size_t>(end - begin) * sizeof(Weight));
     } else {
-        for (Index i = begin; i < end; i++) to[V::place(i)] = load(from[i]);
+        for (Index i = begin; i < end; i++) to[V::position_of(i)] = load(from[i]);
     }
     pad<V>(end, depth, to);
 }
@@ -356,7 +350,7 @@ void swiglu(const float *gate, const float *up, Index first, Index count, Index 
         for (Index i = 0; i < n; i++) {
             typename V::Weight rounded;
             store(&rounded, piece[i]);
-            store(&to[V::place(first + start + i)], load(rounded));
+            store(&to[V::position_of(first + start + i)], load(rounded));
         }
     }
     pad<V>(first + count, depth, to);

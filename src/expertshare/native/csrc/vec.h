@@ -1,7 +1,8 @@
 // Vectors in the compiler's own notation, and the few operations on them that it has no notation for.
 //
-// For sources that are compiled once for each instruction set (setup.py), whose name is EXPERTSHARE_ISA. Everything here
-// and in the headers of such sources has internal linkage: no object may end up with another instruction set's copy.
+// For sources that are compiled once for each instruction set (setup.py), whose name is EXPERTSHARE_ISA. Everything
+// here and in the headers of such sources has internal linkage: no object may end up with another instruction set's
+// copy.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +44,9 @@ using Vec = typename VecOf<T, N>::type;
 using Floats = Vec<float>;
 using Words = Vec<std::uint32_t>;
 using Quad = Vec<float, 4>;
+
+constexpr Index kLineBytes = 64;
+EXPERTSHARE_INLINE void prefetch(const char *line) { __builtin_prefetch(line, 0, 3); }
 
 // From and to any address.
 template <class V>

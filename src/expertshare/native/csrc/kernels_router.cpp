@@ -1,11 +1,10 @@
-// The arithmetic of the router's gate, side by side for a block of two vectors of tokens.
+// The arithmetic of router scores, side by side for a block of two vectors of tokens.
 //
-// A feature of W is spread over a vector and multiplied with two vectors of tokens: no sums across lanes, and the tokens,
-// which stay in the second cache, are read once for every kRows experts. Each sum is taken in strips of kStrip features,
-// whose sums are added up in order: 2048 terms in one chain would round more than torch's product does.
+// A feature of W is spread over a vector and multiplied with two vectors of tokens: no sums across lanes, and the
+// tokens, which stay in the second cache, are read once for every kRows experts. Each sum is taken in strips of kStrip
+// features, whose sums are added up in order: 2048 terms in one chain would round more than torch's product does.
 #include "kernels.h"
 
-#if !defined(EXPERTSHARE_ABSENT)
 #include <algorithm>
 
 #include "epilogue.h"
@@ -20,19 +19,13 @@ using expertshare::Rows;
 constexpr int kRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 4;
 constexpr Index kWidth = 2 * kLanes;
 constexpr Index kStrip = 256;
-constexpr Index kLineBytes = 64;
-
-template <int N>
-struct Count {
-    static constexpr int value = N;
-};
 
 // As much of the rows that follow as is read now, front to back: rows are contiguous, and memory is fastest in order.
 // `offset`: bytes into a row.
 inline void fetch_lines(const void *next, Index num_rows, Index offset) {
     if (next == nullptr) return;
     const char *from = static_cast<const char *>(next) + offset * num_rows;
-    for (Index r = 0; r < num_rows; r++) __builtin_prefetch(from + r * kLineBytes, 0, 3);
+    for (Index r = 0; r < num_rows; r++) prefetch(from + r * kLineBytes);
 }
 
 // Packed one by one: features begin .. end of the rows of w.
@@ -46,7 +39,8 @@ struct OneByOne {
             const Index stop = std::min(line + kLine, end);
             for (Index i = line; i < stop; i++) {
                 Floats x[Halves];
-                for (int half = 0; half < Halves; half++) x[half] = load_vec<Floats>(packed + i * kWidth + half * kLanes);
+                const float *features = packed + i * kWidth;
+                for (int half = 0; half < Halves; half++) x[half] = load_vec<Floats>(features + half * kLanes);
                 for (int r = 0; r < R; r++) {
                     const Floats spread = splat<Floats>(load(w[r * depth + i]));
                     for (int half = 0; half < Halves; half++) sums[r][half] = fma(spread, x[half], sums[r][half]);
@@ -129,8 +123,10 @@ void multiply_block(const Weight *w, Index num_rows, Index depth, const float *p
         run(w + first * depth, depth, packed, num_tokens, out + first, out_stride, then);
     };
     Index r = 0;
-    for (; r + kRows <= num_rows; r += kRows) of_height(Count<kRows>{}, r, r + 2 * kRows <= num_rows ? nullptr : next);
-    for (; r < num_rows; r++) of_height(Count<1>{}, r, nullptr);
+    for (; r + kRows <= num_rows; r += kRows) {
+        of_height(std::integral_constant<int, kRows>{}, r, r + 2 * kRows <= num_rows ? nullptr : next);
+    }
+    for (; r < num_rows; r++) of_height(std::integral_constant<int, 1>{}, r, nullptr);
 }
 
 template <class Token, class Weight>
@@ -172,11 +168,6 @@ void pack(const void *const *x, Index num_tokens, Index depth, Index begin, Inde
 
 Index block_bytes(Index depth) { return depth * kWidth * static_cast<Index>(sizeof(float)); }
 
-inline float clamped(float x) {  // a NaN passes both comparisons
-    x = x > 87.0f ? 87.0f : x;
-    return x < -87.0f ? -87.0f : x;
-}
-
 inline void softmax(float *row, Index count) {
     constexpr Index kSums = 16;
     float most = row[0];
@@ -209,7 +200,7 @@ constexpr expertshare::Kernels product() {
             nullptr, nullptr,    nullptr,     nullptr,     nullptr};
 }
 
-constexpr expertshare::AffinityKernels kernels = {
+constexpr expertshare::RouterKernels kernels = {
     {{product<float, float>(), product<float, std::uint16_t>()},
      {product<std::uint16_t, float>(), product<std::uint16_t, std::uint16_t>()}},
     kRows,
@@ -217,7 +208,4 @@ constexpr expertshare::AffinityKernels kernels = {
 
 }  // namespace
 
-const expertshare::AffinityKernels *const expertshare::EXPERTSHARE_TABLE(gate) = &kernels;
-#else
-const expertshare::AffinityKernels *const expertshare::EXPERTSHARE_TABLE(gate) = nullptr;
-#endif
+const expertshare::RouterKernels *const expertshare::EXPERTSHARE_TABLE(router) = &kernels;
