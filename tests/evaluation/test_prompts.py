@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,9 @@ def test_unreadable_sources(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(InputError, match="at least one"):
         read_prompts(tmp_path / "empty.jsonl")
+
+
+def test_prompts_and_scoring_are_read_without_torch() -> None:
+    modules = "expertshare.evaluation.prompts, expertshare.evaluation.scoring"
+    program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

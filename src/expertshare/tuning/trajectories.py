@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -60,11 +61,7 @@ class _Recorder:
 
 
 def record_trajectories(
-    loaded: LoadedModel,
-    prompts: Sequence[Sequence[int]],
-    options: DecodingOptions,
-    *,
-    setup: Setup,
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], options: DecodingOptions, *, setup: Setup
 ) -> list[Trajectory]:
     """Decode `prompts` under vanilla and keep every step. Raises NumericsError."""
     decoder = BlockDecoder(loaded.model, setup.runtime(loaded, VANILLA), options)
@@ -81,28 +78,16 @@ def record_trajectories(
 
 
 def _trajectory(row: Row, steps: Sequence[tuple[int, int, Tensor, Tensor]]) -> Trajectory:
+    """steps: block, step, tokens_L and masked_L before each; what a step wrote shows in the next one of its block, or
+    at the end of decoding."""
     length = row.geometry.block_length
+    final_CL = row.masked_C.view(-1, length)
     snapshots: list[Snapshot] = []
-    for place, (block, step, tokens_L, masked_L) in enumerate(steps):
-        follower = steps[place + 1] if place + 1 < len(steps) else None
-        if follower is not None and follower[0] == block:
-            masked_after_L = follower[3]
-        else:
-            masked_after_L = row.masked_C[block * length : (block + 1) * length]
-        snapshots.append(
-            Snapshot(
-                block=block,
-                step=step,
-                tokens_L=tokens_L,
-                masked_L=masked_L,
-                written_L=masked_L & ~masked_after_L,
-            )
-        )
-    return Trajectory(
-        geometry=row.geometry,
-        final_C=row.tokens_C,
-        snapshots=tuple(snapshots),
-    )
+    for (block, step, tokens_L, masked_L), following in zip_longest(steps, steps[1:]):
+        masked_after_L = following[3] if following is not None and following[0] == block else final_CL[block]
+        written_L = masked_L & ~masked_after_L
+        snapshots.append(Snapshot(block=block, step=step, tokens_L=tokens_L, masked_L=masked_L, written_L=written_L))
+    return Trajectory(geometry=row.geometry, final_C=row.tokens_C, snapshots=tuple(snapshots))
 
 
 def thin_out(trajectory: Trajectory, most: int) -> Trajectory:
@@ -110,12 +95,8 @@ def thin_out(trajectory: Trajectory, most: int) -> Trajectory:
     count = len(trajectory.snapshots)
     if count <= most:
         return trajectory
-    places = torch.linspace(0, count - 1, most).round().long().tolist()
-    return Trajectory(
-        geometry=trajectory.geometry,
-        final_C=trajectory.final_C,
-        snapshots=tuple(trajectory.snapshots[place] for place in places),
-    )
+    kept = torch.linspace(0, count - 1, most).round().long().tolist()
+    return replace(trajectory, snapshots=tuple(trajectory.snapshots[index] for index in kept))
 
 
 MAX_POSITIONS = 8192  # positions in one forward
