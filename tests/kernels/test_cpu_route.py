@@ -321,6 +321,26 @@ def test_a_coreset_is_written_where_steps_reuse_it() -> None:
     assert torch.equal(second.coreset.member_GE, first.coreset.member_GE)
 
 
+def test_what_decoding_tells_must_fit_the_tokens() -> None:
+    spec = SPECS["softmax plain"]
+    given, policy, experts = inputs(spec, (2, 5, 16)), DesVote(budget=8), spec.num_experts
+    wrong_masks = [torch.ones(2, 4).bool(), torch.ones(3, 5).bool(), torch.ones(2, 5, 1).bool(), torch.ones(2, 5)]
+    for mask in (*wrong_masks, torch.ones(2, 5).bool().to("meta")):
+        with pytest.raises(ConfigError, match=r"expected masked_GL in torch.bool of shape \(2, 5\).*got"):
+            by_library(given, policy, spec, masked_GL=mask)
+    wrong_members = [torch.ones(1, experts), torch.ones(2, experts - 1), torch.ones(experts)]
+    for member in (*[wrong.bool() for wrong in wrong_members], torch.ones(2, experts), torch.ones(2, experts).int()):
+        with pytest.raises(ConfigError, match=rf"expected previous.member_GE in torch.bool of shape \(2, {experts}\)"):
+            by_library(given, policy, spec, previous=Coreset(member))
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 1)])
+def test_a_mask_is_spread_over_the_tokens(shape: tuple[int, ...]) -> None:
+    spec = SPECS["softmax plain"]
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(3)) > 0.5
+    assert_one_call_is_the_same(inputs(spec, (2, 5, 16)), DesVote(budget=8), spec, masked_GL=mask)
+
+
 def test_an_instruction_set_that_is_named_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = SPECS["softmax plain"]
     given = inputs(spec, (1, 4, 16))

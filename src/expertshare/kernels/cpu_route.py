@@ -38,7 +38,8 @@ def route_layer_cpu(
     """`route_layer` by the native library: from equal scores the same coresets, experts and counts, to the bit.
 
     Training, tensors that the library does not take, and a policy that no rule expresses are left to torch; the router
-    scores are then still the library's, where it takes them (`router_scores_cpu`).
+    scores are then still the library's, where it takes them (`router_scores_cpu`). Raises ConfigError for masked_GL and
+    previous of a shape or dtype that the library would read past.
     """
     prepared = _prepared_for(weight_ED, bias_E, policy, spec)
     found = prepared.route(x_GLD, bias_E, live_GL, masked_GL, previous)
@@ -146,10 +147,12 @@ class _Prepared:
         x_GLD, live_GL = x_GLD.contiguous(), live_GL.contiguous()
         masked, member_GE, coreset = 0, None, None
         if masked_GL is not None:
-            masked_GL = masked_GL.expand(live_GL.shape).contiguous()
+            if masked_GL.shape != live_GL.shape and masked_GL.shape in ((length,), (1, length), (groups, 1)):
+                masked_GL = masked_GL.expand(live_GL.shape)
+            masked_GL = _checked("masked_GL", masked_GL, (groups, length))
             masked = masked_GL.data_ptr()
         if previous is not None:
-            member_GE = previous.member_GE.contiguous()
+            member_GE = _checked("previous.member_GE", previous.member_GE, (groups, self.num_experts))
         if self.writes or previous is not None:
             coreset = Coreset(torch.empty((groups, self.num_experts), dtype=torch.bool))
         new = plan_buffers(groups * length, self.top_k, self.num_experts, groups)
@@ -172,6 +175,16 @@ class _Prepared:
     def _has_gradients(self, x_GLD: Tensor, bias_E: Tensor | None) -> bool:
         weight_ED = self.weight()
         return any(tensor is not None and tensor.requires_grad for tensor in (x_GLD, weight_ED, bias_E))
+
+
+def _checked(name: str, tensor: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The tensor, contiguous. Raises ConfigError unless the library may read a byte for every element of this shape."""
+    if tensor.shape != shape or tensor.dtype is not torch.bool or not tensor.is_cpu:
+        raise ConfigError(
+            f"expected {name} in torch.bool of shape {shape} on cpu, got {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)} on {tensor.device}: pass what belongs to these tokens and experts."
+        )
+    return tensor.contiguous()
 
 
 _MOST_LAYERS, _MOST_POLICIES = 1024, 16
