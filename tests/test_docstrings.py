@@ -37,15 +37,7 @@ def overrides(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bo
 PARTS = sorted({path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py")})
 
 
-# Packages that are being rewritten: to be taken out one by one.
-LATER = {
-    *("cli", "config.py", "evaluation", "integrations", "kernels", "models", "routing", "serving", "training"),
-    *("tuning", "types.py"),
-}
-MAY_FAIL = pytest.mark.xfail(reason="not rewritten yet", strict=False)
-
-
-@pytest.mark.parametrize("part", [pytest.param(p, marks=[MAY_FAIL] if p in LATER else []) for p in PARTS])
+@pytest.mark.parametrize("part", PARTS)
 def test_docstrings_say_more_than_four_words(part: str) -> None:
     place = PACKAGE / part
     files = sorted(place.rglob("*.py")) if place.is_dir() else [place]

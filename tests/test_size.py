@@ -1,5 +1,5 @@
-"""How large the package may be. Lines are those of formatted code, blank ones and docstrings included; code that moves
-into data, generated files or another language counts. Whoever raises a limit says why in CHANGELOG.md."""
+"""How large the package may be. Lines are those of formatted code, empty ones and docstrings included; code that moves
+into data, generated files or another language counts. A limit that is raised has its reason in CHANGELOG.md."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ from code_map import ENGINE, files_of, lines_of, parts
 
 NATIVE = ("native/csrc",)
 
+# The aim is 10,000 lines in 80 files for the engine and 30,000 for the package: these limits only go down.
+MOST_LINES = {"engine": 11_400, "package": 34_100, "native": 4_500}
+MOST_FILES_OF_THE_ENGINE = 85
+
 
 @pytest.mark.parametrize(
-    ("names", "kinds", "most"),
-    [
-        pytest.param(ENGINE, (".py",), 10_000, id="engine", marks=pytest.mark.xfail(reason="12,152 lines")),
-        pytest.param(parts(), (".py",), 30_000, id="package", marks=pytest.mark.xfail(reason="37,100 lines")),
-        pytest.param(NATIVE, (".cpp", ".h"), 4_500, id="native"),
-    ],
+    ("what", "names", "kinds"),
+    [("engine", ENGINE, (".py",)), ("package", parts(), (".py",)), ("native", NATIVE, (".cpp", ".h"))],
 )
-def test_lines(names: Sequence[str], kinds: Sequence[str], most: int) -> None:
-    assert lines_of(files_of(names, kinds)) <= most
+def test_lines(what: str, names: Sequence[str], kinds: Sequence[str]) -> None:
+    assert lines_of(files_of(names, kinds)) <= MOST_LINES[what]
 
 
-@pytest.mark.xfail(reason="120 files")
 def test_files_of_the_engine() -> None:
-    assert len(files_of(ENGINE)) <= 80
+    assert len(files_of(ENGINE)) <= MOST_FILES_OF_THE_ENGINE
 
 
 def test_every_file_of_the_package_is_counted() -> None:

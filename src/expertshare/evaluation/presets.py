@@ -25,7 +25,7 @@ class Preset:
     unknown: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, object]:
-        """Plain values."""
+        """The settings as plain values for JSON."""
         return {
             "name": self.name,
             "source": self.source,

@@ -59,7 +59,7 @@ class RunDirectory:
         return self._read()
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Add one answer."""
+        """Add one answer to the run's file."""
         assert self._descriptor is not None
         data = (json.dumps(line, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
         written = os.write(self._descriptor, data)

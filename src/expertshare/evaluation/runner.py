@@ -295,7 +295,7 @@ class Outcome:
 
     @property
     def agreement(self) -> Agreement:
-        """With vanilla's answers."""
+        """Agreement of these answers with vanilla's."""
         return agreement(*([answer.token_ids for answer in run.answers] for run in (self.run, self.vanilla)))
 
 
@@ -329,7 +329,7 @@ class PolicyRunner:
         return Outcome(label=policy_label(policy), records=self.records, run=self.answer(policy), vanilla=vanilla.run)
 
     def answer(self, policy: RoutingPolicy) -> PolicyRun:
-        """The answers by themselves."""
+        """The answers by themselves, without what they cost."""
         label, done = policy_label(policy), 0
 
         def count(block: BlockResult) -> None:

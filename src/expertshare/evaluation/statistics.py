@@ -29,7 +29,7 @@ class Proportion:
 
     @property
     def value(self) -> float:
-        """The share itself."""
+        """The share itself, without its interval."""
         return self.successes / self.count
 
 
@@ -108,7 +108,7 @@ class Retained:
 
     @property
     def mean(self) -> float | None:
-        """Plain mean over tasks."""
+        """Plain mean of the share over tasks."""
         return _mean(list(self.by_task.values()))
 
     @property
@@ -150,12 +150,12 @@ class PairedCounts:
 
     @property
     def total(self) -> int:
-        """Prompts."""
+        """Number of prompts that were judged."""
         return self.kept + self.lost + self.gained + self.neither
 
     @property
     def solved(self) -> int:
-        """Prompts that vanilla solves."""
+        """Number of prompts that vanilla solves."""
         return self.kept + self.lost
 
     @property

@@ -52,7 +52,7 @@ class Tuned:
 
     @property
     def policy(self) -> RoutingPolicy:
-        """The chosen one."""
+        """The policy that was chosen as the cheapest."""
         return self.chosen.policy
 
     @property
@@ -95,7 +95,7 @@ class Tuned:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The results as plain values for JSON."""
         stated = {"retain": self.options.retain, "confidence": self.options.confidence}
         return {
             "certified": self.certified,

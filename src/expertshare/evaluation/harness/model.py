@@ -84,12 +84,12 @@ class ExpertShareLM(LM):  # type: ignore[misc]
         return cut(self.solver.solve(Job(item=item, policy=0)).text, stops(request))
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Refused."""
+        """Refused: a diffusion model has no left-to-right likelihood."""
         del requests, disable_tqdm
         raise InputError(f"loglikelihood was asked for: {NO_LIKELIHOOD}")
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Refused."""
+        """Refused: a diffusion model has no left-to-right likelihood."""
         del requests, disable_tqdm
         raise InputError(f"loglikelihood_rolling was asked for: {NO_LIKELIHOOD}")
 

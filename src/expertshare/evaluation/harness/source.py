@@ -45,7 +45,7 @@ class HarnessSource:
 
     @property
     def task(self) -> str:
-        """The benchmark's name."""
+        """The benchmark's name, as users write it."""
         return self.benchmark.name
 
     @classmethod
