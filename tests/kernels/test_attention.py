@@ -10,8 +10,9 @@ from torch import Tensor
 
 from expertshare import native
 from expertshare.errors import ConfigError
+from expertshare.kernels.cpu_backend import CpuBackend
 from expertshare.kernels.cpu_ops import attend_cpu
-from expertshare.kernels.torch_backend import attend_folded
+from expertshare.kernels.torch_backend import TorchBackend, attend_folded
 
 from .conftest import ISAS
 
@@ -97,11 +98,17 @@ def test_a_cache_is_read_where_it_lies(isa: str) -> None:
     """A view of some rows and positions of a larger buffer, with NaN all around."""
     q, k, v, _ = scene((2, 4, 2, 8, 40, 24), torch.bfloat16)
     expected = attend_cpu(q, k, v, None)
-    room = torch.full((2, 4, 2, 64, 24), float("nan"), dtype=torch.bfloat16)
-    room[0, 1:3, :, :40], room[1, 1:3, :, :40] = k, v
-    assert torch.equal(attend_cpu(q.contiguous(), room[0, 1:3, :, :40], room[1, 1:3, :, :40], None), expected)
+    memory = torch.full((2, 4, 2, 64, 24), float("nan"), dtype=torch.bfloat16)
+    memory[0, 1:3, :, :40], memory[1, 1:3, :, :40] = k, v
+    assert torch.equal(attend_cpu(q.contiguous(), memory[0, 1:3, :, :40], memory[1, 1:3, :, :40], None), expected)
     turned = k.transpose(2, 3).contiguous().transpose(2, 3)
     assert torch.equal(attend_cpu(q, turned, v, None), expected)
+
+
+def test_the_backends_agree() -> None:
+    q, k, v, mask = scene((2, 4, 2, 8, 24, 8), torch.float32, masked=True)
+    expected = TorchBackend().attention(q, k, v, mask)
+    torch.testing.assert_close(CpuBackend().attention(q, k, v, mask), expected, rtol=0, atol=1e-6)
 
 
 WRONG: dict[str, tuple[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Scene]]] = {

@@ -86,8 +86,8 @@ def test_leading_dimensions_and_views() -> None:
 @pytest.mark.parametrize("offset", [1, 3])
 def test_weights_need_no_alignment_and_nothing_behind_them_is_used(isa: str, offset: int, dtype: torch.dtype) -> None:
     x_TD, weight_ND = scene((9, 21, 37), dtype)
-    room = torch.full((weight_ND.numel() + 2 * offset,), float("nan"), dtype=dtype)
-    moved_ND = room[offset:-offset].view(weight_ND.shape).copy_(weight_ND)
+    memory = torch.full((weight_ND.numel() + 2 * offset,), float("nan"), dtype=dtype)
+    moved_ND = memory[offset:-offset].view(weight_ND.shape).copy_(weight_ND)
     assert torch.equal(linear_cpu(x_TD, moved_ND), linear_cpu(x_TD, weight_ND))
 
 

@@ -14,6 +14,7 @@ from backends import moe_ffn, moe_ffn_loop
 from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.kernels import BACKENDS, choose_backend
+from expertshare.kernels.torch_backend import only_active
 from expertshare.types import ExpertBank, RoutingPlan
 
 CPU = torch.device("cpu")
@@ -192,6 +193,21 @@ def test_an_unused_slot_has_no_gradient() -> None:
     assert weights_grad[plan.expert_ids_TK < 0].eq(0).all()
     assert weights_grad[plan.expert_ids_TK >= 0].ne(0).all()
     assert all(grad.isfinite().all() for grad in (x_grad, gate_up_grad, down_grad))
+
+
+def test_a_bank_with_too_many_rows_for_a_grouped_product_is_cut_to_the_plan() -> None:
+    """On a GPU torch refuses 1,024 groups and more (MOST_GROUPS)."""
+    x_TD, plan, bank = scene((3, 2, 9, 16, 8), torch.float32, unused=0.3)
+    small, chosen = only_active(plan, bank)
+    experts = plan.active_E.nonzero().flatten()
+    assert len(experts) < 9
+    assert torch.equal(chosen.gate_up_EHD, bank.gate_up_EHD[experts])
+    assert torch.equal(chosen.down_EDF, bank.down_EDF[experts])
+    assert small.active_E.tolist() == [True] * len(experts)
+    used_TK = plan.expert_ids_TK >= 0
+    assert torch.equal(experts[small.expert_ids_TK[used_TK]], plan.expert_ids_TK[used_TK])
+    assert small.expert_ids_TK[~used_TK].eq(-1).all()
+    assert torch.equal(moe_ffn(x_TD, small, chosen), moe_ffn(x_TD, plan, bank))
 
 
 def test_an_unknown_backend_suggests_the_nearest() -> None:

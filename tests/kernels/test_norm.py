@@ -83,8 +83,8 @@ def scene(shape: tuple[int, ...], dtype: torch.dtype) -> Given:
     qkv = random(batch, length, heads + 2 * kv_heads, features, dtype=dtype)
     scales = random(features, dtype=dtype, seed=1), random(features, dtype=dtype, seed=2)
     angle = random(batch, 1, length, rotated, dtype=torch.float32, seed=3) * 9
-    room = torch.full((2, batch + 1, kv_heads, length + 7, features), float("nan"), dtype=dtype)
-    place = CacheSlice(room[0, 1:], room[1, 1:], [(3 * row) % 8 for row in range(batch)])
+    memory = torch.full((2, batch + 1, kv_heads, length + 7, features), float("nan"), dtype=dtype)
+    place = CacheSlice(memory[0, 1:], memory[1, 1:], [(3 * row) % 8 for row in range(batch)])
     return qkv, heads, scales, (angle.cos().to(dtype), angle.sin().to(dtype)), place
 
 
@@ -117,12 +117,12 @@ def test_heads_are_turned_and_placed(isa: str, shape: tuple[int, ...], dtype: to
     assert_same_but_for_the_mean(got, expected)
     turned = heads + shape[3]
     assert torch.equal(got[:, :, turned:], qkv[:, :, turned:])
-    for room, part in ((place.keys_BHCD, got[:, :, heads:turned]), (place.values_BHCD, got[:, :, turned:])):
+    for memory, part in ((place.keys_BHCD, got[:, :, heads:turned]), (place.values_BHCD, got[:, :, turned:])):
         for row, start in enumerate(place.starts):
-            written = room[row, :, start : start + shape[1]].clone()
+            written = memory[row, :, start : start + shape[1]].clone()
             assert torch.equal(written, part[row].transpose(0, 1))
-            room[row, :, start : start + shape[1]] = float("nan")
-        assert room.isnan().all(), "written beyond the place"
+            memory[row, :, start : start + shape[1]] = float("nan")
+        assert memory.isnan().all(), "written beyond the place"
 
 
 WRONG: dict[str, tuple[str, Callable[[Any], Any]]] = {

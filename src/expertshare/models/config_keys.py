@@ -81,7 +81,7 @@ class ConfigKeys:
         return float(value)
 
     def flag(self, key: str, default: bool | None = None) -> bool:
-        """true or false."""
+        """A key whose value is true or false."""
         value = self._required(key, default)
         if not isinstance(value, bool):
             raise ConfigError(f"{self._where}: {key} must be true or false, got {value!r}")

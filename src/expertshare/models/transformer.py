@@ -78,7 +78,7 @@ class MoETransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device where the weights are."""
         return self.norm.weight.device
 
     @property
