@@ -24,6 +24,8 @@ NOT_RUN = {
     "class HeadCount(CoresetPolicy)": "tests/routing/test_add_a_policy_doc.py runs it",
     '"count": "Say how many bytes': "tests/cli/test_add_a_verb_doc.py runs it",
     'EXAMPLE = "Example: expertshare count': "tests/cli/test_add_a_verb_doc.py runs it",
+    'EMBED = Call("es_embed"': "needs a library with that function",
+    "def embed(self, tokens: Tensor": "a method, shown without its class",
     "def test_three_tokens_elect_two_experts": "tests/routing/test_add_a_policy_doc.py runs it",
     'load_model("path/to/model", device="cuda")': "needs a GPU",
     "client = OpenAI(": "asks a running server; tests/serving/test_clients.py does so with the same client",

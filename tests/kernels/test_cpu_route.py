@@ -27,7 +27,7 @@ from expertshare.routing.per_token import TopKCap
 from expertshare.routing.policy import Policy
 from expertshare.routing.route import routed
 from expertshare.types import Coreset, Routed, RouterScores, RoutingPolicy
-from routing.cases import SPECS, plain_spec, policy_settings
+from routing.cases import BY_RULE, SPECS, plain_spec, policy_settings
 from routing.contract import assert_same_plan
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.unavailable_reason()))
@@ -113,7 +113,7 @@ def what_decoding_tells(groups: int, length: int, spec: RouterSpec, seed: int) -
 
 
 @pytest.mark.parametrize("spec_name", SPECS)
-@pytest.mark.parametrize("policy_name", POLICIES)
+@pytest.mark.parametrize("policy_name", BY_RULE)
 @settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_every_policy(policy_name: str, spec_name: str, data: st.DataObject) -> None:
@@ -200,7 +200,7 @@ def test_awkward_scores(experts: int) -> None:
             assert_one_call_is_the_same(given, Ruled(fixed=rule), spec)
 
 
-@pytest.mark.parametrize("policy_name", POLICIES)
+@pytest.mark.parametrize("policy_name", BY_RULE)
 @pytest.mark.parametrize("shape", [(20, 32, 64), (3, 200, 32), (1, 600, 32), (2, 32, 2048)], ids=str)
 def test_more_tokens_than_fit_at_a_time(policy_name: str, shape: tuple[int, int, int]) -> None:
     """Groups are never parted, however long."""
@@ -212,7 +212,7 @@ def test_more_tokens_than_fit_at_a_time(policy_name: str, shape: tuple[int, int,
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("policy_name", POLICIES)
+@pytest.mark.parametrize("policy_name", BY_RULE)
 def test_instruction_sets(monkeypatch: pytest.MonkeyPatch, isa: str, policy_name: str) -> None:
     monkeypatch.setenv("EXPERTSHARE_ISA", isa)
     for spec_name in ("sigmoid groups 64", "softmax renormalised"):
@@ -227,7 +227,7 @@ def test_threads_do_not_matter(threads: int) -> None:
     spec = SPECS["sigmoid groups 256"]
     given = inputs(spec, (3, 32, 1024), seed=5)
     native.set_num_threads(threads)
-    for policy_name in POLICIES:
+    for policy_name in BY_RULE:
         for _ in range(3):
             assert_one_call_is_the_same(given, POLICIES[policy_name]().bind(spec), spec)
 

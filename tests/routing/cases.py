@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from expertshare.config import GroupLimit, RouterSpec
-from expertshare.routing.policy import worded_knobs
+from expertshare.routing import POLICIES
+from expertshare.routing.policy import runs_on_torch, worded_knobs
 from expertshare.types import RouterScores, RoutingPolicy
 
 SPECS: dict[str, RouterSpec] = {
@@ -72,6 +73,10 @@ def numbers_to_try(knob: Field[Any], type_of_knob: Any, spec: RouterSpec, group_
         return [0.125, 0.6, 1.0] if limits == "(0, 1]" else [0.0, 0.5, 0.9]
     least, most = limits(spec, group_limit)
     return [least, (least + most) // 2, most, *([1.0] if float in (type_of_knob, *get_args(type_of_knob)) else [])]
+
+
+BY_RULE = [name for name, kind in POLICIES.items() if not runs_on_torch(kind())]
+"""Policies that fast implementations interpret: those that override `select` or `assign` stay with torch."""
 
 
 def policy_settings(kind: type[Any], spec: RouterSpec) -> list[RoutingPolicy]:

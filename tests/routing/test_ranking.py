@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from expertshare.errors import ConfigError
 from expertshare.routing.ranking import top_k_ids, top_k_mask
 
 AWKWARD = st.sampled_from([0.0, -0.0, math.inf, -math.inf, 1e-45, -1e-45, 1.0, -1.0, 3.4e38, -3.4e38])
@@ -45,3 +46,8 @@ def test_rows_are_independent_and_strides_do_not_matter(shape: tuple[int, ...]) 
     strided = torch.stack([scores, -scores], dim=-1)[..., 0]
     assert not strided.is_contiguous()
     assert torch.equal(top_k_ids(strided, 9), ids)
+
+
+def test_other_dtypes_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"expects scores in float32, got torch.float64"):
+        top_k_ids(torch.zeros(4, dtype=torch.float64), 2)

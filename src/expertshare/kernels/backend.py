@@ -211,6 +211,8 @@ def choose_backend(name: str, device: torch.device) -> Backend:
         else:
             _check_device(name, device, "cuda")
         return TritonBackend()
+    if name in ("grouped", "reference"):
+        raise ConfigError(f"unknown expert backend {name!r}: it is 'torch' now. Use 'torch' or 'auto'.")
     raise ConfigError(f"unknown expert backend {name!r}. {nearest(name, [AUTO, *BACKENDS])}")
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from expertshare.errors import ConfigError
+
 
 def top_k_ids(score_xE: Tensor, k: int) -> Tensor:
     """Ids of the `k` largest scores along the last dimension, best first, ties to the lower id.
 
-    score_xE: float32 [..., E]; -inf is allowed, NaN is not. Returns int64 [..., k].
+    score_xE: float32 [..., E]; -inf is allowed, NaN is not. Returns int64 [..., k]. Raises ConfigError otherwise.
 
     Each score becomes an integer key whose order is that of the floats, with the id in the low bits, so that keys are
     distinct and torch's own top-k has only one right answer.
     """
+    if score_xE.dtype != torch.float32:
+        raise ConfigError(f"a ranking expects scores in float32, got {score_xE.dtype}: convert them with .float().")
     num_experts = score_xE.shape[-1]
     bits = (score_xE.detach() + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0: they must tie
     ordered = torch.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).to(torch.int64)

@@ -15,7 +15,7 @@ from expertshare.kernels.triton.route import MOST_EXPERTS, route_layer_triton, s
 from expertshare.routing import POLICIES, SharingRule, count_load, make_policy, route, route_layer
 from expertshare.routing.policy import Policy
 from expertshare.types import Coreset, Routed, RouterScores, RoutingPolicy
-from routing.cases import SPECS, dyadic, policy_settings
+from routing.cases import BY_RULE, SPECS, dyadic, policy_settings
 
 INTERPRETED_SETTINGS = 2
 """Of a policy under one router rule: the interpreter takes 0.1 s for each. The rules take turns; a GPU runs all."""
@@ -120,7 +120,7 @@ def check(
 
 
 @pytest.mark.parametrize("spec_name", SPECS)
-@pytest.mark.parametrize("policy_name", POLICIES)
+@pytest.mark.parametrize("policy_name", BY_RULE)
 def test_equals_the_policy(policy_name: str, spec_name: str, device: torch.device) -> None:
     spec = SPECS[spec_name]
     for number, policy in enumerate(chosen_settings(policy_name, spec_name, device)):
