@@ -13,7 +13,7 @@ from torch import Tensor
 from backends import moe_ffn, moe_ffn_loop
 from expertshare import native
 from expertshare.errors import ConfigError
-from expertshare.kernels import BACKENDS, choose_backend
+from expertshare.kernels import BACKENDS, choose_backend, torch_backend
 from expertshare.kernels.torch_backend import only_active
 from expertshare.types import ExpertBank, RoutingPlan
 
@@ -208,6 +208,22 @@ def test_a_bank_with_too_many_rows_for_a_grouped_product_is_cut_to_the_plan() ->
     assert torch.equal(experts[small.expert_ids_TK[used_TK]], plan.expert_ids_TK[used_TK])
     assert small.expert_ids_TK[~used_TK].eq(-1).all()
     assert torch.equal(moe_ffn(x_TD, small, chosen), moe_ffn(x_TD, plan, bank))
+
+
+def test_only_a_bank_that_is_too_large_and_not_on_the_host_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cut(Exception):
+        """What the stand-in for `only_active` raises."""
+
+    def cut(plan: RoutingPlan, bank: ExpertBank) -> None:
+        raise Cut
+
+    x_TD, plan, bank = scene((3, 2, 9, 16, 8), torch.float32)
+    elsewhere = ExpertBank(bank.gate_up_EHD.to("meta"), bank.down_EDF.to("meta"))
+    monkeypatch.setattr(torch_backend, "only_active", cut)
+    monkeypatch.setattr(torch_backend, "MOST_GROUPS", 9)
+    assert moe_ffn(x_TD, plan, bank).isfinite().all()  # no limit on the host
+    with pytest.raises(Cut):
+        moe_ffn(x_TD, plan, elsewhere)
 
 
 def test_an_unknown_backend_suggests_the_nearest() -> None:
