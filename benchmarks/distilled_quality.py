@@ -25,8 +25,7 @@ from expertshare.evaluation.scoring import judge
 from expertshare.evaluation.statistics import paired_difference, retained, task_accuracy
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, load_model
-from expertshare.routing import make_policy, parse_policies, policy_label
-from expertshare.types import RoutingPolicy
+from expertshare.routing import RoutingPolicy, make_policy, parse_policies, policy_label
 
 
 def _answer(

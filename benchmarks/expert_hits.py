@@ -21,8 +21,8 @@ from expertshare.experts import ResidentExperts
 from expertshare.experts.slots import Bools, simulate
 from expertshare.experts.whole import ResidentStore
 from expertshare.models import LoadedModel, Runtime
-from expertshare.routing import parse_policies
-from expertshare.types import Loan, RoutingPolicy
+from expertshare.routing import RoutingPolicy, parse_policies
+from expertshare.types import Loan
 
 Trace = list[tuple[int, Bools]]
 SHARES = (0.4, 0.5, 0.75, 1.0, 1.25)

@@ -23,8 +23,8 @@ from expertshare.kernels.triton.route import select_and_assign
 from expertshare.lab.bench.cases import find_case
 from expertshare.lab.bench.machine import gpu_device, measure_gpu
 from expertshare.lab.bench.timing import MOST_TURNS, take_turns_on_gpu
-from expertshare.routing import POLICIES, count_load, make_policy, route, runs_on_torch
-from expertshare.types import RouterScores, RoutingPolicy
+from expertshare.routing import POLICIES, RoutingPolicy, count_load, make_policy, route, runs_on_torch
+from expertshare.types import RouterScores
 
 
 def scenes(spec: RouterSpec, blocks: int, length: int, device: torch.device) -> list[RouterScores]:

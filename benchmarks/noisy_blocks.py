@@ -20,9 +20,8 @@ from expertshare.evaluation.scoring import judge
 from expertshare.kernels import TorchBackend
 from expertshare.models import LoadedModel, Runtime
 from expertshare.models.runtime import ForwardInput
-from expertshare.routing import Layerwise, everything, make_policy
+from expertshare.routing import Layerwise, RoutingPolicy, everything, make_policy
 from expertshare.routing.assign import weighted_plan
-from expertshare.routing.policy import Policy
 from expertshare.types import Coreset, RouterScores, RoutingPlan
 
 VANILLA = make_policy("vanilla")
@@ -39,7 +38,7 @@ class NoisyBlock:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bans(Policy):
+class Bans(RoutingPolicy):
     """Vanilla routing, but for experts that single groups may not use. banned_GE: bool, None for no ban.
 
     replace: whether tokens take their next expert instead, or make do with the others. plans: where each forward's

@@ -33,8 +33,8 @@ from expertshare.experts.whole import ResidentStore
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, load_model
 from expertshare.models.moe import MoE
-from expertshare.routing import Layerwise, parse_policies
-from expertshare.types import ExpertStore, Loan, RoutingPolicy
+from expertshare.routing import Layerwise, RoutingPolicy, parse_policies
+from expertshare.types import ExpertStore, Loan
 
 VANILLA = "vanilla"
 DECODINGS = {

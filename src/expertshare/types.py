@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
-
-from expertshare.config import GroupLimit, RouterSpec
 
 PANEL_ROWS = 16
 """Rows of quantised experts that lie interleaved: the lanes of a vector of 512 bits."""
@@ -67,48 +65,6 @@ class Routed:
     load_E: Tensor
     group_experts_G: Tensor
     coreset: Coreset | None
-
-
-class RoutingPolicy(Protocol):
-    """Decides what a block shares. Implementations (routing.policy.Policy) are frozen dataclasses of their knobs."""
-
-    @property
-    def name(self) -> str:
-        """Name in the POLICIES table."""
-        ...
-
-    @property
-    def reuse(self) -> int | None:
-        """Denoising steps of a block that one coreset serves; None: one each."""
-        ...
-
-    @property
-    def needs_steps(self) -> bool:
-        """Whether it has to be told of steps: which tokens are masked, or what the block's step before chose."""
-        ...
-
-    @property
-    def group_limit(self) -> GroupLimit:
-        """Whether the model's group limit is applied inside the coreset ("inside") or dropped there ("ignore")."""
-        ...
-
-    def bind(self, spec: RouterSpec) -> RoutingPolicy:
-        """The same policy with every knob concrete for this router; PolicyError if one cannot work with it."""
-        ...
-
-    def rule(self, spec: RouterSpec) -> Any:
-        """What it means for a router: a routing.rule.SharingRule."""
-        ...
-
-    def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
-        """Agree on the experts of each group, from the scores of its live tokens. Pure; mutates nothing."""
-        ...
-
-    def assign(
-        self, scores: RouterScores, coreset: Coreset, spec: RouterSpec, expert_scale_E: Tensor | None = None
-    ) -> RoutingPlan:
-        """Give every live token its experts inside the coreset of its group. Pure, too."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)

@@ -54,7 +54,7 @@ def test_the_reference_has_the_public_names(site: Path) -> None:
     for name in functions:
         assert f'id="expertshare.api.{name}"' in verbs, name
     values = (site / "reference" / "types.html").read_text(encoding="utf-8")
-    assert 'id="expertshare.types.RoutingPolicy"' in values
+    assert 'id="expertshare.types.RoutingPlan"' in values
 
 
 def test_linked_files_of_the_repository_come_along(site: Path) -> None:

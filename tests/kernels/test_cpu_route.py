@@ -20,13 +20,12 @@ from expertshare.config import RouterSpec
 from expertshare.errors import ConfigError, PolicyError
 from expertshare.kernels import cpu_route
 from expertshare.kernels.cpu_route import PlanBuffers, plan_buffers, route_layer_cpu, router_scores_cpu
-from expertshare.routing import POLICIES, SharingRule, parse_policy, policy_record, route_layer
+from expertshare.routing import POLICIES, RoutingPolicy, SharingRule, parse_policy, policy_record, route_layer
 from expertshare.routing.block_top_p import BlockTopP
 from expertshare.routing.des import DesVote
 from expertshare.routing.per_token import TopKCap
-from expertshare.routing.policy import Policy
 from expertshare.routing.route import routed
-from expertshare.types import Coreset, Routed, RouterScores, RoutingPolicy
+from expertshare.types import Coreset, Routed, RouterScores
 from routing.cases import BY_RULE, SPECS, plain_spec, policy_settings
 from routing.contract import assert_same_plan
 
@@ -128,7 +127,7 @@ def test_every_policy(policy_name: str, spec_name: str, data: st.DataObject) -> 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ruled(Policy):
+class Ruled(RoutingPolicy):
     """Any rule, also one that no built-in policy makes."""
 
     name: ClassVar[str] = "ruled"

@@ -13,9 +13,9 @@ from expertshare.kernels.cpu_backend import CpuBackend
 from expertshare.kernels.cpu_route import _layers, router_scores_cpu, takes
 from expertshare.lab.bench.cases import CASES
 from expertshare.models.moe import Router, lay_side_by_side, narrow
-from expertshare.routing import POLICIES, count_load, router_scores
+from expertshare.routing import POLICIES, RoutingPolicy, count_load, router_scores
 from expertshare.routing.route import routed
-from expertshare.types import Routed, RoutingPolicy
+from expertshare.types import Routed
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=str(native.unavailable_reason()))
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from expertshare.config import GroupLimit, RouterSpec
-from expertshare.routing import POLICIES
+from expertshare.routing import POLICIES, RoutingPolicy
 from expertshare.routing.policy import runs_on_torch, worded_knobs
-from expertshare.types import RouterScores, RoutingPolicy
+from expertshare.types import RouterScores
 
 SPECS: dict[str, RouterSpec] = {
     "softmax plain": RouterSpec(num_experts=64, top_k=8, activation="softmax", renormalise=False),

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from expertshare.config import RouterSpec
-from expertshare.routing import route
-from expertshare.types import Coreset, RouterScores, RoutingPlan, RoutingPolicy
+from expertshare.routing import RoutingPolicy, route
+from expertshare.types import Coreset, RouterScores, RoutingPlan
 
 from .cases import Scene
 

@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertshare.errors import PolicyError
-from expertshare.routing import policy_record, table
-from expertshare.types import RoutingPolicy
+from expertshare.routing import RoutingPolicy, policy_record, table
 
 from .cases import SPECS, policy_settings, scenes
 from .contract import CHECKS, Check

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from expertshare.config import RouterSpec
-from expertshare.routing import POLICIES, route, router_scores
-from expertshare.types import RoutingPlan, RoutingPolicy
+from expertshare.routing import POLICIES, RoutingPolicy, route, router_scores
+from expertshare.types import RoutingPlan
 
 from .cases import SPECS
 

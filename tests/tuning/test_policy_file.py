@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from expertshare.errors import InputError, PolicyError
 from expertshare.evaluation.prompts import PromptRecord
 from expertshare.models import LoadedModel, load_model
-from expertshare.routing import Layerwise, make_policy
+from expertshare.routing import Layerwise, RoutingPolicy, make_policy
 from expertshare.tuning.policy_file import (
     PolicyFile,
     check_model,
@@ -24,7 +24,6 @@ from expertshare.tuning.policy_file import (
     prompts_fingerprint,
     read_policy_file,
 )
-from expertshare.types import RoutingPolicy
 
 PLAIN = make_policy("des-vote", {"budget": 7})
 LAYERED = Layerwise(layers=(make_policy("vanilla"), make_policy("block-top-p", {"top_p_experts": 0.75, "guard": 8})))

@@ -24,9 +24,8 @@ from expertshare.kernels import AUTO
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.memory import MemoryWatch
 from expertshare.measure.report import Report
-from expertshare.routing import POLICIES
+from expertshare.routing import POLICIES, RoutingPolicy
 from expertshare.tuning.policy_file import PolicyFile
-from expertshare.types import RoutingPolicy
 
 
 def compare(

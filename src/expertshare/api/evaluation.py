@@ -18,8 +18,8 @@ from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
 from expertshare.lab.tasks import generate_items
 from expertshare.ray_connection import require_ray
+from expertshare.routing import RoutingPolicy
 from expertshare.tuning.policy_file import PolicyFile
-from expertshare.types import RoutingPolicy
 
 
 def evaluate(

@@ -20,9 +20,8 @@ from expertshare.measure.environment import capture_environment, versions
 from expertshare.measure.memory import MemoryWatch, peak_memory_bytes
 from expertshare.measure.report import Report
 from expertshare.models import LoadedModel
-from expertshare.routing import native_policy, parse_policy, policy_label, policy_record
+from expertshare.routing import RoutingPolicy, native_policy, parse_policy, policy_label, policy_record
 from expertshare.tuning.policy_file import PolicyFile
-from expertshare.types import RoutingPolicy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,9 +19,8 @@ from expertshare.models import LoadedModel, ModelFacts, describe, load_model
 from expertshare.models.devices import usable_device
 from expertshare.models.fits import check_fits, check_pinned_fits
 from expertshare.models.source import resolve_source
-from expertshare.routing import parse_policies
+from expertshare.routing import RoutingPolicy, parse_policies
 from expertshare.tuning.policy_file import PolicyFile, check_model
-from expertshare.types import RoutingPolicy
 
 Model = str | Path | LoadedModel
 DecodingValue = int | float | str | bool | None

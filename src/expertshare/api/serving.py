@@ -21,13 +21,12 @@ from expertshare.kernels import AUTO
 from expertshare.models.source import read_json, read_optional_json, resolve_source
 from expertshare.models.table import family_of
 from expertshare.models.tokenizer import load_tokenizer, token_ids
-from expertshare.routing import native_policy, parse_policy
+from expertshare.routing import RoutingPolicy, native_policy, parse_policy
 from expertshare.serving import Engine, EngineLimits, OfferedPolicies, ServerSettings
 from expertshare.serving.live import page_paths
 from expertshare.serving.logs import log_config
 from expertshare.serving.replicas import Admission, ReplicaPlan, ReplicaScale, create_proxy, replicas_on_ray
 from expertshare.tuning.policy_file import PolicyFile
-from expertshare.types import RoutingPolicy
 
 
 @contextmanager

@@ -39,8 +39,7 @@ from expertshare.lab.bench.stage import ExpertsSettings
 from expertshare.lab.plots.bench import plot_bench
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.report import Report
-from expertshare.routing import parse_policies, policy_label
-from expertshare.types import RoutingPolicy
+from expertshare.routing import RoutingPolicy, parse_policies, policy_label
 
 DEFAULT_MODEL, DEFAULT_PROMPTS = "models/reference", Path("examples/prompts.jsonl")
 POLICIES = "vanilla,des-vote"

@@ -27,9 +27,8 @@ from expertshare.cli.tables import megabytes, percent, percent_within, table
 from expertshare.evaluation.prompts import read_prompts
 from expertshare.evaluation.scoring import check_scorable
 from expertshare.measure.memory import MemoryWatch
-from expertshare.routing import parse_policies
+from expertshare.routing import RoutingPolicy, parse_policies
 from expertshare.tuning.policy_file import PolicyFile, read_policy_file
-from expertshare.types import RoutingPolicy
 
 EXAMPLE = (
     "Example: expertshare compare path/to/model --prompts prompts.jsonl "

@@ -17,9 +17,8 @@ from expertshare.cli.options import OptionGroup, keyword, option
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError, PolicyError
 from expertshare.experts import ExpertMemory, StoreOptions
-from expertshare.routing import POLICIES, make_policy, parse_knob, parse_policy
+from expertshare.routing import POLICIES, RoutingPolicy, make_policy, parse_knob, parse_policy
 from expertshare.tuning.policy_file import PolicyFile, read_policy_file
-from expertshare.types import RoutingPolicy
 
 ModelArgument = Annotated[str, typer.Argument(help="Directory of a model in Hugging Face layout, or a hub id.")]
 JudgedPromptsFlag = Annotated[

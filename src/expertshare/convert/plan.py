@@ -17,8 +17,7 @@ from expertshare.experts.recording import RoutingRecord
 from expertshare.experts.slots import Bools, simulate
 from expertshare.experts.store import format_size
 from expertshare.measure.memory import anonymous_bytes
-from expertshare.routing import knobs
-from expertshare.types import RoutingPolicy
+from expertshare.routing import RoutingPolicy, knobs
 
 Origin = Literal["given", "measured", "derived"]
 StoreKind = Literal["all", "budget", "none"]

@@ -22,8 +22,7 @@ from expertshare.evaluation.statistics import (
 )
 from expertshare.measure.memory import MemoryWatch, peak_memory_bytes
 from expertshare.models import LoadedModel
-from expertshare.routing import policy_label, policy_record
-from expertshare.types import RoutingPolicy
+from expertshare.routing import RoutingPolicy, policy_label, policy_record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,8 +29,7 @@ from expertshare.evaluation.workers import (
 from expertshare.measure.environment import capture_environment, versions
 from expertshare.measure.report import Report
 from expertshare.models import LoadedModel
-from expertshare.routing import policy_label, policy_record
-from expertshare.types import RoutingPolicy
+from expertshare.routing import RoutingPolicy, policy_label, policy_record
 
 SCHEMA_VERSION = 1
 NoticeListener = Callable[[str], None]

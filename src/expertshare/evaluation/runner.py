@@ -19,8 +19,7 @@ from expertshare.kernels import AUTO, choose_backend
 from expertshare.measure.cost import FORWARD_KINDS, Cost, ForwardKind
 from expertshare.measure.memory import storage_bytes_read
 from expertshare.models import LoadedModel, Runtime, decode_answer, describe, encode_prompt
-from expertshare.routing import POLICIES, policy_label
-from expertshare.types import RoutingPolicy
+from expertshare.routing import POLICIES, RoutingPolicy, policy_label
 
 VANILLA = POLICIES["vanilla"]()
 BlockListener = Callable[[BlockResult], None]

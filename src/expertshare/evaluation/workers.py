@@ -33,7 +33,7 @@ from expertshare.measure.cost import FORWARD_KINDS
 from expertshare.measure.environment import versions
 from expertshare.models import LoadedModel, load_model
 from expertshare.ray_connection import connected
-from expertshare.types import RoutingPolicy
+from expertshare.routing import RoutingPolicy
 
 PROGRAM = "from expertshare.evaluation.workers import serve; serve()"
 """What another process runs. Not `-m`: what it pickles would then be of the module `__main__`."""

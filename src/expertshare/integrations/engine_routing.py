@@ -16,8 +16,7 @@ from torch import Tensor
 
 from expertshare.config import RouterSpec
 from expertshare.errors import InputError, PolicyError
-from expertshare.routing import parse_policy, route, router_scores
-from expertshare.types import RoutingPolicy
+from expertshare.routing import RoutingPolicy, parse_policy, route, router_scores
 
 POLICY_VARIABLE = "EXPERTSHARE_POLICY"
 BLOCK_VARIABLE = "EXPERTSHARE_BLOCK_LENGTH"

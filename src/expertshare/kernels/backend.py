@@ -23,7 +23,8 @@ from torch import Tensor
 from expertshare import native
 from expertshare.config import RouterSpec
 from expertshare.errors import ConfigError, nearest
-from expertshare.types import Arrivals, Bank, Coreset, QuantisedTable, Routed, RoutingPlan, RoutingPolicy
+from expertshare.routing import RoutingPolicy
+from expertshare.types import Arrivals, Bank, Coreset, QuantisedTable, Routed, RoutingPlan
 
 AUTO = "auto"
 BACKENDS = ("torch", "cpu", "triton")

@@ -14,9 +14,9 @@ from expertshare import native
 from expertshare.config import GroupLimit, RouterSpec
 from expertshare.errors import ConfigError
 from expertshare.native import calls
-from expertshare.routing import SharingRule, route_layer, runs_on_torch
+from expertshare.routing import RoutingPolicy, SharingRule, route_layer, runs_on_torch
 from expertshare.routing.route import routed
-from expertshare.types import Coreset, Routed, RouterScores, RoutingPlan, RoutingPolicy
+from expertshare.types import Coreset, Routed, RouterScores, RoutingPlan
 
 MOST_TOKENS = 1024
 """Tokens of a sharing group that fit the library's scratch."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from expertshare.kernels import Backend, LayerKeyValues, TorchBackend
 from expertshare.measure.cost import PartClock
-from expertshare.routing import policy_at
-from expertshare.types import Coreset, ExpertStore, RoutingPlan, RoutingPolicy
+from expertshare.routing import RoutingPolicy, policy_at
+from expertshare.types import Coreset, ExpertStore, RoutingPlan
 
 PlanListener = Callable[[int, RoutingPlan], None]
 """Is told the plan of an MoE layer, 0-based among MoE layers, before its experts run."""

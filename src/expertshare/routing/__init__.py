@@ -2,7 +2,7 @@
 
 from expertshare.routing.assign import assign
 from expertshare.routing.layerwise import Layerwise, policy_at
-from expertshare.routing.policy import default_budget, runs_on_torch
+from expertshare.routing.policy import RoutingPolicy, default_budget, runs_on_torch
 from expertshare.routing.route import count_load, route, route_layer, router_scores
 from expertshare.routing.rule import SharingRule
 from expertshare.routing.select import everything, select
@@ -24,6 +24,7 @@ __all__ = [
     "POLICIES",
     "Knob",
     "Layerwise",
+    "RoutingPolicy",
     "SharingRule",
     "assign",
     "count_load",

@@ -5,18 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor
-
 from expertshare.config import GroupLimit, RouterSpec
 from expertshare.errors import PolicyError
+from expertshare.routing.policy import RoutingPolicy
 from expertshare.routing.rule import SharingRule
-from expertshare.types import Coreset, RouterScores, RoutingPlan, RoutingPolicy
-
-_ONE_LAYER = "layerwise: expected the policy of one layer, got that of all; use at(layer, num_layers)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Layerwise:
+class Layerwise(RoutingPolicy):
     """`layers[n]` decides in MoE layer n (0-based among MoE layers). `Runtime.policy_for` looks the layer's one up.
 
     Not in the POLICIES table: it is made from a policy file or by the tuner, not from a name and knobs.
@@ -30,10 +26,6 @@ class Layerwise:
             raise PolicyError(f"{self.name}: expected one policy for each MoE layer, got none")
         if any(isinstance(policy, Layerwise) for policy in self.layers):
             raise PolicyError(f"{self.name}: expected a plain policy in every layer, got a layerwise one")
-
-    @property
-    def reuse(self) -> None:
-        """Each layer follows its own."""
 
     @property
     def needs_steps(self) -> bool:
@@ -58,19 +50,9 @@ class Layerwise:
             )
         return self.layers[layer]
 
-    def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
-        """Never: which layer's policy is meant is not said here."""
-        raise PolicyError(_ONE_LAYER)
-
-    def assign(
-        self, scores: RouterScores, coreset: Coreset, spec: RouterSpec, expert_scale_E: Tensor | None = None
-    ) -> RoutingPlan:
-        """Never, for the same reason."""
-        raise PolicyError(_ONE_LAYER)
-
     def rule(self, spec: RouterSpec) -> SharingRule:
-        """Never, for the same reason."""
-        raise PolicyError(_ONE_LAYER)
+        """Never, nor `select` or `assign`, which ask for it: which layer's policy is meant is not said here."""
+        raise PolicyError(f"{self.name}: expected the policy of one layer, got that of all; use at(layer, num_layers)")
 
 
 def policy_at(policy: RoutingPolicy, layer: int, num_layers: int) -> RoutingPolicy:

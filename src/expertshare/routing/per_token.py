@@ -6,19 +6,19 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from expertshare.config import RouterSpec
-from expertshare.routing.policy import Policy, knob
+from expertshare.routing.policy import RoutingPolicy, knob
 from expertshare.routing.rule import SharingRule
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Vanilla(Policy):
+class Vanilla(RoutingPolicy):
     """Every token picks its own experts among all of them: the model as it is, and the baseline."""
 
     name: ClassVar[str] = "vanilla"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TopKCap(Policy):
+class TopKCap(RoutingPolicy):
     """Each token keeps its `experts_per_token` best experts, weighted as if the model had that top-k.
 
     The baseline that loses most accuracy in dMoE's comparison (Top-4).
@@ -36,7 +36,7 @@ class TopKCap(Policy):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Skip(Policy):
+class Skip(RoutingPolicy):
     """Each token drops its lightest experts while their cumulative share of its K weights stays under `skip_share`.
 
     Dynamic expert skipping after NAEE, in the cumulative form that DES compares with. The model's weight rule applies

@@ -15,7 +15,7 @@ from expertshare.errors import PolicyError
 from expertshare.routing.assign import assign
 from expertshare.routing.rule import SharingRule, Voters
 from expertshare.routing.select import select
-from expertshare.types import Coreset, RouterScores, RoutingPlan, RoutingPolicy
+from expertshare.types import Coreset, RouterScores, RoutingPlan
 
 Budget = int | float
 Limits = Literal["(0, 1]", "[0, 1)"] | Callable[[RouterSpec, GroupLimit], tuple[int, int]]
@@ -89,7 +89,7 @@ def worded_knobs(kind: Any) -> Mapping[str, tuple[str, ...]]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Policy:
+class RoutingPolicy:
     """A policy: a frozen dataclass whose fields are its knobs. A subclass has a name, knobs and the `rule` they make.
 
     One that no rule can express overrides `select` or `assign`; it runs on torch under every backend, and reports say
@@ -158,7 +158,7 @@ class Policy:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CoresetPolicy(Policy):
+class CoresetPolicy(RoutingPolicy):
     """A policy with a coreset: a token still runs K experts, all of them inside what its block agreed on.
 
     group_limit: "inside" applies the model's group-limited routing within the coreset (dMoE), "ignore" drops it there
@@ -171,7 +171,7 @@ class CoresetPolicy(Policy):
     reuse: int | None = field(default=None, metadata=knob("steps of a block that a coreset serves (default: 1)"))
 
     def __post_init__(self) -> None:
-        Policy.__post_init__(self)  # a class with slots is another one than super() knows
+        RoutingPolicy.__post_init__(self)  # a class with slots is another one than super() knows
         if self.reuse is not None and self.reuse < 1:
             raise PolicyError(f"{self.name}: reuse must be a number of steps, at least 1, got {self.reuse}")
 
@@ -188,4 +188,4 @@ class CoresetPolicy(Policy):
 def runs_on_torch(policy: RoutingPolicy) -> bool:
     """Whether a policy is routed by its own `select` or `assign`, which only torch runs: no rule expresses it."""
     kind: Any = type(policy)
-    return kind.select is not Policy.select or kind.assign is not Policy.assign
+    return kind.select is not RoutingPolicy.select or kind.assign is not RoutingPolicy.assign

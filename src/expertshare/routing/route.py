@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertshare.config import RouterSpec
-from expertshare.types import Coreset, Routed, RouterScores, RoutingPlan, RoutingPolicy
+from expertshare.routing.policy import RoutingPolicy
+from expertshare.types import Coreset, Routed, RouterScores, RoutingPlan
 
 
 def router_scores(logits_GLE: Tensor, live_GL: Tensor, spec: RouterSpec, bias_E: Tensor | None) -> RouterScores:

@@ -14,9 +14,8 @@ from expertshare.routing.coverage import Coverage
 from expertshare.routing.des import DesSeq, DesVote
 from expertshare.routing.layerwise import Layerwise
 from expertshare.routing.per_token import Skip, TopKCap, Vanilla
-from expertshare.routing.policy import runs_on_torch
+from expertshare.routing.policy import RoutingPolicy, runs_on_torch
 from expertshare.routing.protected_vote import ProtectedVote
-from expertshare.types import RoutingPolicy
 
 Knob = int | float | str
 # fmt: off
@@ -40,7 +39,7 @@ def knobs(policy: RoutingPolicy) -> dict[str, Any]:
     """The knobs of a policy by name, for reports; of a layerwise one, name and knobs of every layer's policy."""
     if isinstance(policy, Layerwise):
         return {"layers": [{"policy": layer.name, "knobs": knobs(layer)} for layer in policy.layers]}
-    return {f.name: getattr(policy, f.name) for f in fields(policy)}  # type: ignore[arg-type]
+    return {f.name: getattr(policy, f.name) for f in fields(policy)}
 
 
 def policy_record(policy: RoutingPolicy) -> dict[str, Any]:
@@ -120,7 +119,7 @@ def policy_label(policy: RoutingPolicy) -> str:
     if isinstance(policy, Layerwise):  # has no short form that parse_policy could read: its home is a policy file
         return f"{policy.name}({'; '.join(policy_label(layer) for layer in policy.layers)})"
     told: list[str] = []
-    for knob in fields(policy):  # type: ignore[arg-type]
+    for knob in fields(policy):
         value = getattr(policy, knob.name)
         if value is not None and (not isinstance(value, str) or value != knob.default):
             told.append(f"{knob.name}={value}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from expertshare.decoding import BlockResult, BlockSession, DecodingOptions, FinishReason, Joining
 from expertshare.errors import ExpertMemoryError, ExpertShareError, NumericsError
 from expertshare.measure.cost import FORWARD_KINDS, ForwardKind, Turn
-from expertshare.types import RoutingPolicy
+from expertshare.routing import RoutingPolicy
 
 FailureKind = Literal["deadline", "shutdown", "numerics", "memory", "broken"]
 

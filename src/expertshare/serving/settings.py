@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from expertshare.config import RouterSpec
 from expertshare.errors import ConfigError, PolicyError
-from expertshare.routing import POLICIES, Layerwise, parse_policy, policy_label, split_policies
-from expertshare.types import RoutingPolicy
+from expertshare.routing import POLICIES, Layerwise, RoutingPolicy, parse_policy, policy_label, split_policies
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,8 +8,7 @@ from typing import ClassVar, Literal, get_args
 
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.errors import ConfigError, PolicyError
-from expertshare.routing import knobs, parse_policy
-from expertshare.types import RoutingPolicy
+from expertshare.routing import RoutingPolicy, knobs, parse_policy
 
 OptimiserName = Literal["adamw", "muon"]
 DEFAULT_LR = {"adamw": 2e-3, "muon": 0.02}
@@ -170,7 +169,7 @@ class Curriculum:
             return self.target
         share = step / self.steps
         between = {name: type(low)(round(low + share * (high - low), 9)) for name, (low, high) in self.moving().items()}
-        return replace(self.target, **between).bind(self.spec)  # type: ignore[type-var]
+        return replace(self.target, **between).bind(self.spec)
 
     def moving(self) -> dict[str, tuple[float, float]]:
         """First and last value of every knob in which the two differ."""

@@ -22,7 +22,7 @@ from expertshare.decoding import DecodingOptions
 from expertshare.errors import TrainingError
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, MoETransformer, load_model, save_model
-from expertshare.routing import knobs
+from expertshare.routing import RoutingPolicy, knobs
 from expertshare.training.answers import AnswerListener, StoredAnswer, check_answerable, generate_answers, read_answers
 from expertshare.training.block_diffusion import Sample, TrainingBatch, geometry, noise_seed, padded_batch
 from expertshare.training.config import Curriculum, DistillConfig, make_curriculum
@@ -30,7 +30,6 @@ from expertshare.training.optimisers import adamw, choose_trained, muon_and_adam
 from expertshare.training.processes import Processes
 from expertshare.training.run_folder import RunFolder, write_whole
 from expertshare.training.trainer import StepResult, Trainer, train
-from expertshare.types import RoutingPolicy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,9 +8,8 @@ from itertools import pairwise
 from typing import TypeVar
 
 from expertshare.evaluation.runner import ProgressListener
-from expertshare.routing import Layerwise, make_policy
+from expertshare.routing import Layerwise, RoutingPolicy, make_policy
 from expertshare.tuning.replay import Replay
-from expertshare.types import RoutingPolicy
 
 Item = TypeVar("Item")
 

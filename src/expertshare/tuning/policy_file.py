@@ -13,8 +13,7 @@ from expertshare.errors import InputError, PolicyError, nearest
 from expertshare.evaluation.prompts import PromptRecord
 from expertshare.measure.report import write_json
 from expertshare.models import LoadedModel
-from expertshare.routing import Layerwise, knobs, make_policy
-from expertshare.types import RoutingPolicy
+from expertshare.routing import Layerwise, RoutingPolicy, knobs, make_policy
 
 FORMAT, FORMAT_VERSION = "expertshare policy", 1
 _CHUNK_BYTES = 4096

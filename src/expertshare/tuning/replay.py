@@ -10,9 +10,8 @@ from torch import Tensor
 
 from expertshare.models import LoadedModel, Runtime
 from expertshare.models.transformer import MoETransformer
-from expertshare.routing import make_policy
+from expertshare.routing import RoutingPolicy, make_policy
 from expertshare.tuning.trajectories import Pack, Trajectory, pack
-from expertshare.types import RoutingPolicy
 
 # Tokens that are told apart in a divergence: vanilla's likeliest ones; all others count as one.
 _TOP_TOKENS = 32

@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from expertshare.measure.environment import Environment
-from expertshare.routing import policy_label
+from expertshare.routing import RoutingPolicy, policy_label
 from expertshare.tuning.certificate import POWER, least_solved, needed_prompts
 from expertshare.tuning.options import Judged, TuningOptions
 from expertshare.tuning.policy_file import PolicyFile
 from expertshare.tuning.search import Point
 from expertshare.tuning.verification import Verified
-from expertshare.types import RoutingPolicy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

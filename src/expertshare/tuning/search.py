@@ -12,10 +12,9 @@ import numpy as np
 from expertshare.config import RouterSpec
 from expertshare.errors import InputError, PolicyError, nearest
 from expertshare.evaluation.runner import ProgressListener
-from expertshare.routing import POLICIES, Layerwise, make_policy
+from expertshare.routing import POLICIES, Layerwise, RoutingPolicy, make_policy
 from expertshare.tuning.allocation import Sensitivity, counted, measure_sensitivity
 from expertshare.tuning.replay import Replay, Replayed
-from expertshare.types import RoutingPolicy
 
 if TYPE_CHECKING:
     import optuna
@@ -72,7 +71,7 @@ def dials(names: Sequence[str] | None, spec: RouterSpec) -> list[Dial]:
 
 
 def _tuned_knobs(policy: type[RoutingPolicy]) -> list[Field[Any]]:
-    return [knob for knob in fields(policy) if knob.metadata.get("tuned")]  # type: ignore[arg-type]
+    return [knob for knob in fields(policy) if knob.metadata.get("tuned")]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,6 +11,7 @@ from expertshare.evaluation.runner import VANILLA, PolicyRunner, ProgressListene
 from expertshare.evaluation.statistics import PairedCounts
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel
+from expertshare.routing import RoutingPolicy
 from expertshare.tuning.certificate import chance_to_pass, p_value
 from expertshare.tuning.options import Judged, TuningOptions, resolve_quality, split_prompts
 from expertshare.tuning.policy_file import model_facts, prompts_fingerprint
@@ -30,7 +31,6 @@ from expertshare.tuning.search import (
 )
 from expertshare.tuning.trajectories import record_trajectories, thin_out
 from expertshare.tuning.verification import Verified, verify, with_latency
-from expertshare.types import RoutingPolicy
 
 # Steps that are replayed of one prompt, at most.
 _STEPS_PER_PROMPT = 8

@@ -9,11 +9,10 @@ from typing import Any
 
 from expertshare.evaluation.runner import Outcome, PolicyRunner
 from expertshare.evaluation.statistics import UNNAMED_TASK, PairedCounts
-from expertshare.routing import policy_label
+from expertshare.routing import RoutingPolicy, policy_label
 from expertshare.tuning.certificate import lower_bound, p_value
 from expertshare.tuning.options import Judged
 from expertshare.tuning.policy_file import policy_json
-from expertshare.types import RoutingPolicy
 
 # Of a measurement of latency.
 ROUNDS, PROMPTS = 5, 8

@@ -22,8 +22,7 @@ from expertshare.kernels import TorchBackend
 from expertshare.kernels.triton.backend import TritonBackend
 from expertshare.measure.cost import Cost
 from expertshare.models import MoETransformer, Runtime
-from expertshare.routing import everything, parse_policy
-from expertshare.routing.policy import Policy
+from expertshare.routing import RoutingPolicy, everything, parse_policy
 from expertshare.types import Coreset, RouterScores
 
 from .checked_graphs import CheckedGraphs, HostWaits
@@ -46,7 +45,7 @@ OPTIONS = DecodingOptions(gen_length=5, threshold=0.3, steps_per_block=2, stop_a
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Unruled(Policy):
+class Unruled(RoutingPolicy):
     """Chooses by itself, in torch."""
 
     name: ClassVar[str] = "unruled"

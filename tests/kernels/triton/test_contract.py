@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from expertshare.config import RouterSpec
-from expertshare.routing import POLICIES, make_policy
-from expertshare.types import Coreset, RouterScores, RoutingPlan, RoutingPolicy
+from expertshare.routing import POLICIES, RoutingPolicy, make_policy
+from expertshare.types import Coreset, RouterScores, RoutingPlan
 from routing import contract
 from routing.cases import SPECS, Scene
 

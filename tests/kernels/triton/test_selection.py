@@ -12,9 +12,8 @@ from torch import Tensor
 from expertshare.config import RouterSpec
 from expertshare.errors import ConfigError
 from expertshare.kernels.triton.route import MOST_EXPERTS, route_layer_triton, select_and_assign
-from expertshare.routing import POLICIES, SharingRule, count_load, make_policy, route, route_layer
-from expertshare.routing.policy import Policy
-from expertshare.types import Coreset, Routed, RouterScores, RoutingPolicy
+from expertshare.routing import POLICIES, RoutingPolicy, SharingRule, count_load, make_policy, route, route_layer
+from expertshare.types import Coreset, Routed, RouterScores
 from routing.cases import BY_RULE, SPECS, dyadic, policy_settings
 
 INTERPRETED_SETTINGS = 2
@@ -22,7 +21,7 @@ INTERPRETED_SETTINGS = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ruled(Policy):
+class Ruled(RoutingPolicy):
     """Any rule."""
 
     name: ClassVar[str] = "ruled"
@@ -33,7 +32,7 @@ class Ruled(Policy):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Unruled(Policy):
+class Unruled(RoutingPolicy):
     """Chooses by itself."""
 
     name: ClassVar[str] = "unruled"

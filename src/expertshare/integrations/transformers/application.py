@@ -18,8 +18,7 @@ from expertshare.integrations.transformers.metrics import RoutingMetrics
 from expertshare.integrations.transformers.sharing import RouterHook, SharedChoice, StackWatch
 from expertshare.integrations.transformers.sites import RouterSite, find_sites
 from expertshare.integrations.transformers.verification import verify
-from expertshare.routing import parse_policy, policy_at
-from expertshare.types import RoutingPolicy
+from expertshare.routing import RoutingPolicy, parse_policy, policy_at
 
 _SHARED: WeakSet[nn.Module] = WeakSet()
 """Routers that a policy is on: a second one would choose inside the first one's choice."""

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from expertshare.errors import InputError
 from expertshare.integrations.transformers.calls import Call, read_call
 from expertshare.integrations.transformers.sites import RouterRule, RouterSite
-from expertshare.routing import route
+from expertshare.routing import RoutingPolicy, route
 from expertshare.routing.ranking import top_k_ids
-from expertshare.types import RoutingPolicy
 
 
 @dataclass(frozen=True, slots=True)

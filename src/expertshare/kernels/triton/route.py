@@ -13,8 +13,8 @@ from expertshare.config import GroupLimit, RouterSpec
 from expertshare.errors import ConfigError
 from expertshare.kernels.triton.availability import check_devices
 from expertshare.kernels.triton.tiles import power_of_two
-from expertshare.routing import SharingRule, route_layer, router_scores, runs_on_torch
-from expertshare.types import Coreset, Routed, RouterScores, RoutingPlan, RoutingPolicy
+from expertshare.routing import RoutingPolicy, SharingRule, route_layer, router_scores, runs_on_torch
+from expertshare.types import Coreset, Routed, RouterScores, RoutingPlan
 
 RANKINGS = {"all": 0, "votes": 1, "highest": 2, "coverage": 3}
 LANES_AT_A_TIME = 2048

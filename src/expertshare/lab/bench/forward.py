@@ -24,8 +24,7 @@ from expertshare.lab.bench.timing import spread, timed
 from expertshare.lab.bench.weights import concentrate, model_bytes, random_model
 from expertshare.measure.cost import PartClock
 from expertshare.models import ForwardInput, LayerKeyValues, MoETransformer, Runtime
-from expertshare.routing import make_policy
-from expertshare.types import RoutingPolicy
+from expertshare.routing import RoutingPolicy, make_policy
 
 GROSSLY_WRONG = 0.5
 """Relative difference of logits from the reference above which a contender is not timed. bfloat16 alone moves some

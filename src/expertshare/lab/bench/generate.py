@@ -21,7 +21,7 @@ from expertshare.lab.bench.peer_models import IMPLEMENTATIONS, build_peer, decod
 from expertshare.lab.bench.timing import interleave, spread
 from expertshare.lab.bench.weights import model_bytes, random_model
 from expertshare.models import MoETransformer, Runtime
-from expertshare.types import RoutingPolicy
+from expertshare.routing import RoutingPolicy
 
 Tokens = list[tuple[int, ...]]
 WITHOUT_GRAPHS = "triton-no-graphs"

@@ -12,10 +12,10 @@ from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.errors import InputError
 from expertshare.kernels import AUTO, choose_backend
 from expertshare.models import LoadedModel, Runtime, decode_answer, describe, encode_prompt
-from expertshare.routing import parse_policy
+from expertshare.routing import RoutingPolicy, parse_policy
 from expertshare.serving.fair_lock import FairLock
 from expertshare.serving.live.watched_run import Event, TokenTexts, WatchedRun
-from expertshare.types import ExpertStore, RoutingPolicy
+from expertshare.types import ExpertStore
 
 
 class TraceSource(Protocol):
