@@ -31,6 +31,8 @@ SHARES = (0.4, 0.5, 0.75, 1.0, 1.25)
 class RecordingStore(ResidentStore):
     """Lends everything, and remembers what was asked for."""
 
+    resident = False  # it hears of no step that is replayed
+
     def __init__(self, layers: list[ResidentExperts]) -> None:
         super().__init__(layers)
         self.trace: Trace = []

@@ -52,6 +52,8 @@ def read_policy(text: str) -> RoutingPolicy:
 class _Steps:
     """A store and forwards at once: notes which experts each denoising step of a single row borrows."""
 
+    resident = False  # it hears of no step that is replayed
+
     def __init__(self, store: ExpertStore) -> None:
         self._store, self.forwards = store, cast(Forwards, None)
         self._step: tuple[int, int] | None = None

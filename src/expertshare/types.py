@@ -172,6 +172,12 @@ class Loan:
 class ExpertStore(Protocol):
     """Where experts live. Inside the context of `borrow` the active experts of the bank stay where they are."""
 
+    @property
+    def resident(self) -> bool:
+        """Whether every expert lies on the compute device, at an address that never changes: then a step that was
+        captured once can be replayed, and borrowing tells the store nothing that it needs."""
+        ...
+
     def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> AbstractContextManager[Loan]:
         """The experts of MoE layer `layer` (0-based among MoE layers), with at least `active_E` (bool) usable.
 

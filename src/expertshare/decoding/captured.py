@@ -17,7 +17,6 @@ from expertshare.decoding.commit_rules import StepState
 from expertshare.decoding.forwards import AccountedModel
 from expertshare.decoding.options import DecodingOptions
 from expertshare.decoding.row import Row
-from expertshare.experts.whole import ResidentSlabs
 from expertshare.kernels import LayerKeyValues
 from expertshare.kernels.triton.commit import FLAGS, commit_triton
 from expertshare.measure.cost import ForwardKind
@@ -309,7 +308,7 @@ class CapturedSteps:
                 not runtime.backend.capturable
             ),
             "full attention runs the whole canvas, which has no cache": config.attention == "full",
-            "experts come and go in a store": not isinstance(runtime.store, ResidentSlabs | None),
+            "experts come and go in a store": runtime.store is not None and not runtime.store.resident,
             "the experts of every token are recorded": runtime.on_plan is not None,
             "a watcher hears of every forward": watched,
             "tokens are sampled, or restricted ones judged": not self._options.takes_the_best,

@@ -62,6 +62,8 @@ class BudgetedStore:
     Raises ExpertMemoryError where the budget does not hold one expert, and `borrow` where it does not hold a layer's.
     """
 
+    resident = False
+
     def __init__(
         self,
         directory: Path,

@@ -43,6 +43,8 @@ class ResidentExperts(nn.Module):
 class ResidentStore:
     """An ExpertStore over modules that are wholly resident: borrowing costs nothing."""
 
+    resident = True
+
     def __init__(self, layers: list[ResidentExperts]) -> None:
         self._layers = layers
 
@@ -60,6 +62,7 @@ class _WholeStore:
     not to be waited for, and may run a captured graph."""
 
     kind = ""
+    resident = False
 
     def __init__(self, layout: ExpertLayout, banks: list[Bank], device: torch.device = _CPU) -> None:
         self._layout, self._banks = layout, banks
@@ -112,6 +115,7 @@ class ResidentSlabs(_WholeStore):
     cache. Raises ExpertMemoryError where they do not fit."""
 
     kind = "all"
+    resident = True
 
     def __init__(
         self, directory: Path, layout: ExpertLayout, *, direct: bool = False, device: torch.device = _CPU

@@ -207,7 +207,7 @@ def test_a_step_that_is_not_finite_writes_nothing_and_names_its_row(device: torc
 REASONS = [
     ({"backend": TorchBackend()}, {}, False, "the backend 'torch' asks the host"),
     ({"on_plan": lambda layer, plan: None}, {}, False, "are recorded"),
-    ({"store": object()}, {}, False, "experts come and go in a store"),
+    ({"store": SimpleNamespace(resident=False)}, {}, False, "experts come and go in a store"),
     ({"graphs": False}, {}, False, "switched off"),
     ({}, {"temperature": 0.5}, False, "tokens are sampled"),
     ({}, {"top_k": 3, "filtered_confidence": True}, False, "tokens are sampled"),
