@@ -14,7 +14,7 @@ import expertshare
 from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.integrations.transformers import experts as implementation
-from expertshare.kernels.cpu_experts import moe_ffn_cpu
+from expertshare.kernels.cpu_backend import CpuBackend
 
 from .tiny_models import TOP_K, build, logits, tokens
 
@@ -31,7 +31,7 @@ def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
     def counted(x: Tensor, plan: Any, bank: Any) -> Tensor:
         calls.append(plan.active_E)
-        return moe_ffn_cpu(x, plan, bank)
+        return CpuBackend().moe_ffn(x, plan, bank)
 
     monkeypatch.setattr(implementation._OURS, "moe_ffn", counted)
     return calls

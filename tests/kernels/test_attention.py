@@ -11,7 +11,6 @@ from torch import Tensor
 from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.kernels.cpu_backend import CpuBackend
-from expertshare.kernels.cpu_ops import attend_cpu
 from expertshare.kernels.torch_backend import TorchBackend, attend_folded
 
 from .conftest import ISAS
@@ -20,6 +19,8 @@ pytestmark = [
     pytest.mark.skipif(not native.available(), reason=f"no native kernel: {native.unavailable_reason()}"),
     pytest.mark.usefixtures("unwritten_is_nan"),
 ]
+
+CPU = CpuBackend()
 
 # Largest error over the largest output. bfloat16: the softmax's weights and the output are rounded once each.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3}
@@ -78,7 +79,7 @@ def test_is_the_softmax_attention(isa: str, shape: tuple[int, ...], masked: bool
     outputs = []
     for num_threads in (1, 2, 3):
         native.set_num_threads(num_threads)
-        outputs += [attend_cpu(*given) for _ in range(2)]
+        outputs += [CPU.attention(*given) for _ in range(2)]
     assert outputs[0].dtype == dtype
     assert outputs[0].shape == (shape[0], shape[3], shape[1] * shape[5])
     assert float((outputs[0].double() - expected).abs().max() / expected.abs().max()) < TOLERANCE[dtype]
@@ -89,26 +90,26 @@ def test_is_the_softmax_attention(isa: str, shape: tuple[int, ...], masked: bool
 def test_other_queries_and_hidden_keys_change_nothing(isa: str, dtype: torch.dtype) -> None:
     """As in a batch of rows that are at different blocks: the shorter ones see a prefix."""
     q, k, v, _ = scene((1, 4, 2, 8, 90, 24), dtype)
-    alone = attend_cpu(q[:, :, 2:5], k[:, :, :37], v[:, :, :37], None)
+    alone = CPU.attention(q[:, :, 2:5], k[:, :, :37], v[:, :, :37], None)
     mask = (torch.arange(90) < 37).expand(1, 8, 90)
-    assert torch.equal(attend_cpu(q, k, v, mask)[:, 2:5], alone)
+    assert torch.equal(CPU.attention(q, k, v, mask)[:, 2:5], alone)
 
 
 def test_a_cache_is_read_where_it_lies(isa: str) -> None:
     """A view of some rows and positions of a larger buffer, with NaN all around."""
     q, k, v, _ = scene((2, 4, 2, 8, 40, 24), torch.bfloat16)
-    expected = attend_cpu(q, k, v, None)
+    expected = CPU.attention(q, k, v, None)
     memory = torch.full((2, 4, 2, 64, 24), float("nan"), dtype=torch.bfloat16)
     memory[0, 1:3, :, :40], memory[1, 1:3, :, :40] = k, v
-    assert torch.equal(attend_cpu(q.contiguous(), memory[0, 1:3, :, :40], memory[1, 1:3, :, :40], None), expected)
+    assert torch.equal(CPU.attention(q.contiguous(), memory[0, 1:3, :, :40], memory[1, 1:3, :, :40], None), expected)
     turned = k.transpose(2, 3).contiguous().transpose(2, 3)
-    assert torch.equal(attend_cpu(q, turned, v, None), expected)
+    assert torch.equal(CPU.attention(q, turned, v, None), expected)
 
 
 def test_the_backends_agree() -> None:
     q, k, v, mask = scene((2, 4, 2, 8, 24, 8), torch.float32, masked=True)
     expected = TorchBackend().attention(q, k, v, mask)
-    torch.testing.assert_close(CpuBackend().attention(q, k, v, mask), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(CPU.attention(q, k, v, mask), expected, rtol=0, atol=1e-6)
 
 
 WRONG: dict[str, tuple[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Scene]]] = {
@@ -129,4 +130,4 @@ WRONG: dict[str, tuple[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Sc
 def test_what_it_cannot_take_is_said_clearly(what: str) -> None:
     message, spoil = WRONG[what]
     with pytest.raises(ConfigError, match=message):
-        attend_cpu(*spoil(*scene((2, 4, 2, 8, 24, 8), torch.float32, masked=True)))
+        CPU.attention(*spoil(*scene((2, 4, 2, 8, 24, 8), torch.float32, masked=True)))

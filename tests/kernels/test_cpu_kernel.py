@@ -20,7 +20,7 @@ from torch import Tensor
 from backends import moe_ffn, moe_ffn_loop
 from expertshare import native
 from expertshare.errors import ConfigError
-from expertshare.kernels.cpu_experts import moe_ffn_cpu
+from expertshare.kernels.cpu_backend import CpuBackend
 from expertshare.native import loading
 from expertshare.types import ExpertBank, RoutingPlan
 
@@ -28,6 +28,7 @@ from .test_moe_ffn import formula, plan_of, relative_error, scene
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernel: {native.unavailable_reason()}")
 
+CPU = CpuBackend()
 ISAS = native.usable_instruction_sets() if native.available() else []
 
 # Largest error over the largest output. float32: sums of at most some hundred products in a few partial sums, each
@@ -77,7 +78,7 @@ def test_follows_the_formula(isa: str, shape: tuple[int, ...], dtype: torch.dtyp
     outputs = []
     for num_threads in (1, 2, 3):
         native.set_num_threads(num_threads)
-        outputs += [moe_ffn_cpu(x_TD, plan, bank) for _ in range(3)]
+        outputs += [CPU.moe_ffn(x_TD, plan, bank) for _ in range(3)]
     assert outputs[0].dtype == dtype
     assert outputs[0].shape == x_TD.shape
     assert relative_error(outputs[0], formula(x_TD, plan, bank)) < TOLERANCE[dtype]
@@ -90,7 +91,7 @@ def test_any_number_of_tokens(isa: str, dtype: torch.dtype) -> None:
     x_TD, _, bank = scene((140, 1, 1, 40, 36), dtype)
     for num_tokens in [*range(71), 128, 129, 140]:
         plan = plan_of(torch.zeros(num_tokens, 1, dtype=torch.int64), torch.ones(num_tokens, 1), 1)
-        y_TD = moe_ffn_cpu(x_TD[:num_tokens], plan, bank)
+        y_TD = CPU.moe_ffn(x_TD[:num_tokens], plan, bank)
         assert y_TD.shape == (num_tokens, 40)
         assert num_tokens == 0 or relative_error(y_TD, formula(x_TD[:num_tokens], plan, bank)) < TOLERANCE[dtype]
 
@@ -98,17 +99,17 @@ def test_any_number_of_tokens(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_more_tokens_than_are_taken_at_a_time(dtype: torch.dtype) -> None:
     x_TD, plan, bank = scene((2100, 2, 3, 16, 16), dtype, unused=0.1)
-    assert relative_error(moe_ffn_cpu(x_TD, plan, bank), formula(x_TD, plan, bank)) < TOLERANCE[dtype]
+    assert relative_error(CPU.moe_ffn(x_TD, plan, bank), formula(x_TD, plan, bank)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("widths", [(50, 44), (1091, 530)])
 def test_a_token_does_not_depend_on_its_batch(isa: str, widths: tuple[int, int], dtype: torch.dtype) -> None:
     x_TD, plan, bank = scene((24, 4, 8, *widths), dtype, unused=0.2)
-    together = moe_ffn_cpu(x_TD, plan, bank)
+    together = CPU.moe_ffn(x_TD, plan, bank)
     for token in (0, 7, 23):
         alone = plan_of(plan.expert_ids_TK[token : token + 1], plan.weights_TK[token : token + 1], 8)
-        assert torch.equal(moe_ffn_cpu(x_TD[token : token + 1], alone, bank)[0], together[token])
+        assert torch.equal(CPU.moe_ffn(x_TD[token : token + 1], alone, bank)[0], together[token])
 
 
 @pytest.mark.parametrize("num_threads", [2, 3])
@@ -120,9 +121,9 @@ def test_work_of_many_chunks_is_divided_without_a_trace(isa: str, num_threads: i
     ids_TK[ids_TK[:, 1] == 7, 1] = -1
     plan = plan_of(ids_TK, plan.weights_TK, 24)
     native.set_num_threads(1)
-    alone = moe_ffn_cpu(x_TD, plan, bank)
+    alone = CPU.moe_ffn(x_TD, plan, bank)
     native.set_num_threads(num_threads)
-    assert all(torch.equal(moe_ffn_cpu(x_TD, plan, bank), alone) for _ in range(10))
+    assert all(torch.equal(CPU.moe_ffn(x_TD, plan, bank), alone) for _ in range(10))
     assert relative_error(alone, formula(x_TD, plan, bank)) < TOLERANCE[torch.bfloat16]
 
 
@@ -138,7 +139,7 @@ def test_equals_the_reference(shape: tuple[int, ...], unused: float, isa: str, n
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EXPERTSHARE_ISA", isa)
         native.set_num_threads(num_threads)
-        y_TD = moe_ffn_cpu(x_TD, plan, bank)
+        y_TD = CPU.moe_ffn(x_TD, plan, bank)
     scale = max(1.0, float(y_TD.abs().max())) if y_TD.numel() else 1.0
     torch.testing.assert_close(y_TD, reference_of(x_TD, plan, bank), rtol=0, atol=3e-6 * scale)
 
@@ -149,7 +150,7 @@ def test_an_expert_may_serve_several_slots_of_a_token(seed: int, top_k: int) -> 
     x_TD, _, bank = scene((7, 1, 3, 20, 12), torch.float32, seed=seed)
     ids_TK = torch.randint(-1, 3, (7, top_k), generator=generator)
     plan = plan_of(ids_TK, torch.rand(7, top_k, generator=generator), 3)
-    assert relative_error(moe_ffn_cpu(x_TD, plan, bank), formula(x_TD, plan, bank)) < TOLERANCE[torch.float32]
+    assert relative_error(CPU.moe_ffn(x_TD, plan, bank), formula(x_TD, plan, bank)) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -158,7 +159,7 @@ def test_bfloat16_is_no_worse_than_torch(isa: str, dtype: torch.dtype) -> None:
     exact = formula(x_TD, plan, bank)
     torch_error = relative_error(moe_ffn(x_TD, plan, bank), exact)
     # In float32 both are at the level of single roundings, where the order of sums decides.
-    assert relative_error(moe_ffn_cpu(x_TD, plan, bank), exact) <= torch_error * (2 if dtype == torch.float32 else 1)
+    assert relative_error(CPU.moe_ffn(x_TD, plan, bank), exact) <= torch_error * (2 if dtype == torch.float32 else 1)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -170,14 +171,14 @@ def test_silu_at_its_extremes(isa: str, dtype: torch.dtype) -> None:
     plan = plan_of(torch.zeros(len(gates), 1, dtype=torch.int64), torch.ones(len(gates), 1), 1)
     expected = torch.nn.functional.silu(gates.double()) * gates.double()
     rtol = 1e-6 if dtype == torch.float32 else 2**-8  # h and y are rounded: to the same value, or to neighbours
-    torch.testing.assert_close(moe_ffn_cpu(x_TD, plan, bank)[:, 0].double(), expected, rtol=rtol, atol=1e-29)
+    torch.testing.assert_close(CPU.moe_ffn(x_TD, plan, bank)[:, 0].double(), expected, rtol=rtol, atol=1e-29)
 
 
 def test_nan_and_infinity_come_through(isa: str) -> None:
     x_TD, plan, bank = scene((4, 2, 3, 40, 24), torch.bfloat16)
-    clean = moe_ffn_cpu(x_TD, plan, bank)
+    clean = CPU.moe_ffn(x_TD, plan, bank)
     x_TD[1, 5], x_TD[2, 39] = float("nan"), float("inf")
-    y_TD = moe_ffn_cpu(x_TD, plan, bank)
+    y_TD = CPU.moe_ffn(x_TD, plan, bank)
     assert not y_TD[1].isfinite().any()
     assert not y_TD[2].isfinite().all()
     assert torch.equal(y_TD[[0, 3]], clean[[0, 3]])
@@ -187,10 +188,10 @@ def test_nan_and_infinity_come_through(isa: str) -> None:
 def test_other_experts_and_other_rows_are_never_used(isa: str, dtype: torch.dtype) -> None:
     """Inactive experts are NaN, as are the ends of rows before and behind: a vector too many would show."""
     x_TD, plan, bank = scene((5, 2, 16, 37, 19), dtype, unused=0.3)
-    clean = moe_ffn_cpu(x_TD, plan, bank)
+    clean = CPU.moe_ffn(x_TD, plan, bank)
     gate_up, down = bank.gate_up_EHD.clone(), bank.down_EDF.clone()
     gate_up[~plan.active_E], down[~plan.active_E] = float("nan"), float("nan")
-    assert torch.equal(moe_ffn_cpu(x_TD, plan, ExpertBank(gate_up, down)), clean)
+    assert torch.equal(CPU.moe_ffn(x_TD, plan, ExpertBank(gate_up, down)), clean)
 
 
 def at_offset(tensor: Tensor, offset_bytes: int) -> Tensor:
@@ -208,7 +209,7 @@ def test_weights_need_no_alignment(isa: str, offset_bytes: int, dtype: torch.dty
     """Tensors of a memory-mapped safetensors file are aligned to 8 bytes."""
     x_TD, plan, bank = scene((9, 2, 4, 64, 48), dtype)
     moved = ExpertBank(at_offset(bank.gate_up_EHD, offset_bytes), at_offset(bank.down_EDF, offset_bytes))
-    assert torch.equal(moe_ffn_cpu(at_offset(x_TD, 8), plan, moved), moe_ffn_cpu(x_TD, plan, bank))
+    assert torch.equal(CPU.moe_ffn(at_offset(x_TD, 8), plan, moved), CPU.moe_ffn(x_TD, plan, bank))
 
 
 def test_experts_may_lie_apart_and_tokens_anyhow() -> None:
@@ -216,19 +217,19 @@ def test_experts_may_lie_apart_and_tokens_anyhow() -> None:
     x_TD, plan, bank = scene((9, 3, 8, 24, 16), torch.float32)
     plan = plan_of(plan.expert_ids_TK.remainder(4), plan.weights_TK, 4)
     halves = ExpertBank(bank.gate_up_EHD[::2], bank.down_EDF[::2])
-    expected = moe_ffn_cpu(x_TD, plan, ExpertBank(*(t.contiguous() for t in (halves.gate_up_EHD, halves.down_EDF))))
+    expected = CPU.moe_ffn(x_TD, plan, ExpertBank(*(t.contiguous() for t in (halves.gate_up_EHD, halves.down_EDF))))
     views = replace(plan, expert_ids_TK=plan.expert_ids_TK.T.contiguous().T, weights_TK=plan.weights_TK.T.clone().T)
-    assert torch.equal(moe_ffn_cpu(x_TD.T.contiguous().T, views, halves), expected)
+    assert torch.equal(CPU.moe_ffn(x_TD.T.contiguous().T, views, halves), expected)
 
 
 def test_concurrent_calls_do_not_mix() -> None:
     native.set_num_threads(2)
     scenes = [scene((20 + 9 * seed, 2, 6, 128, 96), torch.float32, seed=seed) for seed in range(2)]
-    expected = [moe_ffn_cpu(*one) for one in scenes]
+    expected = [CPU.moe_ffn(*one) for one in scenes]
     wrong: list[int] = []
 
     def repeat(which: int) -> None:
-        wrong.extend(which for _ in range(60) if not torch.equal(moe_ffn_cpu(*scenes[which]), expected[which]))
+        wrong.extend(which for _ in range(60) if not torch.equal(CPU.moe_ffn(*scenes[which]), expected[which]))
 
     threads = [threading.Thread(target=repeat, args=(which,)) for which in (0, 1)]
     for thread in threads:
@@ -243,14 +244,14 @@ def test_concurrent_calls_do_not_mix() -> None:
 def test_a_forked_child_gets_its_own_threads() -> None:
     native.set_num_threads(3)
     x_TD, plan, bank = scene((40, 2, 8, 128, 96), torch.float32)
-    expected = moe_ffn_cpu(x_TD, plan, bank)
+    expected = CPU.moe_ffn(x_TD, plan, bank)
     child = os.fork()
     if child == 0:  # nothing here may return to pytest
         signal.alarm(30)
-        same = all(torch.equal(moe_ffn_cpu(x_TD, plan, bank), expected) for _ in range(5))
+        same = all(torch.equal(CPU.moe_ffn(x_TD, plan, bank), expected) for _ in range(5))
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
-    assert torch.equal(moe_ffn_cpu(x_TD, plan, bank), expected)
+    assert torch.equal(CPU.moe_ffn(x_TD, plan, bank), expected)
 
 
 @pytest.fixture
@@ -267,27 +268,27 @@ def test_torch_threads_compute_the_same() -> None:
     """By turns with torch's own operations, and in a forked child, where torch's threads no longer exist."""
     x_TD, plan, bank = scene((40, 2, 8, 128, 96), torch.float32)
     native.use_torch_threads(False)
-    expected = moe_ffn_cpu(x_TD, plan, bank)
+    expected = CPU.moe_ffn(x_TD, plan, bank)
     native.use_torch_threads(True)
     square = torch.ones(300, 300)
     for _ in range(5):
         assert torch.equal(square @ square, torch.full((300, 300), 300.0))
-        assert torch.equal(moe_ffn_cpu(x_TD, plan, bank), expected)
+        assert torch.equal(CPU.moe_ffn(x_TD, plan, bank), expected)
     child = os.fork()
     if child == 0:
         signal.alarm(30)
-        os._exit(0 if bytes(moe_ffn_cpu(x_TD, plan, bank).numpy().data) == bytes(expected.numpy().data) else 1)
+        os._exit(0 if bytes(CPU.moe_ffn(x_TD, plan, bank).numpy().data) == bytes(expected.numpy().data) else 1)
     assert os.waitpid(child, 0)[1] == 0
 
 
 def test_a_process_ends_with_its_threads() -> None:
     script = (
-        "import torch; from expertshare import native; from expertshare.kernels.cpu_experts import moe_ffn_cpu;"
+        "import torch; from expertshare import native; from expertshare.kernels.cpu_backend import CpuBackend;"
         "from expertshare.types import *;"
         "native.set_num_threads(3); ids = torch.arange(64).view(64, 1) % 8;"
         "plan = RoutingPlan(ids, torch.ones(64, 1), torch.ones(8, dtype=torch.bool));"
         "bank = ExpertBank(torch.ones(8, 128, 128), torch.ones(8, 128, 64));"
-        "print(moe_ffn_cpu(torch.ones(64, 128), plan, bank).shape)"
+        "print(CpuBackend().moe_ffn(torch.ones(64, 128), plan, bank).shape)"
     )
     package = Path(native.__file__).parents[2]
     done = subprocess.run(
@@ -340,14 +341,14 @@ def test_what_it_cannot_take_is_said_clearly(what: str) -> None:
     message, spoil = WRONG[what]
     right = scene((6, 2, 4, 16, 8), torch.float32)
     with pytest.raises(ConfigError, match=message):
-        moe_ffn_cpu(*spoil(right))
-    assert relative_error(moe_ffn_cpu(*right), formula(*right)) < TOLERANCE[torch.float32]
+        CPU.moe_ffn(*spoil(right))
+    assert relative_error(CPU.moe_ffn(*right), formula(*right)) < TOLERANCE[torch.float32]
 
 
 def test_gradients_are_not_asked_for_in_inference() -> None:
     x_TD, plan, bank = scene((6, 2, 4, 16, 8), torch.float32)
     with torch.no_grad():
-        assert moe_ffn_cpu(x_TD.requires_grad_(), plan, bank).grad_fn is None
+        assert CPU.moe_ffn(x_TD.requires_grad_(), plan, bank).grad_fn is None
 
 
 def test_instruction_sets_are_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,8 +375,3 @@ def test_an_instruction_set_that_cannot_run_here_is_an_error(monkeypatch: pytest
 def test_impossible_numbers_of_threads(num_threads: int) -> None:
     with pytest.raises(ConfigError, match="expected 1 to 1024 threads"):
         native.set_num_threads(num_threads)
-
-
-def test_the_backend_has_it() -> None:
-    x_TD, plan, bank = scene((6, 2, 4, 16, 8), torch.bfloat16)
-    assert torch.equal(moe_ffn(x_TD, plan, bank, backend="cpu"), moe_ffn_cpu(x_TD, plan, bank))

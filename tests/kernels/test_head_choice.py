@@ -10,7 +10,6 @@ from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.kernels import TorchBackend
 from expertshare.kernels.cpu_backend import CpuBackend
-from expertshare.kernels.cpu_ops import best_token_cpu, linear_cpu
 from expertshare.kernels.torch_backend import best_of_logits
 
 from .conftest import ISAS
@@ -19,6 +18,8 @@ pytestmark = [
     pytest.mark.skipif(not native.available(), reason=f"no native kernel: {native.unavailable_reason()}"),
     pytest.mark.usefixtures("unwritten_is_nan"),
 ]
+
+CPU = CpuBackend()
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3}  # of the probability, relative
 SHAPES = [(1, 5, 8), (1, 2, 1), (7, 33, 5), (65, 700, 129), (32, 1111, 64), (130, 256, 31), (2, 257, 48)]  # R, V, D
@@ -54,9 +55,9 @@ def test_is_the_best_of_the_logits(isa: str, shape: tuple[int, int, int], dtype:
     outputs = []
     for num_threads in (1, 2, 3):
         native.set_num_threads(num_threads)
-        outputs += [best_token_cpu(hidden_RD, weight_VD, excluded) for _ in range(3)]
+        outputs += [CPU.best_token(hidden_RD, weight_VD, excluded) for _ in range(3)]
     tokens_R, probability_R = outputs[0]
-    best_R, share_R = formula(linear_cpu(hidden_RD, weight_VD), excluded)
+    best_R, share_R = formula(CPU.linear(hidden_RD, weight_VD), excluded)
     assert torch.equal(tokens_R, best_R)
     torch.testing.assert_close(probability_R.double(), share_R, rtol=TOLERANCE[dtype], atol=0)
     for tokens, probability in outputs:
@@ -71,7 +72,7 @@ def test_the_slow_twin_agrees(dtype: torch.dtype) -> None:
     best_R, share_R = formula(hidden_RD @ weight_VD.T, [3, 999])
     assert torch.equal(tokens_R, best_R)
     torch.testing.assert_close(probability_R.double(), share_R, rtol=1e-5, atol=0)
-    native_R, confidence_R = CpuBackend().best_token(hidden_RD, weight_VD, [3, 999])
+    native_R, confidence_R = CPU.best_token(hidden_RD, weight_VD, [3, 999])
     torch_R, sure_R = TorchBackend().best_token(hidden_RD, weight_VD, [3, 999])
     assert torch.equal(torch_R, tokens_R)
     assert torch.equal(sure_R, probability_R)
@@ -83,9 +84,9 @@ def test_the_slow_twin_agrees(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_row_does_not_depend_on_its_batch(isa: str, dtype: torch.dtype) -> None:
     hidden_RD, weight_VD = scene((70, 530, 40), dtype)
-    together = best_token_cpu(hidden_RD, weight_VD, [7])
+    together = CPU.best_token(hidden_RD, weight_VD, [7])
     for first, last in [(0, 1), (5, 7), (69, 70), (3, 40)]:
-        alone = best_token_cpu(hidden_RD[first:last], weight_VD, [7])
+        alone = CPU.best_token(hidden_RD[first:last], weight_VD, [7])
         assert torch.equal(alone[0], together[0][first:last])
         assert torch.equal(alone[1], together[1][first:last])
 
@@ -97,7 +98,7 @@ def test_ties_go_to_the_lowest_id_that_may_be_chosen(isa: str, excluded: list[in
     hidden_RD, weight_VD = scene((3, 900, 24), dtype)
     tied = [41, 300, 555, 899]
     weight_VD[tied] = hidden_RD[0] * 8
-    tokens_R, _ = best_token_cpu(hidden_RD, weight_VD, excluded)
+    tokens_R, _ = CPU.best_token(hidden_RD, weight_VD, excluded)
     assert tokens_R[0] == min(set(tied) - set(excluded))
 
 
@@ -107,7 +108,7 @@ def test_bfloat16_logits_that_round_to_the_same_value_tie(isa: str) -> None:
     weight_VD = torch.zeros(400, 2).bfloat16()
     weight_VD[70] = torch.tensor([1.0, 0.0])
     weight_VD[300] = torch.tensor([1.0, 0.8984375])
-    tokens_R, probability_R = best_token_cpu(hidden_RD, weight_VD, [])
+    tokens_R, probability_R = CPU.best_token(hidden_RD, weight_VD, [])
     assert tokens_R.tolist() == [70]
     assert probability_R.tolist() == [0.5]
 
@@ -115,15 +116,15 @@ def test_bfloat16_logits_that_round_to_the_same_value_tie(isa: str) -> None:
 def test_an_excluded_id_weighs_nothing(isa: str) -> None:
     hidden_RD, weight_VD = scene((5, 64, 16), torch.float32)
     weight_VD[9] = 100 * hidden_RD[0]
-    expected = best_token_cpu(hidden_RD, weight_VD[[*range(9), *range(10, 64)]].contiguous(), [])
-    got = best_token_cpu(hidden_RD, weight_VD, [9])
+    expected = CPU.best_token(hidden_RD, weight_VD[[*range(9), *range(10, 64)]].contiguous(), [])
+    got = CPU.best_token(hidden_RD, weight_VD, [9])
     assert torch.equal(got[0], expected[0] + (expected[0] >= 9))
     torch.testing.assert_close(got[1], expected[1], rtol=1e-6, atol=0)
 
 
 def test_all_but_one_excluded_leaves_certainty() -> None:
     hidden_RD, weight_VD = scene((2, 400, 16), torch.float32)
-    tokens_R, probability_R = best_token_cpu(hidden_RD, weight_VD, [*range(300), *range(301, 400)])
+    tokens_R, probability_R = CPU.best_token(hidden_RD, weight_VD, [*range(300), *range(301, 400)])
     assert tokens_R.tolist() == [300, 300]
     assert probability_R.tolist() == [1.0, 1.0]
 
@@ -134,30 +135,30 @@ def test_all_but_one_excluded_leaves_certainty() -> None:
 def test_a_logit_that_is_not_finite_is_told(isa: str, bad: float, dtype: torch.dtype, excluded: list[int]) -> None:
     hidden_RD, weight_VD = scene((4, 400, 16), dtype)
     hidden_RD[:, 0] = torch.tensor([0.0, 1.0, 0.0, 1.0])
-    clean = best_token_cpu(hidden_RD, weight_VD, excluded)
+    clean = CPU.best_token(hidden_RD, weight_VD, excluded)
     weight_VD[350] = 0.0
     weight_VD[350, 0] = bad
-    assert best_token_cpu(hidden_RD, weight_VD, excluded)[1].isnan().all()  # 0 times infinity too
+    assert CPU.best_token(hidden_RD, weight_VD, excluded)[1].isnan().all()  # 0 times infinity too
     hidden_RD[2, 3] = bad
     weight_VD[350, 0] = 0.0
-    spoilt = best_token_cpu(hidden_RD, weight_VD, excluded)
+    spoilt = CPU.best_token(hidden_RD, weight_VD, excluded)
     assert spoilt[1].isnan().tolist() == [False, False, True, False]
-    assert torch.equal(best_of_logits(linear_cpu(hidden_RD, weight_VD), excluded)[1].isnan(), spoilt[1].isnan())
+    assert torch.equal(best_of_logits(CPU.linear(hidden_RD, weight_VD), excluded)[1].isnan(), spoilt[1].isnan())
     assert clean[1].isfinite().all()
 
 
 def test_no_rows_and_more_than_are_taken_at_a_time() -> None:
     hidden_RD, weight_VD = scene((2100, 40, 8), torch.float32)
-    assert [len(part) for part in best_token_cpu(hidden_RD[:0], weight_VD, [1])] == [0, 0]
+    assert [len(part) for part in CPU.best_token(hidden_RD[:0], weight_VD, [1])] == [0, 0]
     assert [len(part) for part in best_of_logits(hidden_RD[:0] @ weight_VD.T, [1])] == [0, 0]
-    assert torch.equal(best_token_cpu(hidden_RD, weight_VD, [1])[0], formula(linear_cpu(hidden_RD, weight_VD), [1])[0])
+    assert torch.equal(CPU.best_token(hidden_RD, weight_VD, [1])[0], formula(CPU.linear(hidden_RD, weight_VD), [1])[0])
 
 
 @pytest.mark.parametrize("excluded", [[-1], [40], list(range(40))])
 def test_exclusions_that_cannot_be(excluded: list[int]) -> None:
     hidden_RD, weight_VD = scene((2, 40, 8), torch.float32)
     with pytest.raises(ConfigError, match=r"must lie in 0\.\.39|all 40 ids"):
-        best_token_cpu(hidden_RD, weight_VD, excluded)
+        CPU.best_token(hidden_RD, weight_VD, excluded)
     with pytest.raises(ConfigError, match=r"must lie in 0\.\.39|all 40 ids"):
         best_of_logits(hidden_RD @ weight_VD.T, excluded)
 
@@ -165,4 +166,4 @@ def test_exclusions_that_cannot_be(excluded: list[int]) -> None:
 def test_other_dtypes_are_refused() -> None:
     hidden_RD, weight_VD = scene((2, 40, 8), torch.float32)
     with pytest.raises(ConfigError, match="all in float32 or all in bfloat16"):
-        best_token_cpu(hidden_RD.half(), weight_VD.half(), [])
+        CPU.best_token(hidden_RD.half(), weight_VD.half(), [])

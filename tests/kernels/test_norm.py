@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from expertshare import native
 from expertshare.errors import ConfigError
-from expertshare.kernels import CacheSlice, TorchBackend
-from expertshare.kernels.cpu_ops import add_and_norm_cpu, rms_norm_cpu, turn_heads_cpu
+from expertshare.kernels import CacheSlice, LayerKeyValues, TorchBackend
+from expertshare.kernels.cpu_backend import CpuBackend
 
 from .conftest import ISAS
 
@@ -20,6 +21,8 @@ pytestmark = [
     pytest.mark.skipif(not native.available(), reason=f"no native kernel: {native.unavailable_reason()}"),
     pytest.mark.usefixtures("unwritten_is_nan"),
 ]
+
+CPU = CpuBackend()
 
 EPS = 1e-6
 DTYPES = [torch.float32, torch.bfloat16]
@@ -55,10 +58,10 @@ def test_norm_is_that_of_torch(isa: str, shape: tuple[int, ...], dtype: torch.dt
     outputs = []
     for num_threads in (1, 2, 3):
         native.set_num_threads(num_threads)
-        outputs.append(rms_norm_cpu(x, scale, EPS))
-        total, normed = add_and_norm_cpu(x, delta, scale, EPS)
+        outputs.append(CPU.rms_norm(x, scale, EPS))
+        total, normed = CPU.add_and_norm(x, delta, scale, EPS)
         assert torch.equal(total, expected_sum)
-        assert torch.equal(normed, rms_norm_cpu(total, scale, EPS))
+        assert torch.equal(normed, CPU.rms_norm(total, scale, EPS))
     assert all(torch.equal(outputs[0], output) for output in outputs)
     assert outputs[0].dtype == dtype
     assert_same_but_for_the_mean(outputs[0], TorchBackend().rms_norm(x, scale, EPS))
@@ -68,11 +71,24 @@ def test_norm_is_that_of_torch(isa: str, shape: tuple[int, ...], dtype: torch.dt
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_token_does_not_depend_on_others_or_on_the_instruction_set(isa: str, dtype: torch.dtype) -> None:
     x, scale = random(9, 70, dtype=dtype), random(70, dtype=dtype, seed=1)
-    alone = torch.cat([rms_norm_cpu(row.unsqueeze(0), scale, EPS) for row in x])
-    assert torch.equal(rms_norm_cpu(x, scale, EPS), alone)
+    alone = torch.cat([CPU.rms_norm(row.unsqueeze(0), scale, EPS) for row in x])
+    assert torch.equal(CPU.rms_norm(x, scale, EPS), alone)
     spread = torch.stack((x, x), dim=1)[:, 0]
-    assert torch.equal(rms_norm_cpu(spread, scale, EPS), alone)
-    assert rms_norm_cpu(x[:0], scale, EPS).shape == (0, 70)
+    assert torch.equal(CPU.rms_norm(spread, scale, EPS), alone)
+    assert CPU.rms_norm(x[:0], scale, EPS).shape == (0, 70)
+
+
+@dataclass
+class InMemory:
+    """A past with memory behind it."""
+
+    place: CacheSlice
+
+    def cache_slice(self) -> CacheSlice:
+        return self.place
+
+    def extended_by(self, new: LayerKeyValues) -> LayerKeyValues:
+        raise AssertionError("it has memory to write to")
 
 
 Given = tuple[Tensor, int, tuple[Tensor, Tensor], tuple[Tensor, Tensor], CacheSlice | None]
@@ -111,7 +127,7 @@ def test_heads_are_turned_and_placed(isa: str, shape: tuple[int, ...], dtype: to
         native.set_num_threads(num_threads)
         for where in (place, None):
             outputs.append(qkv.clone())
-            turn_heads_cpu(outputs[-1], heads, scales, EPS, tables, where)
+            CPU.prepare_heads(outputs[-1], heads, scales, EPS, tables, where and InMemory(where))
     got = outputs[0]
     assert all(torch.equal(got, output) for output in outputs)
     assert_same_but_for_the_mean(got, expected)
@@ -156,13 +172,13 @@ def test_what_it_cannot_take_is_said_clearly(what: str) -> None:
     message, spoil = WRONG[what]
     qkv, heads, scales, tables, place = spoil(scene((2, 8, 4, 2, 16, 8), torch.float32))
     with pytest.raises(ConfigError, match=message):
-        turn_heads_cpu(qkv, heads, scales, EPS, tables, place)
+        CPU.prepare_heads(qkv, heads, scales, EPS, tables, InMemory(place))
 
 
 def test_norms_that_do_not_fit_are_said_clearly() -> None:
     x, scale = torch.ones(3, 4), torch.ones(4)
     for wrong in ((x, scale[:3]), (x.double(), scale)):
         with pytest.raises(ConfigError, match="expect"):
-            rms_norm_cpu(*wrong, EPS)
+            CPU.rms_norm(*wrong, EPS)
     with pytest.raises(ConfigError, match=r"what is added \[\.\.\., D\]"):
-        add_and_norm_cpu(x, x[:2], scale, EPS)
+        CPU.add_and_norm(x, x[:2], scale, EPS)

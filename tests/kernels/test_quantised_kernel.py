@@ -15,7 +15,7 @@ from torch import Tensor
 from backends import moe_ffn
 from expertshare import native
 from expertshare.errors import ConfigError
-from expertshare.kernels.cpu_experts import _CHECKED, moe_ffn_cpu
+from expertshare.kernels.cpu_backend import _CHECKED, CpuBackend
 from expertshare.kernels.quantise import Scheme, dequantise, quantise_bank
 from expertshare.types import ExpertBank, QuantisedBank, QuantisedWeight, RoutingPlan
 
@@ -101,7 +101,7 @@ def test_follows_its_arithmetic(isa: str, shape: tuple[int, ...], scheme: Scheme
     outputs = []
     for num_threads in (1, 2, 3):
         native.set_num_threads(num_threads)
-        outputs.append(moe_ffn_cpu(x_TD, plan, bank))
+        outputs.append(CPU.moe_ffn(x_TD, plan, bank))
     assert all(torch.equal(outputs[0], output) for output in outputs)
     assert share_of_norm(outputs[0], emulated(x_TD, plan, bank)) < EXACTLY
     assert share_of_norm(outputs[0], formula(x_TD, plan, widened(bank))) < WIDENED
@@ -122,7 +122,7 @@ def test_one_projection_to_the_last_place(isa: str, scheme: Scheme, dtype: torch
     bank = quantise_bank(ExpertBank(gate_up, down), scheme)
     plan = plan_of(torch.arange(9).view(9, 1) % 2, torch.ones(9, 1), 2)
     expected = emulated(x_TD, plan, bank)
-    assert share_of_norm(moe_ffn_cpu(x_TD, plan, bank), expected) < (1e-6 if dtype == torch.float32 else 4e-3)
+    assert share_of_norm(CPU.moe_ffn(x_TD, plan, bank), expected) < (1e-6 if dtype == torch.float32 else 4e-3)
 
 
 @schemes
@@ -134,7 +134,7 @@ def test_all_instruction_sets_agree_bit_for_bit(
     outputs = []
     for name in ISAS:
         monkeypatch.setenv("EXPERTSHARE_ISA", name)
-        outputs.append(moe_ffn_cpu(x_TD, plan, bank))
+        outputs.append(CPU.moe_ffn(x_TD, plan, bank))
     assert outputs[0].dtype == dtype
     assert all(torch.equal(outputs[0], output) for output in outputs)
     assert share_of_norm(outputs[0], emulated(x_TD, plan, bank)) < EXACTLY + (5e-3 if dtype == torch.bfloat16 else 0)
@@ -143,17 +143,17 @@ def test_all_instruction_sets_agree_bit_for_bit(
 @pytest.mark.parametrize("shape", [(1, 1, 1, 16, 16), (2, 2, 5, 48, 80), (20, 3, 5, 144, 112), (9, 2, 3, 272, 400)])
 def test_any_multiple_of_16_in_8_bits(isa: str, shape: tuple[int, ...]) -> None:
     x_TD, plan, bank = quantised_scene(shape, SCHEMES["int8"], seed=1)
-    assert share_of_norm(moe_ffn_cpu(x_TD, plan, bank), emulated(x_TD, plan, bank)) < EXACTLY
+    assert share_of_norm(CPU.moe_ffn(x_TD, plan, bank), emulated(x_TD, plan, bank)) < EXACTLY
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
 def test_any_number_of_tokens(isa: str, name: str) -> None:
     """All tokens by the same expert: every split into tiles, and each token as if it were alone."""
     x_TD, _, bank = quantised_scene((140, 1, 1, 160, 96), SCHEMES[name])
-    together = moe_ffn_cpu(x_TD, plan_of(torch.zeros(140, 1, dtype=torch.int64), torch.ones(140, 1), 1), bank)
+    together = CPU.moe_ffn(x_TD, plan_of(torch.zeros(140, 1, dtype=torch.int64), torch.ones(140, 1), 1), bank)
     for num_tokens in [*range(20), 63, 64, 65, 128, 139]:
         plan = plan_of(torch.zeros(num_tokens, 1, dtype=torch.int64), torch.ones(num_tokens, 1), 1)
-        assert torch.equal(moe_ffn_cpu(x_TD[:num_tokens], plan, bank), together[:num_tokens])
+        assert torch.equal(CPU.moe_ffn(x_TD[:num_tokens], plan, bank), together[:num_tokens])
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
@@ -166,19 +166,19 @@ def test_work_of_many_chunks_is_divided_without_a_trace(isa: str, num_threads: i
     ids_TK[ids_TK[:, 1] == 7, 1] = -1
     plan = plan_of(ids_TK, plan.weights_TK, 24)
     native.set_num_threads(1)
-    alone = moe_ffn_cpu(x_TD, plan, bank)
+    alone = CPU.moe_ffn(x_TD, plan, bank)
     native.set_num_threads(num_threads)
-    assert all(torch.equal(moe_ffn_cpu(x_TD, plan, bank), alone) for _ in range(5))
+    assert all(torch.equal(CPU.moe_ffn(x_TD, plan, bank), alone) for _ in range(5))
     assert share_of_norm(alone, emulated(x_TD, plan, bank)) < EXACTLY
 
 
 @schemes
 def test_other_experts_are_never_read(isa: str, scheme: Scheme) -> None:
     x_TD, plan, bank = quantised_scene((5, 2, 16, 192, 64), scheme, unused=0.3)
-    clean = moe_ffn_cpu(x_TD, plan, bank)
+    clean = CPU.moe_ffn(x_TD, plan, bank)
     assert not plan.active_E.all()
     poisoned = QuantisedBank(*(poison(weight, ~plan.active_E) for weight in (bank.gate_up, bank.down)))
-    assert torch.equal(moe_ffn_cpu(x_TD, plan, poisoned), clean)
+    assert torch.equal(CPU.moe_ffn(x_TD, plan, poisoned), clean)
 
 
 def poison(weight: QuantisedWeight, experts_E: Tensor) -> QuantisedWeight:
@@ -191,15 +191,15 @@ def poison(weight: QuantisedWeight, experts_E: Tensor) -> QuantisedWeight:
 def test_experts_as_views_on_slabs(isa: str, scheme: Scheme) -> None:
     """One run of bytes per expert with everything in it, at odd multiples of 8 bytes, with bytes between."""
     x_TD, plan, bank = quantised_scene((9, 2, 4, 192, 64), scheme)
-    assert torch.equal(moe_ffn_cpu(x_TD, plan, on_slabs(bank)), moe_ffn_cpu(x_TD, plan, bank))
+    assert torch.equal(CPU.moe_ffn(x_TD, plan, on_slabs(bank)), CPU.moe_ffn(x_TD, plan, bank))
 
 
 def test_a_remembered_bank_is_checked_again_where_its_minima_moved() -> None:
     x_TD, plan, bank = quantised_scene((9, 2, 4, 192, 64), SCHEMES["32 with minima"])
     assert bank.down.minima_EPG is not None
-    before = moe_ffn_cpu(x_TD, plan, bank)
+    before = CPU.moe_ffn(x_TD, plan, bank)
     bank.down.minima_EPG.data = bank.down.minima_EPG + 1
-    assert not torch.equal(moe_ffn_cpu(x_TD, plan, bank), before)
+    assert not torch.equal(CPU.moe_ffn(x_TD, plan, bank), before)
 
 
 def on_slabs(bank: QuantisedBank) -> QuantisedBank:
@@ -226,9 +226,9 @@ def on_slabs(bank: QuantisedBank) -> QuantisedBank:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinity_come_through(isa: str, name: str, value: float) -> None:
     x_TD, plan, bank = quantised_scene((4, 2, 3, 160, 64), SCHEMES[name], torch.bfloat16)
-    clean = moe_ffn_cpu(x_TD, plan, bank)
+    clean = CPU.moe_ffn(x_TD, plan, bank)
     x_TD[1, 5] = value
-    y_TD = moe_ffn_cpu(x_TD, plan, bank)
+    y_TD = CPU.moe_ffn(x_TD, plan, bank)
     assert bool(y_TD[1].isnan().all())
     assert torch.equal(y_TD[[0, 2, 3]], clean[[0, 2, 3]])
 
@@ -239,7 +239,7 @@ def test_tokens_of_any_size(isa: str, name: str) -> None:
     x_TD, plan, bank = quantised_scene((4, 1, 1, 256, 64), SCHEMES[name])
     x_TD[0], x_TD[1] = 0.0, x_TD[1] * 1e-37
     x_TD[2, 200] = 1e4
-    y_TD = moe_ffn_cpu(x_TD, plan, bank)
+    y_TD = CPU.moe_ffn(x_TD, plan, bank)
     assert not y_TD[0].any()
     assert bool(y_TD.isfinite().all())
     assert share_of_norm(y_TD[2:3], emulated(x_TD, plan, bank)[2:3]) < EXACTLY
@@ -257,7 +257,7 @@ def test_equals_the_arithmetic(name: str, shape: tuple[int, ...], unused: float,
     x_TD, plan, bank = quantised_scene((*shape[:3], *widths), SCHEMES[name], unused=unused, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EXPERTSHARE_ISA", isa)
-        y_TD = moe_ffn_cpu(x_TD, plan, bank)
+        y_TD = CPU.moe_ffn(x_TD, plan, bank)
     assert y_TD.shape == x_TD.shape
     assert share_of_norm(y_TD, emulated(x_TD, plan, bank)) < 2 * EXACTLY
 
@@ -328,27 +328,30 @@ def test_what_it_cannot_take_is_said_clearly(what: str) -> None:
     message, spoil = WRONG[what]
     right = quantised_scene((6, 2, 4, 128, 64), SCHEMES["int4"])
     with pytest.raises(ConfigError, match=message):
-        moe_ffn_cpu(*spoil(right))
-    assert share_of_norm(moe_ffn_cpu(*right), emulated(*right)) < EXACTLY
+        CPU.moe_ffn(*spoil(right))
+    assert share_of_norm(CPU.moe_ffn(*right), emulated(*right)) < EXACTLY
 
 
 def test_a_bank_that_was_checked_is_checked_again_when_its_memory_is_another() -> None:
     x_TD, plan, bank = quantised_scene((4, 2, 6, 64, 64), Scheme(bits=8))
-    expected = moe_ffn_cpu(x_TD, plan, bank)
+    expected = CPU.moe_ffn(x_TD, plan, bank)
     codes, other = bank.down.codes_EPC, torch.zeros(6, 4, 1024, dtype=torch.int8)
     codes.set_(other.untyped_storage(), 0, other.shape, other.stride())
-    assert not moe_ffn_cpu(x_TD, plan, bank).any()
+    assert not CPU.moe_ffn(x_TD, plan, bank).any()
     assert expected.any()
     other = torch.zeros(6, 4, 1024, dtype=torch.int8)
     codes.set_(other.untyped_storage(), 0, other.shape, (4 * 1024, 1, 4))
     with pytest.raises(ConfigError, match="contiguous"):
-        moe_ffn_cpu(x_TD, plan, bank)
+        CPU.moe_ffn(x_TD, plan, bank)
 
 
 def test_a_bank_is_forgotten_with_its_last_owner() -> None:
     x_TD, plan, bank = quantised_scene((4, 2, 6, 64, 64), Scheme(bits=8))
     before = len(_CHECKED)
-    moe_ffn_cpu(x_TD, plan, bank)
+    CPU.moe_ffn(x_TD, plan, bank)
     assert len(_CHECKED) == before + 1
     del bank
     assert len(_CHECKED) == before
+
+
+CPU = CpuBackend()

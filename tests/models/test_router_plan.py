@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expertshare import native
 from expertshare.kernels.cpu_backend import CpuBackend
-from expertshare.kernels.cpu_route import _layers, router_scores_cpu, takes
+from expertshare.kernels.cpu_route import _prepared, router_scores_cpu, takes
 from expertshare.lab.bench.cases import CASES
 from expertshare.models.moe import Router, lay_side_by_side, narrow
 from expertshare.routing import POLICIES, RoutingPolicy, count_load, router_scores
@@ -95,8 +95,10 @@ def test_weights_are_kept_in_bfloat16_only_where_that_loses_nothing() -> None:
     narrow([])
 
 
-def test_policies_take_turns() -> None:
+def test_policies_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepared once for each of them, in whatever order they come, and for no endless number of them."""
+    _prepared.clear()
+    monkeypatch.setattr("expertshare.kernels.cpu_route._MOST_PREPARED", 16)
     router = make_router(2)
     x, live = torch.randn(1, 8, CONFIG.hidden_size), torch.ones(1, 8, dtype=torch.bool)
     policies = [POLICIES["des-vote"](budget=budget).bind(SPEC) for budget in range(12, 52)]
@@ -105,7 +107,7 @@ def test_policies_take_turns() -> None:
             assert_as_in_pieces(router, policy, x, live)
     for policy in policies:
         assert_as_in_pieces(router, policy, x, live)
-    assert len(_layers[router.weight.data_ptr()]) <= 16
+    assert len(_prepared) <= 16
 
 
 def test_training_stays_with_torch() -> None:

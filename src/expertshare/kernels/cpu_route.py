@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from expertshare import native
-from expertshare.config import GroupLimit, RouterSpec
+from expertshare.config import RouterSpec
 from expertshare.errors import ConfigError
 from expertshare.native import calls
 from expertshare.routing import RoutingPolicy, SharingRule, route_layer, runs_on_torch
 from expertshare.routing.route import routed
+from expertshare.routing.rule import RANKINGS, expert_groups
 from expertshare.types import Coreset, Routed, RouterScores, RoutingPlan
 
 MOST_TOKENS = 1024
@@ -42,7 +43,7 @@ def route_layer_cpu(
     previous of a shape or dtype that the library would read past.
     """
     prepared = _prepared_for(weight_ED, bias_E, policy, spec)
-    found = prepared.route(x_GLD, bias_E, live_GL, masked_GL, previous)
+    found = prepared.route(x_GLD, live_GL, masked_GL, previous)
     if found is not None:
         return found
     if takes(x_GLD, weight_ED, bias_E):
@@ -51,20 +52,13 @@ def route_layer_cpu(
     return route_layer(x_GLD, weight_ED, bias_E, policy, spec, live_GL, masked_GL=masked_GL, previous=previous)
 
 
-_RANKINGS = {"all": 0, "votes": 1, "highest": 2, "coverage": 3}
 _CONSTANTS = struct.Struct("PP3q2i 2q3dq8if4x")  # the first part of es_step: w, bias, sizes, kinds, es_rule
 _pack_step = struct.Struct(f"{_CONSTANTS.size}s12P2q3iP").pack
 
 
-def _reach(spec: RouterSpec, group_limit: GroupLimit) -> tuple[int, int]:
-    """Groups of experts, and how many of them a token may reach: one of one where there is no limit."""
-    limited = group_limit == "inside" and spec.kept_groups < spec.num_groups
-    return (spec.num_groups, spec.kept_groups) if limited else (1, 1)
-
-
 def _constants(weight_ED: Tensor, bias_E: Tensor | None, rule: SharingRule, spec: RouterSpec) -> bytes:
     """What stays the same for a layer, as es_step begins."""
-    none = -1.0
+    shares = [-1.0 if share is None else share for share in (rule.prefix_share, rule.saturation, rule.drop_share)]
     return _CONSTANTS.pack(
         weight_ED.data_ptr(),
         0 if bias_E is None else bias_E.data_ptr(),
@@ -75,15 +69,13 @@ def _constants(weight_ED: Tensor, bias_E: Tensor | None, rule: SharingRule, spec
         spec.activation == "softmax",
         rule.size,
         rule.protected,
-        none if rule.prefix_share is None else rule.prefix_share,
-        none if rule.saturation is None else rule.saturation,
-        none if rule.drop_share is None else rule.drop_share,
+        *shares,
         spec.top_k if rule.experts_per_token is None else rule.experts_per_token,
-        _RANKINGS[rule.ranking],
+        RANKINGS.index(rule.ranking),
         rule.keep_protected,
         rule.voters == "masked",
-        *_reach(spec, "inside" if rule.ballots == "grouped" else "ignore"),
-        *_reach(spec, rule.group_limit),
+        *expert_groups(spec, rule.ballots == "grouped"),
+        *expert_groups(spec, rule.group_limit == "inside"),
         spec.renormalise,
         spec.scaling,
     )
@@ -96,85 +88,58 @@ class _Prepared:
     touched here comes from memory again, so all that can be known beforehand is.
     """
 
-    __slots__ = ("_bias", "constants", "depth", "dtype", "num_experts", "policy", "spec", "top_k", "weight", "writes")
+    __slots__ = ("_bias", "_dtype", "_weight", "constants", "depth", "policy", "spec", "writes")
 
     def __init__(self, weight_ED: Tensor, bias_E: Tensor | None, policy: RoutingPolicy, spec: RouterSpec) -> None:
-        self.weight, self.dtype = weakref.ref(weight_ED), weight_ED.dtype
-        self._bias = None if bias_E is None else (weakref.ref(bias_E), bias_E.data_ptr())
+        self._weight, self._dtype, self.depth = weakref.ref(weight_ED), weight_ED.dtype, weight_ED.shape[1]
+        self._bias = None if bias_E is None else weakref.ref(bias_E)
         self.policy, self.spec = policy, spec
-        self.depth, self.num_experts, self.top_k = weight_ED.shape[1], spec.num_experts, spec.top_k
-        self.constants: bytes | None = None
+        self.constants: bytes | None = None  # None: left to torch
         self.writes = False
         fits = len(weight_ED) == spec.num_experts and (bias_E is None or bias_E.shape == (spec.num_experts,))
         if fits and not runs_on_torch(policy) and spec.top_k <= MOST_SLOTS and _takes_weights(weight_ED, bias_E):
-            rule: SharingRule = policy.rule(spec)
+            rule = policy.rule(spec)
             if rule.size <= spec.num_experts:
                 self.constants, self.writes = _constants(weight_ED, bias_E, rule, spec), rule.reuse > 1
 
-    def is_for(self, weight_ED: Tensor, bias_E: Tensor | None, policy: RoutingPolicy, spec: RouterSpec) -> bool:
-        """Whether this was made of these, and they lie at the same addresses."""
-        if policy is not self.policy or spec is not self.spec or self.weight() is not weight_ED:
-            return False
-        if weight_ED.dtype is not self.dtype:
-            return False
-        if bias_E is None or self._bias is None:
-            return bias_E is None and self._bias is None
-        reference, address = self._bias
-        return reference() is bias_E and bias_E.data_ptr() == address
+    def is_of(self, weight_ED: Tensor, bias_E: Tensor | None) -> bool:
+        """Whether this was made of these, and not of others that lay at their addresses before."""
+        same_bias = bias_E is None or (self._bias is not None and self._bias() is bias_E)
+        return same_bias and self._weight() is weight_ED and self._dtype is weight_ED.dtype
 
     def route(
-        self,
-        x_GLD: Tensor,
-        bias_E: Tensor | None,
-        live_GL: Tensor,
-        masked_GL: Tensor | None,
-        previous: Coreset | None,
+        self, x_GLD: Tensor, live_GL: Tensor, masked_GL: Tensor | None, previous: Coreset | None
     ) -> Routed | None:
         """The layer's routing; None for what is left to torch."""
         groups, length, depth = x_GLD.shape
         if (
             self.constants is None
-            or x_GLD.dtype not in (torch.bfloat16, torch.float32)
             or live_GL.dtype is not torch.bool
-            or not (x_GLD.is_cpu and live_GL.is_cpu)
+            or not live_GL.is_cpu
             or depth != self.depth
             or length > MOST_TOKENS
             or live_GL.shape != (groups, length)
-            or (torch.is_grad_enabled() and self._has_gradients(x_GLD, bias_E))
-            or torch.compiler.is_compiling()
+            or not _takes_features(x_GLD, self._weight(), None if self._bias is None else self._bias())
         ):
             return None
+        num_experts, coreset = self.spec.num_experts, None
         x_GLD, live_GL = x_GLD.contiguous(), live_GL.contiguous()
-        masked, member_GE, coreset = 0, None, None
+        masked = member = written = 0
         if masked_GL is not None:
             if masked_GL.shape != live_GL.shape and masked_GL.shape in ((length,), (1, length), (groups, 1)):
                 masked_GL = masked_GL.expand(live_GL.shape)
             masked_GL = _checked("masked_GL", masked_GL, (groups, length))
             masked = masked_GL.data_ptr()
         if previous is not None:
-            member_GE = _checked("previous.member_GE", previous.member_GE, (groups, self.num_experts))
+            member_GE = _checked("previous.member_GE", previous.member_GE, (groups, num_experts))
+            member = member_GE.data_ptr()
         if self.writes or previous is not None:
-            coreset = Coreset(torch.empty((groups, self.num_experts), dtype=torch.bool))
-        new = plan_buffers(groups * length, self.top_k, self.num_experts, groups)
-        _call(
-            self.constants,
-            x_GLD.data_ptr(),
-            live_GL.data_ptr(),
-            masked,
-            0 if member_GE is None else member_GE.data_ptr(),
-            0 if coreset is None else coreset.member_GE.data_ptr(),
-            0,
-            0,
-            *new.addresses,
-            groups,
-            length,
-            x_GLD.dtype is torch.bfloat16,
-        )
+            coreset = Coreset(torch.empty((groups, num_experts), dtype=torch.bool))
+            written = coreset.member_GE.data_ptr()
+        new = plan_buffers(groups * length, self.spec.top_k, num_experts, groups)
+        pointers = x_GLD.data_ptr(), live_GL.data_ptr(), masked, member, written, 0, 0, *new.addresses
+        _call(self.constants, *pointers, groups, length, x_GLD.dtype is torch.bfloat16)
         return Routed(RoutingPlan(new.ids_TK, new.weights_TK, new.active_E), new.load_E, new.unique_G, coreset)
-
-    def _has_gradients(self, x_GLD: Tensor, bias_E: Tensor | None) -> bool:
-        weight_ED = self.weight()
-        return any(tensor is not None and tensor.requires_grad for tensor in (x_GLD, weight_ED, bias_E))
 
 
 def _checked(name: str, tensor: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -187,23 +152,19 @@ def _checked(name: str, tensor: Tensor, shape: tuple[int, int]) -> Tensor:
     return tensor.contiguous()
 
 
-_MOST_LAYERS, _MOST_POLICIES = 1024, 16
-_layers: dict[int, list[_Prepared]] = {}
-"""By the address of a router's weights: what was prepared for the policies that came last."""
+_MOST_PREPARED = 4096  # layers times policies: an entry holds a few hundred bytes, and no weights
+_prepared: dict[tuple[int, int, int, int], _Prepared] = {}
 
 
 def _prepared_for(weight_ED: Tensor, bias_E: Tensor | None, policy: RoutingPolicy, spec: RouterSpec) -> _Prepared:
-    address = weight_ED.data_ptr()
-    of_layer = _layers.get(address, [])
-    for prepared in of_layer:
-        if prepared.is_for(weight_ED, bias_E, policy, spec):
-            return prepared
-    made = _Prepared(weight_ED, bias_E, policy, spec)
-    if address not in _layers and len(_layers) >= _MOST_LAYERS:
-        _layers.clear()
-    still = [prepared for prepared in of_layer if prepared.weight() is weight_ED]
-    _layers[address] = [made, *still[: _MOST_POLICIES - 1]]
-    return made
+    """An entry keeps its policy and spec alive, so that their numbers stay theirs."""
+    key = weight_ED.data_ptr(), 0 if bias_E is None else bias_E.data_ptr(), id(policy), id(spec)
+    found = _prepared.get(key)
+    if found is None or not found.is_of(weight_ED, bias_E):
+        if len(_prepared) >= _MOST_PREPARED:
+            _prepared.clear()
+        found = _prepared[key] = _Prepared(weight_ED, bias_E, policy, spec)
+    return found
 
 
 def _call(*fields: Any) -> None:
@@ -217,18 +178,16 @@ def _call(*fields: Any) -> None:
 
 def takes(x_GLD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> bool:
     """Whether the library is there and can compute with these: floats, no gradients, all on the CPU."""
-    others = (weight_ED,) if bias_E is None else (weight_ED, bias_E)
-    return (
-        x_GLD.dtype in (torch.float32, torch.bfloat16)
-        and x_GLD.is_cpu
-        and _takes_weights(weight_ED, bias_E)
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x_GLD, *others)))
-        and not torch.compiler.is_compiling()
-    )
+    return _takes_features(x_GLD, weight_ED, bias_E) and _takes_weights(weight_ED, bias_E)
+
+
+def _takes_features(x_GLD: Tensor, *weights: Tensor | None) -> bool:
+    records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_GLD, *weights))
+    return x_GLD.dtype in calls.FEATURES and x_GLD.is_cpu and not records and not torch.compiler.is_compiling()
 
 
 def _takes_weights(weight_ED: Tensor, bias_E: Tensor | None) -> bool:
-    fits = weight_ED.dtype in (torch.float32, torch.bfloat16) and weight_ED.is_cpu and weight_ED.is_contiguous()
+    fits = weight_ED.dtype in calls.FEATURES and weight_ED.is_cpu and weight_ED.is_contiguous()
     if bias_E is not None:
         fits = fits and bias_E.dtype == torch.float32 and bias_E.is_cpu and bias_E.is_contiguous()
     return native.available() and fits
@@ -249,15 +208,9 @@ def router_scores_cpu(
     choice_GLE = affinity_GLE if bias_E is None else torch.empty_like(affinity_GLE)
     scores = affinity_GLE.data_ptr(), 0 if bias_E is None else choice_GLE.data_ptr()
     none_of_the_plan = (0,) * 5
+    pointers = x_GLD.data_ptr(), *(0,) * 4, *scores, *none_of_the_plan
     _call(
-        _constants(weight_ED, bias_E, SharingRule(), spec),
-        x_GLD.data_ptr(),
-        *(0,) * 4,
-        *scores,
-        *none_of_the_plan,
-        groups * length,
-        1,
-        x_GLD.dtype is torch.bfloat16,
+        _constants(weight_ED, bias_E, SharingRule(), spec), *pointers, groups * length, 1, x_GLD.dtype is torch.bfloat16
     )
     return RouterScores(affinity_GLE, choice_GLE, live_GL)
 
@@ -286,29 +239,20 @@ def plan_buffers(tokens: int, top_k: int, experts: int, groups: int) -> PlanBuff
     They are made for many plans at a time: between two routings the experts flush the caches, and five tensors that are
     made with cold ones take ten microseconds, a tenth of a routing step (docs/performance.md).
     """
-    kind = (tokens, top_k, experts, groups, torch.is_inference_mode_enabled())
+    kind = tokens, top_k, experts, groups, torch.is_inference_mode_enabled()
     try:
         return _unused[kind].pop()
     except (KeyError, IndexError):
-        made = _several(*kind[:4])
-    first = made.pop()
+        count = max(1, min(_MOST_PLANS, _MOST_PLAN_TOKENS // max(1, tokens)))
+    dtypes = torch.int64, torch.float32, torch.bool, torch.int64, torch.int64
+    shapes = (tokens, top_k), (tokens, top_k), (experts,), (experts,), (groups,)
+    parts = [
+        torch.empty((count, *shape), dtype=dtype, device="cpu").unbind()
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+    each = zip(*parts, strict=True)
+    first, *others = (PlanBuffers._make((*one, tuple(tensor.data_ptr() for tensor in one))) for one in each)
     if len(_unused) >= _MOST_KINDS:
         _unused.clear()
-    _unused[kind] = made  # another thread may have been here: its rest goes
+    _unused[kind] = others  # another thread may have been here: its rest goes
     return first
-
-
-def _several(tokens: int, top_k: int, experts: int, groups: int) -> list[PlanBuffers]:
-    count = max(1, min(_MOST_PLANS, _MOST_PLAN_TOKENS // max(1, tokens)))
-    parts = (
-        ((count, tokens, top_k), torch.int64),
-        ((count, tokens, top_k), torch.float32),
-        ((count, experts), torch.bool),
-        ((count, experts), torch.int64),
-        ((count, groups), torch.int64),
-    )
-    ids, weights, active, load, unique = (
-        torch.empty(shape, dtype=dtype, device="cpu").unbind() for shape, dtype in parts
-    )
-    each = zip(ids, weights, active, load, unique, strict=True)
-    return [PlanBuffers(*tensors, addresses=tuple(tensor.data_ptr() for tensor in tensors)) for tensors in each]

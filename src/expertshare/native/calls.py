@@ -271,7 +271,7 @@ QUANTISED_BEST_TOKEN = _project(*_TABLE, _EXCLUDED, *_CHOICE, None, sizes="T N D
 _normalise = partial(Call, "es_normalise", _X, sizes="T D", numbers="f", rule=(" with D above 0", lambda s: s["D"] > 0))
 RMS_NORM = _normalise(None, Arg("scale", "D"), None, _made("y", "*T D"))
 ADD_AND_NORM = _normalise(Arg("what is added", "*T D"), Arg("scale", "D"), _made("sum", "*T D"), _made("y", "*T D"))
-TURN_HEADS = Call(
+QK_NORM_ROPE = Call(
     "es_turn_heads",
     _in_place("queries, keys and values", "B S N D"),
     *(Arg("scale of queries", "D"), Arg("scale of keys", "D"), Arg("cosines", "B 1 S R"), Arg("sines", "B 1 S R")),

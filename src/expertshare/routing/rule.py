@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from expertshare.config import GroupLimit
+from expertshare.config import GroupLimit, RouterSpec
 from expertshare.errors import PolicyError
 
 Ballots = Literal["ungrouped", "grouped"]
 Voters = Literal["all", "masked"]
 Ranking = Literal["all", "votes", "highest", "coverage"]
+RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
+"""In the order by which kernels number them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,3 +71,8 @@ class SharingRule:
             raise PolicyError(f"a saturation belongs to the ranking 'coverage' alone, got {self.ranking!r}")
         if self.ranking != "votes" and (self.protected or self.prefix_share is not None):
             raise PolicyError(f"protected experts and a prefix need the ranking 'votes', got {self.ranking!r}")
+
+
+def expert_groups(spec: RouterSpec, limited: bool) -> tuple[int, int]:
+    """Groups of experts, and how many of them a token may reach: one of one where there is no limit."""
+    return (spec.num_groups, spec.kept_groups) if limited and spec.kept_groups < spec.num_groups else (1, 1)
