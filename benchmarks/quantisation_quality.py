@@ -26,8 +26,8 @@ from torch import Tensor
 
 from expertshare.api import generate, load
 from expertshare.convert.convert import small_files
-from expertshare.convert.scheme import ExpertStorage, make_scheme
 from expertshare.convert.source import open_checkpoint, read_checkpoint
+from expertshare.convert.storage import slab_format
 from expertshare.convert.workspace import open_workspace
 from expertshare.convert.writing import write_expert_layout
 from expertshare.decoding import BlockDecoder, DecodingOptions
@@ -38,7 +38,6 @@ from expertshare.evaluation.scoring import score_many
 from expertshare.evaluation.statistics import paired_difference, proportion
 from expertshare.experts import ExpertMemory, StoreOptions, open_store
 from expertshare.kernels import AUTO, choose_backend
-from expertshare.kernels.quantise import QUANTISATIONS
 from expertshare.lab.tasks import TASKS, TaskItem, generate_items
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, Runtime
@@ -84,14 +83,14 @@ def convert(source: str, out: Path, variant: Variant) -> Path:
     """As `expertshare convert`, which has no minima to choose."""
     checkpoint = read_checkpoint(Path(source))
     assert variant.scheme is not None
-    scheme = make_scheme(variant.scheme, expert_dtype=checkpoint.expert_dtype)
+    form = slab_format(checkpoint.config, variant.scheme, expert_dtype=checkpoint.expert_dtype)
     if variant.minima:
-        scheme = ExpertStorage(scheme.name, replace(QUANTISATIONS[variant.scheme], symmetric=False))
+        form = replace(form, has_minima=True)
     with open_checkpoint(checkpoint) as reader, open_workspace(out, {"variant": variant.label}) as work:
         write_expert_layout(
             reader,
             work,
-            scheme,
+            form,
             files=small_files(Path(source)),
             provenance={"kind": "checkpoint"},
             embeddings=variant.embeddings,

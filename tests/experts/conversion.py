@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from expertshare.convert.writing import json_bytes, write_layer
 from expertshare.experts import ResidentExperts, SlabFormat
-from expertshare.experts.layout import DENSE, ExpertLayout, FileRecord, layer_file_name, write_manifest
-from expertshare.experts.slab_file import LayerHeader, LayerWriter
+from expertshare.experts.layout import DENSE, MANIFEST, ExpertLayout, FileRecord, LayerHeader, layer_file_name
 from expertshare.models import load_model
 
 FORM = SlabFormat(scheme="none", hidden=16, inner=8, dtype="float32")
@@ -30,12 +30,10 @@ def write_layers(directory: Path, form: SlabFormat, layers: list[Tensor]) -> Exp
     records = []
     for layer, slabs in enumerate(layers):
         path = directory / layer_file_name(layer)
-        with LayerWriter(path, LayerHeader(moe_layer=layer, num_experts=len(slabs), format=form)) as writer:
-            for slab in slabs:
-                writer.append(slab)
-        records.append(FileRecord(path.name, writer.num_bytes, writer.sha256))
+        write_layer(LayerHeader(moe_layer=layer, num_experts=len(slabs), format=form), slabs, path)
+        records.append(FileRecord.of(path))
     layout = ExpertLayout(format=form, num_experts=len(layers[0]), expert_files=tuple(records))
-    write_manifest(directory, layout)
+    (directory / MANIFEST).write_bytes(json_bytes(layout.to_json()))
     return layout
 
 

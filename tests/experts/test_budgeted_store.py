@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 
 from expertshare.errors import CheckpointError, ConfigError, ExpertMemoryError
 from expertshare.experts import BudgetedStore, ExpertLayout, SlabFormat
-from expertshare.experts.layout import layer_file_name
-from expertshare.experts.slab_file import LayerFile
+from expertshare.experts.layout import LayerFile, layer_file_name
 from expertshare.experts.slot_memory import allocate_slabs
 from expertshare.types import ExpertBank, Loan, QuantisedBank
 

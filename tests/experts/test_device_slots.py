@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from expertshare.errors import CheckpointError, ConfigError, ExpertMemoryError
 from expertshare.experts import BudgetedStore, DeviceSlots, ExpertLayout
 from expertshare.experts.device_slots import NUM_STAGED
-from expertshare.experts.slab_file import LayerFile
+from expertshare.experts.layout import LayerFile
 from expertshare.experts.slot_memory import ReadTeam
 from expertshare.types import ExpertBank, Loan
 

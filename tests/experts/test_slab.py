@@ -43,7 +43,6 @@ def test_written_experts_come_back_as_views_of_the_same_bytes(form: SlabFormat) 
             field = {"gate_up": "gate_up_EHD", "down": "down_EDF"}.get(name, name)
             found = attrgetter(field)(bank)
             assert torch.equal(found[slot], matrix)
-            assert torch.equal(form.views(slabs[slot])[name], matrix)
             start = slabs[slot].data_ptr()
             assert start <= found[slot].data_ptr() < start + form.slab_bytes
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from expertshare.config import ModelConfig
-from expertshare.convert.scheme import SCHEMES, make_scheme
 from expertshare.convert.source import is_expert, read_config
+from expertshare.convert.storage import QUANTISED_OR_NOT, slab_format
 from expertshare.errors import ConfigError
 from expertshare.experts.layout import DENSE, has_expert_layout, read_manifest
 from expertshare.experts.slab import SlabFormat
@@ -53,7 +53,7 @@ class ModelSizes:
 def sizes_of(model: str | os.PathLike[str]) -> ModelSizes:
     """Of a directory in either layout, or a hub id. Raises what reading its headers raises."""
     path = resolve_source(model)
-    _, family, config = read_config(path)
+    family, config = read_config(path)
     layout = read_manifest(path) if has_expert_layout(path) else None
     if layout is not None:
         stored = read_headers(path, DENSE)
@@ -116,9 +116,9 @@ def cache_bytes(sizes: ModelSizes, *, positions: int, batch_size: int) -> int:
 
 def _slabs(config: ModelConfig, width: int, own: SlabFormat | None) -> dict[str, int]:
     found: dict[str, int] = {}
-    for name in SCHEMES:
+    for name in QUANTISED_OR_NOT:
         try:
-            found[name] = make_scheme(name, expert_dtype="BF16" if width == 2 else "F32").slab(config).slab_bytes
+            found[name] = slab_format(config, name, expert_dtype="BF16" if width == 2 else "F32").slab_bytes
         except ConfigError:  # the widths do not divide into this scheme's groups
             continue
     if own is not None:

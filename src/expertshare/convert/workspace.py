@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from expertshare.errors import CheckpointError, InputError
+from expertshare.experts.layout import FileRecord
 from expertshare.models.source import read_json
 
 JOURNAL, CHECKSUMS, LOCK = "journal.json", "checksums.json", ".lock"
@@ -28,23 +27,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space, no quota, or a file larger than may be: in each case the disk takes no more."""
 
 
-@dataclass(frozen=True, slots=True)
-class FileChecksum:
-    """What a finished file must look like. sha256: of its bytes, in hexadecimal."""
-
-    num_bytes: int
-    sha256: str
-
-
-def file_record(path: Path) -> FileChecksum:
-    """Size and checksum of a file as it is; reads all of it."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileChecksum(os.fstat(file.fileno()).st_size, digest)
-
-
-def read_records(path: Path) -> tuple[dict[str, Any], dict[str, FileChecksum]]:
-    """Settings and files of a journal or of checksums.json; CheckpointError if it is neither."""
+def read_records(path: Path) -> tuple[dict[str, Any], dict[str, FileRecord]]:
+    """Settings and files, by name, of a journal or of checksums.json; CheckpointError if it is neither."""
     raw = read_json(path)
     settings, files = raw.get("settings"), raw.get("files")
     if raw.get("format") != FORMAT or not isinstance(settings, dict) or not isinstance(files, dict):
@@ -52,7 +36,7 @@ def read_records(path: Path) -> tuple[dict[str, Any], dict[str, FileChecksum]]:
             f"{path} is not a list of checksums of format {FORMAT}: remove {path.parent} and convert again"
         )
     try:
-        return settings, {name: FileChecksum(**record) for name, record in files.items()}
+        return settings, {name: FileRecord(name, **record) for name, record in files.items()}
     except TypeError as error:
         raise CheckpointError(f"{path} is damaged ({error}): remove {path.parent} and convert again") from error
 
@@ -68,35 +52,30 @@ def is_complete(out: Path, settings: Mapping[str, Any]) -> bool:
         raise InputError(f"{out} exists and was not made by this command: choose another directory or remove it")
     made_with, files = read_records(out / CHECKSUMS)
     _refuse_other(out, made_with, _plain(settings), "choose another directory, or remove it")
-    sizes = {name: (out / name).stat().st_size if (out / name).is_file() else None for name in files}
-    wrong = [name for name, record in files.items() if sizes[name] != record.num_bytes]
-    if wrong:
-        raise CheckpointError(
-            f"{out} was finished, but its file {wrong[0]} now has {sizes[wrong[0]]} bytes, expected "
-            f"{files[wrong[0]].num_bytes}: remove the directory and convert again"
-        )
+    for name, record in files.items():
+        size = (out / name).stat().st_size if (out / name).is_file() else None
+        if size != record.num_bytes:
+            raise CheckpointError(
+                f"{out} was finished, but its file {name} now has {size} bytes, expected {record.num_bytes}: remove "
+                "the directory and convert again"
+            )
     return True
 
 
 class Workspace:
     """`OUT.partial` while it is being filled, by one process at a time. Made by `open_workspace`."""
 
-    def __init__(self, out: Path, directory: Path, settings: dict[str, Any], files: dict[str, FileChecksum]) -> None:
+    def __init__(self, out: Path, directory: Path, settings: dict[str, Any], files: dict[str, FileRecord]) -> None:
         self.out, self.directory = out, directory
         self._settings, self._files = settings, files
-        self._verified: set[str] = set()
 
     def has(self, name: str) -> bool:
-        """Whether this file is finished and its bytes are still those that were written; checked once."""
-        record = self._files.get(name)
-        if record is None:
-            return False
-        path = self.directory / name
-        if name not in self._verified and not (path.is_file() and file_record(path) == record):
-            del self._files[name]
-            return False
-        self._verified.add(name)
-        return True
+        """Whether this file is finished and its bytes are still those that were written; reads all of it."""
+        path, record = self.directory / name, self._files.get(name)
+        if record is not None and path.is_file() and FileRecord.of(path) == record:
+            return True
+        self._files.pop(name, None)
+        return False
 
     def check_space(self, sizes: Mapping[str, int]) -> None:
         """Raise CheckpointError unless the files of `sizes` (bytes by name) that are not finished fit on the disk."""
@@ -108,32 +87,24 @@ class Workspace:
                 f"{needed - free:,} bytes free or choose another disk"
             )
 
-    def record(self, name: str) -> FileChecksum:
+    def record(self, name: str) -> FileRecord:
         """Size and checksum of a finished file."""
         return self._files[name]
 
-    def add(self, name: str, write: Callable[[Path], FileChecksum | None]) -> None:
-        """Make one file: `write` fills the path that it gets, and may say size and checksum, if it knows them, so that
-        the file need not be read again. Raises CheckpointError where the disk is full."""
+    def add(self, name: str, write: Callable[[Path], str | None]) -> None:
+        """Make one file: `write` fills the path that it gets, and may return the sha256 of the bytes, if it knows it,
+        so that the file need not be read again. Raises CheckpointError where the disk is full."""
         path = self.directory / name
-        partial = path.with_name(name + ".writing")
         try:
-            known = write(partial)
-            _flush(partial)
-            record = known or file_record(partial)
-            os.replace(partial, path)
-            self._files[name] = record
-            self._verified.add(name)
+            with _replacing(path) as partial:
+                digest = write(partial)
+            self._files[name] = FileRecord(name, path.stat().st_size, digest) if digest else FileRecord.of(path)
             self._write_journal(JOURNAL)
-        except BaseException as error:  # an interruption too leaves nothing half written
-            partial.unlink(missing_ok=True)
-            cause = error.__cause__ if isinstance(error, CheckpointError) else error
-            if not isinstance(cause, OSError):
-                raise
-            if cause.errno in _FULL:
+        except OSError as error:
+            if error.errno in _FULL:
                 raise self._full(name) from error
             raise CheckpointError(
-                f"{path} cannot be written ({cause.strerror}): see to the disk, then run the same command again"
+                f"{path} cannot be written ({error.strerror}): see to the disk, then run the same command again"
             ) from error
 
     def publish(self) -> None:
@@ -141,6 +112,7 @@ class Workspace:
         self._write_journal(CHECKSUMS)
         (self.directory / JOURNAL).unlink(missing_ok=True)
         (self.directory / LOCK).unlink()
+        _flush(self.directory)
         os.rename(self.directory, self.out)
         _flush(self.out.parent)
 
@@ -153,16 +125,13 @@ class Workspace:
         )
 
     def _write_journal(self, name: str) -> None:
-        files = {file: asdict(record) for file, record in sorted(self._files.items())}
+        files = {
+            file: {"num_bytes": record.num_bytes, "sha256": record.sha256}
+            for file, record in sorted(self._files.items())
+        }
         text = json.dumps({"format": FORMAT, "settings": self._settings, "files": files}, indent=1) + "\n"
-        partial = self.directory / (name + ".writing")
-        try:
+        with _replacing(self.directory / name) as partial:
             partial.write_text(text, encoding="utf-8")
-            _flush(partial)
-            os.replace(partial, self.directory / name)
-        except OSError:
-            partial.unlink(missing_ok=True)
-            raise
 
 
 @contextmanager
@@ -186,7 +155,7 @@ def open_workspace(out: Path, settings: Mapping[str, Any]) -> Iterator[Workspace
             raise CheckpointError(
                 f"another process is writing {directory}: wait for it, or choose another name"
             ) from error
-        files: dict[str, FileChecksum] = {}
+        files: dict[str, FileRecord] = {}
         if (directory / JOURNAL).exists():
             begun_with, files = read_records(directory / JOURNAL)
             _refuse_other(directory, begun_with, wanted, "remove it to begin anew, or choose another name")
@@ -208,7 +177,22 @@ def _refuse_other(where: Path, found: Mapping[str, Any], wanted: Mapping[str, An
             )
 
 
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A place to write to, which becomes `path` when its bytes are on the disk; an error, or an interruption, leaves
+    nothing half written."""
+    partial = path.with_name(path.name + ".writing")
+    try:
+        yield partial
+        _flush(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def _flush(path: Path) -> None:
+    """Put the bytes of a file, or the names in a directory, on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from expertshare.config import ModelConfig
-from expertshare.convert.scheme import ExpertStorage, QuantisedEmbeddings
-from expertshare.convert.source import ExpertSource, is_expert
-from expertshare.convert.tensor_file import DTYPES, TensorEntry, file_bytes, write_tensors
-from expertshare.convert.workspace import FileChecksum, Workspace
-from expertshare.experts.layout import DENSE, MANIFEST, ExpertLayout, FileRecord, layer_file_name, write_manifest
-from expertshare.experts.slab_file import LayerHeader, LayerWriter
+from expertshare.convert.source import DTYPES, ExpertSource, TensorEntry, is_expert, moe_layer_of
+from expertshare.convert.storage import QuantisedEmbeddings, as_stored, slab_matrices
+from expertshare.convert.workspace import Workspace
+from expertshare.experts.layout import DENSE, MANIFEST, ExpertLayout, LayerHeader, layer_file_name
+from expertshare.experts.slab import SlabFormat
 from expertshare.models.checkpoint import INDEX, WEIGHTS
 from expertshare.models.family import Place
 from expertshare.models.table import FAMILIES
@@ -27,8 +29,8 @@ from expertshare.types import ExpertBank
 
 Progress = Callable[[str, int, int], None]
 """Told the file being written, bytes written so far and bytes in all; finished files of an earlier run count."""
-
-
+Written = Callable[[int], None]
+"""Told how many bytes more of a file are written."""
 SmallFile = bytes | Path | Callable[[], bytes]
 """Its content, a file to copy, or what makes the content once all tensors are written."""
 
@@ -37,23 +39,10 @@ def silent(name: str, done: int, total: int) -> None:
     """The callback that reports nothing."""
 
 
-@dataclass(slots=True)
-class _Meter:
-    """Adds up bytes over files."""
-
-    total: int
-    on_progress: Progress
-    done: int = 0
-
-    def advance(self, name: str, num_bytes: int) -> None:
-        self.done += num_bytes
-        self.on_progress(name, self.done, self.total)
-
-
 def write_expert_layout(
     source: ExpertSource,
     work: Workspace,
-    scheme: ExpertStorage,
+    form: SlabFormat,
     *,
     files: Mapping[str, SmallFile],
     provenance: Mapping[str, Any],
@@ -62,44 +51,30 @@ def write_expert_layout(
 ) -> None:
     """Fill the workspace with the expert-major layout and publish it: layer files first, the manifest last.
 
-    files: small ones by name (config.json, tokenizer). provenance: for the manifest. embeddings: how the source is to
-    give embedding and head: "none" or "int8".
-    Raises CheckpointError where the disk is full.
+    files: small ones by name (config.json, tokenizer). provenance: for the manifest. embeddings: how embedding and head
+    are stored, "none" or "int8". Raises CheckpointError where the disk is full.
     """
-    config = source.config
     if embeddings != "none":
         source = QuantisedEmbeddings(source)
-    headers = [
-        LayerHeader(moe_layer=layer, num_experts=config.router.num_experts, format=scheme.slab(config))
-        for layer in range(config.num_moe_layers)
+    num_layers, num_experts = source.config.num_moe_layers, source.config.router.num_experts
+    headers = [LayerHeader(moe_layer=layer, num_experts=num_experts, format=form) for layer in range(num_layers)]
+    names = [layer_file_name(layer) for layer in range(num_layers)]
+    layers = [
+        _LargeFile(name, layer_file_bytes(header), partial(write_layer, header, _slabs(source, header)))
+        for name, header in zip(names, headers, strict=True)
     ]
-    sizes = {layer_file_name(header.moe_layer): layer_file_bytes(header) for header in headers}
-    sizes[DENSE] = file_bytes(source.dense)
-    work.check_space(sizes)
-    meter = _Meter(sum(sizes.values()), on_progress)
-    for header in headers:
-        name = layer_file_name(header.moe_layer)
-        if work.has(name):
-            meter.advance(name, sizes[name])
-        else:
-            work.add(name, lambda path, header=header: _write_layer(path, header, source, scheme, meter))  # type: ignore[misc]
-    _add_tensors(work, DENSE, source.dense, lambda name: [source.tensor(name)], meter)
+    _add_large_files(work, [*layers, _tensors(DENSE, source.dense, lambda name: [source.tensor(name)])], on_progress)
     _add_small_files(work, files)
     layout = ExpertLayout(
-        format=scheme.slab(config),
-        num_experts=config.router.num_experts,
-        expert_files=tuple(_listed(work, layer_file_name(header.moe_layer)) for header in headers),
-        dense_files=(_listed(work, DENSE),),
+        format=form,
+        num_experts=num_experts,
+        expert_files=tuple(map(work.record, names)),
+        dense_files=(work.record(DENSE),),
         source=provenance,
         embeddings=embeddings,
     )
-    work.add(MANIFEST, lambda path: _write_manifest(path, layout))
+    work.add(MANIFEST, partial(_write_small, json_bytes(layout.to_json())))
     work.publish()
-
-
-def layer_file_bytes(header: LayerHeader) -> int:
-    """Size of a layer file: header, slabs, a checksum of four bytes for each."""
-    return len(header.to_bytes()) + header.slabs_bytes + 4 * header.num_experts
 
 
 def write_huggingface(
@@ -119,12 +94,9 @@ def write_huggingface(
     """
     tensors = _HuggingFaceTensors(source, expert_dtype, merged=merged)
     shards = _shards(tensors.entries, max_shard_bytes)
-    sizes = {name: file_bytes(entries) for name, entries in shards.items()}
-    work.check_space(sizes)
-    meter = _Meter(sum(sizes.values()), on_progress)
-    for name, entries in shards.items():
-        _add_tensors(work, name, entries, tensors.pieces, meter)
-    small: dict[str, SmallFile] = dict(files)
+    large = [_tensors(name, entries, tensors.pieces) for name, entries in shards.items()]
+    _add_large_files(work, large, on_progress)
+    small = dict(files)
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(entry.num_bytes for entry in tensors.entries)},
@@ -135,9 +107,116 @@ def write_huggingface(
     work.publish()
 
 
+def write_layer(header: LayerHeader, slabs: Iterable[Tensor], path: Path, written: Written = lambda _: None) -> str:
+    """Write a layer file of these slabs (uint8 [slab_bytes]), as many as the header says, in one pass. Returns the
+    sha256 of the file."""
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+
+        def put(data: bytes | memoryview) -> None:
+            file.write(data)
+            digest.update(data)
+
+        put(header.to_bytes())
+        checksums: list[int] = []
+        for slab_B in slabs:
+            assert slab_B.shape == (header.format.slab_bytes,), slab_B.shape
+            data = slab_B.numpy().data
+            checksums.append(zlib.crc32(data))
+            put(data)
+            written(len(data))
+        put(struct.pack(f"<{header.num_experts}I", *checksums))
+    return digest.hexdigest()
+
+
+def layer_file_bytes(header: LayerHeader) -> int:
+    """Size of a layer file: header, slabs, a checksum of four bytes for each."""
+    return len(header.to_bytes()) + header.slabs_bytes + 4 * header.num_experts
+
+
+def write_tensors(
+    entries: Sequence[TensorEntry],
+    pieces: Callable[[str], Iterable[Tensor]],
+    path: Path,
+    written: Written = lambda _: None,
+) -> None:
+    """Write a safetensors file in which `pieces(name)` is asked for one tensor after the other, in the file's order.
+
+    Wider dtypes come first, so that every tensor is aligned to its dtype. The pieces of a tensor, in its dtype, are put
+    one behind the other: it need not be in memory as a whole.
+    """
+    ordered = _in_file_order(entries)
+    with path.open("wb") as file:
+        file.write(_header(ordered))
+        for entry in ordered:
+            start = file.tell()
+            for piece in pieces(entry.name):
+                assert piece.dtype == DTYPES[entry.dtype], entry
+                written(file.write(piece.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data))
+            assert file.tell() - start == entry.num_bytes, entry
+
+
 def json_bytes(value: Any) -> bytes:
     """A JSON file as Hugging Face writes it."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _LargeFile:
+    """write: fills a path, tells of the bytes that it has written, and may return their sha256."""
+
+    name: str
+    num_bytes: int
+    write: Callable[[Path, Written], str | None]
+
+
+def _tensors(name: str, entries: Sequence[TensorEntry], pieces: Callable[[str], Iterable[Tensor]]) -> _LargeFile:
+    ordered = _in_file_order(entries)
+    num_bytes = len(_header(ordered)) + sum(entry.num_bytes for entry in ordered)
+    return _LargeFile(name, num_bytes, partial(write_tensors, entries, pieces))
+
+
+def _add_large_files(work: Workspace, files: Sequence[_LargeFile], on_progress: Progress) -> None:
+    """Those that are not finished, if all of them fit on the disk."""
+    work.check_space({file.name: file.num_bytes for file in files})
+    done, total = 0, sum(file.num_bytes for file in files)
+
+    def add(file: _LargeFile) -> None:
+        def written(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            on_progress(file.name, done, total)
+
+        if work.has(file.name):
+            written(file.num_bytes)
+        else:
+            work.add(file.name, lambda path: file.write(path, written))
+
+    for file in files:
+        add(file)
+
+
+def _add_small_files(work: Workspace, files: Mapping[str, SmallFile]) -> None:
+    for name, content in sorted(files.items()):
+        if not work.has(name):
+            work.add(name, partial(_write_small, content))
+
+
+def _write_small(content: SmallFile, path: Path) -> None:
+    if isinstance(content, Path):
+        shutil.copyfile(content, path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content())
+
+
+def _slabs(source: ExpertSource, header: LayerHeader) -> Iterator[Tensor]:
+    """The experts of a layer, each in the same memory: uint8 [slab_bytes]."""
+    form = header.format
+    slab_B = torch.empty(form.slab_bytes, dtype=torch.uint8)
+    for expert in range(header.num_experts):
+        bank = source.expert(header.moe_layer, expert)
+        form.write(slab_B, slab_matrices(as_stored(bank, form) if isinstance(bank, ExpertBank) else bank))
+        yield slab_B
 
 
 class _HuggingFaceTensors:
@@ -183,67 +262,6 @@ class _HuggingFaceTensors:
         return TensorEntry(place.name, self._dtype, shape)
 
 
-def moe_layer_of(place: Place, config: ModelConfig) -> int:
-    """The MoE layer of a tensor, counted among MoE layers from 0."""
-    return int(place.entry.split(".")[1]) - config.num_dense_layers
-
-
-def _write_layer(
-    path: Path, header: LayerHeader, source: ExpertSource, scheme: ExpertStorage, meter: _Meter
-) -> FileChecksum:
-    slab_B = torch.empty(header.format.slab_bytes, dtype=torch.uint8)
-    with LayerWriter(path, header) as writer:
-        for expert in range(header.num_experts):
-            header.format.write(slab_B, scheme.matrices(source.expert(header.moe_layer, expert)))
-            writer.append(slab_B)
-            meter.advance(layer_file_name(header.moe_layer), header.format.slab_bytes)
-    return FileChecksum(writer.num_bytes, writer.sha256)
-
-
-def _add_tensors(
-    work: Workspace,
-    name: str,
-    entries: Iterable[TensorEntry],
-    pieces: Callable[[str], Iterable[Tensor]],
-    meter: _Meter,
-) -> None:
-    entries = tuple(entries)
-    if work.has(name):
-        meter.advance(name, file_bytes(entries))
-        return
-
-    def told(tensor: str) -> Iterator[Tensor]:
-        for piece in pieces(tensor):
-            yield piece
-            meter.advance(name, piece.nbytes)
-
-    work.add(name, lambda path: write_tensors(path, entries, told))
-
-
-def _add_small_files(work: Workspace, files: Mapping[str, SmallFile]) -> None:
-    for name, content in sorted(files.items()):
-        if not work.has(name):
-            work.add(name, lambda path, content=content: _write_small(path, content))  # type: ignore[misc]
-
-
-def _write_small(path: Path, content: SmallFile) -> None:
-    if isinstance(content, Path):
-        shutil.copyfile(content, path)
-    else:
-        path.write_bytes(content if isinstance(content, bytes) else content())
-
-
-def _write_manifest(path: Path, layout: ExpertLayout) -> None:
-    """By the layout's own writer, which names the file itself."""
-    write_manifest(path.parent, layout)
-    shutil.copyfile(path.parent / MANIFEST, path)
-
-
-def _listed(work: Workspace, name: str) -> FileRecord:
-    record = work.record(name)
-    return FileRecord(name, record.num_bytes, record.sha256)
-
-
 def _shards(entries: Sequence[TensorEntry], max_bytes: int) -> dict[str, tuple[TensorEntry, ...]]:
     """Filled in order; a tensor larger than a shard has one of its own."""
     groups: list[list[TensorEntry]] = [[]]
@@ -262,3 +280,19 @@ def _shards(entries: Sequence[TensorEntry], max_bytes: int) -> dict[str, tuple[T
         f"{stem}-{number:0{width}}-of-{len(groups):0{width}}.safetensors": tuple(group)
         for number, group in enumerate(groups, 1)
     }
+
+
+def _in_file_order(entries: Iterable[TensorEntry]) -> list[TensorEntry]:
+    return sorted(entries, key=lambda entry: -DTYPES[entry.dtype].itemsize)
+
+
+def _header(entries: Iterable[TensorEntry]) -> bytes:
+    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for entry in entries:
+        end = start + entry.num_bytes
+        described[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text

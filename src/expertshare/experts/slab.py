@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from torch import Tensor
 from expertshare.errors import CheckpointError, ConfigError
 from expertshare.types import PANEL_ROWS, Bank, ExpertBank, QuantisedBank, QuantisedWeight
 
-SchemeName = Literal["none", "int8", "int4"]
 PAGE_BYTES = 4096
 """Slabs are whole pages: a mapping can advise the kernel about one expert, and O_DIRECT can read one."""
 PART_BYTES = 64
@@ -26,7 +25,6 @@ PART_BYTES = 64
 
 _BITS = {"none": 0, "int8": 8, "int4": 4}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-_KEYS = ("scheme", "dtype", "hidden", "inner", "group_size", "has_minima")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +42,11 @@ class Part:
         """Without what follows it up to the next part."""
         return self.rows * self.columns * self.dtype.itemsize
 
+    def of(self, slabs_SB: Tensor) -> Tensor:
+        """This matrix of every slab (uint8 [slots, slab_bytes]): [slots, rows, columns], a view."""
+        bytes_SB = slabs_SB[:, self.offset : self.offset + self.num_bytes]
+        return bytes_SB.view(self.dtype).view(-1, self.rows, self.columns)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SlabFormat:
@@ -54,10 +57,10 @@ class SlabFormat:
     scheme does not use keep their defaults. Raises ConfigError for a combination that cannot be.
     """
 
-    scheme: SchemeName
+    scheme: str
+    dtype: str = "bfloat16"
     hidden: int
     inner: int
-    dtype: str = "bfloat16"
     group_size: int = 0
     has_minima: bool = False
 
@@ -73,12 +76,10 @@ class SlabFormat:
                 f"quantised experts lie in panels of {PANEL_ROWS} rows and expect multiples of {PANEL_ROWS}, got "
                 f"hidden {self.hidden} and inner {self.inner}: leave these experts unquantised"
             )
-        if self.scheme == "int4":
-            self._check_groups()
-        elif self.group_size or self.has_minima:
-            raise ConfigError(f"groups and minima belong to int4, got them for {self.scheme!r}: leave them out")
-
-    def _check_groups(self) -> None:
+        if self.scheme != "int4":
+            if self.group_size or self.has_minima:
+                raise ConfigError(f"groups and minima belong to int4, got them for {self.scheme!r}: leave them out")
+            return
         for name, depth in (("hidden", self.hidden), ("inner", self.inner)):
             if self.group_size < 2 or self.group_size % 2 or depth % self.group_size:
                 raise ConfigError(
@@ -89,11 +90,6 @@ class SlabFormat:
     def float_dtype(self) -> torch.dtype | None:
         """Of the weights; None where they are codes, which compute with activations of any dtype."""
         return _DTYPES[self.dtype] if self.scheme == "none" else None
-
-    @property
-    def bits(self) -> int:
-        """Of a code; 0 where weights are floats."""
-        return _BITS[self.scheme]
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -114,10 +110,6 @@ class SlabFormat:
         """Bytes that one expert takes in a file or a slot."""
         return _round_up(self.parts[-1].offset + self.parts[-1].num_bytes, PAGE_BYTES)
 
-    def views(self, slab_B: Tensor) -> dict[str, Tensor]:
-        """The matrices [rows, columns] of one slab (uint8 [slab_bytes]) by name, as views of its bytes."""
-        return {part.name: self._view(slab_B.unsqueeze(0), part)[0] for part in self.parts}
-
     def write(self, slab_B: Tensor, matrices: Mapping[str, Tensor]) -> None:
         """Fill a slab, what lies between the parts with zeros, so that equal experts give equal bytes.
 
@@ -134,63 +126,54 @@ class SlabFormat:
                     f"expected {part.name} as {part.dtype} [{part.rows}, {part.columns}], "
                     f"got {given.dtype} {list(given.shape)}"
                 )
-            self._view(slab_B.unsqueeze(0), part)[0].copy_(given)
+            part.of(slab_B.unsqueeze(0))[0].copy_(given)
 
     def bank(self, slabs_SB: Tensor) -> Bank:
         """Slabs (uint8 [slots, slab_bytes]) as weights to compute with: views, nothing is copied."""
-        views = {part.name: self._view(slabs_SB, part) for part in self.parts}
+        views = {part.name: part.of(slabs_SB) for part in self.parts}
         if self.scheme == "none":
             return ExpertBank(views["gate_up"], views["down"])
-        return QuantisedBank(self._weight("gate_up", views), self._weight("down", views))
+        gate_up, down = (
+            QuantisedWeight(
+                views[f"{projection}.codes_EPC"],
+                views[f"{projection}.scales_EPG"],
+                views.get(f"{projection}.minima_EPG"),
+                bits=_BITS[self.scheme],
+                group_size=self.group_size or depth,
+            )
+            for projection, depth in (("gate_up", self.hidden), ("down", self.inner))
+        )
+        return QuantisedBank(gate_up, down)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values by the names of the fields."""
-        return {key: getattr(self, key) for key in _KEYS}
+        return asdict(self)
 
     @staticmethod
     def from_json(value: Mapping[str, Any], where: str) -> SlabFormat:
         """The format of which `to_json` gave `value`; CheckpointError, which names `where`, for anything else."""
-        if set(value) != set(_KEYS):
-            raise CheckpointError(f"{where}: expected the scheme's keys {', '.join(_KEYS)}, got {', '.join(value)}")
+        keys = [field.name for field in fields(SlabFormat)]
+        if set(value) != set(keys):
+            raise CheckpointError(f"{where}: expected the scheme's keys {', '.join(keys)}, got {', '.join(value)}")
         try:
             return SlabFormat(**value)
         except (ConfigError, TypeError) as error:
             raise CheckpointError(f"{where}: {error}") from error
 
     def _matrices(self) -> Iterator[tuple[str, torch.dtype, int, int]]:
-        """Name, dtype, rows and columns of the parts, in the order in which a kernel needs them."""
-        for projection, rows, depth in (
-            ("gate_up", 2 * self.inner, self.hidden),
-            ("down", self.hidden, self.inner),
-        ):
+        """Name, dtype, rows and columns of the parts, in the order in which a kernel needs them. Those of a quantised
+        projection are named as the fields of QuantisedWeight."""
+        for projection, rows, depth in (("gate_up", 2 * self.inner, self.hidden), ("down", self.hidden, self.inner)):
+            panels = rows // PANEL_ROWS
             if self.scheme == "none":
                 yield projection, _DTYPES[self.dtype], rows, depth
+            elif self.scheme == "int8":
+                yield f"{projection}.codes_EPC", torch.int8, panels, depth * PANEL_ROWS
+                yield f"{projection}.scales_EPG", torch.float32, panels, PANEL_ROWS
             else:
-                for part, (width, dtype) in self._columns(depth).items():
-                    yield f"{projection}.{part}", dtype, rows // PANEL_ROWS, width * PANEL_ROWS
-
-    def _columns(self, depth: int) -> dict[str, tuple[int, torch.dtype]]:
-        """What a row of `depth` weights has of each part of QuantisedWeight."""
-        if self.scheme == "int8":
-            return {"codes_EPC": (depth, torch.int8), "scales_EPG": (1, torch.float32)}
-        groups = depth // self.group_size, torch.float16
-        parts = {"codes_EPC": (depth // 2, torch.uint8), "scales_EPG": groups}
-        return {**parts, "minima_EPG": groups} if self.has_minima else parts
-
-    def _view(self, slabs_SB: Tensor, part: Part) -> Tensor:
-        bytes_SB = slabs_SB[:, part.offset : part.offset + part.num_bytes]
-        return bytes_SB.view(part.dtype).view(-1, part.rows, part.columns)
-
-    def _weight(self, projection: str, views: Mapping[str, Tensor]) -> QuantisedWeight:
-        """The fields of QuantisedWeight that are tensors have the names of the parts."""
-        prefix = f"{projection}."
-        tensors = {name.removeprefix(prefix): view for name, view in views.items() if name.startswith(prefix)}
-        depth = self.hidden if projection == "gate_up" else self.inner
-        return QuantisedWeight(
-            **{"minima_EPG": None, **tensors},  # type: ignore[arg-type]
-            bits=self.bits,
-            group_size=self.group_size or depth,
-        )
+                yield f"{projection}.codes_EPC", torch.uint8, panels, depth // 2 * PANEL_ROWS
+                for name in ("scales_EPG", "minima_EPG")[: 1 + self.has_minima]:
+                    yield f"{projection}.{name}", torch.float16, panels, depth // self.group_size * PANEL_ROWS
 
 
 def _round_up(count: int, multiple: int) -> int:

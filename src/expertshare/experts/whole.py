@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from expertshare.errors import ConfigError, ExpertMemoryError
-from expertshare.experts.layout import ExpertLayout, open_layers
-from expertshare.experts.slab_file import LayerFile
+from expertshare.experts.layout import ExpertLayout, LayerFile, open_layers
 from expertshare.experts.slot_memory import allocate_slabs, as_memory
 from expertshare.experts.store import StoreStatistics, format_size, fresh_counts
 from expertshare.types import Bank, ExpertBank, Loan

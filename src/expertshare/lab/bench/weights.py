@@ -53,7 +53,7 @@ def quantised(bank: ExpertBank, quantisation: str) -> QuantisedBank:
     if down.codes_EPC.device.type != "cpu":
         return made
     group = 0 if down.bits == 8 else down.group_size
-    form = SlabFormat(scheme=quantisation, hidden=down.rows, inner=down.depth, group_size=group)  # type: ignore[arg-type]
+    form = SlabFormat(scheme=quantisation, hidden=down.rows, inner=down.depth, group_size=group)
     lent = form.bank(allocate_slabs(len(down.codes_EPC), form.slab_bytes))
     assert isinstance(lent, QuantisedBank)
     for to, of in ((lent.gate_up, made.gate_up), (lent.down, down)):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from expertshare.config import ModelConfig
 from expertshare.convert.convert import MAX_SHARD_BYTES
-from expertshare.convert.scheme import UNQUANTISED, check_embeddings, embeddings_setting, make_scheme
+from expertshare.convert.storage import check_embeddings, settings_of, slab_format
 from expertshare.convert.workspace import is_complete, open_workspace
 from expertshare.convert.writing import (
     Progress,
@@ -55,7 +55,7 @@ def make_checkpoint(
     out: str | os.PathLike[str],
     *,
     unique: int,
-    quantise: str = UNQUANTISED,
+    quantise: str = "none",
     group_size: int | None = None,
     quantise_embeddings: str = "none",
     layout: str = "experts",
@@ -72,7 +72,7 @@ def make_checkpoint(
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown layout {layout!r}. {nearest(layout, LAYOUTS)}")
-    if layout == "huggingface" and quantise != UNQUANTISED:
+    if layout == "huggingface" and quantise != "none":
         raise InputError(
             f"the Hugging Face layout holds no {quantise} experts: use --layout experts, or --quantise none"
         )
@@ -85,15 +85,14 @@ def make_checkpoint(
     least, most = config.router.top_k, config.router.num_experts
     if not least <= unique <= most:
         raise InputError(f"--unique must lie in {least}..{most}, from experts per token to all, got {unique}")
-    scheme = make_scheme(quantise, group_size=group_size, expert_dtype=dtype)
+    form = slab_format(config, quantise, group_size=group_size, expert_dtype=dtype)
     recipe = Recipe(config=config, unique=unique, seed=seed, dtype=dtype)
     described = {"kind": "random", "method": METHOD, **asdict(recipe)}
-    settings = {"layout": layout, "slab": scheme.slab(config).to_json(), "recipe": described}
-    settings |= embeddings_setting(quantise_embeddings)
+    settings = settings_of(layout, form, quantise_embeddings, recipe=described)
     target = Path(out).expanduser()
     complete = is_complete(target, settings)
     if not complete:
-        source = RandomSource(recipe, scheme)
+        source = RandomSource(recipe, form)
         with open_workspace(target, settings) as work:
             if layout == "experts":
                 provenance = {**described, "expert_dtype": dtype}
@@ -101,7 +100,7 @@ def make_checkpoint(
                 write_expert_layout(
                     source,
                     work,
-                    scheme,
+                    form,
                     files=files,
                     provenance=provenance,
                     embeddings=quantise_embeddings,

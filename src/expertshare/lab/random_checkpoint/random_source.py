@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from expertshare.config import ModelConfig
-from expertshare.convert.scheme import ExpertStorage
-from expertshare.convert.tensor_file import TensorEntry
+from expertshare.convert.storage import as_stored
+from expertshare.experts.slab import SlabFormat
 from expertshare.lab.bench.weights import concentrated, mean_unique
 from expertshare.lab.random_checkpoint.characters import printable_ids
 from expertshare.lab.random_checkpoint.random_tensors import ExpertPool, RandomTensors, Recipe
@@ -135,28 +135,19 @@ _ROWS_AT_A_TIME = 4096
 
 
 class RandomSource:
-    """An ExpertSource. scheme: how the pool is quantised, once per layer; "none" gives floats.
+    """An ExpertSource. form: of the slabs that experts are stored in; the pool is quantised once per layer.
 
     Memory: one layer's pool (8 experts), one dense tensor, all routers, and a few blocks of hidden states.
     """
 
-    def __init__(self, recipe: Recipe, scheme: ExpertStorage) -> None:
-        self._recipe, self._scheme = recipe, scheme
+    def __init__(self, recipe: Recipe, form: SlabFormat) -> None:
+        self._form = form
         text_ids = printable_ids(recipe.config)
         self._tensors = RandomTensors(recipe, text_ids)
+        self.config, self.dense = recipe.config, self._tensors.entries
         self._calibration = Calibration(self._tensors, text_ids)
         self._uses: list[LayerUse] = []
         self._pool: tuple[int, ExpertPool, ExpertBank | QuantisedBank] | None = None
-
-    @property
-    def config(self) -> ModelConfig:
-        """Of the model that is written."""
-        return self._recipe.config
-
-    @property
-    def dense(self) -> tuple[TensorEntry, ...]:
-        """Everything but the routed experts."""
-        return self._tensors.entries
 
     def uses(self) -> tuple[LayerUse, ...]:
         """What the calibration blocks did in each MoE layer."""
@@ -182,7 +173,7 @@ class RandomSource:
         if self._pool is None or self._pool[0] != moe_layer:
             self._pool = None  # let go of one layer before the next is drawn
             pool = self._tensors.pool(moe_layer)
-            self._pool = (moe_layer, pool, self._scheme.quantise(pool.bank))
+            self._pool = (moe_layer, pool, as_stored(pool.bank, self._form))
         _, pool, stored = self._pool
         return pool.expert(expert, stored)
 

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertshare.config import ModelConfig
-from expertshare.convert.source import is_expert
-from expertshare.convert.tensor_file import DTYPES, TensorEntry
+from expertshare.convert.source import DTYPES, TensorEntry, is_expert
 from expertshare.kernels.quantise import from_panels, to_panels
 from expertshare.lab.bench.weights import fill
 from expertshare.models.family import Place

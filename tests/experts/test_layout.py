@@ -9,20 +9,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from expertshare.convert import verify
+from expertshare.convert.writing import json_bytes, layer_file_bytes, write_layer
 from expertshare.errors import CheckpointError
 from expertshare.experts.layout import (
     MANIFEST,
     ExpertLayout,
     FileRecord,
+    LayerFile,
+    LayerHeader,
     has_expert_layout,
     layer_file_name,
     open_layers,
     read_manifest,
-    verify_layout,
-    write_manifest,
+    verify_layer,
 )
 from expertshare.experts.slab import SlabFormat
-from expertshare.experts.slab_file import LayerFile, LayerHeader, LayerWriter, file_sha256, verify_layer
 
 FORM = SlabFormat(scheme="int8", hidden=48, inner=32)
 HEADER = LayerHeader(moe_layer=3, num_experts=5, format=FORM)
@@ -33,22 +35,17 @@ def random_slabs(seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def write(path: Path, slabs: torch.Tensor, header: LayerHeader = HEADER) -> LayerWriter:
-    with LayerWriter(path, header) as writer:
-        for slab in slabs:
-            writer.append(slab)
-    return writer
+def write(path: Path, slabs: torch.Tensor, header: LayerHeader = HEADER) -> str:
+    return write_layer(header, slabs, path)
 
 
 def test_safetensors_reads_a_layer_file(tmp_path: Path) -> None:
     slabs, path = random_slabs(), tmp_path / "experts.safetensors"
-    writer = write(path, slabs)
+    digest = write(path, slabs)
     found = load_file(path)
     assert torch.equal(found["slabs"], slabs)
     assert found["crc32"].tolist() == [zlib.crc32(slab.numpy()) for slab in slabs]
-    assert writer.num_bytes == path.stat().st_size
-    assert writer.sha256 == file_sha256(path)
-    assert not list(tmp_path.glob("*.partial"))
+    assert FileRecord.of(path) == FileRecord(path.name, layer_file_bytes(HEADER), digest)
     verify_layer(path)
 
 
@@ -63,31 +60,6 @@ def test_every_slab_lies_at_a_page_and_is_read_whole(tmp_path: Path) -> None:
             file.read_into(expert, memoryview(memory))
             assert offset % 4096 == 0
             assert bytes(memory) == slab.numpy().tobytes() == raw[offset : offset + FORM.slab_bytes]
-
-
-def test_an_interrupted_file_is_not_there(tmp_path: Path) -> None:
-    path = tmp_path / "experts.safetensors"
-
-    def interrupted() -> None:
-        with LayerWriter(path, HEADER) as writer:
-            writer.append(random_slabs()[0])
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    with pytest.raises(CheckpointError, match="expected 5 slabs, got 4"):
-        write(path, random_slabs()[:4])
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(fd: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match=r"No space left on device.*Free space"):
-        write(tmp_path / "experts.safetensors", random_slabs())
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, 4096, 4097, -4096, -1])
@@ -129,10 +101,10 @@ def converted(directory: Path) -> ExpertLayout:
     records = []
     for layer in range(2):
         header = LayerHeader(moe_layer=layer, num_experts=HEADER.num_experts, format=FORM)
-        writer = write(directory / layer_file_name(layer), random_slabs(layer), header)
-        records.append(FileRecord(layer_file_name(layer), writer.num_bytes, writer.sha256))
+        write(directory / layer_file_name(layer), random_slabs(layer), header)
+        records.append(FileRecord.of(directory / layer_file_name(layer)))
     layout = ExpertLayout(format=FORM, num_experts=5, expert_files=tuple(records), source={"name": "somewhere"})
-    write_manifest(directory, layout)
+    (directory / MANIFEST).write_bytes(json_bytes(layout.to_json()))
     return layout
 
 
@@ -141,7 +113,7 @@ def test_a_manifest_comes_back(tmp_path: Path) -> None:
     layout = converted(tmp_path)
     assert has_expert_layout(tmp_path)
     assert read_manifest(tmp_path) == layout
-    verify_layout(tmp_path, layout)
+    assert verify(tmp_path) == sum(record.num_bytes for record in layout.expert_files)
     files = open_layers(tmp_path, layout)
     assert [file.header.moe_layer for file in files] == [0, 1]
     for file in files:
@@ -155,8 +127,8 @@ def test_files_that_do_not_fit_the_manifest_are_refused(tmp_path: Path) -> None:
     first.write_bytes(second.read_bytes())
     with pytest.raises(CheckpointError, match=r"moe_layer=1.*expected.*moe_layer=0"):
         open_layers(tmp_path, layout)
-    with pytest.raises(CheckpointError, match="sha256"):
-        verify_layout(tmp_path, layout)
+    with pytest.raises(CheckpointError, match="has checksum"):
+        verify(tmp_path)
     first.write_bytes(content[:-1])
     with pytest.raises(CheckpointError, match="bytes, expected"):
         read_manifest(tmp_path)
