@@ -19,8 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from expertshare.kernels.triton.device import commit, coreset, experts, head, plan
-from expertshare.kernels.triton.tiles import tiles_for
+from expertshare.kernels.triton.backend import tiles_for
+from expertshare.kernels.triton.device import commit, experts, head, route
 
 POINTERS = {
     "*fp32": (
@@ -94,11 +94,11 @@ def selection() -> dict[str, dict[str, int]]:
         "coverage": {"FRONT": 0, "RANKING": 3, **FREE},
     }
     made = {
-        f"coreset {name}": described(compiled(coreset.coreset_kernel, TYPES, {**MINI, **votes, **form}, warps=8))
+        f"coreset {name}": described(compiled(route.coreset_kernel, TYPES, {**MINI, **votes, **form}, warps=8))
         for name, form in forms.items()
     }
     rule = {"TOP_KP": 8, "RENORMALISE": True, "HAS_EXPERT_SCALE": False, "TOKENS": 4, "HAS_DROP": True, **GROUPED}
-    made["plan"] = described(compiled(plan.plan_kernel, TYPES, {**MINI, **rule}, warps=4))
+    made["plan"] = described(compiled(route.plan_kernel, TYPES, {**MINI, **rule}, warps=4))
     return made
 
 
@@ -107,13 +107,15 @@ def layers(num_tokens: int) -> dict[str, dict[str, int]]:
     made = {}
     for name, (codes, scales, bits, group) in CODES.items():
         types = {**TYPES, "codes_ptr": codes, "scales_ptr": scales, "minima_ptr": scales}
-        types |= {"x_ptr": "*bf16", "hidden_ptr": "*bf16", "y_ptr": "*bf16"}
-        kind = {"BITS": bits, "GROUP": group, "HAS_MINIMA": bits == 4, "EXPERTSP": 256, "DEPTH": 2048, "INNER": 512}
-        for projection, kernel in (("gate_up", experts.gate_up_kernel), ("down", experts.down_kernel)):
+        types |= {"x_ptr": "*bf16"}
+        kind = {"BITS": bits, "GROUP": group, "HAS_MINIMA": bits == 4, "EXPERTSP": 256}
+        for projection, depth, width in (("gate_up", 2048, 512), ("down", 512, 2048)):
             tiles = tiles_for(projection, num_tokens, 2048, 2048, torch.bfloat16)  # type: ignore[arg-type]
             sizes = {"BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, **MINI, **kind}
-            sizes = {name: value for name, value in sizes.items() if name in kernel.arg_names}
-            code = compiled(kernel, types, sizes, warps=tiles.warps, stages=tiles.stages)
+            gated = projection == "gate_up"
+            sizes |= {"DEPTH": depth, "WIDTH": width, "GATED": gated}
+            types["y_ptr"] = "*bf16" if gated else "*fp32"
+            code = compiled(experts.project_kernel, types, sizes, warps=tiles.warps, stages=tiles.stages)
             made[f"{projection} {name} {num_tokens}"] = described(code)
         if bits == 4:
             continue

@@ -8,7 +8,8 @@ import torch
 from backends import moe_ffn
 from expertshare.errors import ConfigError
 from expertshare.kernels import choose_backend
-from expertshare.kernels.triton import availability, interpreted, unavailable_reason
+from expertshare.kernels import triton as availability
+from expertshare.kernels.triton import interpreted, unavailable_reason
 
 from ..test_moe_ffn import scene
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from expertshare.kernels.triton import availability
+from expertshare.kernels.triton import OLDEST, _not_installed
 
-MISSING = availability._not_installed(availability.OLDEST)
+MISSING = _not_installed(OLDEST)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),

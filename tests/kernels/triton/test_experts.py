@@ -11,7 +11,7 @@ from torch import Tensor
 from backends import moe_ffn
 from expertshare.errors import ConfigError
 from expertshare.kernels.quantise import quantise_bank
-from expertshare.kernels.triton.experts import moe_ffn_triton
+from expertshare.kernels.triton.backend import TritonBackend
 from expertshare.types import Bank, ExpertBank, QuantisedBank, QuantisedWeight, RoutingPlan
 
 from ..test_moe_ffn import SHAPES, formula, plan_of, relative_error, scene
@@ -143,18 +143,20 @@ def test_what_it_cannot_take_is_said_clearly(device: torch.device) -> None:
     x_TD, plan, bank = to(device, *scene((3, 2, 4, 16, 8), torch.float32))
     assert isinstance(bank, ExpertBank)
     with pytest.raises(ConfigError, match="no gradients"):
-        moe_ffn_triton(x_TD.clone().requires_grad_(), plan, bank)
+        TritonBackend().moe_ffn(x_TD.clone().requires_grad_(), plan, bank)
     with pytest.raises(ConfigError, match=r"float16, torch\.float32"):
-        moe_ffn_triton(x_TD.half(), plan, bank)
+        TritonBackend().moe_ffn(x_TD.half(), plan, bank)
     with pytest.raises(ConfigError, match="do not fit down"):
-        moe_ffn_triton(x_TD[:, :8].contiguous(), plan, bank)
+        TritonBackend().moe_ffn(x_TD[:, :8].contiguous(), plan, bank)
     with pytest.raises(ConfigError, match="int64 expert ids"):
-        moe_ffn_triton(x_TD, replace(plan, expert_ids_TK=plan.expert_ids_TK.int()), bank)
+        TritonBackend().moe_ffn(x_TD, replace(plan, expert_ids_TK=plan.expert_ids_TK.int()), bank)
     turned = bank.down_EDF.transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(ConfigError, match="'triton' reads weights in place"):
-        moe_ffn_triton(x_TD, plan, ExpertBank(bank.gate_up_EHD, turned))
+        TritonBackend().moe_ffn(x_TD, plan, ExpertBank(bank.gate_up_EHD, turned))
     with pytest.raises(ConfigError, match="got them on"):
-        moe_ffn_triton(x_TD.to("meta"), plan, bank)
+        TritonBackend().moe_ffn(x_TD.to("meta"), plan, bank)
     if device.type == "cpu":
         with pytest.raises(ConfigError, match="multiplies bfloat16 wrongly"):
-            moe_ffn_triton(x_TD.bfloat16(), plan, ExpertBank(bank.gate_up_EHD.bfloat16(), bank.down_EDF.bfloat16()))
+            TritonBackend().moe_ffn(
+                x_TD.bfloat16(), plan, ExpertBank(bank.gate_up_EHD.bfloat16(), bank.down_EDF.bfloat16())
+            )

@@ -12,7 +12,7 @@ from torch import Tensor
 from expertshare.errors import ConfigError
 from expertshare.kernels.quantise import quantise_table, table_rows
 from expertshare.kernels.torch_backend import best_of_logits
-from expertshare.kernels.triton.head import best_token_triton
+from expertshare.kernels.triton.backend import TritonBackend
 
 
 def whole(shape: tuple[int, int], seed: int, most: int) -> Tensor:
@@ -32,7 +32,7 @@ def test_equals_the_choice_from_logits(excluded: list[int], dtype: torch.dtype, 
     weight[250] = weight[130] = weight[12]
     hidden[3], hidden[4], hidden[5] = weight[12], weight[7], 0.0
     hidden, weight = hidden.to(dtype), weight.to(dtype)
-    tokens, probability = best_token_triton(hidden.to(device), weight.to(device), excluded)
+    tokens, probability = TritonBackend().best_token(hidden.to(device), weight.to(device), excluded)
     right_tokens, right_probability = expected(hidden, weight, excluded)
     assert torch.equal(tokens.cpu(), right_tokens)
     torch.testing.assert_close(probability.cpu(), right_probability, rtol=1e-5, atol=1e-7)
@@ -41,7 +41,7 @@ def test_equals_the_choice_from_logits(excluded: list[int], dtype: torch.dtype, 
 @pytest.mark.parametrize("num_rows", [1, 16, 65])
 def test_any_number_of_rows(num_rows: int, device: torch.device) -> None:
     hidden, weight = whole((num_rows, 24), 2, 2), whole((70, 24), 3, 2)
-    tokens, probability = best_token_triton(hidden.to(device), weight.to(device), [0])
+    tokens, probability = TritonBackend().best_token(hidden.to(device), weight.to(device), [0])
     right_tokens, right_probability = expected(hidden, weight, [0])
     assert torch.equal(tokens.cpu(), right_tokens)
     torch.testing.assert_close(probability.cpu(), right_probability, rtol=1e-5, atol=1e-7)
@@ -51,7 +51,7 @@ def test_an_int8_table(device: torch.device) -> None:
     weight = torch.randn(90, 48, generator=torch.Generator().manual_seed(5))
     hidden, table = whole((5, 48), 4, 1), quantise_table(weight)
     on_device = replace(table, codes_PC=table.codes_PC.to(device), scales_PG=table.scales_PG.to(device))
-    tokens, probability = best_token_triton(hidden.to(device), on_device, [3])
+    tokens, probability = TritonBackend().best_token(hidden.to(device), on_device, [3])
     right_tokens, right_probability = expected(hidden, table_rows(table, torch.arange(90)), [3])
     assert torch.equal(tokens.cpu(), right_tokens)
     torch.testing.assert_close(probability.cpu(), right_probability, rtol=1e-4, atol=1e-6)
@@ -60,31 +60,31 @@ def test_an_int8_table(device: torch.device) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_gives_nan_in_its_row_alone(value: float, device: torch.device) -> None:
     hidden, weight = whole((3, 24), 6, 2), whole((70, 24), 7, 2)
-    clean, right = best_token_triton(hidden.to(device), weight.to(device), [1])
+    clean, right = TritonBackend().best_token(hidden.to(device), weight.to(device), [1])
     hidden[1, 2] = value
-    tokens, probability = best_token_triton(hidden.to(device), weight.to(device), [1])
+    tokens, probability = TritonBackend().best_token(hidden.to(device), weight.to(device), [1])
     assert probability.isnan().tolist() == [False, True, False]
     assert torch.equal(probability[[0, 2]], right[[0, 2]])
     assert torch.equal(tokens[[0, 2]], clean[[0, 2]])
     assert 0 <= int(tokens[1]) < 70
     spoiled = weight.clone()
     spoiled[1, 0] = float("nan")  # of an excluded id: its logit counts all the same
-    assert best_token_triton(whole((3, 24), 6, 2).to(device), spoiled.to(device), [1])[1].isnan().all()
+    assert TritonBackend().best_token(whole((3, 24), 6, 2).to(device), spoiled.to(device), [1])[1].isnan().all()
 
 
 def test_no_rows(device: torch.device) -> None:
     nothing, weight = torch.empty(0, 24, device=device), torch.ones(9, 24, device=device)
-    tokens, probability = best_token_triton(nothing, weight, [])
+    tokens, probability = TritonBackend().best_token(nothing, weight, [])
     assert (tokens.shape, probability.shape) == ((0,), (0,))
 
 
 def test_what_it_cannot_take_is_said_clearly(device: torch.device) -> None:
     hidden, weight = torch.ones(2, 24, device=device), torch.ones(9, 24, device=device)
     with pytest.raises(ConfigError, match="excluded ids must lie in"):
-        best_token_triton(hidden, weight, [9])
+        TritonBackend().best_token(hidden, weight, [9])
     with pytest.raises(ConfigError, match="expected hidden states"):
-        best_token_triton(hidden[:, :8], weight, [])
+        TritonBackend().best_token(hidden[:, :8], weight, [])
     with pytest.raises(ConfigError, match="both in float32"):
-        best_token_triton(hidden.half(), weight, [])
+        TritonBackend().best_token(hidden.half(), weight, [])
     with pytest.raises(ConfigError, match="contiguous"):
-        best_token_triton(hidden, torch.ones(24, 9, device=device).T, [])
+        TritonBackend().best_token(hidden, torch.ones(24, 9, device=device).T, [])

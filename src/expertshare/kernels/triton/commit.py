@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from expertshare.errors import ConfigError
-from expertshare.kernels.triton.availability import check_devices
-from expertshare.kernels.triton.tiles import power_of_two
+from expertshare.kernels.triton import check_devices, power_of_two
 
 FLAGS = 4
 """Numbers of a row in a report before its tokens: finite, has masks, changed, eos."""
@@ -31,36 +30,19 @@ def commit_triton(
     are left, whether something was written, whether the answer surely ends here; then the block's tokens. Nothing is
     written where a row has a 0 in the first. Raises ConfigError where Triton cannot run, or for what is not contiguous.
     """
-    from expertshare.kernels.triton.device.commit import commit_kernel, finite_kernel
-
-    tokens_RC, masked_RC, frozen_RC, answer_RC = canvas
-    best_RL, sure_RL = proposed
+    (tokens_RC, masked_RC, frozen_RC, _), (best_RL, sure_RL) = canvas, proposed
     everything = (*canvas, control_R4, thresholds_R2, edited_R1, *proposed, eos_ids, report_RX)
     check_devices(*everything)
     if not all(tensor.is_contiguous() for tensor in everything):
         raise ConfigError("the commit rule expects contiguous tensors: make them so when they are allocated.")
+    from expertshare.kernels.triton.device.commit import commit_kernel, finite_kernel
+
     (num_rows, capacity), length = tokens_RC.shape, best_RL.shape[1]
-    positions = {"LENGTH": length, "LP": power_of_two(length)}
+    block = {"LENGTH": length, "LP": power_of_two(length)}
     finite_kernel[(num_rows,)](
-        masked_RC, frozen_RC, control_R4, edited_R1, sure_RL, report_RX, capacity, **positions, num_warps=1
+        masked_RC, frozen_RC, control_R4, edited_R1, sure_RL, report_RX, capacity, **block, num_warps=1
     )
-    commit_kernel[(num_rows,)](
-        tokens_RC,
-        masked_RC,
-        frozen_RC,
-        answer_RC,
-        control_R4,
-        thresholds_R2,
-        edited_R1,
-        best_RL,
-        sure_RL,
-        eos_ids if len(eos_ids) else control_R4,  # never read then
-        report_RX,
-        capacity,
-        num_rows,
-        NUM_EOS=len(eos_ids),
-        RP=power_of_two(num_rows),
-        AT_A_TIME=min(POSITIONS_AT_A_TIME, positions["LP"]),
-        **positions,
-        num_warps=4,
-    )
+    eos_or_any = eos_ids if len(eos_ids) else control_R4  # the second is never read
+    given = (*canvas, control_R4, thresholds_R2, edited_R1, *proposed, eos_or_any, report_RX, capacity, num_rows)
+    sizes = {"NUM_EOS": len(eos_ids), "RP": power_of_two(num_rows), "AT_A_TIME": min(POSITIONS_AT_A_TIME, block["LP"])}
+    commit_kernel[(num_rows,)](*given, **block, **sizes, num_warps=4)

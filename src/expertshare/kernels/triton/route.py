@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertshare.config import GroupLimit, RouterSpec
+from expertshare.config import RouterSpec
 from expertshare.errors import ConfigError
-from expertshare.kernels.triton.availability import check_devices
-from expertshare.kernels.triton.tiles import power_of_two
+from expertshare.kernels.triton import check_devices, power_of_two
 from expertshare.routing import RoutingPolicy, SharingRule, route_layer, router_scores, runs_on_torch
+from expertshare.routing.rule import RANKINGS, expert_groups
 from expertshare.types import Coreset, Routed, RouterScores, RoutingPlan
 
-RANKINGS = {"all": 0, "votes": 1, "highest": 2, "coverage": 3}
 LANES_AT_A_TIME = 2048
 """Scores that a program holds at once, as 64-bit keys: 8 tokens of 256 experts."""
 MOST_EXPERTS = 4096
@@ -55,127 +54,49 @@ def select_and_assign(
 
     Raises ConfigError for scores that are not float32 or not where Triton runs.
     """
-    choice, affinity, live = _checked(scores, spec)
-    found, used_GE = _allocated(choice, spec.top_k)
-    if len(choice) == 0:
-        found.plan.active_E.zero_()
-        found.load_E.zero_()
+    choice, affinity, live = given = _checked(scores, spec)
+    groups, length, num_experts = choice.shape
+    slots = groups * length, spec.top_k
+
+    def new(shape: tuple[int, ...], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=choice.device)
+
+    plan = RoutingPlan(new(slots), new(slots, torch.float32), new((num_experts,), torch.bool))
+    member_GE, load_E, unique_G = new((groups, num_experts), torch.bool), new((num_experts,)), new((groups,))
+    found = Routed(plan, load_E, unique_G, Coreset(member_GE))
+    if groups == 0:
+        plan.active_E.zero_()
+        load_E.zero_()
         return found
-    _find_coresets((choice, affinity, live), scores.masked_GL, previous, spec, rule, found, used_GE)
-    scale_E = None if expert_scale_E is None else expert_scale_E.float().contiguous()
-    _make_plan(choice, affinity, live, spec, rule, scale_E, found, used_GE)
-    return found
+    from expertshare.kernels.triton.device.route import coreset_kernel, plan_kernel
 
-
-def _allocated(choice_GLE: Tensor, top_k: int) -> tuple[Routed, Tensor]:
-    """What the kernels write, and int32 [G, E] where they mark the experts that each group has used."""
-    groups, length, num_experts = choice_GLE.shape
-    device = choice_GLE.device
-    member_GE = torch.empty((groups, num_experts), dtype=torch.bool, device=device)
-    plan = RoutingPlan(
-        torch.empty((groups * length, top_k), dtype=torch.int64, device=device),
-        torch.empty((groups * length, top_k), dtype=torch.float32, device=device),
-        torch.empty(num_experts, dtype=torch.bool, device=device),
-    )
-    load_E = torch.empty(num_experts, dtype=torch.int64, device=device)
-    unique_G = torch.empty(groups, dtype=torch.int64, device=device)
-    used_GE = torch.empty((groups, num_experts), dtype=torch.int32, device=device)
-    return Routed(plan, load_E, unique_G, Coreset(member_GE)), used_GE
-
-
-def _member(found: Routed) -> Tensor:
-    assert found.coreset is not None
-    return found.coreset.member_GE
-
-
-def _find_coresets(
-    scores: tuple[Tensor, Tensor, Tensor],
-    masked_GL: Tensor | None,
-    previous: Coreset | None,
-    spec: RouterSpec,
-    rule: SharingRule,
-    found: Routed,
-    used_GE: Tensor,
-) -> None:
-    from expertshare.kernels.triton.device.coreset import coreset_kernel
-
-    choice, affinity, live = scores
-    groups, length, num_experts = choice.shape
-    only_masked = rule.voters == "masked" and masked_GL is not None
-    covers = rule.ranking == "coverage"
-    reach = _reach(spec, "inside" if rule.ballots == "grouped" else "ignore")
-    sizes = _lanes(num_experts, reach, length, most_tokens=16)
+    used_GE = new((groups, num_experts), torch.int32)  # marks of the experts that each group has used
+    only_masked = rule.voters == "masked" and scores.masked_GL is not None
+    sizes = _lanes(num_experts, expert_groups(spec, rule.ballots == "grouped"), length, most_tokens=16)
     lanes = sizes["NGP"] * sizes["GSP"]
+    masked_GL = (
+        scores.masked_GL.expand(live.shape).contiguous() if only_masked and scores.masked_GL is not None else live
+    )
+    kept_GE = live if previous is None else previous.member_GE.contiguous()
+    scratch = new((groups, lanes)), new((groups, length * (rule.ranking == "coverage"), lanes + 1), torch.float64)
     coreset_kernel[(groups,)](
-        choice,
-        affinity,
-        live,
-        masked_GL.expand(live.shape).contiguous() if only_masked and masked_GL is not None else live,
-        live if previous is None else previous.member_GE.contiguous(),
-        _member(found),
-        torch.empty((groups, lanes), dtype=torch.int64, device=choice.device),
-        torch.empty((groups, length if covers else 0, lanes + 1), dtype=torch.float64, device=choice.device),
-        used_GE,
-        found.group_experts_G,
-        found.plan.active_E,
-        found.load_E,
-        length,
-        rule.size,
-        _bits(rule.prefix_share or 0.0),
-        _bits(rule.saturation or 0.0),
-        NUM_EXPERTS=num_experts,
-        TOP_K=spec.top_k,
-        RANKING=RANKINGS[rule.ranking],
-        FRONT=min(rule.protected, spec.top_k),
-        WHOLE_FRONT=rule.keep_protected,
-        HAS_SHARE=rule.prefix_share is not None,
-        ONLY_MASKED=only_masked,
-        HAS_PREVIOUS=previous is not None,
-        KEYS_AT_A_TIME=min(16, lanes),
-        **sizes,
-        num_warps=8,
-    )
-
-
-def _make_plan(
-    choice: Tensor,
-    affinity: Tensor,
-    live: Tensor,
-    spec: RouterSpec,
-    rule: SharingRule,
-    scale_E: Tensor | None,
-    found: Routed,
-    used_GE: Tensor,
-) -> None:
-    from expertshare.kernels.triton.device.plan import plan_kernel
-
-    groups, length, num_experts = choice.shape
-    sizes = _lanes(num_experts, _reach(spec, rule.group_limit), length, most_tokens=4)
+        *given, masked_GL, kept_GE, member_GE, *scratch, used_GE, unique_G, plan.active_E, load_E,
+        length, rule.size, _bits(rule.prefix_share or 0.0), _bits(rule.saturation or 0.0),
+        NUM_EXPERTS=num_experts, TOP_K=spec.top_k, RANKING=RANKINGS.index(rule.ranking),
+        FRONT=min(rule.protected, spec.top_k), WHOLE_FRONT=rule.keep_protected, HAS_SHARE=rule.prefix_share is not None,
+        ONLY_MASKED=only_masked, HAS_PREVIOUS=previous is not None, KEYS_AT_A_TIME=min(16, lanes), **sizes, num_warps=8,
+    )  # fmt: skip
+    sizes = _lanes(num_experts, expert_groups(spec, rule.group_limit == "inside"), length, most_tokens=4)
+    scale_E = affinity if expert_scale_E is None else expert_scale_E.float().contiguous()
+    kept_slots = spec.top_k if rule.experts_per_token is None else rule.experts_per_token
     plan_kernel[(groups, -(-length // sizes["TOKENS"]))](
-        choice,
-        affinity,
-        live,
-        _member(found),
-        affinity if scale_E is None else scale_E,
-        found.plan.expert_ids_TK,
-        found.plan.weights_TK,
-        found.plan.active_E,
-        found.load_E,
-        used_GE,
-        found.group_experts_G,
-        length,
-        spec.top_k if rule.experts_per_token is None else rule.experts_per_token,
-        _bits(rule.drop_share or 0.0),
-        float(spec.scaling),
-        NUM_EXPERTS=num_experts,
-        TOP_K=spec.top_k,
-        TOP_KP=power_of_two(spec.top_k),
-        HAS_DROP=rule.drop_share is not None,
-        RENORMALISE=spec.renormalise,
-        HAS_EXPERT_SCALE=scale_E is not None,
-        **sizes,
-        num_warps=4,
-    )
+        *given, member_GE, scale_E, plan.expert_ids_TK, plan.weights_TK, plan.active_E, load_E, used_GE, unique_G,
+        length, kept_slots, _bits(rule.drop_share or 0.0), float(spec.scaling),
+        NUM_EXPERTS=num_experts, TOP_K=spec.top_k, TOP_KP=power_of_two(spec.top_k),
+        HAS_DROP=rule.drop_share is not None, RENORMALISE=spec.renormalise,
+        HAS_EXPERT_SCALE=expert_scale_E is not None, **sizes, num_warps=4,
+    )  # fmt: skip
+    return found
 
 
 def _checked(scores: RouterScores, spec: RouterSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,12 +113,6 @@ def _checked(scores: RouterScores, spec: RouterSpec) -> tuple[Tensor, Tensor, Te
             f"selection expects scores of {spec.num_experts} experts, at most {MOST_EXPERTS}, got {choice.shape[-1]}."
         )
     return choice.contiguous(), affinity.expand(choice.shape).contiguous(), live.expand(choice.shape[:2]).contiguous()
-
-
-def _reach(spec: RouterSpec, group_limit: GroupLimit) -> tuple[int, int]:
-    """Expert groups, and how many of them a token may reach: one of one where there is no limit."""
-    limited = group_limit == "inside" and spec.kept_groups < spec.num_groups
-    return (spec.num_groups, spec.kept_groups) if limited else (1, 1)
 
 
 def _lanes(num_experts: int, reach: tuple[int, int], length: int, *, most_tokens: int) -> dict[str, int]:

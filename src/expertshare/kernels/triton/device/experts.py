@@ -9,8 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from expertshare.kernels.triton.device.tile import product
-
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def schedule_kernel(ids_ptr, order_ptr, first_ptr, count_ptr, num_pairs, PAIRS: tl.constexpr):
@@ -35,120 +33,43 @@ def schedule_kernel(ids_ptr, order_ptr, first_ptr, count_ptr, num_pairs, PAIRS: 
 
 
 @triton.jit
-def gate_up_kernel(
-    x_ptr,
-    hidden_ptr,
-    order_ptr,
-    first_ptr,
-    count_ptr,
-    codes_ptr,
-    scales_ptr,
-    minima_ptr,
-    codes_stride,
-    scales_stride,
-    minima_stride,
-    NUM_EXPERTS: tl.constexpr,
-    EXPERTSP: tl.constexpr,
-    TOP_K: tl.constexpr,
-    DEPTH: tl.constexpr,
-    INNER: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_MINIMA: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """hidden [P, INNER] = silu(gate x) * up x in the dtype of x, pairs in the order of the schedule.
+def project_kernel(
+    x_ptr, y_ptr, order_ptr, first_ptr, count_ptr,
+    codes_ptr, scales_ptr, minima_ptr, codes_stride, scales_stride, minima_stride,
+    NUM_EXPERTS: tl.constexpr, EXPERTSP: tl.constexpr, TOP_K: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+    GATED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """One projection of the scheduled pairs, from DEPTH features to WIDTH.
 
-    A tile has BN features: gate and up rows by turns, so that both lie in one product and meet in one thread.
+    GATED: y [P, WIDTH] = silu(gate x) * up x in its own dtype, x by token, y by place in the schedule. A tile has BN
+    features: gate and up rows by turns, so that both lie in one product and meet in one thread. Otherwise y = down x in
+    float32, x by place in the schedule, y by the number of the pair, ready to be summed by token.
     """
-    COLUMNS: tl.constexpr = (INNER + BN - 1) // BN
-    lane = tl.arange(0, EXPERTSP)
-    tiles = (tl.load(count_ptr + lane, mask=lane < NUM_EXPERTS, other=0) + BM - 1) // BM
-    ends = tl.cumsum(tiles, axis=0)
-    for tile in range(tl.program_id(0), tl.sum(tiles, axis=0) * COLUMNS, tl.num_programs(0)):
-        expert, place, exists = _rows_of_tile(tile // COLUMNS, lane, tiles, ends, first_ptr, count_ptr, BM)
-        token = tl.load(order_ptr + place, mask=exists, other=0) // TOP_K
-        turn = tl.arange(0, 2 * BN)
-        feature = tile % COLUMNS * BN + turn // 2
-        both = product(
-            x_ptr,
-            token.to(tl.int64) * DEPTH,
-            exists,
-            codes_ptr + expert * codes_stride,
-            scales_ptr + expert * scales_stride,
-            minima_ptr + expert * minima_stride,
-            feature + turn % 2 * INNER,
-            feature < INNER,
-            DEPTH,
-            BITS,
-            GROUP,
-            HAS_MINIMA,
-            BM,
-            2 * BN,
-            BK,
-        )
-        gate, up = tl.split(tl.reshape(both, (BM, BN, 2)))
-        hidden = gate / (1.0 + tl.exp(-gate)) * up
-        column = tile % COLUMNS * BN + tl.arange(0, BN)
-        at = hidden_ptr + place.to(tl.int64)[:, None] * INNER + column[None, :]
-        tl.store(at, hidden.to(hidden_ptr.dtype.element_ty), mask=exists[:, None] & (column < INNER)[None, :])
-
-
-@triton.jit
-def down_kernel(
-    hidden_ptr,
-    out_ptr,
-    order_ptr,
-    first_ptr,
-    count_ptr,
-    codes_ptr,
-    scales_ptr,
-    minima_ptr,
-    codes_stride,
-    scales_stride,
-    minima_stride,
-    NUM_EXPERTS: tl.constexpr,
-    EXPERTSP: tl.constexpr,
-    DEPTH: tl.constexpr,
-    INNER: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_MINIMA: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """out float32 [P, DEPTH] = down hidden, every pair at its own number, ready to be summed by token."""
-    COLUMNS: tl.constexpr = (DEPTH + BN - 1) // BN
+    PARTS: tl.constexpr = 2 if GATED else 1
+    COLUMNS: tl.constexpr = (WIDTH + BN - 1) // BN
     lane = tl.arange(0, EXPERTSP)
     tiles = (tl.load(count_ptr + lane, mask=lane < NUM_EXPERTS, other=0) + BM - 1) // BM
     ends = tl.cumsum(tiles, axis=0)
     for tile in range(tl.program_id(0), tl.sum(tiles, axis=0) * COLUMNS, tl.num_programs(0)):
         expert, place, exists = _rows_of_tile(tile // COLUMNS, lane, tiles, ends, first_ptr, count_ptr, BM)
         pair = tl.load(order_ptr + place, mask=exists, other=0)
+        turn = tl.arange(0, PARTS * BN)
+        feature = tile % COLUMNS * BN + turn // PARTS
+        x_row = pair // TOP_K if GATED else place
+        y = product(
+            x_ptr, x_row.to(tl.int64) * DEPTH, exists,
+            codes_ptr + expert * codes_stride, scales_ptr + expert * scales_stride, minima_ptr + expert * minima_stride,
+            feature + turn % PARTS * WIDTH, feature < WIDTH, DEPTH, BITS, GROUP, HAS_MINIMA, BM, PARTS * BN, BK,
+        )  # fmt: skip
+        y_row = pair
+        if GATED:
+            gate, up = tl.split(tl.reshape(y, (BM, BN, 2)))
+            y = gate / (1.0 + tl.exp(-gate)) * up
+            y_row = place
         column = tile % COLUMNS * BN + tl.arange(0, BN)
-        inside = column < DEPTH
-        out = product(
-            hidden_ptr,
-            place.to(tl.int64) * INNER,
-            exists,
-            codes_ptr + expert * codes_stride,
-            scales_ptr + expert * scales_stride,
-            minima_ptr + expert * minima_stride,
-            column,
-            inside,
-            INNER,
-            BITS,
-            GROUP,
-            HAS_MINIMA,
-            BM,
-            BN,
-            BK,
-        )
-        at = out_ptr + pair.to(tl.int64)[:, None] * DEPTH + column[None, :]
-        tl.store(at, out, mask=exists[:, None] & inside[None, :])
+        at = y_ptr + y_row.to(tl.int64)[:, None] * WIDTH + column[None, :]
+        tl.store(at, y.to(y_ptr.dtype.element_ty), mask=exists[:, None] & (column < WIDTH)[None, :])
 
 
 @triton.jit
@@ -184,3 +105,63 @@ def _rows_of_tile(number, lane, tiles, ends, first_ptr, count_ptr, BM: tl.conste
     place = begin + tl.arange(0, BM)
     exists = place < tl.load(count_ptr + expert)
     return expert.to(tl.int64), tl.load(first_ptr + expert) + place, exists
+
+
+@triton.jit
+def product(
+    x_ptr, x_at, x_exists, codes_ptr, scales_ptr, minima_ptr, row, row_exists,
+    DEPTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """float32 [BM, BN]: tokens, DEPTH features from x_ptr + x_at [BM] on, times the weights of rows `row` [BN].
+
+    codes_ptr: of one matrix. BITS 0: weights in the dtype of x, row by row. Otherwise codes in panels
+    (kernels/quantise), four bytes of them in an int32, to which codes_ptr points. A row's scale of 8 bits is applied to
+    the sum; codes of 4 bits are widened in float32 and rounded to the dtype of x.
+    """
+    total = tl.zeros((BM, BN), tl.float32)
+    if BITS == 0:
+        for begin in range(0, DEPTH, BK):
+            depth = begin + tl.arange(0, BK)
+            inside = depth < DEPTH
+            x = tl.load(x_ptr + x_at[:, None] + depth[None, :], mask=x_exists[:, None] & inside[None, :], other=0.0)
+            w_at = codes_ptr + row[None, :] * DEPTH + depth[:, None]
+            w = tl.load(w_at, mask=row_exists[None, :] & inside[:, None], other=0)
+            total = tl.dot(x, w, total, input_precision="ieee")
+    else:
+        WORDS: tl.constexpr = DEPTH * BITS // 32  # of a row
+        STEP: tl.constexpr = BK * BITS // 32 if BK * BITS >= 512 else 16  # a product takes no fewer
+        panel = row // 16
+        lane = row % 16
+        for begin in range(0, WORDS, STEP):
+            word = begin + tl.arange(0, STEP)
+            inside = word < WORDS
+            there = row_exists[None, :] & inside[:, None]
+            x_there = x_exists[:, None] & inside[None, :]
+            codes_at = (panel * (16 * WORDS) + lane)[None, :] + word[:, None] * 16
+            codes = tl.load(codes_ptr + codes_at, mask=there, other=0)
+            if BITS == 8:
+                # Byte b of word q of a row is its code 4 q + b, so that each b is a product over every fourth feature.
+                x_ptrs = x_ptr + x_at[:, None] + word[None, :] * 4
+                for byte in tl.static_range(4):
+                    x = tl.load(x_ptrs + byte, mask=x_there, other=0.0)
+                    code = (codes << (24 - 8 * byte)) >> 24
+                    total = tl.dot(x, code.to(x.dtype), total, input_precision="ieee")
+            else:
+                # Byte b of word q of a group holds its codes 4 q + b (low half) and GROUP / 2 + 4 q + b (high half).
+                group = word // (GROUP // 8)
+                of_group = (panel * (DEPTH // GROUP * 16) + lane)[None, :] + group[:, None] * 16
+                scale = tl.load(scales_ptr + of_group, mask=there, other=0.0).to(tl.float32)
+                least = -8.0 * scale
+                if HAS_MINIMA:
+                    least = tl.load(minima_ptr + of_group, mask=there, other=0.0).to(tl.float32)
+                x_ptrs = x_ptr + x_at[:, None] + (group * GROUP + word % (GROUP // 8) * 4)[None, :]
+                for half in tl.static_range(2):
+                    for byte in tl.static_range(4):
+                        x = tl.load(x_ptrs + (half * (GROUP // 2) + byte), mask=x_there, other=0.0)
+                        code = (codes >> (8 * byte + 4 * half)) & 15
+                        weight = code.to(tl.float32) * scale + least
+                        total = tl.dot(x, weight.to(x.dtype), total, input_precision="ieee")
+        if BITS == 8:
+            total = total * tl.load(scales_ptr + row, mask=row_exists, other=0.0)[None, :]
+    return total

@@ -1,52 +1,76 @@
-"""Scores of a block -> its coreset: one program per sharing group, in one pass over its tokens."""
+"""Scores to coresets, one program per sharing group; then coresets to a plan, in programs of a few tokens.
+
+Scores become integers that order as routing.ranking orders them, ties included. A tile has one row per token and EP
+lanes, EP a power of two. Lanes hold experts in the order of their ids, group by group: lane = group * GSP + place, with
+GSP the size of a group rounded up to a power of two. Lanes without an expert rank behind everything.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from expertshare.kernels.triton.device.ranking import (
-    NEVER_KEY,
-    experts_of_lanes,
-    ranking_keys,
-    scores_of_keys,
-    within_reach,
-)
+NEVER_KEY = tl.constexpr((0x007FFFFF << 16) | 0xFFFF)
+"""The highest key of a score of -inf: whatever can be chosen lies above."""
+
+
+@triton.jit
+def experts_of_lanes(lane, GROUP_SIZE: tl.constexpr, GSP: tl.constexpr, NUM_GROUPS: tl.constexpr):
+    """The expert of each lane, and whether there is one."""
+    place = lane % GSP
+    group = lane // GSP
+    return group * GROUP_SIZE + place, (place < GROUP_SIZE) & (group < NUM_GROUPS)
+
+
+@triton.jit
+def ranking_keys(score, lane, exists, LANES: tl.constexpr):
+    """int64 keys, all different, at least 0: larger for a larger score, of equal scores for the lower lane.
+
+    score: float32, -inf allowed, NaN not; 0.0 and -0.0 tie. -1 where there is no expert. LANES at most 65536.
+    """
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    ordered = tl.where(bits >= 0, bits, bits ^ 0x7FFFFFFF).to(tl.int64) + 2147483648
+    return tl.where(exists, (ordered << 16) | (LANES - 1 - lane).to(tl.int64), -1)
+
+
+@triton.jit
+def scores_of_keys(key):
+    """The scores that keys were made of; -inf where there was no expert."""
+    ordered = tl.where(key < 0, 0, ((key >> 16) & 0xFFFFFFFF) - 2147483648).to(tl.int32)
+    bits = tl.where(ordered >= 0, ordered, ordered ^ 0x7FFFFFFF)
+    return tl.where(key < 0, -float("inf"), bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def within_reach(
+    score, ROWS: tl.constexpr, NUM_GROUPS: tl.constexpr, NGP: tl.constexpr, GSP: tl.constexpr, KEPT: tl.constexpr
+):
+    """Scores [ROWS, NGP * GSP], -inf outside each row's KEPT best groups (routing.assign.limit_to_groups)."""
+    never = -float("inf")
+    grouped = tl.reshape(score, (ROWS, NGP, GSP))
+    best = tl.max(grouped, axis=2)
+    total = best
+    if GSP > 1:
+        at_best = grouped == best[:, :, None]
+        several = tl.sum(at_best.to(tl.int32), axis=2) > 1
+        total = best + tl.where(several, best, tl.max(tl.where(at_best, never, grouped), axis=2))
+    group = tl.arange(0, NGP)[None, :]
+    key = ranking_keys(total, group, group < NUM_GROUPS, NGP)
+    ahead = tl.sum((key[:, None, :] > key[:, :, None]).to(tl.int32), axis=2)
+    kept = (ahead < KEPT)[:, :, None]
+    return tl.reshape(tl.where(kept, grouped, never), (ROWS, NGP * GSP))
 
 
 @triton.jit(do_not_specialize=["size", "share_bits", "saturation_bits"])
 def coreset_kernel(
-    choice_ptr,
-    affinity_ptr,
-    live_ptr,
-    masked_ptr,
-    previous_ptr,
-    member_ptr,
-    keys_ptr,
-    mass_ptr,
-    used_ptr,
-    unique_ptr,
-    active_ptr,
-    load_ptr,
-    length,
-    size,
-    share_bits,
-    saturation_bits,
-    NUM_EXPERTS: tl.constexpr,
-    TOP_K: tl.constexpr,
-    RANKING: tl.constexpr,
-    FRONT: tl.constexpr,
-    WHOLE_FRONT: tl.constexpr,
-    HAS_SHARE: tl.constexpr,
-    ONLY_MASKED: tl.constexpr,
-    HAS_PREVIOUS: tl.constexpr,
-    NUM_GROUPS: tl.constexpr,
-    KEPT: tl.constexpr,
-    NGP: tl.constexpr,
-    GSP: tl.constexpr,
-    TOKENS: tl.constexpr,
+    choice_ptr, affinity_ptr, live_ptr, masked_ptr, previous_ptr,
+    member_ptr, keys_ptr, mass_ptr, used_ptr, unique_ptr, active_ptr, load_ptr,
+    length, size, share_bits, saturation_bits,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, RANKING: tl.constexpr, FRONT: tl.constexpr,
+    WHOLE_FRONT: tl.constexpr, HAS_SHARE: tl.constexpr, ONLY_MASKED: tl.constexpr, HAS_PREVIOUS: tl.constexpr,
+    NUM_GROUPS: tl.constexpr, KEPT: tl.constexpr, NGP: tl.constexpr, GSP: tl.constexpr, TOKENS: tl.constexpr,
     KEYS_AT_A_TIME: tl.constexpr,
-):
+):  # fmt: skip
     """Writes member [G, E], and zeros into what plan_kernel adds to: used [G, E], unique [G], active [E] and load [E].
 
     The fields of routing.rule.SharingRule. RANKING 0: all, 1: votes, 2: highest, 3: coverage. masked [G, L] with
@@ -59,7 +83,11 @@ def coreset_kernel(
     group = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     expert, exists = experts_of_lanes(lane, NUM_EXPERTS // NUM_GROUPS, GSP, NUM_GROUPS)
-    _clear(used_ptr, unique_ptr, active_ptr, load_ptr, group, expert, exists, NUM_EXPERTS)
+    tl.store(used_ptr + group * NUM_EXPERTS + expert, 0, mask=exists)
+    tl.store(unique_ptr + group, 0)
+    if group == 0:
+        tl.store(active_ptr + expert, False, mask=exists)
+        tl.store(load_ptr + expert, 0, mask=exists)
     member = exists
     if RANKING != 0:
         masked_voters = 0
@@ -187,15 +215,6 @@ def _cover(mass_at, votes, exists, length, size, LANES: tl.constexpr, TOKENS: tl
 
 
 @triton.jit
-def _clear(used_ptr, unique_ptr, active_ptr, load_ptr, group, expert, exists, NUM_EXPERTS: tl.constexpr):
-    tl.store(used_ptr + group * NUM_EXPERTS + expert, 0, mask=exists)
-    tl.store(unique_ptr + group, 0)
-    if group == 0:
-        tl.store(active_ptr + expert, False, mask=exists)
-        tl.store(load_ptr + expert, 0, mask=exists)
-
-
-@triton.jit
 def _in_prefix(key, keys_at, share_bits, LANES: tl.constexpr, KEYS_AT_A_TIME: tl.constexpr):
     """Members of the shortest prefix of a ranking that passes the share: routing.select.shortest_prefix."""
     share = share_bits.to(tl.int64).to(tl.float64, bitcast=True)
@@ -211,3 +230,98 @@ def _in_prefix(key, keys_at, share_bits, LANES: tl.constexpr, KEYS_AT_A_TIME: tl
 @triton.jit
 def _mass(score):
     return tl.maximum(score, 0.0).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["slots", "drop_bits"])
+def plan_kernel(
+    choice_ptr, affinity_ptr, live_ptr, member_ptr, expert_scale_ptr,
+    ids_ptr, weights_ptr, active_ptr, load_ptr, used_ptr, unique_ptr,
+    length, slots, drop_bits, scaling,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, TOP_KP: tl.constexpr,
+    HAS_DROP: tl.constexpr, RENORMALISE: tl.constexpr, HAS_EXPERT_SCALE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr, KEPT: tl.constexpr, NGP: tl.constexpr, GSP: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Writes ids [T, K] and weights [T, K]; adds to active [E], load [E], used [G, E] and unique [G], which
+    coreset_kernel has cleared. Additions are of integers: their order leaves no trace.
+
+    slots: of the K that a token keeps. drop_bits: float64 as an integer, see coreset_kernel.
+    """
+    LANES: tl.constexpr = NGP * GSP
+    group = tl.program_id(0).to(tl.int64)
+    place = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    token = group * length + place
+    exists_token = place < length
+    lane = tl.arange(0, LANES)
+    expert, exists = experts_of_lanes(lane, NUM_EXPERTS // NUM_GROUPS, GSP, NUM_GROUPS)
+    live = tl.load(live_ptr + token, mask=exists_token, other=0) != 0
+    member = tl.load(member_ptr + group * NUM_EXPERTS + expert, mask=exists, other=0) != 0
+    usable = live[:, None] & member[None, :]
+    row = token[:, None] * NUM_EXPERTS + expert[None, :]
+    choice = tl.load(choice_ptr + row, mask=usable, other=-float("inf"))
+    affinity = tl.load(affinity_ptr + row, mask=usable, other=0.0)
+    if KEPT < NUM_GROUPS:
+        choice = within_reach(choice, TOKENS, NUM_GROUPS, NGP, GSP, KEPT)
+    key = ranking_keys(choice, lane[None, :], exists[None, :], LANES)
+    slot = tl.arange(0, TOP_KP)[None, :]
+    ids = tl.full((TOKENS, TOP_KP), -1, tl.int32)
+    weight = tl.zeros((TOKENS, TOP_KP), tl.float32)
+    for rank in tl.static_range(TOP_K):
+        best = tl.max(key, axis=1)[:, None]
+        hit = (key == best) & (best > NEVER_KEY)
+        found = tl.max(tl.where(hit, expert[None, :], -1), axis=1)[:, None]
+        ids = tl.where(slot == rank, found, ids)
+        weight = tl.where(slot == rank, tl.sum(tl.where(hit, affinity, 0.0), axis=1)[:, None], weight)
+        key = tl.where(hit, -1, key)
+    kept = slot < slots
+    weight = tl.where(kept, weight, 0.0)
+    if HAS_DROP:
+        kept = kept & _heavy(weight, slot, drop_bits, TOKENS, TOP_K, TOP_KP)
+    ids = tl.where(kept, ids, -1)
+    used = ids >= 0
+    weight = tl.where(used, weight, 0.0)
+    if RENORMALISE:
+        weight = tl.div_rn(weight, tl.broadcast_to(_sum_of_slots(weight, slot, TOP_K), (TOKENS, TOP_KP)) + 1e-20)
+    weight = weight * scaling
+    if HAS_EXPERT_SCALE:
+        weight = weight * tl.load(expert_scale_ptr + ids, mask=used, other=0.0)
+    at = token[:, None] * TOP_K + slot
+    inside = exists_token[:, None] & (slot < TOP_K)
+    tl.store(ids_ptr + at, ids.to(tl.int64), mask=inside)
+    tl.store(weights_ptr + at, weight, mask=inside)
+    tl.store(active_ptr + ids, used, mask=used)
+    tl.atomic_add(load_ptr + ids, used.to(tl.int64), mask=used, sem="relaxed")
+    seen = tl.atomic_xchg(used_ptr + group * NUM_EXPERTS + ids, used.to(tl.int32), mask=used, sem="relaxed")
+    fresh = used & (seen == 0)
+    tl.atomic_add(unique_ptr + group, tl.sum(tl.sum(fresh.to(tl.int64), axis=1), axis=0), sem="relaxed")
+
+
+@triton.jit
+def _sum_of_slots(weight, slot, TOP_K: tl.constexpr):
+    """[TOKENS, 1], the slots in an order that depends on K alone: weights do not depend on a token's neighbours."""
+    total = tl.sum(tl.where(slot == 0, weight, 0.0), axis=1)
+    for rank in tl.static_range(1, TOP_K):
+        total += tl.sum(tl.where(slot == rank, weight, 0.0), axis=1)
+    return total[:, None]
+
+
+@triton.jit
+def _heavy(weight, slot, drop_bits, TOKENS: tl.constexpr, TOP_K: tl.constexpr, TOP_KP: tl.constexpr):
+    """routing.assign.drop_lightest, in its order of addition: from the lightest up, of equals the last slot first."""
+    share = drop_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    mass = weight.to(tl.float64)
+    total = tl.zeros((TOKENS,), tl.float64)
+    for rank in tl.static_range(TOP_K):
+        total += tl.sum(tl.where(slot == rank, mass, 0.0), axis=1)
+    part = mass / tl.broadcast_to(tl.maximum(total, 1e-20)[:, None], (TOKENS, TOP_KP))
+    waiting = tl.broadcast_to(slot < TOP_K, (TOKENS, TOP_KP))
+    kept = tl.zeros((TOKENS, TOP_KP), tl.int32)
+    upto = tl.zeros((TOKENS,), tl.float64)
+    for rank in tl.static_range(TOP_K):
+        least = tl.min(tl.where(waiting, part, float("inf")), axis=1)
+        last = tl.max(tl.where(waiting & (part == least[:, None]), slot, -1), axis=1)
+        upto += least
+        one = slot == last[:, None]
+        heavy = (upto >= share) | (rank == TOP_K - 1)
+        kept = tl.where(one & heavy[:, None], 1, kept)
+        waiting = waiting & (slot != last[:, None])
+    return kept > 0
