@@ -21,9 +21,7 @@ from expertshare.errors import ConfigError, PolicyError
 from expertshare.kernels import cpu_route
 from expertshare.kernels.cpu_route import PlanBuffers, plan_buffers, route_layer_cpu, router_scores_cpu
 from expertshare.routing import POLICIES, RoutingPolicy, SharingRule, parse_policy, policy_record, route_layer
-from expertshare.routing.block_top_p import BlockTopP
-from expertshare.routing.des import DesVote
-from expertshare.routing.per_token import TopKCap
+from expertshare.routing.policies import BlockTopP, DesVote, TopKCap
 from expertshare.routing.route import routed
 from expertshare.types import Coreset, Routed, RouterScores
 from routing.cases import BY_RULE, SPECS, plain_spec, policy_settings

@@ -1,13 +1,12 @@
 """Expert sharing: a policy is a rule; the rule chooses a coreset (`select`), the model routes inside it (`assign`)."""
 
 from expertshare.routing.assign import assign
-from expertshare.routing.layerwise import Layerwise, policy_at
-from expertshare.routing.policy import RoutingPolicy, default_budget, runs_on_torch
+from expertshare.routing.policies import POLICIES
+from expertshare.routing.policy import Layerwise, RoutingPolicy, default_budget, policy_at, runs_on_torch
 from expertshare.routing.route import count_load, route, route_layer, router_scores
 from expertshare.routing.rule import SharingRule
 from expertshare.routing.select import everything, select
 from expertshare.routing.table import (
-    POLICIES,
     Knob,
     knobs,
     make_policy,

@@ -1,38 +1,18 @@
-"""The POLICIES table: every policy by name, and how policies are read from text and written as it."""
+"""Policies by their names: how they are made, read from text, written as it and described in reports."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from expertshare.config import ModelConfig
 from expertshare.errors import PolicyError, nearest
-from expertshare.routing.block_max import BlockMax
-from expertshare.routing.block_top_p import BlockTopP
-from expertshare.routing.coverage import Coverage
-from expertshare.routing.des import DesSeq, DesVote
-from expertshare.routing.layerwise import Layerwise
-from expertshare.routing.per_token import Skip, TopKCap, Vanilla
-from expertshare.routing.policy import RoutingPolicy, runs_on_torch
-from expertshare.routing.protected_vote import ProtectedVote
+from expertshare.routing.policies import POLICIES, BlockMax, Vanilla
+from expertshare.routing.policy import Layerwise, RoutingPolicy, runs_on_torch
 
 Knob = int | float | str
-# fmt: off
-AnyPolicy = (
-    Vanilla
-    | TopKCap
-    | Skip
-    | DesSeq
-    | DesVote
-    | BlockTopP
-    | BlockMax
-    | ProtectedVote
-    | Coverage
-)
-# fmt: on
-
-POLICIES: dict[str, type[AnyPolicy]] = {policy.name: policy for policy in get_args(AnyPolicy)}
 
 
 def knobs(policy: RoutingPolicy) -> dict[str, Any]:
@@ -49,7 +29,7 @@ def policy_record(policy: RoutingPolicy) -> dict[str, Any]:
     return {**record, "routed_by": "torch"} if any(map(runs_on_torch, layers)) else record
 
 
-def make_policy(name: str, settings: Mapping[str, Knob] | None = None) -> AnyPolicy:
+def make_policy(name: str, settings: Mapping[str, Knob] | None = None) -> RoutingPolicy:
     """The policy called `name` with the given knobs; the others keep their defaults.
 
     Raises PolicyError for an unknown name, a knob of another policy, or a value of the wrong kind.
@@ -82,7 +62,7 @@ def _check_kind(policy: str, knob: str, value: Knob) -> None:
         raise PolicyError(f"{policy}: {knob} must be {noun}, got {value!r}")
 
 
-def parse_policy(text: str) -> AnyPolicy:
+def parse_policy(text: str) -> RoutingPolicy:
     """Read a policy written as `name` or `name:knob=value,knob=value`, e.g. `des-vote:budget=16`."""
     name, _, rest = text.partition(":")
     settings: dict[str, Knob] = {}
@@ -100,14 +80,12 @@ def parse_policy(text: str) -> AnyPolicy:
 def parse_knob(text: str) -> Knob:
     """A knob's value from text: a whole number, a number, or else a word."""
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
     return text
 
 
-def native_policy(config: ModelConfig) -> AnyPolicy:
+def native_policy(config: ModelConfig) -> RoutingPolicy:
     """The policy that a checkpoint was trained with: block max at its expert capacity (LLaDA2.2), else vanilla."""
     if config.expert_capacity is None:
         return Vanilla()
@@ -118,13 +96,9 @@ def policy_label(policy: RoutingPolicy) -> str:
     """`name:knob=value,...` with every number that is set and the words that differ; parse_policy reads it back."""
     if isinstance(policy, Layerwise):  # has no short form that parse_policy could read: its home is a policy file
         return f"{policy.name}({'; '.join(policy_label(layer) for layer in policy.layers)})"
-    told: list[str] = []
-    for knob in fields(policy):
-        value = getattr(policy, knob.name)
-        if value is not None and (not isinstance(value, str) or value != knob.default):
-            told.append(f"{knob.name}={value}")
-    text = ",".join(told)
-    return f"{policy.name}:{text}" if text else policy.name
+    values = [(knob, getattr(policy, knob.name)) for knob in fields(policy)]
+    told = [f"{knob.name}={v}" for knob, v in values if v is not None and (not isinstance(v, str) or v != knob.default)]
+    return f"{policy.name}:{','.join(told)}" if told else policy.name
 
 
 def parse_policies(texts: Sequence[str]) -> list[RoutingPolicy]:

@@ -71,20 +71,19 @@ def select_and_assign(
     from expertshare.kernels.triton.device.route import coreset_kernel, plan_kernel
 
     used_GE = new((groups, num_experts), torch.int32)  # marks of the experts that each group has used
-    only_masked = rule.voters == "masked" and scores.masked_GL is not None
+    masked_GL = scores.masked_GL if rule.voters == "masked" else None
+    voters_GL = live if masked_GL is None else masked_GL.expand(live.shape).contiguous()
     sizes = _lanes(num_experts, expert_groups(spec, rule.ballots == "grouped"), length, most_tokens=16)
     lanes = sizes["NGP"] * sizes["GSP"]
-    masked_GL = (
-        scores.masked_GL.expand(live.shape).contiguous() if only_masked and scores.masked_GL is not None else live
-    )
     kept_GE = live if previous is None else previous.member_GE.contiguous()
     scratch = new((groups, lanes)), new((groups, length * (rule.ranking == "coverage"), lanes + 1), torch.float64)
     coreset_kernel[(groups,)](
-        *given, masked_GL, kept_GE, member_GE, *scratch, used_GE, unique_G, plan.active_E, load_E,
+        *given, voters_GL, kept_GE, member_GE, *scratch, used_GE, unique_G, plan.active_E, load_E,
         length, rule.size, _bits(rule.prefix_share or 0.0), _bits(rule.saturation or 0.0),
         NUM_EXPERTS=num_experts, TOP_K=spec.top_k, RANKING=RANKINGS.index(rule.ranking),
         FRONT=min(rule.protected, spec.top_k), WHOLE_FRONT=rule.keep_protected, HAS_SHARE=rule.prefix_share is not None,
-        ONLY_MASKED=only_masked, HAS_PREVIOUS=previous is not None, KEYS_AT_A_TIME=min(16, lanes), **sizes, num_warps=8,
+        ONLY_MASKED=masked_GL is not None, HAS_PREVIOUS=previous is not None, KEYS_AT_A_TIME=min(16, lanes),
+        **sizes, num_warps=8,
     )  # fmt: skip
     sizes = _lanes(num_experts, expert_groups(spec, rule.group_limit == "inside"), length, most_tokens=4)
     scale_E = affinity if expert_scale_E is None else expert_scale_E.float().contiguous()
