@@ -46,7 +46,7 @@ def make_policy(name: str, settings: Mapping[str, Knob] | None = None) -> Routin
                 f"{name} has no knob {knob!r}: {hint}{name} takes: {', '.join(sorted(known)) or 'no knobs'}."
             )
         _check_kind(name, knob, value)
-    return kind(**(settings or {}))  # type: ignore[arg-type]
+    return kind(**(settings or {}))
 
 
 def _check_kind(policy: str, knob: str, value: Knob) -> None:
