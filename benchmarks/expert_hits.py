@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import numpy as np
 from torch import Tensor
@@ -19,7 +19,6 @@ from expertshare.evaluation.prompts import read_prompts
 from expertshare.evaluation.runner import encode_prompts
 from expertshare.experts import ResidentExperts
 from expertshare.experts.slots import Bools, simulate
-from expertshare.experts.whole import ResidentStore
 from expertshare.models import LoadedModel, Runtime
 from expertshare.routing import RoutingPolicy, parse_policies
 from expertshare.types import Loan
@@ -28,20 +27,18 @@ Trace = list[tuple[int, Bools]]
 SHARES = (0.4, 0.5, 0.75, 1.0, 1.25)
 
 
-class RecordingStore(ResidentStore):
-    """Lends everything, and remembers what was asked for."""
+class RecordingStore:
+    """A store that lends everything, and remembers what was asked for."""
 
     resident = False  # it hears of no step that is replayed
 
     def __init__(self, layers: list[ResidentExperts]) -> None:
-        super().__init__(layers)
+        self._layers = layers
         self.trace: Trace = []
 
-    @contextmanager
-    def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> Iterator[Loan]:
+    def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> AbstractContextManager[Loan]:
         self.trace.append((layer, active_E.numpy().copy()))
-        with super().borrow(layer, active_E, early=early) as loan:
-            yield loan
+        return self._layers[layer].borrow(layer, active_E, early=early)
 
 
 def record(loaded: LoadedModel, prompts: list[list[int]], policy: RoutingPolicy) -> Trace:

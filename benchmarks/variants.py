@@ -29,12 +29,12 @@ from expertshare.evaluation.prompts import PromptRecord
 from expertshare.evaluation.runner import PolicyRun, Setup, answer_prompts, encode_prompts
 from expertshare.evaluation.scoring import judge
 from expertshare.evaluation.statistics import paired_difference, retained, task_accuracy
-from expertshare.experts.whole import ResidentStore
+from expertshare.experts import ResidentExperts
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, load_model
 from expertshare.models.moe import MoE
 from expertshare.routing import Layerwise, RoutingPolicy, parse_policies
-from expertshare.types import ExpertStore, Loan
+from expertshare.types import Loan
 
 VANILLA = "vanilla"
 DECODINGS = {
@@ -54,15 +54,15 @@ class _Steps:
 
     resident = False  # it hears of no step that is replayed
 
-    def __init__(self, store: ExpertStore) -> None:
-        self._store, self.forwards = store, cast(Forwards, None)
+    def __init__(self, layers: Sequence[ResidentExperts]) -> None:
+        self._layers, self.forwards = layers, cast(Forwards, None)
         self._step: tuple[int, int] | None = None
         self.used: dict[tuple[int, int, int], Tensor] = {}
 
     def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> AbstractContextManager[Loan]:
         if self._step is not None:
             self.used[(layer, *self._step)] = active_E
-        return self._store.borrow(layer, active_E, early=early)
+        return self._layers[layer].borrow(layer, active_E, early=early)
 
     def prefill(self, rows: Sequence[Row]) -> None:
         self.forwards.prefill(rows)
@@ -82,7 +82,7 @@ def fetched(model: LoadedModel, prompts: Sequence[Sequence[int]], policy: str, o
     own = [module.experts for module in model.model.modules() if isinstance(module, MoE) and module.experts is not None]
     fresh: list[int] = []
     for prompt in prompts:
-        steps = _Steps(ResidentStore(own))
+        steps = _Steps(own)
         runtime = replace(Setup().runtime(model, read_policy(policy)), store=steps)
         stream = BlockDecoder(model.model, runtime, options).blocks([prompt])
         steps.forwards, stream.forwards = stream.forwards, steps

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from expertshare.experts.device_slots import in_chunks
+from expertshare.experts.slot_memory import in_chunks
 
 COPIES, COMPUTATION = "copies", "computation"
 PACES = ["eager", "late copies", "late computation", "all late", "random"]
@@ -32,7 +32,7 @@ class _Stream:
 
 
 class SimulatedTransfer:
-    """DeviceTransfer. forget: waits that it leaves out, as a faulty store would: "vacant" (copies for the computation
+    """CudaTransfer. forget: waits that it leaves out, as a faulty store would: "vacant" (copies for the computation
     before), "arrival" (computation for copies), "staging" (the host for copies)."""
 
     def __init__(self, pace: str = "late copies", *, seed: int = 0, forget: Collection[str] = ()) -> None:

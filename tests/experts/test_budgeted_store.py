@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from expertshare.errors import CheckpointError, ConfigError, ExpertMemoryError
 from expertshare.experts import BudgetedStore, ExpertLayout, SlabFormat
 from expertshare.experts.layout import LayerFile, layer_file_name
-from expertshare.experts.slot_memory import allocate_slabs
+from expertshare.experts.slab import allocate_slabs
 from expertshare.types import ExpertBank, Loan, QuantisedBank
 
 from .conversion import FORM, random_model, random_slabs

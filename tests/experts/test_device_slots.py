@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from expertshare.errors import CheckpointError, ConfigError, ExpertMemoryError
 from expertshare.experts import BudgetedStore, DeviceSlots, ExpertLayout
-from expertshare.experts.device_slots import NUM_STAGED
 from expertshare.experts.layout import LayerFile
-from expertshare.experts.slot_memory import ReadTeam
+from expertshare.experts.slot_memory import NUM_STAGED, ReadTeam
 from expertshare.types import ExpertBank, Loan
 
 from .conversion import FORM, random_model, random_slabs

@@ -18,11 +18,11 @@ from expertshare.experts import (
     ExpertMemory,
     ResidentSlabs,
     StoreOptions,
-    device_slots,
     open_store,
     opening,
+    slot_memory,
 )
-from expertshare.experts.device_slots import CudaTransfer, in_chunks, pinned
+from expertshare.experts.slot_memory import CudaTransfer, in_chunks, pinned
 from expertshare.models import fits, load_model
 
 from .conversion import FORM, convert, random_model
@@ -99,7 +99,7 @@ def test_pinned_memory_that_the_system_refuses_says_what_to_do(monkeypatch: pyte
         assert options["pin_memory"]
         raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be")
 
-    monkeypatch.setattr(device_slots.torch, "empty", refuse)
+    monkeypatch.setattr(slot_memory.torch, "empty", refuse)
     with pytest.raises(ConfigError, match=r"64MiB.*\(CUDA error: out of memory\).*ulimit -l.*memlock.*--host-memory"):
         pinned(64 << 20)
 
@@ -110,7 +110,7 @@ def test_memory_that_the_card_refuses_says_what_is_free(monkeypatch: pytest.Monk
 
     _Cuda(monkeypatch)
     moving = CudaTransfer(CUDA)
-    monkeypatch.setattr(device_slots.torch, "empty", refuse)
+    monkeypatch.setattr(slot_memory.torch, "empty", refuse)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3 << 30, 8 << 30))
     with pytest.raises(ExpertMemoryError, match=r"100 experts on cuda:0, got no 400KiB: 3GiB are free"):
         moving.slots(100, 4096)
@@ -118,7 +118,7 @@ def test_memory_that_the_card_refuses_says_what_is_free(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 20])
 def test_staging_begins_at_pages_and_wastes_little(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_slots, "_CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(slot_memory, "_CHUNK_BYTES", 1 << 16)
     asked: list[int] = []
 
     def allocate(size: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from expertshare.experts.whole import ResidentExperts, ResidentStore
+from expertshare.experts import ResidentExperts
 from expertshare.models.runtime import ForwardInput, Runtime
 from expertshare.models.transformer import MoETransformer, initialise
 from expertshare.routing import make_policy
@@ -16,33 +16,36 @@ from expertshare.training.config import reference_architecture
 from expertshare.types import ExpertBank, Loan
 
 
-class _OnlyActive(ResidentStore):
-    """Lends NaN for every expert that the plan did not ask for, and remembers who asked."""
+class _OnlyActive:
+    """A store that lends NaN for every expert that the plan did not ask for, and remembers who asked."""
+
+    resident = True
 
     def __init__(self, layers: list[ResidentExperts]) -> None:
-        super().__init__(layers)
+        self._layers = layers
         self.asked: list[tuple[int, int]] = []
 
     @contextmanager
     def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> Iterator[Loan]:
         self.asked.append((layer, int(active_E.sum())))
-        absent_E11 = ~active_E[:, None, None]
-        with super().borrow(layer, active_E, early=early) as loan:
-            nan, bank = float("nan"), loan.bank
-            assert isinstance(bank, ExpertBank)
-            gate_up_EHD = bank.gate_up_EHD.masked_fill(absent_E11, nan)
-            yield Loan(ExpertBank(gate_up_EHD, bank.down_EDF.masked_fill(absent_E11, nan)))
+        absent_E11, nan, bank = ~active_E[:, None, None], float("nan"), self._layers[layer].bank()
+        gate_up_EHD = bank.gate_up_EHD.masked_fill(absent_E11, nan)
+        yield Loan(ExpertBank(gate_up_EHD, bank.down_EDF.masked_fill(absent_E11, nan)))
 
 
-class _Backwards(ResidentStore):
-    """Lends the experts in the opposite order, as a store with slots would."""
+class _Backwards:
+    """A store that lends the experts in the opposite order, as one with slots would."""
+
+    resident = True
+
+    def __init__(self, layers: list[ResidentExperts]) -> None:
+        self._layers = layers
 
     @contextmanager
     def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> Iterator[Loan]:
-        with super().borrow(layer, active_E, early=early) as loan:
-            assert isinstance(loan.bank, ExpertBank)
-            bank = ExpertBank(loan.bank.gate_up_EHD.flip(0), loan.bank.down_EDF.flip(0))
-            yield Loan(bank, torch.arange(len(active_E)).flip(0))
+        bank = self._layers[layer].bank()
+        backwards = ExpertBank(bank.gate_up_EHD.flip(0), bank.down_EDF.flip(0))
+        yield Loan(backwards, torch.arange(len(active_E)).flip(0))
 
 
 def test_a_store_that_lends_only_active_experts_changes_nothing() -> None:

@@ -14,8 +14,8 @@ from expertshare.convert.rates import Rates
 from expertshare.convert.sizes import ModelSizes, cache_bytes
 from expertshare.errors import InputError
 from expertshare.experts.recording import RoutingRecord
+from expertshare.experts.slab import format_size
 from expertshare.experts.slots import Bools, simulate
-from expertshare.experts.store import format_size
 from expertshare.measure.memory import anonymous_bytes
 from expertshare.routing import RoutingPolicy, knobs
 

@@ -1,12 +1,11 @@
 """Expert stores: where the weights of experts live while a model runs, and the files that they come from."""
 
 from expertshare.experts.budgeted import BudgetedStore
-from expertshare.experts.device_slots import DeviceSlots
 from expertshare.experts.layout import ExpertLayout, has_expert_layout, read_manifest
-from expertshare.experts.opening import StoreOptions, open_store
-from expertshare.experts.slab import SlabFormat
-from expertshare.experts.store import ExpertMemory, SlabStore, StoreStatistics, format_size, parse_size
-from expertshare.experts.whole import MappedStore, ResidentExperts, ResidentSlabs
+from expertshare.experts.opening import ExpertMemory, StoreOptions, open_store
+from expertshare.experts.slab import SlabFormat, format_size, parse_size
+from expertshare.experts.slot_memory import DeviceSlots
+from expertshare.experts.store import MappedStore, ResidentExperts, ResidentSlabs, SlabStore, StoreStatistics
 
 __all__ = [
     "BudgetedStore",

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Self
 from weakref import WeakSet
 
 import numpy as np
@@ -17,15 +16,14 @@ from torch import Tensor
 
 from expertshare.errors import ConfigError, ExpertMemoryError
 from expertshare.experts.layout import ExpertLayout, open_layers
-from expertshare.experts.slab import SlabFormat
+from expertshare.experts.slab import SlabFormat, format_size
 from expertshare.experts.slot_memory import HostSlots, Moved, ReadTeam, SlabRead, SlotMemory
 from expertshare.experts.slots import Ints, ReuseForecast, SlotTable, needed_last
-from expertshare.experts.store import LayerCount, StoreStatistics, format_size, fresh_counts
+from expertshare.experts.store import LayerStatistics, SlabStore
 from expertshare.types import Loan
 
 NUM_READERS = 4
 """Enough to keep an SSD busy; they wait for the disk, not for a core."""
-
 
 _NONE: Ints = np.empty(0, dtype=np.int64)
 
@@ -42,7 +40,7 @@ class _Lease:
 class _Arrivals:
     """The slots of a loan, some of which are being filled."""
 
-    def __init__(self, wait: Callable[[], None], count: LayerCount, states_S: Tensor) -> None:
+    def __init__(self, wait: Callable[[], None], count: LayerStatistics, states_S: Tensor) -> None:
         self.wait, self._count, self.states_S = wait, count, states_S
 
     def waited(self, seconds: float) -> None:
@@ -50,7 +48,7 @@ class _Arrivals:
         self._count.stall_s += seconds
 
 
-class BudgetedStore:
+class BudgetedStore(SlabStore):
     """A SlabStore whose slots, shared by all layers, take at most `budget_bytes`.
 
     Borrowed experts stay where they are. On a miss the expert goes that ReuseForecast expects to be needed last.
@@ -62,7 +60,7 @@ class BudgetedStore:
     Raises ExpertMemoryError where the budget does not hold one expert, and `borrow` where it does not hold a layer's.
     """
 
-    resident = False
+    kind = "budget"
 
     def __init__(
         self,
@@ -81,7 +79,8 @@ class BudgetedStore:
                 f"expected an expert memory of at least {format_size(slab_bytes)}, which is one expert, got "
                 f"{format_size(budget_bytes)}: raise --expert-memory"
             )
-        self._layout, self._prefetch, self._pid = layout, prefetch, os.getpid()
+        super().__init__(layout, num_slots)
+        self._prefetch, self._pid = prefetch, os.getpid()
         self._slots = memory(layout.format, num_slots)
         self._files = open_layers(directory, layout, direct=direct)
         self._table = SlotTable(num_slots, layout.num_layers, layout.num_experts)
@@ -90,7 +89,6 @@ class BudgetedStore:
         self._forecast = ReuseForecast(layout.num_layers, layout.num_experts)
         self._pending: dict[int, SlabRead] = {}
         self._leases: WeakSet[_Lease] = WeakSet()
-        self._counts = fresh_counts(layout.num_layers)
         self._team = ReadTeam(NUM_READERS)
         self._closed = False
 
@@ -122,19 +120,8 @@ class BudgetedStore:
         finally:
             lease.slots = _NONE
 
-    def statistics(self) -> StoreStatistics:
-        """Since it was opened or last reset."""
-        layers = tuple(count.freeze() for count in self._counts)
-        return StoreStatistics(
-            kind="budget", slots=self._table.num_slots, slot_bytes=self._layout.format.slab_bytes, layers=layers
-        )
-
-    def reset(self) -> None:
-        """Count from zero; what is in memory stays."""
-        self._counts = fresh_counts(self._layout.num_layers)
-
     def close(self) -> None:
-        """Let files, threads and memory go; twice is fine. Banks that are still lent keep their memory."""
+        """See SlabStore."""
         if self._closed:
             return
         self._closed = True
@@ -146,12 +133,6 @@ class BudgetedStore:
             file.close()
         self._pending.clear()
         self._slots.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -171,11 +152,9 @@ class BudgetedStore:
             self._fetch(slot, layer, expert, ahead=False)
         slots: Ints = slot_of_E[active]
         lease.slots = slots
-        count, ahead = self._counts[layer], int(self._table.ahead_S[slots].sum())
+        ahead = int(self._table.ahead_S[slots].sum())
         self._table.ahead_S[slots] = False
-        count.requests += len(active)
-        count.prefetch_hits += ahead
-        count.hits += len(active) - len(missing) - ahead
+        self._counts[layer].count(len(active), len(active) - len(missing) - ahead, ahead)
 
     def _wait_for(self, layer: int, active: Ints, lease: _Lease) -> None:
         """Until the experts of lent slots are there."""

@@ -1,23 +1,59 @@
-"""Open the store that a user asked for."""
+"""Open the store that a user asked for, in the memory that they give to it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from expertshare.errors import ConfigError
+from expertshare.errors import ConfigError, InputError
 from expertshare.experts.budgeted import BudgetedStore
-from expertshare.experts.device_slots import CudaTransfer, DeviceSlots
 from expertshare.experts.layout import ExpertLayout
-from expertshare.experts.store import ExpertMemory, SlabStore, format_size
-from expertshare.experts.whole import MappedStore, ResidentSlabs
+from expertshare.experts.slab import format_size, parse_size
+from expertshare.experts.slot_memory import CudaTransfer, DeviceSlots
+from expertshare.experts.store import MappedStore, ResidentSlabs, SlabStore
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertMemory:
+    """Where experts are kept. kind "all": in memory, all of them; "mmap": mapped, the kernel decides; "budget": slots
+    of num_bytes altogether, filled by explicit reads."""
+
+    kind: Literal["all", "mmap", "budget"]
+    num_bytes: int = 0
+
+    @staticmethod
+    def parse(text: str) -> ExpertMemory:
+        """From `all`, `mmap` or a size; InputError for anything else."""
+        if text in ("all", "mmap"):
+            return ExpertMemory(kind="all" if text == "all" else "mmap")
+        try:
+            return ExpertMemory(kind="budget", num_bytes=parse_size(text))
+        except InputError as error:
+            raise InputError(f"expert memory: {error}, or all, or mmap") from error
+
+    @staticmethod
+    def parse_host(text: str) -> ExpertMemory:
+        """Memory of the host beside a GPU, from `all` or a size; InputError for anything else."""
+        try:
+            return ALL if text == "all" else ExpertMemory(kind="budget", num_bytes=parse_size(text))
+        except InputError as error:
+            raise InputError(f"host memory: {error}, or all") from error
+
+    def slabs(self, slab_bytes: int, num_experts: int) -> int:
+        """How many of so many experts it holds."""
+        return {"all": num_experts, "mmap": 0, "budget": min(self.num_bytes // slab_bytes, num_experts)}[self.kind]
+
+    def __str__(self) -> str:
+        return str(self.num_bytes) if self.kind == "budget" else self.kind
+
 
 ALL = ExpertMemory(kind="all")
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,20 +95,18 @@ def check_options(options: StoreOptions, device: torch.device) -> None:
     """Raise ConfigError for options that contradict each other, or that the device does not have."""
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"expected a model on the CPU or on a CUDA device for its expert store, got {device}")
-    if options.memory.kind == "mmap":
-        if device.type != "cpu":
-            raise ConfigError(
-                f"a mapping is memory of the host, but the model is on {device}: give --expert-memory a size, or all"
-            )
-        if options.direct:
-            raise ConfigError("expected direct reads or a mapping, got both: leave out --direct-io or give a size")
-    if options.host_memory is None:
-        return
-    if device.type == "cpu":
+    kind, host = options.memory.kind, options.host_memory
+    if kind == "mmap" and device.type != "cpu":
+        raise ConfigError(
+            f"a mapping is memory of the host, but the model is on {device}: give --expert-memory a size, or all"
+        )
+    if kind == "mmap" and options.direct:
+        raise ConfigError("expected direct reads or a mapping, got both: leave out --direct-io or give a size")
+    if host is not None and device.type == "cpu":
         raise ConfigError(
             "--host-memory keeps experts beside a GPU, but the model is on the CPU: give all of it to --expert-memory"
         )
-    if options.memory.kind == "all":
+    if host is not None and kind == "all":
         raise ConfigError(
             "expected --host-memory beside an --expert-memory of some size, got all experts on the GPU: leave one out"
         )

@@ -19,7 +19,7 @@ from expertshare.types import RoutingPlan
 VERSION = 1
 
 TokenExperts = tuple[tuple[int, ...], ...]
-"""Of one layer: the experts of each token."""
+"""Of one layer: the experts of each token. Or of one forward: those of each layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class RoutingRecord:
 
     num_layers: int
     num_experts: int
-    forwards: tuple[tuple[tuple[int, ...], ...], ...]
+    forwards: tuple[TokenExperts, ...]
     tokens: tuple[tuple[TokenExperts, ...], ...] = ()
 
 
@@ -86,19 +86,18 @@ def read_record(path: Path) -> RoutingRecord:
         raise InputError(
             f"{path} is not a routing record of version {VERSION}: make one with `generate --record-routing`"
         )
-    forwards = tuple(
-        _forward(value, num_layers, num_experts, path, number) for number, value in enumerate(values[1:], 2)
-    )
+    record = RoutingRecord(num_layers, num_experts, ())
+    forwards, tokens = [], []
+    for number, value in enumerate(values[1:], 2):
+        where = f"{path}, line {number}"
+        forwards.append(_layers(value.get("layers"), record, where))
+        if "tokens" in value:
+            tokens.append(_tokens(value["tokens"], forwards[-1], record, where))
     if not forwards:
         raise InputError(f"{path} holds no forward: record a generation to its end")
-    tokens = tuple(
-        _tokens(value, layers, path, number)
-        for number, (value, layers) in enumerate(zip(values[1:], forwards, strict=True), 2)
-        if "tokens" in value
-    )
     if tokens and len(tokens) != len(forwards):
         raise InputError(f"{path}: only {len(tokens)} of {len(forwards)} forwards have tokens; record it again")
-    return RoutingRecord(num_layers, num_experts, forwards, tokens)
+    return RoutingRecord(num_layers, num_experts, tuple(forwards), tuple(tokens))
 
 
 def _object(line: str, path: Path, number: int) -> dict[str, Any]:
@@ -111,37 +110,33 @@ def _object(line: str, path: Path, number: int) -> dict[str, Any]:
     return value
 
 
-def _forward(
-    value: dict[str, Any], num_layers: int, num_experts: int, path: Path, number: int
-) -> tuple[tuple[int, ...], ...]:
-    layers = value.get("layers")
-    if (
-        not isinstance(layers, list)
-        or len(layers) != num_layers
-        or not all(isinstance(ids, list) for ids in layers)
-        or not all(isinstance(e, int) and 0 <= e < num_experts for ids in layers for e in ids)
-    ):
+def _are_ids(lists: object, num_experts: int) -> bool:
+    """Whether something is a list of lists of expert ids."""
+    return isinstance(lists, list) and all(
+        isinstance(ids, list) and all(isinstance(e, int) and 0 <= e < num_experts for e in ids) for ids in lists
+    )
+
+
+def _layers(found: Any, record: RoutingRecord, where: str) -> TokenExperts:
+    """The ids that each layer of a forward used."""
+    if not _are_ids(found, record.num_experts) or len(found) != record.num_layers:
         raise InputError(
-            f"{path}, line {number}: expected the expert ids (0..{num_experts - 1}) of {num_layers} layers; record the "
+            f"{where}: expected the expert ids (0..{record.num_experts - 1}) of {record.num_layers} layers; record the "
             "generation again"
         )
-    return tuple(tuple(ids) for ids in layers)
+    return tuple(map(tuple, found))
 
 
-def _tokens(
-    value: dict[str, Any], layers: tuple[tuple[int, ...], ...], path: Path, number: int
-) -> tuple[TokenExperts, ...]:
-    """Those of a forward whose layers have been read; together they are the layers' ids."""
-    found = value["tokens"]
+def _tokens(found: Any, layers: TokenExperts, record: RoutingRecord, where: str) -> tuple[TokenExperts, ...]:
+    """The ids of each token, by layer, of a forward whose layers used `layers`."""
     if (
         not isinstance(found, list)
-        or len(found) != len(layers)
-        or not all(isinstance(tokens, list) and all(isinstance(ids, list) for ids in tokens) for tokens in found)
+        or not all(_are_ids(tokens, record.num_experts) for tokens in found)
         or len({len(tokens) for tokens in found}) != 1
-        or any({e for ids in tokens for e in ids} != set(used) for tokens, used in zip(found, layers, strict=True))
+        or [{e for ids in tokens for e in ids} for tokens in found] != list(map(set, layers))
     ):
         raise InputError(
-            f"{path}, line {number}: expected `tokens` to hold, for each of {len(layers)} layers, the experts of every "
-            "token, together those of `layers`; record the generation again"
+            f"{where}: expected `tokens` to hold, for each of {len(layers)} layers, the experts of every token, "
+            "together those of `layers`; record the generation again"
         )
-    return tuple(tuple(tuple(ids) for ids in tokens) for tokens in found)
+    return tuple(tuple(map(tuple, tokens)) for tokens in found)

@@ -1,12 +1,14 @@
 """One expert as bytes: its weights side by side in a slab, so that a single read brings all of them.
 
-The specification is docs/expert-layout.md. Everything here follows from the table of parts: the offsets, the writing,
-and the views through which the kernels compute on the bytes as they lie.
+The specification is docs/expert-layout.md. Everything about a slab follows from the table of its parts: the offsets,
+the writing, and the views through which the kernels compute on the bytes as they lie. Then memory for slabs, and sizes
+of memory as people write them.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -15,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertshare.errors import CheckpointError, ConfigError
+from expertshare.errors import CheckpointError, ConfigError, ExpertMemoryError, InputError
+from expertshare.native import ask_for_huge_pages
 from expertshare.types import PANEL_ROWS, Bank, ExpertBank, QuantisedBank, QuantisedWeight
 
 PAGE_BYTES = 4096
@@ -23,6 +26,9 @@ PAGE_BYTES = 4096
 PART_BYTES = 64
 """Parts begin at a cache line, and at an address that every vector load may use."""
 
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 _BITS = {"none": 0, "int8": 8, "int4": 4}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -178,3 +184,49 @@ class SlabFormat:
 
 def _round_up(count: int, multiple: int) -> int:
     return math.ceil(count / multiple) * multiple
+
+
+def allocate_slabs(count: int, slab_bytes: int) -> Tensor:
+    """Uninitialised uint8 [count, slab_bytes]; a page is taken from the system when it is first written.
+
+    Raises ExpertMemoryError where the system refuses that much address space.
+    """
+    try:
+        raw = torch.empty(count * slab_bytes + PAGE_BYTES, dtype=torch.uint8)
+    except RuntimeError as error:  # what torch's allocator raises
+        raise ExpertMemoryError(
+            f"expected memory for {count} experts, got no {format_size(count * slab_bytes)} from the system: lower "
+            "--expert-memory, or take mmap"
+        ) from error
+    slabs_SB = whole_slabs(raw, slab_bytes)
+    ask_for_huge_pages(slabs_SB)
+    return slabs_SB
+
+
+def whole_slabs(raw: Tensor, slab_bytes: int) -> Tensor:
+    """Of some memory (uint8 [bytes]) all but a page, uint8 [slots, slab_bytes], so that slabs begin at pages."""
+    start = -raw.data_ptr() % PAGE_BYTES
+    return raw[start : start + len(raw) - PAGE_BYTES].view(-1, slab_bytes)
+
+
+def as_memory(slabs_SB: Tensor) -> memoryview:
+    """The bytes of all slabs in one row, writable."""
+    return slabs_SB.flatten().numpy().data
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 3GiB, 800MB, 1.5 GiB or 4096 (bytes). Raises InputError for anything else, and for 0."""
+    match = _SIZE.fullmatch(text.strip())
+    unit = _UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise InputError(f"expected a size such as 3GiB, 800MB or a number of bytes, got {text!r}: write it like that")
+    size = int(float(match[1]) * unit)
+    if size < 1:
+        raise InputError(f"expected a size of at least one byte, got {text!r}: give a larger one")
+    return size
+
+
+def format_size(num_bytes: int) -> str:
+    """A size in binary units, rounded up to a tenth, so that it can be given back as a budget."""
+    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if num_bytes >= u), (1, "B"))
+    return f"{-(-num_bytes * 10 // unit) / 10:g}{name}"

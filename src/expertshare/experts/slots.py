@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertshare.errors import ExpertMemoryError
-from expertshare.experts.store import LayerCount, LayerStatistics, fresh_counts
+from expertshare.experts.store import LayerStatistics
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -127,14 +127,14 @@ def simulate(
     """
     table = SlotTable(num_slots, num_layers, num_experts)
     forecast = ReuseForecast(num_layers, num_experts)
-    counts = fresh_counts(num_layers)
+    counts = tuple(LayerStatistics() for _ in range(num_layers))
     for layer, member_E in trace:
         forecast.observe(layer, member_E)
         _bring(table, forecast, layer, np.flatnonzero(member_E), counts[layer])
-    return tuple(count.freeze() for count in counts)
+    return counts
 
 
-def _bring(table: SlotTable, forecast: ReuseForecast, layer: int, active: Ints, count: LayerCount) -> None:
+def _bring(table: SlotTable, forecast: ReuseForecast, layer: int, active: Ints, count: LayerStatistics) -> None:
     present = table.slot_of_NE[layer, active]
     missing = active[present < 0]
     if len(active) > table.num_slots:
@@ -146,6 +146,5 @@ def _bring(table: SlotTable, forecast: ReuseForecast, layer: int, active: Ints, 
         slots = needed_last(table, forecast, layer, present[present >= 0])
         for slot, expert in zip(slots.tolist(), missing.tolist(), strict=False):
             table.place(slot, layer, expert, ahead=False)
-    count.requests += len(active)
-    count.hits += len(active) - len(missing)
+    count.count(len(active), len(active) - len(missing))
     count.reads += len(missing)

@@ -1,74 +1,25 @@
-"""What every store over a converted model has in common: its memory, as people write it, and what it counts."""
+"""What every store over a converted model has in common and counts, and those that have all of its experts at hand."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol, Self
+import mmap
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Self
 
-from expertshare.errors import InputError
-from expertshare.types import ExpertStore
+import torch
+from torch import Tensor, nn
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as 3GiB, 800MB, 1.5 GiB or 4096 (bytes). Raises InputError for anything else, and for 0."""
-    match = _SIZE.fullmatch(text.strip())
-    unit = _UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None:
-        raise InputError(f"expected a size such as 3GiB, 800MB or a number of bytes, got {text!r}: write it like that")
-    size = int(float(match[1]) * unit)
-    if size < 1:
-        raise InputError(f"expected a size of at least one byte, got {text!r}: give a larger one")
-    return size
+from expertshare.errors import ConfigError, ExpertMemoryError
+from expertshare.experts.layout import ExpertLayout, LayerFile, open_layers
+from expertshare.experts.slab import allocate_slabs, as_memory, format_size
+from expertshare.types import Bank, ExpertBank, Loan
 
 
-def format_size(num_bytes: int) -> str:
-    """A size in binary units, rounded up to a tenth, so that it can be given back as a budget."""
-    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")) if num_bytes >= u), (1, "B"))
-    return f"{-(-num_bytes * 10 // unit) / 10:g}{name}"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ExpertMemory:
-    """Where experts are kept. kind "all": in memory, all of them; "mmap": mapped, the kernel decides; "budget": slots
-    of num_bytes altogether, filled by explicit reads."""
-
-    kind: Literal["all", "mmap", "budget"]
-    num_bytes: int = 0
-
-    @staticmethod
-    def parse(text: str) -> ExpertMemory:
-        """From `all`, `mmap` or a size; InputError for anything else."""
-        if text in ("all", "mmap"):
-            return ExpertMemory(kind="all" if text == "all" else "mmap")
-        try:
-            return ExpertMemory(kind="budget", num_bytes=parse_size(text))
-        except InputError as error:
-            raise InputError(f"expert memory: {error}, or all, or mmap") from error
-
-    @staticmethod
-    def parse_host(text: str) -> ExpertMemory:
-        """Memory of the host beside a GPU, from `all` or a size; InputError for anything else."""
-        if text == "all":
-            return ExpertMemory(kind="all")
-        try:
-            return ExpertMemory(kind="budget", num_bytes=parse_size(text))
-        except InputError as error:
-            raise InputError(f"host memory: {error}, or all") from error
-
-    def slabs(self, slab_bytes: int, num_experts: int) -> int:
-        """How many of so many experts it holds."""
-        return {"all": num_experts, "mmap": 0, "budget": min(self.num_bytes // slab_bytes, num_experts)}[self.kind]
-
-    def __str__(self) -> str:
-        return str(self.num_bytes) if self.kind == "budget" else self.kind
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class LayerStatistics:
     """One MoE layer. requests: experts that were borrowed; hits: those that were there (None where the kernel, which
     keeps a mapping, does not say); prefetch_hits: those that were there, or on their way, only because they had been
@@ -89,6 +40,12 @@ class LayerStatistics:
             return None
         return (self.hits + self.prefetch_hits) / self.requests
 
+    def count(self, requests: int, hits: int, prefetch_hits: int = 0) -> None:
+        """One more visit of the layer."""
+        self.requests += requests
+        self.hits = (self.hits or 0) + hits
+        self.prefetch_hits += prefetch_hits
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreStatistics:
@@ -103,15 +60,11 @@ class StoreStatistics:
     @property
     def total(self) -> LayerStatistics:
         """The sum over all layers."""
-        hits = [layer.hits for layer in self.layers]
-        return LayerStatistics(
-            requests=sum(layer.requests for layer in self.layers),
-            hits=None if None in hits else sum(count or 0 for count in hits),
-            prefetch_hits=sum(layer.prefetch_hits for layer in self.layers),
-            reads=sum(layer.reads for layer in self.layers),
-            copies=sum(layer.copies for layer in self.layers),
-            stall_s=sum(layer.stall_s for layer in self.layers),
-        )
+        names = [field.name for field in fields(LayerStatistics)]
+        sums: dict[str, Any] = {name: sum(getattr(layer, name) or 0 for layer in self.layers) for name in names}
+        if any(layer.hits is None for layer in self.layers):
+            sums["hits"] = None
+        return LayerStatistics(**sums)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: totals, and the rates of every layer."""
@@ -129,43 +82,184 @@ class StoreStatistics:
         }
 
 
-@dataclass(slots=True)
-class LayerCount:
-    """The counts of LayerStatistics while they still grow."""
-
-    requests: int = 0
-    hits: int = 0
-    prefetch_hits: int = 0
-    reads: int = 0
-    copies: int = 0
-    stall_s: float = 0.0
-
-    def freeze(self, *, hits_known: bool = True) -> LayerStatistics:
-        """The statistics as they are now."""
-        return LayerStatistics(**{**asdict(self), **({} if hits_known else {"hits": None})})
-
-
-def fresh_counts(num_layers: int) -> list[LayerCount]:
-    """Nothing counted yet, by layer."""
-    return [LayerCount() for _ in range(num_layers)]
-
-
-class SlabStore(ExpertStore, Protocol):
+class SlabStore(ABC):
     """An ExpertStore that reads slabs, counts, and has to be closed. It serves one forward at a time: two threads may
     not borrow at once, and a forked process opens a store of its own."""
 
+    kind = ""
+    resident = False
+    """See ExpertStore."""
+
+    def __init__(self, layout: ExpertLayout, num_slots: int) -> None:
+        self._layout, self._num_slots = layout, num_slots
+        self.reset()
+
+    @abstractmethod
+    def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> AbstractContextManager[Loan]:
+        """See ExpertStore. Raises ConfigError where the store was closed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let files, threads and memory go; twice is fine. Banks that are still lent keep their memory."""
+
     def statistics(self) -> StoreStatistics:
         """Since it was opened or last reset."""
-        ...
+        return StoreStatistics(
+            kind=self.kind,
+            slots=self._num_slots,
+            slot_bytes=self._layout.format.slab_bytes,
+            layers=tuple(map(replace, self._counts)),
+        )
 
     def reset(self) -> None:
         """Count from zero; what is in memory stays."""
-        ...
+        self._counts = [LayerStatistics() for _ in range(self._layout.num_layers)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ResidentExperts(nn.Module):
+    """Experts of one layer as parameters: gate_up [E, 2F, D] (gate rows first) and down [E, D, F]."""
+
+    def __init__(self, num_experts: int, hidden_size: int, expert_hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * expert_hidden, hidden_size))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden_size, expert_hidden))
+        self._bank: ExpertBank | None = None
+
+    def bank(self) -> ExpertBank:
+        """The weights, as they are; the same object for as long as the parameters are."""
+        gate_up, down = self.gate_up, self.down
+        if self._bank is None or self._bank.gate_up_EHD is not gate_up or self._bank.down_EDF is not down:
+            self._bank = ExpertBank(gate_up, down)
+        return self._bank
+
+    def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> AbstractContextManager[Loan]:
+        """As ExpertStore.borrow, of the one layer that these are."""
+        return nullcontext(Loan(self.bank()))
+
+
+_CPU = torch.device("cpu")
+
+
+class _WholeStore(SlabStore):
+    """A SlabStore in which expert e is row e of its layer's bank. Requests are counted beside the bank: a device has
+    not to be waited for, and may run a captured graph."""
+
+    def __init__(self, layout: ExpertLayout, banks: list[Bank], device: torch.device = _CPU) -> None:
+        self._banks = banks
+        with torch.inference_mode(False):  # a borrower may be in that mode, or not
+            self._asked_N = torch.zeros(layout.num_layers, dtype=torch.int64, device=device)
+        super().__init__(layout, layout.num_layers * layout.num_experts)
+
+    @contextmanager
+    def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> Iterator[Loan]:
+        """The layer's whole bank."""
+        if not self._banks:
+            raise ConfigError("expected an open expert store, got one that was closed: open it again")
+        self._asked_N[layer] += active_E.sum()
+        self._announce(layer, active_E)
+        yield Loan(self._banks[layer])
+
+    def statistics(self) -> StoreStatistics:
+        """See SlabStore. Waits for the device."""
+        for count, asked in zip(self._counts, self._asked_N.tolist(), strict=True):
+            count.requests, count.hits = asked, None if self.kind == "mmap" else asked
+        return super().statistics()
+
+    def reset(self) -> None:
+        """See SlabStore."""
+        super().reset()
+        self._asked_N.zero_()
 
     def close(self) -> None:
-        """Let files, threads and memory go; twice is fine. Banks that are still lent keep their memory."""
-        ...
+        """See SlabStore."""
+        self._banks.clear()
 
-    def __enter__(self) -> Self: ...
+    def _announce(self, layer: int, active_E: Tensor) -> None:
+        """These experts will be read."""
 
-    def __exit__(self, *_: object) -> None: ...
+
+class ResidentSlabs(_WholeStore):
+    """Every expert in memory, of the host or of a device, read once when the store is opened. direct: past the page
+    cache. Raises ExpertMemoryError where they do not fit."""
+
+    kind = "all"
+    resident = True
+
+    def __init__(
+        self, directory: Path, layout: ExpertLayout, *, direct: bool = False, device: torch.device = _CPU
+    ) -> None:
+        files = open_layers(directory, layout, direct=direct)
+        try:
+            super().__init__(layout, [layout.format.bank(_moved(_read_all(file), device)) for file in files], device)
+        finally:
+            for file in files:
+                file.close()
+        for count in self._counts:
+            count.reads = layout.num_experts
+            count.copies = 0 if device.type == "cpu" else layout.num_experts
+
+
+class MappedStore(_WholeStore):
+    """Experts as pages of their files, which the kernel brings and drops as it sees fit.
+
+    The mapping is private: nothing can be written to the files. It costs no anonymous memory, but a file that is
+    truncated while it is mapped ends the process (SIGBUS), as with every mapping.
+    """
+
+    kind = "mmap"
+
+    def __init__(self, directory: Path, layout: ExpertLayout) -> None:
+        files = open_layers(directory, layout)
+        try:
+            self._maps = [mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) for file in files]
+            self._starts = [file.data_start for file in files]
+            banks = [layout.format.bank(_mapped(file, pages)) for file, pages in zip(files, self._maps, strict=True)]
+        finally:
+            for file in files:
+                file.close()
+        self._last_NE = torch.zeros(layout.num_layers, layout.num_experts, dtype=torch.bool)
+        super().__init__(layout, banks)
+
+    def close(self) -> None:
+        """See SlabStore. The mappings end with the last bank that is still lent, not under it."""
+        super().close()
+        self._maps.clear()
+
+    def _announce(self, layer: int, active_E: Tensor) -> None:
+        """Have the kernel read whole experts at once, where it would read ahead a few pages of each. Those of the last
+        visit are likely to be there still, and asking for them costs a walk over their pages."""
+        size, start = self._layout.format.slab_bytes, self._starts[layer]
+        fresh_E = active_E & ~self._last_NE[layer]
+        self._last_NE[layer] = active_E
+        for expert in fresh_E.nonzero().flatten().tolist():
+            self._maps[layer].madvise(mmap.MADV_WILLNEED, start + expert * size, size)
+
+
+def _read_all(file: LayerFile) -> Tensor:
+    size = file.header.format.slab_bytes
+    slabs_EB = allocate_slabs(file.header.num_experts, size)
+    memory = as_memory(slabs_EB)
+    for expert in range(file.header.num_experts):
+        file.read_into(expert, memory[expert * size : (expert + 1) * size])
+    return slabs_EB
+
+
+def _moved(slabs_EB: Tensor, device: torch.device) -> Tensor:
+    try:
+        return slabs_EB.to(device)
+    except torch.OutOfMemoryError as error:
+        raise ExpertMemoryError(
+            f"expected memory for all experts on {device}, got none for {format_size(slabs_EB.numel())} more: give the "
+            "memory that there is to --expert-memory, as a size"
+        ) from error
+
+
+def _mapped(file: LayerFile, pages: mmap.mmap) -> Tensor:
+    bytes_X = torch.frombuffer(pages, dtype=torch.uint8, count=file.header.slabs_bytes, offset=file.data_start)
+    return bytes_X.view(file.header.num_experts, -1)

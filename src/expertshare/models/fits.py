@@ -9,8 +9,8 @@ import torch
 
 from expertshare.errors import ExpertMemoryError
 from expertshare.experts.layout import DENSE, has_expert_layout, read_manifest
-from expertshare.experts.opening import StoreOptions, num_kept
-from expertshare.experts.store import ExpertMemory, format_size
+from expertshare.experts.opening import ExpertMemory, StoreOptions, num_kept
+from expertshare.experts.slab import format_size
 from expertshare.measure.memory import usable_memory_bytes
 from expertshare.models.checkpoint import WEIGHTS, StoredTensor, loaded_bytes, read_headers
 

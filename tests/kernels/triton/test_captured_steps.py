@@ -17,7 +17,7 @@ from expertshare.config import ModelConfig, RouterSpec
 from expertshare.decoding import BlockDecoder, BlockResult, BlockStream, DecodingOptions
 from expertshare.decoding.captured import CapturedSteps, CudaGraphs, Graphs, capacity_for
 from expertshare.errors import NumericsError
-from expertshare.experts.whole import ResidentSlabs
+from expertshare.experts.store import ResidentSlabs
 from expertshare.kernels import TorchBackend
 from expertshare.kernels.triton.backend import TritonBackend
 from expertshare.measure.cost import Cost
@@ -158,7 +158,7 @@ def test_a_store_of_all_experts_is_captured_and_counts_the_same(device: torch.de
         model = model_of(config, device)
         banks = [layer.moe.experts.bank() for layer in model.layers if layer.moe is not None]
         store = ResidentSlabs.__new__(ResidentSlabs)
-        layout = SimpleNamespace(num_layers=len(banks))
+        layout = SimpleNamespace(num_layers=len(banks), num_experts=config.router.num_experts)
         super(ResidentSlabs, store).__init__(layout, banks, device)  # type: ignore[arg-type]
         runtime = Runtime(policy=parse_policy("des-vote"), backend=TritonBackend(), store=store, graphs=captured)
         decoder = BlockDecoder(model, runtime, OPTIONS, graphs=graphs_for(device))

@@ -17,7 +17,7 @@ from torch import Tensor
 from expertshare import native
 from expertshare.convert.rates import CACHE_FACTOR, GEMM_SHAPES, gemm_rate, last_level_cache_bytes, ones, read_bandwidth
 from expertshare.errors import ConfigError, InputError
-from expertshare.experts.device_slots import pinned
+from expertshare.experts.slot_memory import pinned
 from expertshare.kernels.triton import interpreted, unavailable_reason
 from expertshare.lab.bench.timing import Call, Walk, gpu_seconds, take_turns_on_gpu
 from expertshare.measure.environment import capture_environment

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from expertshare.config import ModelConfig, RouterSpec
-from expertshare.experts.slab import SlabFormat
-from expertshare.experts.slot_memory import allocate_slabs
+from expertshare.experts.slab import SlabFormat, allocate_slabs
 from expertshare.kernels import Past
 from expertshare.kernels.quantise import quantise_bank, scheme_named
 from expertshare.models import ForwardInput, MoETransformer, Runtime
