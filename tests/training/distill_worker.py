@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from expertshare.models.transformer import MoETransformer, initialise
-from expertshare.training.block_diffusion import Sample
+from expertshare.training.batches import Sample
 from expertshare.training.config import DistillConfig, reference_architecture
 from expertshare.training.distill import distill_folder, make_trainer
 from expertshare.training.processes import Processes, connect, disconnect

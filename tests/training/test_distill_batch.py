@@ -13,7 +13,7 @@ from expertshare.config import ModelConfig
 from expertshare.models.runtime import ForwardInput, Runtime
 from expertshare.models.transformer import MoETransformer, initialise
 from expertshare.routing import parse_policy
-from expertshare.training.block_diffusion import Sample, draw_mask, padded_batch
+from expertshare.training.batches import Sample, draw_mask, padded_batch
 from expertshare.training.config import DistillConfig, reference_architecture
 from expertshare.training.trainer import BatchLoss
 from expertshare.types import RoutingPlan

@@ -14,7 +14,7 @@ from expertshare.config import ModelConfig
 from expertshare.errors import ConfigError, PolicyError, TrainingError
 from expertshare.models.transformer import MoETransformer, initialise
 from expertshare.routing import parse_policy
-from expertshare.training.block_diffusion import Sample
+from expertshare.training.batches import Sample
 from expertshare.training.config import DistillConfig, make_curriculum, reference_architecture
 from expertshare.training.distill import distill_folder, draw_indices, make_trainer
 from expertshare.training.run_folder import RunFolder

@@ -10,7 +10,7 @@ from expertshare.config import ModelConfig
 from expertshare.models.runtime import ForwardInput, Runtime
 from expertshare.models.transformer import MoETransformer, initialise
 from expertshare.routing import make_policy
-from expertshare.training.block_diffusion import Sample, attention_mask, geometry, grouped_batches
+from expertshare.training.batches import Sample, attention_mask, geometry, grouped_batches
 from expertshare.training.config import TrainingConfig, reference_architecture
 
 NOISE = TrainingConfig(mask_ratio=(0.3, 0.8), full_mask_share=0.2, fill_weight=0.2)

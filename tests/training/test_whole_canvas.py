@@ -13,12 +13,11 @@ from expertshare.errors import ConfigError
 from expertshare.lab.tasks.problems import TaskProblems
 from expertshare.models import MoETransformer, Runtime, initialise, load_model
 from expertshare.routing import make_policy, parse_policy
-from expertshare.training import whole_canvas
-from expertshare.training.block_diffusion import Sample, TrainingBatch
+from expertshare.training import batches
+from expertshare.training.batches import Sample, TrainingBatch, canvas_batches
 from expertshare.training.config import TrainingConfig, reference_architecture
 from expertshare.training.scratch import prepare, run, run_folder
 from expertshare.training.trainer import LoadBalance
-from expertshare.training.whole_canvas import canvas_batches
 
 NOISE = TrainingConfig(mask_ratio=(0.3, 0.8), full_mask_share=0.2, fill_weight=0.2)
 EOS, MASK, PAD = 1, 0, 2
@@ -45,7 +44,7 @@ def batches(config: ModelConfig, count: int = 60, seed: int = 0) -> list[Trainin
 
 def test_the_answer_is_masked_as_decoding_leaves_it(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the block that is learnt everything is decided, behind it everything is masked."""
-    monkeypatch.setattr(whole_canvas, "LLADA_SHARE", 0.0)
+    monkeypatch.setattr(batches, "LLADA_SHARE", 0.0)
     seen = 0
     for batch in batches(config):
         masked_BS, learnt_BS = batch.inputs.tokens_BS == MASK, batch.weights_BS > 0
@@ -63,7 +62,7 @@ def test_the_answer_is_masked_as_decoding_leaves_it(config: ModelConfig, monkeyp
 
 
 def test_llada_masks_the_whole_answer_at_one_rate(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(whole_canvas, "LLADA_SHARE", 1.0)
+    monkeypatch.setattr(batches, "LLADA_SHARE", 1.0)
     for batch in batches(config):
         assert torch.equal(batch.inputs.tokens_BS == MASK, batch.weights_BS > 0)
 

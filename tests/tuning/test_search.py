@@ -10,10 +10,9 @@ from expertshare.errors import InputError, PolicyError
 from expertshare.evaluation.prompts import PromptRecord
 from expertshare.evaluation.statistics import PairedCounts
 from expertshare.routing import Layerwise, make_policy
-from expertshare.tuning.allocation import LayerOption, Sensitivity
 from expertshare.tuning.certificate import chance_to_pass
 from expertshare.tuning.options import TuningOptions, resolve_quality, split_prompts
-from expertshare.tuning.replay import Replayed
+from expertshare.tuning.replay import LayerOption, Replayed, Sensitivity
 from expertshare.tuning.search import (
     Point,
     around,

@@ -9,11 +9,18 @@ from pathlib import Path
 import torch
 
 from expertshare.api.loading import DecodingValue, Model, decoding_options, for_model, listed, load, opened
-from expertshare.evaluation.evaluating import Evaluation, EvaluationSettings, NoticeListener, evaluate_sources
+from expertshare.evaluation.evaluating import (
+    Evaluation,
+    EvaluationSettings,
+    NoticeListener,
+    check_task_names,
+    evaluate_sources,
+    harness_version,
+    make_sources,
+)
 from expertshare.evaluation.items import SourceOptions
 from expertshare.evaluation.presets import find_preset
 from expertshare.evaluation.runner import ProgressListener, Setup
-from expertshare.evaluation.sources import check_task_names, harness_version, make_sources
 from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
 from expertshare.lab.tasks import generate_items

@@ -17,7 +17,7 @@ from expertshare.errors import InputError, TrainingError
 from expertshare.kernels import AUTO, choose_backend
 from expertshare.models import LoadedModel, Runtime, decode_answer, encode_prompt
 from expertshare.routing import native_policy
-from expertshare.training.block_diffusion import Sample
+from expertshare.training.batches import Sample
 
 AnswerListener = Callable[[int, int], None]
 

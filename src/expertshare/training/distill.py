@@ -24,7 +24,7 @@ from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, MoETransformer, load_model, save_model
 from expertshare.routing import RoutingPolicy, knobs
 from expertshare.training.answers import AnswerListener, StoredAnswer, check_answerable, generate_answers, read_answers
-from expertshare.training.block_diffusion import Sample, TrainingBatch, geometry, noise_seed, padded_batch
+from expertshare.training.batches import Sample, TrainingBatch, geometry, noise_seed, padded_batch
 from expertshare.training.config import Curriculum, DistillConfig, make_curriculum
 from expertshare.training.optimisers import adamw, choose_trained, muon_and_adamw
 from expertshare.training.processes import Processes

@@ -13,12 +13,11 @@ import torch
 from expertshare.models import save_model
 from expertshare.models.transformer import MoETransformer, initialise
 from expertshare.routing import RoutingPolicy, make_policy
-from expertshare.training.block_diffusion import Sample, TrainingBatch, grouped_batches
+from expertshare.training.batches import Sample, TrainingBatch, canvas_batches, grouped_batches
 from expertshare.training.config import TrainingConfig, reference_architecture
 from expertshare.training.optimisers import muon_and_adamw
 from expertshare.training.run_folder import RunFolder
 from expertshare.training.trainer import LoadBalance, StepResult, Trainer, train
-from expertshare.training.whole_canvas import canvas_batches
 
 _VOCABULARY_MULTIPLE = 64
 """The embedding is padded to a multiple of this many rows, for kernels that want round shapes."""

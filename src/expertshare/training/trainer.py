@@ -22,7 +22,7 @@ from expertshare.models.moe import MoE
 from expertshare.models.runtime import Runtime
 from expertshare.models.transformer import MoETransformer
 from expertshare.routing import RoutingPolicy
-from expertshare.training.block_diffusion import TrainingBatch
+from expertshare.training.batches import TrainingBatch
 from expertshare.training.config import RunConfig
 from expertshare.training.processes import Processes
 from expertshare.training.run_folder import RunFolder

@@ -13,8 +13,7 @@ from expertshare.config import RouterSpec
 from expertshare.errors import InputError, PolicyError, nearest
 from expertshare.evaluation.runner import ProgressListener
 from expertshare.routing import POLICIES, Layerwise, RoutingPolicy, make_policy
-from expertshare.tuning.allocation import Sensitivity, counted, measure_sensitivity
-from expertshare.tuning.replay import Replay, Replayed
+from expertshare.tuning.replay import Replay, Replayed, Sensitivity, counted, measure_sensitivity
 
 if TYPE_CHECKING:
     import optuna

@@ -16,7 +16,7 @@ from expertshare.tuning.certificate import chance_to_pass, p_value
 from expertshare.tuning.options import Judged, TuningOptions, resolve_quality, split_prompts
 from expertshare.tuning.policy_file import model_facts, prompts_fingerprint
 from expertshare.tuning.replay import Replay
-from expertshare.tuning.results import Tuned
+from expertshare.tuning.results import Tuned, Verified, verify, with_latency
 from expertshare.tuning.search import (
     Point,
     around,
@@ -30,7 +30,6 @@ from expertshare.tuning.search import (
     thin_front,
 )
 from expertshare.tuning.trajectories import record_trajectories, thin_out
-from expertshare.tuning.verification import Verified, verify, with_latency
 
 # Steps that are replayed of one prompt, at most.
 _STEPS_PER_PROMPT = 8

@@ -123,7 +123,7 @@ def test_the_registered_model_answers_as_the_evaluation_does(data: Path, tmp_pat
     from lm_eval.tasks import TaskManager
 
     import expertshare.evaluation.harness.model as ours
-    from expertshare.evaluation.harness.loading import OUR_TASKS
+    from expertshare.evaluation.harness.source import OUR_TASKS
 
     assert get_model("expertshare") is ours.ExpertShareLM
     files = {"train": str(data / "codeeval_pro" / "mbpp_pro.json")}

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from expertshare.errors import InputError
-from expertshare.evaluation.harness.benchmarks import BENCHMARKS
-from expertshare.evaluation.harness.local_data import splits
+from expertshare.evaluation.harness.benchmarks import BENCHMARKS, splits
 
 
 def test_every_benchmark_can_be_read(data: Path) -> None:

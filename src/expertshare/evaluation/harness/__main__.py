@@ -1,7 +1,7 @@
 """`python -m expertshare.evaluation.harness`: the harness's own command, with `--model expertshare` registered."""
 
 import expertshare.evaluation.harness.model  # noqa: F401  (registers it)
-from expertshare.evaluation.harness.loading import OUR_TASKS
+from expertshare.evaluation.harness.source import OUR_TASKS
 
 if __name__ == "__main__":
     import sys

@@ -16,8 +16,14 @@ import torch
 
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError
-from expertshare.evaluation.harness.loading import NO_LIKELIHOOD, check_installed
-from expertshare.evaluation.harness.source import DEFAULT_GEN_LENGTH, cut, render_chat, stops
+from expertshare.evaluation.harness.source import (
+    DEFAULT_GEN_LENGTH,
+    NO_LIKELIHOOD,
+    check_installed,
+    cut,
+    render_chat,
+    stops,
+)
 from expertshare.evaluation.items import EvalItem, sha256_text
 from expertshare.evaluation.workers import Job, Solver, SolverSetup, store_of
 from expertshare.kernels import AUTO

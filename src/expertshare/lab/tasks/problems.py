@@ -8,7 +8,7 @@ from random import Random
 
 from expertshare.lab.tasks.generation import iterate_items
 from expertshare.lab.tasks.tokenizer import ASSISTANT, EOS, MASK, PAD, USER, build_tokenizer, save_tokenizer
-from expertshare.training.block_diffusion import Sample
+from expertshare.training.batches import Sample
 from expertshare.training.config import TrainingConfig
 
 
