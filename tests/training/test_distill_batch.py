@@ -13,7 +13,7 @@ from expertshare.config import ModelConfig
 from expertshare.models.runtime import ForwardInput, Runtime
 from expertshare.models.transformer import MoETransformer, initialise
 from expertshare.routing import parse_policy
-from expertshare.training.batches import Sample, draw_mask, padded_batch
+from expertshare.training.batches import Sample, draw_mask, make_batch
 from expertshare.training.config import DistillConfig, reference_architecture
 from expertshare.training.trainer import BatchLoss
 from expertshare.types import RoutingPlan
@@ -100,7 +100,7 @@ def test_loss_equals_the_published_form_of_each_sample_alone(
 ) -> None:
     runtime = Runtime(policy=parse_policy(policy).bind(config.router))
     samples = [_sample(*shape, seed) for seed, shape in enumerate(shapes)]
-    batch = padded_batch(samples, range(len(samples)), config, SETTINGS)
+    batch = make_batch(samples, range(len(samples)), config, SETTINGS)
     ours, _, _ = BatchLoss(model)(batch, runtime)
     theirs = torch.zeros(())
     for row, sample in zip(batch.inputs.tokens_BS, samples, strict=True):
@@ -118,7 +118,7 @@ def test_loss_equals_the_published_form_of_each_sample_alone(
 
 def test_only_answer_positions_are_masked_and_have_a_loss(config: ModelConfig) -> None:
     samples = [_sample(prompt, answer, prompt) for prompt in (1, 7, 8, 19) for answer in (2, 9)]
-    batch = padded_batch(samples, range(len(samples)), config, replace(SETTINGS, fill_weight=0.0))
+    batch = make_batch(samples, range(len(samples)), config, replace(SETTINGS, fill_weight=0.0))
     for row, weights, targets, sample in zip(
         batch.inputs.tokens_BS, batch.weights_BS, batch.targets_BS, samples, strict=True
     ):
@@ -135,21 +135,21 @@ def test_only_answer_positions_are_masked_and_have_a_loss(config: ModelConfig) -
 
 
 def test_the_masked_share_is_uniform_between_its_limits() -> None:
-    shares = torch.tensor([draw_mask(400, SETTINGS, seed).float().mean() for seed in range(600)])
+    shares = torch.tensor([draw_mask([400], SETTINGS, seed).float().mean() for seed in range(600)])
     assert shares.min() > 0.3 - 0.1
     assert shares.max() < 0.8 + 0.1
     assert shares.mean() == pytest.approx(0.55, abs=0.02)
     assert shares.std() == pytest.approx(0.5 / 12**0.5, abs=0.015)
-    assert all(draw_mask(2, SETTINGS, seed).any() for seed in range(200))
-    assert draw_mask(50, replace(SETTINGS, full_mask_share=1.0), 0).all()
+    assert all(draw_mask([2], SETTINGS, seed).any() for seed in range(200))
+    assert draw_mask([50], replace(SETTINGS, full_mask_share=1.0), 0).all()
 
 
 def test_a_neighbour_and_padding_change_nothing(config: ModelConfig, model: MoETransformer, runtime: Runtime) -> None:
     """A short sample alone, and beside one that pads it: the same loss, the same experts."""
     short, long = _sample(3, 4, 0), _sample(20, 30, 1)
-    alone, experts, _ = BatchLoss(model)(padded_batch([short], [5], config, SETTINGS), runtime)
-    other, _, _ = BatchLoss(model)(padded_batch([long], [6], config, SETTINGS), runtime)
-    both, _, _ = BatchLoss(model)(padded_batch([short, long], [5, 6], config, SETTINGS), runtime)
+    alone, experts, _ = BatchLoss(model)(make_batch([short], [5], config, SETTINGS), runtime)
+    other, _, _ = BatchLoss(model)(make_batch([long], [6], config, SETTINGS), runtime)
+    both, _, _ = BatchLoss(model)(make_batch([short, long], [5, 6], config, SETTINGS), runtime)
     torch.testing.assert_close(both, alone + other, rtol=1e-5, atol=1e-5)
     assert 8 <= experts < 24
 
@@ -159,7 +159,7 @@ def test_routing_is_what_decoding_does_with_the_same_block(
 ) -> None:
     """Prefill of the clean blocks, then the noisy block against their keys and values, as decoding does."""
     sample = _sample(17, 13, 2)
-    batch = padded_batch([sample, _sample(4, 30, 9)], [0, 1], config, SETTINGS)
+    batch = make_batch([sample, _sample(4, 30, 9)], [0, 1], config, SETTINGS)
     trained: list[RoutingPlan] = []
     with torch.no_grad():
         BatchLoss(model)(batch, replace(runtime, on_plan=lambda _, plan: trained.append(plan)))

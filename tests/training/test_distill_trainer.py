@@ -190,10 +190,15 @@ def test_the_learning_rate_warms_up_and_falls_along_a_half_cosine() -> None:
     )
 
 
-def test_a_model_with_full_attention_and_no_answers_are_refused() -> None:
+def test_a_model_with_full_attention_learns_its_answers_too() -> None:
     model = MoETransformer(replace(_architecture(), attention="full"))
-    with pytest.raises(TrainingError, match="block-causal"):
-        make_trainer(model, _samples(), _settings())
+    initialise(model, seed=3, std=0.1)
+    trainer = make_trainer(model, _samples(), _settings(steps=20, mask_ratio=(0.5, 0.5)))
+    losses = [trainer.step().loss for _ in range(20)]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_no_answers_are_refused() -> None:
     with pytest.raises(TrainingError, match="finished answer"):
         make_trainer(MoETransformer(_architecture()), [], _settings())
 

@@ -91,8 +91,10 @@ def test_loss_falls_and_the_bias_moves_towards_an_even_load(tmp_path: Path) -> N
 
 
 def test_a_step_whose_masks_hit_nothing_changes_nothing(tmp_path: Path) -> None:
-    config = _config(samples_per_step=1, mask_ratio=(1e-9, 1e-9), full_mask_share=0.0, balance_rate=0.0)
-    trainer = _trainer(tmp_path / "run", config)
+    """With full attention, where masks are drawn for one block of the answer and may all miss it."""
+    config = _config(samples_per_step=1, mask_ratio=(1e-9, 1e-9), full_mask_share=0.0, balance_loss=0.0)
+    shape = {"family": "llada_moe", "hidden": 64, "layers": 2, "expert_hidden": 8}
+    trainer = prepare(run_folder(tmp_path / "run"), config, TaskProblems(0), **shape, resume=False)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     assert trainer.step().loss == 0.0
     for name, tensor in trainer.model.state_dict().items():

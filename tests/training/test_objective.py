@@ -10,7 +10,7 @@ from expertshare.config import ModelConfig
 from expertshare.models.runtime import ForwardInput, Runtime
 from expertshare.models.transformer import MoETransformer, initialise
 from expertshare.routing import make_policy
-from expertshare.training.batches import Sample, attention_mask, geometry, grouped_batches
+from expertshare.training.batches import Sample, attention_mask, draw_mask, geometry, make_batch
 from expertshare.training.config import TrainingConfig, reference_architecture
 
 NOISE = TrainingConfig(mask_ratio=(0.3, 0.8), full_mask_share=0.2, fill_weight=0.2)
@@ -54,8 +54,7 @@ def _published_mask(num_blocks: int, length: int) -> torch.Tensor:
 @pytest.mark.parametrize(("prompt", "answer"), [(5, 9), (40, 20), (33, 40), (64, 10), (20, 20)])
 def test_loss_equals_the_published_form(config: ModelConfig, model: MoETransformer, prompt: int, answer: int) -> None:
     sample = _sample(prompt, answer, prompt + answer)
-    generator = torch.Generator().manual_seed(0)
-    (batch,) = grouped_batches([sample], config, NOISE, generator)
+    batch = make_batch([sample], [0], config, NOISE)
     runtime = Runtime(policy=make_policy("vanilla").bind(config.router))
     output = model(batch.inputs, runtime)
     losses = F.cross_entropy(model.logits(output.hidden_BSD[0]), batch.targets_BS[0], reduction="none")
@@ -86,23 +85,39 @@ def test_loss_equals_the_published_form(config: ModelConfig, model: MoETransform
 
 def test_only_answer_positions_are_masked_and_the_prompt_never(config: ModelConfig) -> None:
     samples = [Sample((5,) * (10 + i), (*range(10, 21), 1)) for i in range(40)]
-    for batch in grouped_batches(samples, config, NOISE, torch.Generator().manual_seed(1)):
-        masked = batch.inputs.tokens_BS == config.mask_id
-        assert torch.equal(masked, batch.weights_BS > 0)
-        assert batch.inputs.masked_BS is not None
-        assert torch.equal(masked, batch.inputs.masked_BS)
-        targets = batch.targets_BS.masked_fill(batch.weights_BS == 0, -1)
-        prompt_ids = {token for sample in samples for token in sample.prompt}
-        assert prompt_ids.isdisjoint(targets.unique().tolist())
+    batch = make_batch(samples, range(40), config, NOISE)
+    masked = batch.inputs.tokens_BS == config.mask_id
+    assert torch.equal(masked, batch.weights_BS > 0)
+    assert batch.inputs.masked_BS is not None
+    assert torch.equal(masked, batch.inputs.masked_BS)
+    targets = batch.targets_BS.masked_fill(batch.weights_BS == 0, -1)
+    prompt_ids = {token for sample in samples for token in sample.prompt}
+    assert prompt_ids.isdisjoint(targets.unique().tolist())
 
 
-def test_masks_repeat_with_the_generator_and_samples_are_grouped_by_geometry(config: ModelConfig) -> None:
+def test_every_block_has_a_mask_ratio_of_its_own() -> None:
+    """Lengths that differ by what the prompt takes of the first block; the shares of two blocks are independent."""
+    pieces = [300, 400, 400]
+    shares = torch.tensor(
+        [[part.float().mean() for part in draw_mask(pieces, NOISE, seed).split(pieces)] for seed in range(300)]
+    )
+    whole = (shares == 1.0).float().mean(dim=0)
+    assert torch.allclose(whole, torch.full((3,), 0.2), atol=0.07)
+    drawn = shares[(shares < 1.0).all(dim=1)]
+    assert drawn.min() > 0.2
+    assert drawn.max() < 0.9
+    assert torch.corrcoef(drawn.T).fill_diagonal_(0.0).abs().max() < 0.2
+
+
+def test_a_sample_is_masked_in_one_way_whatever_is_beside_it(config: ModelConfig) -> None:
     samples = [_sample(*sizes, seed) for seed, sizes in enumerate([(5, 9), (40, 20), (5, 12), (33, 40)])]
-    first = list(grouped_batches(samples, config, NOISE, torch.Generator().manual_seed(7)))
-    second = list(grouped_batches(samples, config, NOISE, torch.Generator().manual_seed(7)))
-    assert [len(batch.targets_BS) for batch in first] == [2, 1, 1]
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a.inputs.tokens_BS, b.inputs.tokens_BS)
+    together = make_batch(samples, range(4), config, NOISE)
+    for row, sample in enumerate(samples):
+        alone = make_batch([sample], [row], config, NOISE)
+        size = alone.num_noisy * config.block_length
+        assert torch.equal(together.inputs.tokens_BS[row, :size], alone.inputs.tokens_BS[0, :size])
+        assert torch.equal(together.weights_BS[row, :size], alone.weights_BS[0, :size])
+        assert not together.weights_BS[row, size:].any()
 
 
 def test_mask_of_one_block_lets_everyone_see_everyone() -> None:

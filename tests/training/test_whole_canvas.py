@@ -13,11 +13,11 @@ from expertshare.errors import ConfigError
 from expertshare.lab.tasks.problems import TaskProblems
 from expertshare.models import MoETransformer, Runtime, initialise, load_model
 from expertshare.routing import make_policy, parse_policy
-from expertshare.training import batches
-from expertshare.training.batches import Sample, TrainingBatch, canvas_batches
+from expertshare.training import batches as layout
+from expertshare.training.batches import Sample, TrainingBatch, make_batch
 from expertshare.training.config import TrainingConfig, reference_architecture
 from expertshare.training.scratch import prepare, run, run_folder
-from expertshare.training.trainer import LoadBalance
+from expertshare.training.trainer import BatchLoss, LoadBalance
 
 NOISE = TrainingConfig(mask_ratio=(0.3, 0.8), full_mask_share=0.2, fill_weight=0.2)
 EOS, MASK, PAD = 1, 0, 2
@@ -38,69 +38,68 @@ def drawn(count: int) -> list[Sample]:
     ]
 
 
-def batches(config: ModelConfig, count: int = 60, seed: int = 0) -> list[TrainingBatch]:
-    return list(canvas_batches(drawn(count), config, NOISE, torch.Generator().manual_seed(seed)))
+def made(config: ModelConfig, count: int = 60, seed: int = 0) -> TrainingBatch:
+    return make_batch(drawn(count), range(seed, seed + count), config, NOISE)
 
 
 def test_the_answer_is_masked_as_decoding_leaves_it(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the block that is learnt everything is decided, behind it everything is masked."""
-    monkeypatch.setattr(batches, "LLADA_SHARE", 0.0)
-    seen = 0
-    for batch in batches(config):
-        masked_BS, learnt_BS = batch.inputs.tokens_BS == MASK, batch.weights_BS > 0
-        assert not (learnt_BS & ~masked_BS).any()
-        assert not (masked_BS & ~batch.inputs.live_BS).any()
-        for masked_S, learnt_S in zip(masked_BS, learnt_BS, strict=True):
-            blocks = {int(place) // 32 for place in learnt_S.nonzero()}
-            if not blocks:  # the draw spared every token of a short block
-                continue
-            (current,) = blocks
-            assert not masked_S[: current * 32].any()
-            assert masked_S[(current + 1) * 32 :].all()
-            seen += 1
+    monkeypatch.setattr(layout, "LLADA_SHARE", 0.0)
+    batch, seen = made(config), 0
+    masked_BS, learnt_BS = batch.inputs.tokens_BS == MASK, batch.weights_BS > 0
+    assert not (learnt_BS & ~masked_BS).any()
+    assert not (masked_BS & ~batch.inputs.live_BS).any()
+    for masked_S, learnt_S, live_S in zip(masked_BS, learnt_BS, batch.inputs.live_BS, strict=True):
+        blocks = {int(place) // 32 for place in learnt_S.nonzero()}
+        if not blocks:  # the draw spared every token of a short block
+            continue
+        (current,) = blocks
+        assert not masked_S[: current * 32].any()
+        assert masked_S[(current + 1) * 32 :].equal(live_S[(current + 1) * 32 :])
+        seen += 1
     assert seen > 50
 
 
 def test_llada_masks_the_whole_answer_at_one_rate(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "LLADA_SHARE", 1.0)
-    for batch in batches(config):
-        assert torch.equal(batch.inputs.tokens_BS == MASK, batch.weights_BS > 0)
+    monkeypatch.setattr(layout, "LLADA_SHARE", 1.0)
+    batch = made(config)
+    assert torch.equal(batch.inputs.tokens_BS == MASK, batch.weights_BS > 0)
 
 
 def test_prompt_and_padding_stay_and_targets_are_the_text(config: ModelConfig) -> None:
-    samples = drawn(60)
-    found = []
-    for batch in batches(config):
-        live_BS, mask_BSP = batch.inputs.live_BS, batch.inputs.mask_BSP
-        assert mask_BSP is not None
-        assert torch.equal(mask_BSP[:, 0], live_BS)
-        for row, live_S in enumerate(live_BS):
-            start = int(live_S.nonzero()[0])
-            assert live_S[start:].all()
-            assert torch.equal(batch.inputs.positions_BS[row, start:], torch.arange(len(live_S) - start))
-            text = batch.targets_BS[row, start:].tolist()
-            sample = next(s for s in samples if text[: len(s.prompt)] == list(s.prompt))
-            end = len(sample.prompt) + len(sample.answer)
-            assert (start + len(sample.prompt)) % 32 == 0
-            assert tuple(text[len(sample.prompt) : end]) == sample.answer
-            assert set(text[end:]) <= {EOS}
-            prompt_S = batch.inputs.tokens_BS[row, start : start + len(sample.prompt)]
-            assert prompt_S.tolist() == list(sample.prompt)
-            found.append(sample)
-    assert len(found) == len(samples)
+    batch = made(config)
+    live_BS, mask_BSP = batch.inputs.live_BS, batch.inputs.mask_BSP
+    assert mask_BSP is not None
+    assert torch.equal(mask_BSP[:, 0], live_BS)
+    for row, sample in enumerate(drawn(60)):
+        places = live_BS[row].nonzero().flatten()
+        start, stop = int(places[0]), int(places[-1]) + 1
+        assert live_BS[row, start:stop].all()
+        assert torch.equal(batch.inputs.positions_BS[row, start:stop], torch.arange(stop - start))
+        text = batch.targets_BS[row, start:stop].tolist()
+        end = len(sample.prompt) + len(sample.answer)
+        assert ((start + len(sample.prompt)) % 32, stop % 32) == (0, 0)
+        assert tuple(text[:end]) == sample.prompt + sample.answer
+        assert set(text[end:]) <= {EOS}
+        prompt_S = batch.inputs.tokens_BS[row, start : start + len(sample.prompt)]
+        assert prompt_S.tolist() == list(sample.prompt)
 
 
-def test_masks_repeat_with_the_generator(config: ModelConfig) -> None:
-    for a, b in zip(batches(config, seed=3), batches(config, seed=3), strict=True):
-        assert torch.equal(a.inputs.tokens_BS, b.inputs.tokens_BS)
-        assert torch.equal(a.weights_BS, b.weights_BS)
+def test_a_neighbour_and_padding_change_no_loss(config: ModelConfig) -> None:
+    model = MoETransformer(config)
+    initialise(model, seed=2, std=0.2)
+    runtime = Runtime(policy=parse_policy("des-vote:budget=16").bind(config.router))
+    samples = drawn(6)
+    both, _, _ = BatchLoss(model)(make_batch(samples, range(6), config, NOISE), runtime)
+    alone = [BatchLoss(model)(make_batch([s], [n], config, NOISE), runtime)[0] for n, s in enumerate(samples)]
+    torch.testing.assert_close(both, torch.stack(alone).sum(), rtol=1e-4, atol=1e-4)
 
 
 def test_balance_loss_is_the_published_formula(config: ModelConfig) -> None:
     model = MoETransformer(config)
     initialise(model, seed=1, std=0.2)
     balance = LoadBalance(model, rate=0.0, weight=1.0)
-    batch = batches(config, count=5)[0]
+    batch = made(config, count=5)
     logits: list[torch.Tensor] = []
     for layer in model.layers:
         layer.moe.register_forward_pre_hook(

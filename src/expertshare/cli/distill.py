@@ -1,4 +1,4 @@
-"""`expertshare distill`: train a model on its own answers, for an expert-sharing policy."""
+"""`expertshare distill`: train a model on its own answers, for an expert-sharing policy or for any."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from expertshare.cli.console import check_at_least_one, people, print_json, split_names, told_bars
 from expertshare.cli.options import OptionGroup, option
-from expertshare.cli.shared_options import JsonFlag, ModelArgument, set_threads
+from expertshare.cli.shared_options import ELASTIC, ELASTIC_FREE, ELASTIC_SETS, JsonFlag, ModelArgument, set_threads
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError, nearest
 from expertshare.evaluation.prompts import read_prompts
@@ -27,7 +27,7 @@ EXAMPLE = (
     "--policy block-top-p:top_p_experts=0.6 --out runs/distilled   (over two processes: torchrun --nproc-per-node 2 "
     "-m expertshare distill ..., and every command again with --resume to go on)"
 )
-_CONFIG, _OPTIONS = DistillConfig(policy="vanilla"), DecodingOptions()
+_CONFIG, _OPTIONS = DistillConfig(), DecodingOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,9 @@ class DistillOptions(OptionGroup):
     )
     dtype: str = option("Arithmetic: bfloat16 (autocast) or float32.", default=_CONFIG.dtype)
     checkpoint_every: int = option("Steps between checkpoints.", default=_CONFIG.checkpoint_every)
+    elastic: int | None = option(f"In place of a policy: {ELASTIC}", default=None)
+    elastic_free: float = option(ELASTIC_FREE, default=_CONFIG.elastic_free)
+    elastic_sets: str = option(ELASTIC_SETS, default=_CONFIG.elastic_sets)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +72,10 @@ class OwnAnswerOptions(OptionGroup):
 
 def distill(
     model: ModelArgument,
-    policy: Annotated[str, typer.Option(help="What to train for: policy:knob=value,...")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the distilled model and of the run.")],
     training: DistillOptions,
     answers: OwnAnswerOptions,
+    policy: Annotated[str | None, typer.Option(help="What to train for: policy:knob=value,...")] = None,
     answer_batch: Annotated[int, typer.Option(help="Prompts answered together.", rich_help_panel="Answers")] = 32,
     prompts: Annotated[Path | None, typer.Option(metavar="FILE", help='JSONL file of objects with "prompt".')] = None,
     tasks: Annotated[
@@ -87,11 +90,17 @@ def distill(
 ) -> None:
     """Train a model on its own answers with an expert-sharing policy in the forward pass.
 
+    With --elastic every block draws its number of experts instead, so that the model serves any policy and budget.
     Answers that do not end within --gen-length are left out. Finished models are used with the same --policy.
     """
     if threads is not None:
         set_threads(threads)
-    config = DistillConfig(policy=policy, seed=seed, **training.arguments())
+    if (policy is None) == (training.elastic is None):
+        given = "neither" if policy is None else "both"
+        raise InputError(
+            f"expected either --policy, to train for one, or --elastic N, for any, got {given}: choose one"
+        )
+    config = DistillConfig(policy=policy or "vanilla", seed=seed, **training.arguments())
     texts = _texts(prompts, tasks, count, seed)
     processes = connect(device)
     base = load_model(model, device=processes.device)
@@ -116,10 +125,11 @@ def distill(
             on_step=stepped,
         )
     if processes.rank == 0:
+        wanted = policy or f"des-vote:budget={training.elastic}"
         console = people(as_json=as_json)
         console.print(f"{result.unfinished} of {result.answers} answers were unfinished and left out.")
         console.print(
-            f"The model is in {result.model}. Try: expertshare generate {result.model} --policy '{policy}' "
+            f"The model is in {result.model}. Try: expertshare generate {result.model} --policy '{wanted}' "
             "--prompt 'Solve x + 5 = 12.'",
             soft_wrap=True,
         )

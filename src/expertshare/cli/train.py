@@ -1,4 +1,4 @@
-"""`expertshare train`: a small MoE diffusion model from scratch, on generated tasks."""
+"""`expertshare train`: a small MoE diffusion model, on generated tasks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import typer
 
 from expertshare.cli.console import people, print_json, told_bars
 from expertshare.cli.options import OptionGroup, option
-from expertshare.cli.shared_options import JsonFlag, ThreadsFlag, set_threads
+from expertshare.cli.shared_options import ELASTIC, ELASTIC_FREE, ELASTIC_SETS, JsonFlag, ThreadsFlag, set_threads
 from expertshare.errors import InputError
 from expertshare.lab.tasks.problems import TaskProblems
+from expertshare.models import load_model
 from expertshare.training.config import TrainingConfig
 from expertshare.training.scratch import prepare, run, run_folder
 from expertshare.training.trainer import StepResult
@@ -30,6 +31,10 @@ class TrainingOptions(OptionGroup):
     matrix_lr: float = option("Peak learning rate of matrices (Muon).", default=0.02)
     scalar_lr: float = option("Peak learning rate of the rest (AdamW).", default=0.003)
     dtype: str = option("Arithmetic: bfloat16 (autocast) or float32.", default="bfloat16")
+    micro_batch: int = option("Problems in one forward.", default=TrainingConfig().micro_batch)
+    elastic: int | None = option(ELASTIC, default=None)
+    elastic_free: float = option(ELASTIC_FREE, default=TrainingConfig().elastic_free)
+    elastic_sets: str = option(ELASTIC_SETS, default="random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +56,31 @@ def train(
     folder: Annotated[Path, typer.Argument(help="Folder of the run: checkpoint, log and the finished model.")],
     training: TrainingOptions,
     shape: ShapeOptions,
+    start: Annotated[
+        Path | None, typer.Option("--from", metavar="MODEL", help="Go on from this model of `train`, in its own shape.")
+    ] = None,
     threads: ThreadsFlag = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in this folder.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train a small model (8 experts per token) on the generated tasks, from recorded seeds."""
+    """Train a small model (8 experts per token) on the generated tasks, from recorded seeds.
+
+    With --elastic every block draws its number of experts, so that the model serves any policy and any budget.
+    """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"expected a folder, or the name of one to be made, got the file {folder}: choose another")
     if shape.hidden < 1 or shape.hidden % 64:
         raise InputError(f"hidden must be a multiple of 64, got {shape.hidden}")
     set_threads(threads)
     paths, problems = run_folder(folder), TaskProblems(training.seed)
-    trainer = prepare(paths, TrainingConfig(**training.arguments()), problems, resume=resume, **shape.arguments())
+    trainer = prepare(
+        paths,
+        TrainingConfig(**training.arguments()),
+        problems,
+        start=load_model(start) if start is not None else None,
+        resume=resume,
+        **shape.arguments(),
+    )
     with told_bars() as bars:
 
         def show(result: StepResult) -> None:

@@ -1,17 +1,24 @@
-"""The block-diffusion objective: denoise answer blocks, each seeing the clean text of the blocks before it.
+"""Samples as one forward sees them: masked as decoding leaves them, padded to one shape.
 
-The published form runs [noisy ; clean] at twice the length under a mask of three parts: block-diagonal within the noisy
-half, offset block-causal from noisy to clean, block-causal within the clean half (arXiv 2605.30876, training code). Two
-kinds of position cannot change the loss nor, since a coreset is a block's own, the routing of any other block, and are
-left out here: noisy copies of blocks without answer tokens, and the clean copy of the last block. What remains is laid
-out as [noisy answer blocks ; clean earlier blocks].
+Block-causal models: answer blocks are denoised, each seeing the clean text of the blocks before it. The published form
+runs [noisy ; clean] at twice the length under a mask of three parts: block-diagonal within the noisy half, offset
+block-causal from noisy to clean, block-causal within the clean half (arXiv 2605.30876, training code). Two kinds of
+position cannot change the loss nor, since a coreset is a block's own, the routing of any other block, and are left out
+here: noisy copies of blocks without answer tokens, and the clean copy of the last block. What remains is laid out as
+[noisy answer blocks ; clean earlier blocks].
+
+Full attention: the answer sees the whole canvas. LLaDA masks a share of all answer tokens (arXiv 2502.09992, section
+2). Its decoding in blocks shows the model something else: the answer before the current block is decided, the one after
+it wholly masked. Most samples are masked as decoding leaves them, and `LLADA_SHARE` of them as published. Answers are
+followed by a drawn number of blocks that hold nothing but end-of-text tokens, so that the model does not depend on the
+length that a user asks for.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from random import Random
 
 import torch
@@ -20,6 +27,11 @@ from torch import Tensor
 from expertshare.config import ModelConfig
 from expertshare.models.runtime import ForwardInput
 from expertshare.training.config import RunConfig
+
+LLADA_SHARE = 0.25
+"""Share of samples of a model with full attention whose whole answer is masked at one rate."""
+ANSWER_BLOCKS = {2: 0.75, 3: 0.1, 4: 0.15}
+"""How often a canvas has space for that many blocks of answer, at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +46,15 @@ class Sample:
 class TrainingBatch:
     """Samples of one forward. targets_BS: int64, the clean token. weights_BS: float32, 0 where there is no loss.
 
-    num_noisy: blocks in the noisy part of a row, the first of its positions.
+    num_noisy: blocks in the noisy part of a row, the first of its positions. seeds: one for each row, of all that is
+    drawn for it.
     """
 
     inputs: ForwardInput
     targets_BS: Tensor
     weights_BS: Tensor
     num_noisy: int
+    seeds: tuple[int, ...]
 
     @property
     def live_noisy_BN(self) -> Tensor:
@@ -52,9 +66,20 @@ class TrainingBatch:
         """The same batch on another device."""
         moved = {f.name: getattr(self.inputs, f.name) for f in fields(self.inputs)}
         moved = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in moved.items()}
-        return TrainingBatch(
-            ForwardInput(**moved), self.targets_BS.to(device), self.weights_BS.to(device), self.num_noisy
-        )
+        targets_BS, weights_BS = self.targets_BS.to(device), self.weights_BS.to(device)
+        return TrainingBatch(ForwardInput(**moved), targets_BS, weights_BS, self.num_noisy, self.seeds)
+
+
+def make_batch(samples: Sequence[Sample], seeds: Sequence[int], model: ModelConfig, config: RunConfig) -> TrainingBatch:
+    """Samples of any lengths as one forward of this model. seeds: one for each sample, of all that is drawn for it, so
+    that no sample depends on those beside it."""
+    lay_out = _canvases if model.attention == "full" else _noisy_and_clean
+    return lay_out(samples, seeds, model, config)
+
+
+def noise_seed(seed: int, step: int, index: int) -> int:
+    """Seed of what is drawn for sample `index` of a step: the same however a step is split over processes."""
+    return Random(f"{seed}:{step}:{index}").getrandbits(63)
 
 
 def geometry(sample: Sample, block_length: int) -> tuple[int, int]:
@@ -63,106 +88,55 @@ def geometry(sample: Sample, block_length: int) -> tuple[int, int]:
     return -(-total // block_length), len(sample.prompt) // block_length
 
 
-def grouped_batches(
-    samples: Sequence[Sample], model: ModelConfig, config: RunConfig, generator: torch.Generator
-) -> Iterator[TrainingBatch]:
-    """Group samples by geometry; one batch each, masked at a ratio that is drawn for every block.
+def draw_mask(pieces: Sequence[int], config: RunConfig, seed: int, *, learnt: int | None = None) -> Tensor:
+    """Which answer positions are masked: bool [positions], independently, at a ratio that is drawn for every piece.
 
-    The same generator state gives the same masks.
+    pieces: numbers of positions that have one ratio each. At least one of the first `learnt` positions is masked (None:
+    of all of them), so that a sample has a loss.
     """
-    by_geometry: dict[tuple[int, int], list[Sample]] = defaultdict(list)
-    for sample in samples:
-        by_geometry[geometry(sample, model.block_length)].append(sample)
-    for _, members in sorted(by_geometry.items()):
-        rows = [_Row.of(sample, model, config) for sample in members]
-        maskable_BS = torch.stack([row.weight_S for row in rows]) > 0
-        for row, masked_S in zip(rows, _mask_by_block(maskable_BS, model.block_length, config, generator), strict=True):
-            row.masked_S = masked_S
-        yield _lay_out(rows, model)
-
-
-def padded_batch(
-    samples: Sequence[Sample], seeds: Sequence[int], model: ModelConfig, config: RunConfig
-) -> TrainingBatch:
-    """Samples of any geometry, padded to one shape. seeds: one per sample, of its masks (`draw_mask`)."""
-    rows = [_Row.of(sample, model, config) for sample in samples]
-    for row, sample, seed in zip(rows, samples, seeds, strict=True):
-        start, end = len(sample.prompt), len(sample.prompt) + len(sample.answer)
-        learnt = len(row.text_S) if config.fill_weight > 0.0 else end
-        row.masked_S[start:] = draw_mask(len(row.text_S) - start, config, seed, learnt=learnt - start)
-    return _lay_out(rows, model)
-
-
-def noise_seed(seed: int, step: int, index: int) -> int:
-    """Seed of the masks of sample `index` of a step: the same however a step is split over processes."""
-    return Random(f"{seed}:{step}:{index}").getrandbits(63)
-
-
-def draw_mask(num_positions: int, config: RunConfig, seed: int, *, learnt: int | None = None) -> Tensor:
-    """Which answer positions are masked: bool [num_positions], independently at one drawn ratio.
-
-    At least one of the first `learnt` is (None: of all of them), so that a sample has a loss.
-    """
-    learnt = num_positions if learnt is None else learnt
     generator = torch.Generator().manual_seed(seed)
-    toss, where = torch.rand(3, generator=generator), torch.rand(num_positions, generator=generator)
+    toss = torch.rand(2 * len(pieces) + 1, generator=generator)
+    where = torch.rand(sum(pieces), generator=generator)
     low, high = config.mask_ratio
-    ratio = 1.0 if toss[1] < config.full_mask_share else low + (high - low) * float(toss[0])
-    masked = where < ratio
-    masked[int(toss[2] * learnt)] |= not masked[:learnt].any()
+    ratio = low + (high - low) * toss[: len(pieces)]
+    ratio[toss[len(pieces) : -1] < config.full_mask_share] = 1.0
+    masked = where < ratio.repeat_interleave(torch.tensor(pieces))
+    learnt = len(where) if learnt is None else learnt
+    masked[int(toss[-1] * learnt)] |= not masked[:learnt].any()
     return masked
 
 
-def _mask_by_block(maskable_BS: Tensor, block_length: int, config: RunConfig, generator: torch.Generator) -> Tensor:
-    batch, size = maskable_BS.shape
-    low, high = config.mask_ratio
-    ratio_BN = low + (high - low) * torch.rand(batch, size // block_length, generator=generator)
-    whole_BN = torch.rand(ratio_BN.shape, generator=generator) < config.full_mask_share
-    ratio_BS = ratio_BN.masked_fill(whole_BN, 1.0).repeat_interleave(block_length, dim=1)
-    return maskable_BS & (torch.rand(batch, size, generator=generator) < ratio_BS)
-
-
-@dataclass(slots=True)
-class _Row:
-    """One sample in whole blocks: text, loss weights and masks over all of it, and the first block with an answer."""
-
-    text_S: Tensor
-    weight_S: Tensor
-    masked_S: Tensor
-    first: int
-
-    @classmethod
-    def of(cls, sample: Sample, model: ModelConfig, config: RunConfig) -> _Row:
-        """Nothing is masked yet; end-of-text tokens fill the last block."""
-        num_blocks, first = geometry(sample, model.block_length)
-        size, start, end = num_blocks * model.block_length, len(sample.prompt), len(sample.prompt) + len(sample.answer)
-        text_S, weight_S = torch.full((size,), model.eos_ids[0]), torch.zeros(size)
-        text_S[:end] = torch.tensor(sample.prompt + sample.answer)
-        weight_S[start:end], weight_S[end:] = 1.0, config.fill_weight
-        return cls(text_S, weight_S, torch.zeros(size, dtype=torch.bool), first)
-
-
-def _lay_out(rows: Sequence[_Row], model: ModelConfig) -> TrainingBatch:
-    """One padded batch: noisy blocks of each row first, then clean ones."""
+def _noisy_and_clean(
+    samples: Sequence[Sample], seeds: Sequence[int], model: ModelConfig, config: RunConfig
+) -> TrainingBatch:
+    """Noisy blocks of each row first, then clean ones; end-of-text tokens fill a sample's last block."""
     length = model.block_length
-    totals = [len(row.text_S) // length for row in rows]
-    num_noisy = max(total - row.first for total, row in zip(totals, rows, strict=True))
-    num_blocks = num_noisy + max(totals) - 1
-    shape = (len(rows), num_blocks * length)
+    sizes = [geometry(sample, length) for sample in samples]
+    num_noisy = max(total - first for total, first in sizes)
+    num_blocks = num_noisy + max(total for total, _ in sizes) - 1
+    shape = (len(samples), num_blocks * length)
     tokens_BS, targets_BS = torch.full(shape, model.pad_id), torch.full(shape, model.pad_id)
     positions_BS, weights_BS = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape)
     masked_BS = torch.zeros(shape, dtype=torch.bool)
-    block_BN = torch.full((len(rows), num_blocks), -1)
-    for index, (row, total) in enumerate(zip(rows, totals, strict=True)):
-        size, tail = len(row.text_S), row.first * length
+    block_BN = torch.full((len(samples), num_blocks), -1)
+    for row, (sample, seed, (total, first)) in enumerate(zip(samples, seeds, sizes, strict=True)):
+        size, tail = total * length, first * length
+        start, end = len(sample.prompt), len(sample.prompt) + len(sample.answer)
+        text_S, weight_S = torch.full((size,), model.eos_ids[0]), torch.zeros(size)
+        text_S[:end] = torch.tensor(sample.prompt + sample.answer)
+        weight_S[start:end], weight_S[end:] = 1.0, config.fill_weight
+        masked_S = torch.zeros(size, dtype=torch.bool)
+        ends = [size] if config.ONE_RATIO else [*range(tail + length, size, length), size]
+        pieces = [stop - begin for begin, stop in zip([start, *ends], ends, strict=False)]
+        masked_S[start:] = draw_mask(pieces, config, seed, learnt=(size if config.fill_weight > 0.0 else end) - start)
         noisy, clean = slice(0, size - tail), slice(num_noisy * length, num_noisy * length + size - length)
-        tokens_BS[index, noisy] = row.text_S.masked_fill(row.masked_S, model.mask_id)[tail:]
-        tokens_BS[index, clean] = row.text_S[: size - length]
-        targets_BS[index, noisy], masked_BS[index, noisy] = row.text_S[tail:], row.masked_S[tail:]
-        weights_BS[index, noisy] = (row.weight_S * row.masked_S)[tail:]
-        positions_BS[index, noisy], positions_BS[index, clean] = torch.arange(tail, size), torch.arange(size - length)
-        block_BN[index, : total - row.first] = torch.arange(row.first, total)
-        block_BN[index, num_noisy : num_noisy + total - 1] = torch.arange(total - 1)
+        tokens_BS[row, noisy] = text_S.masked_fill(masked_S, model.mask_id)[tail:]
+        tokens_BS[row, clean] = text_S[: size - length]
+        targets_BS[row, noisy], masked_BS[row, noisy] = text_S[tail:], masked_S[tail:]
+        weights_BS[row, noisy] = (weight_S * masked_S)[tail:]
+        positions_BS[row, noisy], positions_BS[row, clean] = torch.arange(tail, size), torch.arange(size - length)
+        block_BN[row, : total - first] = torch.arange(first, total)
+        block_BN[row, num_noisy : num_noisy + total - 1] = torch.arange(total - 1)
     inputs = ForwardInput(
         tokens_BS=tokens_BS,
         positions_BS=positions_BS,
@@ -171,7 +145,7 @@ def _lay_out(rows: Sequence[_Row], model: ModelConfig) -> TrainingBatch:
         block_length=length,
         masked_BS=masked_BS,
     )
-    return TrainingBatch(inputs, targets_BS, weights_BS, num_noisy)
+    return TrainingBatch(inputs, targets_BS, weights_BS, num_noisy, tuple(seeds))
 
 
 def attention_mask(block_BN: Tensor, num_noisy: int, length: int) -> Tensor:
@@ -188,75 +162,46 @@ def attention_mask(block_BN: Tensor, num_noisy: int, length: int) -> Tensor:
     return allowed_BSS | alone
 
 
-LLADA_SHARE = 0.25
-"""Share of samples whose whole answer is masked at one rate."""
-
-ANSWER_BLOCKS = {2: 0.75, 3: 0.1, 4: 0.15}
-"""How often a canvas has space for that many blocks of answer, at least."""
-
-
-def canvas_batches(
-    samples: Sequence[Sample], model: ModelConfig, config: RunConfig, generator: torch.Generator
-) -> Iterator[TrainingBatch]:
-    """Group samples by geometry; one batch each. The same generator state gives the same masks."""
+def _canvases(samples: Sequence[Sample], seeds: Sequence[int], model: ModelConfig, config: RunConfig) -> TrainingBatch:
+    """Prompts end where a block ends, as in decoding; padding stands before them, and behind the shorter canvases."""
     length = model.block_length
-    drawn = torch.tensor(list(ANSWER_BLOCKS))[
-        torch.multinomial(torch.tensor(list(ANSWER_BLOCKS.values())), len(samples), True, generator=generator)
-    ].tolist()
-    by_geometry: dict[tuple[int, int], list[Sample]] = defaultdict(list)
-    for sample, least in zip(samples, drawn, strict=True):
-        needed = -(-len(sample.answer) // length)
-        by_geometry[-(-len(sample.prompt) // length), max(needed, least)].append(sample)
-    for (prompt_blocks, answer_blocks), members in sorted(by_geometry.items()):
-        yield _batch(members, prompt_blocks, answer_blocks, model, config, generator)
-
-
-def _batch(
-    samples: Sequence[Sample],
-    prompt_blocks: int,
-    answer_blocks: int,
-    model: ModelConfig,
-    config: RunConfig,
-    generator: torch.Generator,
-) -> TrainingBatch:
-    length, start = model.block_length, prompt_blocks * model.block_length
-    size = start + answer_blocks * length
-    clean_BS = torch.full((len(samples), size), model.eos_ids[0])
-    live_BS = torch.ones(clean_BS.shape, dtype=torch.bool)
-    weight_BS = torch.zeros(clean_BS.shape)
-    for row, sample in enumerate(samples):
-        padding, end = start - len(sample.prompt), start + len(sample.answer)
-        clean_BS[row, :padding], live_BS[row, :padding] = model.pad_id, False
+    masks = [_canvas_masks(sample, length, config, seed) for sample, seed in zip(samples, seeds, strict=True)]
+    starts = [-(-len(sample.prompt) // length) * length for sample in samples]
+    size = max(start + len(masked_A) for start, (masked_A, _) in zip(starts, masks, strict=True))
+    shape = (len(samples), size)
+    clean_BS, live_BS = torch.full(shape, model.pad_id), torch.zeros(shape, dtype=torch.bool)
+    weights_BS, masked_BS = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
+    for row, (sample, start, (masked_A, learnt_A)) in enumerate(zip(samples, starts, masks, strict=True)):
+        padding, end, stop = start - len(sample.prompt), start + len(sample.answer), start + len(masked_A)
+        live_BS[row, padding:stop] = True
         clean_BS[row, padding:end] = torch.tensor(sample.prompt + sample.answer)
-        weight_BS[row, start:end], weight_BS[row, end:] = 1.0, config.fill_weight
-    masked_BA, learnt_BA = _draw_masks([len(s.answer) for s in samples], answer_blocks, length, config, generator)
-    prompt_BP = torch.zeros(len(samples), start, dtype=torch.bool)
-    masked_BS, learnt_BS = torch.cat((prompt_BP, masked_BA), dim=1), torch.cat((prompt_BP, learnt_BA), dim=1)
-    positions_BS = (live_BS.cumsum(dim=1) - 1).clamp(min=0)
+        clean_BS[row, end:stop] = model.eos_ids[0]
+        masked_BS[row, start:stop] = masked_A
+        weights_BS[row, start:end], weights_BS[row, end:stop] = 1.0, config.fill_weight
+        weights_BS[row, start:stop] *= learnt_A
     inputs = ForwardInput(
         tokens_BS=clean_BS.masked_fill(masked_BS, model.mask_id),
-        positions_BS=positions_BS,
+        positions_BS=(live_BS.cumsum(dim=1) - 1).clamp(min=0) * live_BS,
         live_BS=live_BS,
         mask_BSP=live_BS.unsqueeze(1).expand(-1, size, -1),
         block_length=length,
         masked_BS=masked_BS,
     )
-    return TrainingBatch(inputs, clean_BS, weight_BS * learnt_BS, num_noisy=size // length)
+    return TrainingBatch(inputs, clean_BS, weights_BS, size // length, tuple(seeds))
 
 
-def _draw_masks(
-    answer_lengths: Sequence[int], num_blocks: int, length: int, config: RunConfig, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Which answer positions are masked, and which of them are learnt from: bool [B, answer positions] each."""
-    batch = len(answer_lengths)
-    held_B = torch.tensor([-(-count // length) for count in answer_lengths])
-    current_B = (torch.rand(batch, generator=generator) * held_B).long()
+def _canvas_masks(sample: Sample, length: int, config: RunConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """Which positions of a drawn number of answer blocks are masked, and which of them are learnt from: bool."""
+    generator = torch.Generator().manual_seed(seed)
+    space, place, share, whole, everywhere = torch.rand(5, generator=generator).tolist()
+    held = -(-len(sample.answer) // length)
+    least = next(n for n, edge in zip(ANSWER_BLOCKS, accumulate(ANSWER_BLOCKS.values()), strict=True) if space < edge)
     low, high = config.mask_ratio
-    ratio_B = low + (high - low) * torch.rand(batch, generator=generator)
-    ratio_B[torch.rand(batch, generator=generator) < config.full_mask_share] = 1.0
-    everywhere_B = torch.rand(batch, generator=generator) < LLADA_SHARE
-    hit_BA = torch.rand(batch, num_blocks * length, generator=generator) < ratio_B.unsqueeze(1)
-    block_A = torch.arange(num_blocks * length) // length
-    here_BA = (block_A == current_B.unsqueeze(1)) | everywhere_B.unsqueeze(1)
-    later_BA = (block_A > current_B.unsqueeze(1)) & ~everywhere_B.unsqueeze(1)
-    return (here_BA & hit_BA) | later_BA, here_BA & hit_BA
+    ratio = 1.0 if whole < config.full_mask_share else low + (high - low) * share
+    block_A = torch.arange(max(held, least) * length) // length
+    hit_A = torch.rand(len(block_A), generator=generator) < ratio
+    if everywhere < LLADA_SHARE:
+        return hit_A, hit_A
+    current = int(place * held)
+    learnt_A = (block_A == current) & hit_A
+    return learnt_A | (block_A > current), learnt_A

@@ -11,6 +11,7 @@ from expertshare.errors import ConfigError, PolicyError
 from expertshare.routing import RoutingPolicy, knobs, parse_policy
 
 OptimiserName = Literal["adamw", "muon"]
+ElasticSets = Literal["random", "votes"]
 DEFAULT_LR = {"adamw": 2e-3, "muon": 0.02}
 """Of `distill`, chosen on the reference model (3 M parameters). The published 2e-6 is for AdamW on a model of 16 G
 parameters."""
@@ -24,11 +25,15 @@ class RunConfig:
     samples_per_step: problems or answers per optimiser step, over all processes. mask_ratio: range of the share of
     answer positions that are masked; full_mask_share: share of what is masked wholly, as at the first step of decoding.
     fill_weight: loss weight of the end-of-text tokens behind the first one, which fill the last block. Learning rates
-    are peaks; they warm up over `warmup_steps`.
+    are peaks; they warm up over `warmup_steps`. elastic: smallest number of experts that a sharing group draws (None:
+    groups are routed by the policy); elastic_free: share of groups that use all experts; elastic_sets: whether sets are
+    drawn evenly or by the group's votes.
     """
 
     RATES: ClassVar[str] = "lr"
     """The learning rates by name, for errors."""
+    ONE_RATIO: ClassVar[bool] = False
+    """Whether a mask ratio is drawn for every sample, and not for every block."""
 
     steps: int
     samples_per_step: int = 96
@@ -40,15 +45,20 @@ class RunConfig:
     fill_weight: float = 0.2
     dtype: str = "bfloat16"
     checkpoint_every: int
+    micro_batch: int = 96
+    elastic: int | None = None
+    elastic_free: float = 0.25
+    elastic_sets: ElasticSets = "random"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "samples_per_step", "checkpoint_every"):
+        for name in ("steps", "samples_per_step", "checkpoint_every", "micro_batch"):
             self.check(name, getattr(self, name) >= 1, "be at least 1")
         low, high = self.mask_ratio
         self.check("mask_ratio", 0.0 < low <= high <= 1.0, "be a range inside (0, 1]")
         self.check("weight_decay", 0.0 <= self.weight_decay < math.inf, "be a number of at least 0")
-        for name in ("full_mask_share", "fill_weight"):
+        for name in ("full_mask_share", "fill_weight", "elastic_free"):
             self.check(name, 0.0 <= getattr(self, name) <= 1.0, "lie in [0, 1]")
+        self.check("elastic_sets", self.elastic_sets in get_args(ElasticSets), "be random or votes")
         self.check("dtype", self.dtype in ("bfloat16", "float32"), "be bfloat16 or float32")
 
     def check(self, name: str, holds: bool, must: str) -> None:
@@ -63,7 +73,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingConfig(RunConfig):
-    """A run from scratch on generated problems. A mask ratio is drawn for every block.
+    """A run on generated problems. A mask ratio is drawn for every block.
 
     mixture: weight of each task. balance_rate: step of the selection bias towards an even load (DeepSeek's rule without
     an auxiliary loss); balance_loss: weight of the auxiliary loss for the same end, for routers without such a bias.
@@ -107,14 +117,16 @@ class TrainingConfig(RunConfig):
 class DistillConfig(RunConfig):
     """A self-distillation. A mask ratio is drawn for every sample.
 
-    policy: what the model is trained for, as text. start_policy: the same policy with other numbers; they go evenly
-    to those of `policy` over the first `curriculum_share` of the steps. router_only: train nothing but the weights of
-    the routers. micro_batch: how many answers one forward of one process takes. full_mask_share is not published. lr:
-    peak; with muon that of matrices, everything else being trained by AdamW at `scalar_lr`; None: the default for the
-    optimiser. It falls along a half cosine to zero.
+    policy: what the model is trained for, as text; vanilla with `elastic`, which stands in its place. start_policy: the
+    same policy with other numbers; they go evenly to those of `policy` over the first `curriculum_share` of the steps.
+    router_only: train nothing but the weights of the routers. full_mask_share is not published. lr: peak; with muon
+    that of matrices, everything else being trained by AdamW at `scalar_lr`; None: the default for the optimiser. It
+    falls along a half cosine to zero.
     """
 
-    policy: str
+    ONE_RATIO: ClassVar[bool] = True
+
+    policy: str = "vanilla"
     start_policy: str | None = None
     curriculum_share: float = 0.5
     router_only: bool = False
@@ -129,7 +141,8 @@ class DistillConfig(RunConfig):
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
-        self.check("micro_batch", self.micro_batch >= 1, "be at least 1")
+        alone = self.policy == "vanilla" and self.start_policy is None
+        self.check("policy", self.elastic is None or alone, "be left out of elastic training, which draws coresets")
         self.check("optimiser", self.optimiser in get_args(OptimiserName), "be adamw or muon")
         for name in ("lr", "scalar_lr"):
             value = getattr(self, name)

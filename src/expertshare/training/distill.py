@@ -1,4 +1,5 @@
-"""`distill`: a model learns to give its own answers under an expert-sharing policy (arXiv 2605.30876).
+"""`distill`: a model learns to give its own answers under an expert-sharing policy (arXiv 2605.30876), or with any
+number of experts (elastic training).
 
 One folder holds it all: the finished model, a model card and `distillation.json` at the top, and below `distillation/`
 the answers, the settings and the checkpoint of the run.
@@ -22,10 +23,11 @@ from expertshare.decoding import DecodingOptions
 from expertshare.errors import TrainingError
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, MoETransformer, load_model, save_model
-from expertshare.routing import RoutingPolicy, knobs
+from expertshare.routing import knobs
 from expertshare.training.answers import AnswerListener, StoredAnswer, check_answerable, generate_answers, read_answers
-from expertshare.training.batches import Sample, TrainingBatch, geometry, noise_seed, padded_batch
+from expertshare.training.batches import Sample
 from expertshare.training.config import Curriculum, DistillConfig, make_curriculum
+from expertshare.training.objective import Objective, check_elastic
 from expertshare.training.optimisers import adamw, choose_trained, muon_and_adamw
 from expertshare.training.processes import Processes
 from expertshare.training.run_folder import RunFolder, write_whole
@@ -109,12 +111,8 @@ def distill_folder(out: Path) -> RunFolder:
 
 
 def check_trainable(model: ModelConfig, config: DistillConfig, processes: Processes) -> Curriculum:
-    """The policies of the run. Refuses what cannot be trained: TrainingError or PolicyError."""
-    if model.attention != "block_causal":
-        raise TrainingError(
-            f"distillation trains under the block-diffusion mask and needs a block-causal model, got {model.family} "
-            "with full attention: choose another model"
-        )
+    """The policies of the run. Raises TrainingError or PolicyError for what cannot be trained."""
+    check_elastic(config, model.router)
     processes.check(config)
     return make_curriculum(config, model.router)
 
@@ -132,7 +130,13 @@ def make_trainer(
     return Trainer(
         model,
         config,
-        FromAnswers(samples, model.config, config, curriculum, processes),
+        Objective(
+            draw=lambda step: [samples[index] for index in draw_indices(len(samples), config, step)],
+            policy=curriculum.policy,
+            model=model.config,
+            config=config,
+            processes=processes,
+        ),
         partial(adamw, lr=config.peak_lr, weight_decay=decay)
         if config.optimiser == "adamw"
         else partial(
@@ -144,38 +148,6 @@ def make_trainer(
         ),
         processes=processes,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class FromAnswers:
-    """The objective of a distillation: the model's own answers, epoch after epoch, under a curriculum of policies."""
-
-    samples: Sequence[Sample]
-    model: ModelConfig
-    config: DistillConfig
-    curriculum: Curriculum
-    processes: Processes
-
-    def batches(self, step: int) -> list[TrainingBatch]:
-        """This process's share of a step, in forwards of similar lengths; their number is the same in every process."""
-        indices = draw_indices(len(self.samples), self.config, step)
-        drawn = [
-            (self.samples[index], noise_seed(self.config.seed, step, place)) for place, index in enumerate(indices)
-        ]
-        drawn.sort(key=lambda pair: self._size(pair[0]))
-        mine = drawn[self.processes.rank :: self.processes.count]
-        size = self.config.micro_batch
-        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        return [padded_batch([s for s, _ in part], [n for _, n in part], self.model, self.config) for part in parts]
-
-    def _size(self, sample: Sample) -> tuple[int, int]:
-        """Noisy blocks and all blocks: samples that are alike in both pad each other the least."""
-        num_blocks, first = geometry(sample, self.model.block_length)
-        return num_blocks - first, num_blocks
-
-    def policy(self, step: int) -> RoutingPolicy:
-        """The policy that the curriculum has for a step."""
-        return self.curriculum.policy(step)
 
 
 def draw_indices(count: int, config: DistillConfig, step: int) -> list[int]:
@@ -214,7 +186,7 @@ def _record(
     """The content of distillation.json; `expertshare info` shows its policy."""
     environment = capture_environment(trainer.model.device)
     return {
-        "policy": config.policy,
+        "policy": config.policy if config.elastic is None else None,
         "knobs": {"name": curriculum.target.name, **knobs(curriculum.target)},
         "base_model": base.path.name,
         "training": asdict(config),
@@ -244,10 +216,9 @@ library_name: expertshare
 tags: [diffusion language model, mixture of experts, self-distillation]
 ---
 
-# {base_model}, distilled for `{policy}`
+# {base_model}, {purpose}
 
-Trained to give its own answers while the tokens of a block share experts. Run it under the policy it was trained for:
-nothing chooses that policy by itself.
+Trained to give its own answers while the tokens of a block share experts. {advice}
 
 ```sh
 expertshare generate . --policy '{policy}' --prompt '...'
@@ -257,13 +228,16 @@ expertshare generate . --policy '{policy}' --prompt '...'
 |---|---|
 {rows}
 """
+_FOR_A_POLICY = "Run it under the policy it was trained for:\nnothing chooses that policy by itself."
+_ELASTIC = "Each group of tokens drew its number of experts, so it\nserves any policy with at least that many."
 
 
 def _model_card(record: Mapping[str, Any]) -> str:
     """Markdown from the content of distillation.json."""
     training = record["training"]
+    elastic = training["elastic"]
     facts = {
-        "policy": f"`{record['policy']}`",
+        "policy": f"`{record['policy']}`" if elastic is None else f"any, with {elastic} experts or more",
         "knobs": ", ".join(f"{name}={value}" for name, value in record["knobs"].items()),
         "started from": record["base_model"],
         "start policy": training["start_policy"] or "the same",
@@ -276,4 +250,10 @@ def _model_card(record: Mapping[str, Any]) -> str:
         "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return _CARD.format(base_model=record["base_model"], policy=record["policy"], rows=rows)
+    return _CARD.format(
+        base_model=record["base_model"],
+        purpose=f"distilled for `{record['policy']}`" if elastic is None else "for any number of experts",
+        advice=_FOR_A_POLICY if elastic is None else _ELASTIC,
+        policy=record["policy"] or f"des-vote:budget={elastic}",
+        rows=rows,
+    )

@@ -1,8 +1,8 @@
-"""`train`: a small model from scratch. Configuration in, checkpoint while it runs, a model that loads anywhere out."""
+"""`train`: a small model on generated problems; a checkpoint while it runs, and a model that loads anywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -10,12 +10,16 @@ from typing import Protocol
 
 import torch
 
-from expertshare.models import save_model
+from expertshare.config import ModelConfig
+from expertshare.errors import TrainingError
+from expertshare.models import LoadedModel, load_model, save_model
 from expertshare.models.transformer import MoETransformer, initialise
-from expertshare.routing import RoutingPolicy, make_policy
-from expertshare.training.batches import Sample, TrainingBatch, canvas_batches, grouped_batches
+from expertshare.routing import make_policy
+from expertshare.training.batches import Sample
 from expertshare.training.config import TrainingConfig, reference_architecture
+from expertshare.training.objective import Objective
 from expertshare.training.optimisers import muon_and_adamw
+from expertshare.training.processes import Processes
 from expertshare.training.run_folder import RunFolder
 from expertshare.training.trainer import LoadBalance, StepResult, Trainer, train
 
@@ -26,7 +30,7 @@ _VOCABULARY_MULTIPLE = 64
 class Problems(Protocol):
     """Where a run takes its samples and its vocabulary."""
 
-    vocab_size: int
+    vocabulary: Mapping[str, int]
     mask_id: int
     eos_id: int
     pad_id: int
@@ -40,27 +44,6 @@ class Problems(Protocol):
         ...
 
 
-class FromProblems:
-    """The objective of a run from scratch: other problems at every step, routed without sharing."""
-
-    def __init__(self, model: MoETransformer, config: TrainingConfig, problems: Problems) -> None:
-        self.problems = problems
-        self._model, self._config = model.config, config
-        self._policy = make_policy("vanilla").bind(model.config.router)
-
-    def batches(self, step: int) -> list[TrainingBatch]:
-        """Whole canvases for a model with full attention, else [noisy ; clean]."""
-        samples = self.problems.draw(self._config, step)
-        generator = torch.Generator().manual_seed(self._config.seed * 1_000_003 + step)
-        make = canvas_batches if self._model.attention == "full" else grouped_batches
-        return list(make(samples, self._model, self._config, generator))
-
-    def policy(self, step: int) -> RoutingPolicy:
-        """Vanilla routing at every step of training."""
-        del step
-        return self._policy
-
-
 def run_folder(folder: Path) -> RunFolder:
     """The files of a run; the finished model is in `model` below them."""
     return RunFolder(folder=folder, work=folder, kind="training run")
@@ -71,35 +54,52 @@ def prepare(
     config: TrainingConfig,
     problems: Problems,
     *,
+    start: LoadedModel | None = None,
     family: str = "llada2_moe",
-    hidden: int,
-    layers: int,
-    expert_hidden: int,
+    hidden: int = 128,
+    layers: int = 4,
+    expert_hidden: int = 32,
     num_experts: int = 64,
     resume: bool,
 ) -> Trainer:
     """Build model and trainer; record the configuration. A resumed run must ask for the same one.
 
-    Raises TrainingError if the folder holds another run, ConfigError for an unknown family.
+    start: a model whose training goes on, of its own shape; None: random weights of the shape that is given. Raises
+    TrainingError if the folder holds another run or the model another vocabulary, ConfigError for an unknown family.
     """
-    architecture = reference_architecture(
-        family=family,
-        vocab_size=-(-problems.vocab_size // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE,
-        mask_id=problems.mask_id,
-        eos_id=problems.eos_id,
-        pad_id=problems.pad_id,
-        hidden=hidden,
-        layers=layers,
-        expert_hidden=expert_hidden,
-        num_experts=num_experts,
-    )
-    folder.record({"training": asdict(config), "model": asdict(architecture)}, resume=resume)
-    model = MoETransformer(architecture)
-    initialise(model, seed=config.seed)
+    if start is not None:
+        architecture = _with_vocabulary(start, problems)
+    else:
+        architecture = reference_architecture(
+            family=family,
+            vocab_size=-(-len(problems.vocabulary) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE,
+            mask_id=problems.mask_id,
+            eos_id=problems.eos_id,
+            pad_id=problems.pad_id,
+            hidden=hidden,
+            layers=layers,
+            expert_hidden=expert_hidden,
+            num_experts=num_experts,
+        )
+    started = {"start": start.path.name} if start is not None else {}
+    folder.record({"training": asdict(config), "model": asdict(architecture), **started}, resume=resume)
+    if start is not None:
+        model = load_model(start.path, dtype=torch.float32).model
+    else:
+        model = MoETransformer(architecture)
+        initialise(model, seed=config.seed)
+    vanilla = make_policy("vanilla").bind(architecture.router)
+    processes = Processes()
     return Trainer(
         model,
         config,
-        FromProblems(model, config, problems),
+        Objective(
+            draw=partial(problems.draw, config),
+            policy=lambda _: vanilla,
+            model=architecture,
+            config=config,
+            processes=processes,
+        ),
         partial(
             muon_and_adamw,
             lr=config.matrix_lr,
@@ -108,7 +108,23 @@ def prepare(
             scalar_decay=0.0,
         ),
         balance=LoadBalance(model, rate=config.balance_rate, weight=config.balance_loss),
+        processes=processes,
     )
+
+
+def _with_vocabulary(start: LoadedModel, problems: Problems) -> ModelConfig:
+    """The shape of a model that can go on with these problems; TrainingError for one of another vocabulary."""
+    config = start.config
+    theirs = (config.mask_id, config.eos_ids, config.pad_id, start.tokenizer and start.tokenizer.get_vocab())
+    ours = (problems.mask_id, (problems.eos_id,), problems.pad_id, dict(problems.vocabulary))
+    if start.layout is not None:
+        raise TrainingError(f"{start.path} keeps its experts in files of their own: give the checkpoint it came from")
+    if theirs != ours:
+        raise TrainingError(
+            f"expected a model with the vocabulary of these problems ({len(problems.vocabulary)} tokens), got "
+            f"{start.path} with {config.vocab_size}: give one that `train` made, or use distill, which takes any model"
+        )
+    return config
 
 
 def run(

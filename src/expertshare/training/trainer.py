@@ -1,8 +1,7 @@
 """The one training loop: deterministic from its seeds, resumable, on one process or several, with inference's routing.
 
-What is trained for comes in as an `Objective`: the batches of every step, and the policy by which their tokens are
-routed. A policy that makes a group's coreset in another way at every step (a curriculum, a random budget) is that
-objective's choice; the loop does not know it.
+What is trained for comes in as an `Objective`: the batches of every step, and how their tokens are routed. Coresets
+that change from step to step (a curriculum, elastic training) are its choice; the loop does not know them.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,25 +20,13 @@ from expertshare.errors import TrainingError
 from expertshare.models.moe import MoE
 from expertshare.models.runtime import Runtime
 from expertshare.models.transformer import MoETransformer
-from expertshare.routing import RoutingPolicy
 from expertshare.training.batches import TrainingBatch
 from expertshare.training.config import RunConfig
+from expertshare.training.objective import Objective, check_elastic
 from expertshare.training.processes import Processes
 from expertshare.training.run_folder import RunFolder
 
 _MAX_GRADIENT_NORM = 1.0
-
-
-class Objective(Protocol):
-    """What a run trains for; a function of the step alone, so that a resumed run sees what it would have seen."""
-
-    def batches(self, step: int) -> Sequence[TrainingBatch]:
-        """This process's share of a 0-based step, one forward each; as many in every process."""
-        ...
-
-    def policy(self, step: int) -> RoutingPolicy:
-        """How tokens are routed in that step, bound to the model's router."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +116,7 @@ class Trainer:
         processes: Processes | None = None,
     ) -> None:
         """make_optimisers: called once the model is sharded; the rates of their groups are taken as peaks."""
+        check_elastic(config, model.config.router)
         self.model, self.config, self.objective = model.train(), config, objective
         self.balance, self.processes = balance, processes or Processes()
         self.module = BatchLoss(model)
@@ -142,8 +130,7 @@ class Trainer:
     def step(self) -> StepResult:
         """Draw, forward, backward, update, balance."""
         started, config, step = time.perf_counter(), self.config, self.step_index
-        batches, runtime = self.objective.batches(step), Runtime(policy=self.objective.policy(step))
-        device = self.model.device
+        batches, device = self.objective.batches(step), self.model.device
         weight, blocks, rows, positions = self.processes.total(
             sum(float(batch.weights_BS.sum()) for batch in batches),
             sum(int(batch.live_noisy_BN.sum()) for batch in batches),
@@ -153,7 +140,7 @@ class Trainer:
         weight = weight or 1.0  # where the masks hit nothing that is learnt: such a step has a loss of 0
         loss_sum, experts_sum, load_NE = 0.0, 0.0, torch.zeros((), device=device)
         for batch in batches:
-            batch = batch.to(device)
+            batch, runtime = batch.to(device), Runtime(policy=self.objective.routing(step, batch))
             with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
                 loss, unique, load = self.module(batch, runtime)
                 # Sharding averages gradients over the processes; the sum is wanted.

@@ -51,7 +51,7 @@ class Benchmark:
     data: str
 
 
-def _mmlu(name: str, subjects: tuple[str, ...]) -> Benchmark:
+def _of_subjects(name: str, subjects: tuple[str, ...]) -> Benchmark:
     return Benchmark(
         name=name,
         parts={subject: f"mmlu_{subject}_generative" for subject in subjects},
@@ -89,9 +89,9 @@ BENCHMARKS: dict[str, Benchmark] = {
             folders=("arc",),
             data="arc_c",
         ),
-        _mmlu("mmlu", SUBJECTS),
-        _mmlu("mmlu_math", MATHS_SUBJECTS),
-        _mmlu("mmlu_hs_math", ("high_school_mathematics",)),
+        _of_subjects("mmlu", SUBJECTS),
+        _of_subjects("mmlu_math", MATHS_SUBJECTS),
+        _of_subjects("mmlu_hs_math", ("high_school_mathematics",)),
         _code("humaneval"),
         _code("mbpp"),
         _code("humaneval_pro"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -17,7 +18,7 @@ class TaskProblems:
 
     def __init__(self, seed: int) -> None:
         self._seed, self._tokenizer = seed, build_tokenizer(seed)
-        self.vocab_size: int = self._tokenizer.get_vocab_size()
+        self.vocabulary: Mapping[str, int] = self._tokenizer.get_vocab()
         self.mask_id, self.eos_id, self.pad_id = (self._id(token) for token in (MASK, EOS, PAD))
 
     def _id(self, token: str) -> int:
