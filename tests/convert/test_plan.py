@@ -30,7 +30,7 @@ from expertshare.errors import ExpertMemoryError, InputError
 from expertshare.experts import ExpertMemory, StoreOptions
 from expertshare.experts.recording import RoutingRecord, read_record
 from expertshare.lab.random_checkpoint.make_checkpoint import make_checkpoint
-from expertshare.models.fits import check_fits
+from expertshare.models.loading import check_fits
 from expertshare.routing import parse_policy
 
 from .models import LLADA2, save_random

@@ -29,7 +29,7 @@ NOT_RUN = {
     "def test_three_tokens_elect_two_experts": "tests/routing/test_add_a_policy_doc.py runs it",
     'load_model("path/to/model", device="cuda")': "needs a GPU",
     "client = OpenAI(": "asks a running server; tests/serving/test_clients.py does so with the same client",
-    '"my_moe": MY_MOE': "a line to be added to a table, around an ellipsis",
+    'FAMILIES = (..., "my_moe")': "a name to be added to a tuple, around an ellipsis",
 }
 SHORTER = {"limit=200": "limit=1", '["runs/first", "compare.json"]': '["benchmarks/results/policies.json"]'}
 """What is exchanged before a block is run: minutes become seconds, and results of commands those in the repository."""

@@ -23,7 +23,8 @@ from expertshare.experts import (
     slot_memory,
 )
 from expertshare.experts.slot_memory import CudaTransfer, in_chunks, pinned
-from expertshare.models import fits, load_model
+from expertshare.models import load_model
+from expertshare.models.loading import check_fits, check_pinned_fits
 
 from .conversion import FORM, convert, random_model
 from .streams import SimulatedTransfer
@@ -200,15 +201,15 @@ def test_all_experts_on_a_card_that_is_too_small_name_what_to_give(
 
 def test_what_does_not_fit_on_the_card_or_beside_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     converted = convert(REFERENCE, tmp_path / "model")
-    monkeypatch.setattr(fits, "free_device_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr("expertshare.models.loading.free_device_bytes", lambda device: 1 << 20)
     budget = ExpertMemory.parse("2MiB")
     with pytest.raises(ExpertMemoryError, match=r"need 2MiB of memory of cuda:0, but 1MiB can be had"):
-        fits.check_fits(converted, budget, dense_is_loaded=True, device=CUDA)
-    fits.check_fits(converted, ExpertMemory.parse("1MiB"), dense_is_loaded=True, device=CUDA)
+        check_fits(converted, budget, dense_is_loaded=True, device=CUDA)
+    check_fits(converted, ExpertMemory.parse("1MiB"), dense_is_loaded=True, device=CUDA)
     options = StoreOptions(memory=budget, host_memory=ExpertMemory.parse_host("all"))
     with pytest.raises(ExpertMemoryError, match=r"would pin [\d.]+MiB of the host's memory, but 1MiB can be had"):
-        fits.check_pinned_fits(converted, options, available_bytes=1 << 20)
-    fits.check_pinned_fits(converted, StoreOptions(memory=budget), available_bytes=1)
+        check_pinned_fits(converted, options, available_bytes=1 << 20)
+    check_pinned_fits(converted, StoreOptions(memory=budget), available_bytes=1)
     with (
         pytest.raises(ConfigError, match="the model is on the CPU"),
         loading.opened(load_model(converted), options, Setup()),

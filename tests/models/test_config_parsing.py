@@ -9,8 +9,8 @@ import pytest
 
 from expertshare.config import ModelConfig
 from expertshare.errors import ConfigError
-from expertshare.models.table import FAMILIES, family_of
-from expertshare.models.token_ids import TokenIds
+from expertshare.models.config_keys import TokenIds
+from expertshare.models.family import family_named, family_of
 
 from .layouts import EOS, LLADA2_CONFIG, LLADA_MOE_CONFIG, MASK, SDAR_CONFIG
 
@@ -117,14 +117,14 @@ def test_llada_moe_and_sdar_router_rules() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_to_config_is_the_inverse_of_parse(name: str) -> None:
     config = parse({**CONFIGS[name], "block_size": 8, "eos_token_id": [EOS, 3], "pad_token_id": 5})
-    family = FAMILIES[config.family]
+    family = family_named(config.family)
     assert parse(family.to_config(config)) == config
 
 
 @pytest.mark.parametrize(("rotary_dim", "head_dim"), [(30, 88), (106, 152), (64, 128)])
 def test_a_share_of_the_head_that_floats_round_gives_its_features_back(rotary_dim: int, head_dim: int) -> None:
     config = replace(parse(LLADA_MOE_CONFIG), rotary_dim=rotary_dim, head_dim=head_dim)
-    assert parse(FAMILIES["llada_moe"].to_config(config)).rotary_dim == rotary_dim
+    assert parse(family_named("llada_moe").to_config(config)).rotary_dim == rotary_dim
 
 
 UNSUPPORTED: list[tuple[str, str, object]] = [

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from expertshare.config import ModelConfig
 from expertshare.models import MoETransformer
-from expertshare.models.family import Place
-from expertshare.models.table import ALIASES, FAMILIES
+from expertshare.models.family import ALIASES, FAMILIES, Target, family_named
 
 from .test_saving import CONFIGS
 
 LAYOUTS = [
     pytest.param(config, layout, id=f"{name}: {layout.__name__}")
     for name, config in CONFIGS.items()
-    for layout in (FAMILIES[config.family].places, FAMILIES[config.family].merged_places)
+    for layout in (family_named(config.family).targets, family_named(config.family).merged_targets)
     if layout is not None
 ]
 
@@ -31,7 +30,7 @@ def meta_state(config: ModelConfig) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("config", "layout"), LAYOUTS)
 def test_every_weight_has_exactly_one_place(
-    config: ModelConfig, layout: Callable[[ModelConfig], Sequence[Place]]
+    config: ModelConfig, layout: Callable[[ModelConfig], Sequence[Target]]
 ) -> None:
     places = layout(config)
     assert len({place.name for place in places}) == len(places)
@@ -43,6 +42,6 @@ def test_every_weight_has_exactly_one_place(
 
 def test_every_family_is_covered_here_and_keyed_by_its_name() -> None:
     assert {config.family for config in CONFIGS.values()} == set(FAMILIES)
-    assert all(key == family.name for key, family in FAMILIES.items())
+    assert all(name == family_named(name).name for name in FAMILIES)
     assert set(ALIASES.values()) <= set(FAMILIES)
     assert not set(ALIASES) & set(FAMILIES)

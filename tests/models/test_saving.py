@@ -157,7 +157,7 @@ def test_a_failed_save_keeps_the_old_weights(tmp_path: Path, monkeypatch: pytest
     def disk_full(*_: object, **__: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("expertshare.models.saving.save_file", disk_full)
+    monkeypatch.setattr("expertshare.models.checkpoint.save_file", disk_full)
     with pytest.raises(OSError, match="no space"):
         save_model(model, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before

@@ -16,9 +16,8 @@ from expertshare.evaluation.runner import Setup
 from expertshare.experts import ExpertMemory, StoreOptions, has_expert_layout, open_store
 from expertshare.experts.opening import check_options
 from expertshare.models import LoadedModel, ModelFacts, describe, load_model
-from expertshare.models.devices import usable_device
-from expertshare.models.fits import check_fits, check_pinned_fits
-from expertshare.models.source import resolve_source
+from expertshare.models.checkpoint import resolve_source
+from expertshare.models.loading import check_fits, check_pinned_fits, usable_device
 from expertshare.routing import RoutingPolicy, parse_policies
 from expertshare.tuning.policy_file import PolicyFile, check_model
 

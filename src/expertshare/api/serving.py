@@ -18,8 +18,8 @@ from expertshare.api.loading import DecodingValue, Model, decoding_options, for_
 from expertshare.evaluation.runner import Setup
 from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
-from expertshare.models.source import read_json, read_optional_json, resolve_source
-from expertshare.models.table import family_of
+from expertshare.models.checkpoint import read_json, read_optional_json, resolve_source
+from expertshare.models.family import family_of
 from expertshare.models.tokenizer import load_tokenizer, token_ids
 from expertshare.routing import RoutingPolicy, native_policy, parse_policy
 from expertshare.serving import Engine, EngineLimits, OfferedPolicies, ServerSettings

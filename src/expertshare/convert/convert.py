@@ -24,8 +24,7 @@ from expertshare.experts.layout import (
     read_manifest,
     verify_layer,
 )
-from expertshare.models.checkpoint import INDEX, WEIGHTS
-from expertshare.models.source import resolve_source
+from expertshare.models.checkpoint import INDEX, WEIGHTS, resolve_source
 
 MAX_SHARD_BYTES = 5_000_000_000
 _NOT_COPIED = (WEIGHTS, INDEX, DENSE, DENSE_INDEX, MANIFEST, JOURNAL, CHECKSUMS)

@@ -16,12 +16,9 @@ from expertshare.convert.storage import QUANTISED_OR_NOT, slab_format
 from expertshare.errors import ConfigError
 from expertshare.experts.layout import DENSE, has_expert_layout, read_manifest
 from expertshare.experts.slab import SlabFormat
-from expertshare.models.checkpoint import StoredTensor, check_names, choose_places, read_headers
-from expertshare.models.family import Place
+from expertshare.models.checkpoint import StoredTensor, check_names, choose_targets, read_headers, resolve_source
+from expertshare.models.family import Target, family_named, quantised_targets
 from expertshare.models.loading import stored_in_bfloat16
-from expertshare.models.quantised_vocabulary import quantised_places
-from expertshare.models.source import resolve_source
-from expertshare.models.table import FAMILIES
 from expertshare.models.transformer import MoETransformer
 
 
@@ -57,17 +54,17 @@ def sizes_of(model: str | os.PathLike[str]) -> ModelSizes:
     layout = read_manifest(path) if has_expert_layout(path) else None
     if layout is not None:
         stored = read_headers(path, DENSE)
-        every = family.places(config)
+        every = family.targets(config)
         slab, probe = layout.format, path / layout.expert_files[0].name
     else:
         stored = read_headers(path)
-        every = choose_places(family, config, stored)
+        every = choose_targets(family, config, stored)
         slab, probe = None, max((tensor.file for tensor in stored.values()), key=lambda file: file.stat().st_size)
     experts = {place.name for place in every if is_expert(place)}
     places = [place for place in every if not is_expert(place)]
     bfloat16 = stored_in_bfloat16(stored, places)
     if layout is not None and layout.embeddings != "none":
-        places = [part for place in places for part in quantised_places(place)]
+        places = [part for place in places for part in quantised_targets(place)]
     check_names({name: tensor for name, tensor in stored.items() if name not in experts}, places, path)
     width = 2 if bfloat16 else 4
     if slab is not None and slab.scheme == "none":
@@ -90,7 +87,7 @@ def sizes_like(config: ModelConfig) -> ModelSizes:
     """Of a model that exists as a configuration only, in bfloat16."""
     with torch.device("meta"):
         state = MoETransformer(config).state_dict()
-    places = [place for place in FAMILIES[config.family].places(config) if not is_expert(place)]
+    places = [place for place in family_named(config.family).targets(config) if not is_expert(place)]
     entries = {place.entry: state[place.entry] for place in places}
     return ModelSizes(
         config=config,
@@ -126,7 +123,7 @@ def _slabs(config: ModelConfig, width: int, own: SlabFormat | None) -> dict[str,
     return found
 
 
-def _width(place: Place, width: int) -> int:
+def _width(place: Target, width: int) -> int:
     """Bytes of a weight in memory."""
     if place.entry.endswith(".codes"):
         return 1

@@ -21,10 +21,16 @@ from torch import Tensor
 from expertshare.config import ModelConfig
 from expertshare.errors import CheckpointError
 from expertshare.experts.layout import DENSE, ExpertLayout, LayerFile, open_layers, read_exactly, read_header
-from expertshare.models.checkpoint import StoredTensor, check_names, check_tensors, choose_places, read_headers
-from expertshare.models.family import Family, Place
-from expertshare.models.source import read_json, read_optional_json
-from expertshare.models.table import family_of
+from expertshare.models.checkpoint import (
+    StoredTensor,
+    check_names,
+    check_tensors,
+    choose_targets,
+    read_headers,
+    read_json,
+    read_optional_json,
+)
+from expertshare.models.family import Family, Target, family_of
 from expertshare.models.tokenizer import load_tokenizer, token_ids
 from expertshare.models.transformer import MoETransformer
 from expertshare.types import ExpertBank, QuantisedBank
@@ -104,7 +110,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """Read headers and configuration. Raises CheckpointError or ConfigError for what cannot be converted."""
     family, config = read_config(path)
     stored = read_headers(path)
-    places = choose_places(family, config, stored)
+    places = choose_targets(family, config, stored)
     check_names(stored, places, path)
     with torch.device("meta"):
         check_tensors(stored, places, MoETransformer(config).state_dict())
@@ -126,17 +132,17 @@ def read_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def is_expert(place: Place) -> bool:
+def is_expert(place: Target) -> bool:
     """Whether a tensor belongs to the routed experts."""
     return ".moe.experts." in place.entry
 
 
-def moe_layer_of(place: Place, config: ModelConfig) -> int:
+def moe_layer_of(place: Target, config: ModelConfig) -> int:
     """The MoE layer of a tensor, counted among MoE layers from 0."""
     return int(place.entry.split(".")[1]) - config.num_dense_layers
 
 
-def _parts(places: Sequence[Place], config: ModelConfig) -> dict[tuple[int, int], dict[str, list[ExpertPart]]]:
+def _parts(places: Sequence[Target], config: ModelConfig) -> dict[tuple[int, int], dict[str, list[ExpertPart]]]:
     """Every expert's projections, from either layout; gate rows before up rows."""
     parts: dict[tuple[int, int], dict[str, list[ExpertPart]]] = {}
     for place in sorted(places, key=lambda place: place.rows or (0, 0)):

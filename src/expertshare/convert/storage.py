@@ -12,8 +12,7 @@ from expertshare.errors import CheckpointError, ConfigError, NumericsError, near
 from expertshare.experts.layout import EMBEDDINGS
 from expertshare.experts.slab import SlabFormat
 from expertshare.kernels.quantise import QUANTISATIONS, quantise_bank, quantise_table, table_shapes
-from expertshare.models.quantised_vocabulary import PARTS, is_vocabulary
-from expertshare.models.table import FAMILIES
+from expertshare.models.family import PARTS, family_named, is_vocabulary
 from expertshare.types import ExpertBank, QuantisedBank
 
 QUANTISED_OR_NOT = ("none", *QUANTISATIONS)
@@ -90,7 +89,7 @@ class QuantisedEmbeddings:
 
     def __init__(self, source: ExpertSource) -> None:
         self._source, self.config, self.expert = source, source.config, source.expert
-        places = FAMILIES[source.config.family].places(source.config)
+        places = family_named(source.config.family).targets(source.config)
         names = {place.name for place in places if is_vocabulary(place)}
         self._parts = {f"{name}.{part}": (name, part) for name in names for part in PARTS}
         self.dense = tuple(part for entry in source.dense for part in _entries(entry, names))

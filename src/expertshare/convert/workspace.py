@@ -19,7 +19,7 @@ from typing import Any
 
 from expertshare.errors import CheckpointError, InputError
 from expertshare.experts.layout import FileRecord
-from expertshare.models.source import read_json
+from expertshare.models.checkpoint import read_json
 
 JOURNAL, CHECKSUMS, LOCK = "journal.json", "checksums.json", ".lock"
 FORMAT = 1

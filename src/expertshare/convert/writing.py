@@ -23,8 +23,7 @@ from expertshare.convert.workspace import Workspace
 from expertshare.experts.layout import DENSE, MANIFEST, ExpertLayout, LayerHeader, layer_file_name
 from expertshare.experts.slab import SlabFormat
 from expertshare.models.checkpoint import INDEX, WEIGHTS
-from expertshare.models.family import Place
-from expertshare.models.table import FAMILIES
+from expertshare.models.family import Target, family_named
 from expertshare.types import ExpertBank
 
 Progress = Callable[[str, int, int], None]
@@ -224,8 +223,8 @@ class _HuggingFaceTensors:
 
     def __init__(self, source: ExpertSource, expert_dtype: str, *, merged: bool) -> None:
         self._source, self._dtype = source, expert_dtype
-        family = FAMILIES[source.config.family]
-        places = family.merged_places if merged and family.merged_places is not None else family.places
+        family = family_named(source.config.family)
+        places = family.merged_targets if merged and family.merged_targets is not None else family.targets
         self._places = {place.name: place for place in places(source.config)}
         dense = {entry.name: entry for entry in source.dense}
         self.entries = tuple(
@@ -254,7 +253,7 @@ class _HuggingFaceTensors:
             self._last = ((layer, expert), bank)
         return self._last[1]
 
-    def _expert_entry(self, place: Place) -> TensorEntry:
+    def _expert_entry(self, place: Target) -> TensorEntry:
         config = self._source.config
         rows = config.hidden_size if place.rows is None else place.rows[1] - place.rows[0]
         depth = config.expert_hidden if place.rows is None else config.hidden_size

@@ -1,24 +1,37 @@
-"""The tensors of a checkpoint directory: one safetensors file, or shards with an index. Strict about both."""
+"""A model's directory: found or downloaded, its JSON and tensors read strictly, and written in the released layout."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from expertshare.config import ModelConfig
-from expertshare.errors import CheckpointError
-from expertshare.models.family import Family, Place
-from expertshare.models.source import read_json
+from expertshare.errors import CheckpointError, ConfigError, InputError
+from expertshare.models.family import Family, Target, family_named, special_ids
+from expertshare.models.layers import refuse_quantised_vocabulary
+
+if TYPE_CHECKING:
+    from expertshare.models.transformer import MoETransformer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+"""Weights, configurations and tokenizer files; never code."""
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _DTYPES = ("F32", "BF16", "F16", "F64")
 
 
@@ -57,7 +70,7 @@ def _read_shards(directory: Path, index: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{index} names the file {shard!r}, which is not in {directory}: download it again")
         for name, stored in _read_file(path).items():
             if listed.get(name) != shard:
-                raise CheckpointError(f"{path} holds {name}, which {index.name} places elsewhere: download both again")
+                raise CheckpointError(f"{path} holds {name}, which {index.name} targets elsewhere: download both again")
             found[name] = stored
     _complain("are listed in the index but absent from their files", set(listed) - set(found), index)
     return found
@@ -85,16 +98,16 @@ def loaded_bytes(tensors: Iterable[StoredTensor], dtype: torch.dtype | None = No
     )
 
 
-def choose_places(family: Family, config: ModelConfig, names: Iterable[str]) -> Sequence[Place]:
-    """The places of the layout that the tensor names show: one tensor per expert, or one per layer."""
-    if family.merged_places is not None and any(name.endswith(family.merged_marker) for name in names):
-        return family.merged_places(config)
-    return family.places(config)
+def choose_targets(family: Family, config: ModelConfig, names: Iterable[str]) -> Sequence[Target]:
+    """The targets of the layout that the tensor names show: one tensor per expert, or one per layer."""
+    if family.merged_targets is not None and any(name.endswith(family.merged_marker) for name in names):
+        return family.merged_targets(config)
+    return family.targets(config)
 
 
-def check_names(stored: Mapping[str, StoredTensor], places: Iterable[Place], directory: Path) -> None:
+def check_names(stored: Mapping[str, StoredTensor], targets: Iterable[Target], directory: Path) -> None:
     """Raise CheckpointError unless the checkpoint holds exactly the tensors of the model."""
-    wanted = {place.name for place in places}
+    wanted = {target.name for target in targets}
     missing = wanted - set(stored)
     biases = {name for name in missing if name.endswith("expert_bias")}
     _complain("are missing; without the selection bias the router picks other experts", biases, directory)
@@ -102,31 +115,31 @@ def check_names(stored: Mapping[str, StoredTensor], places: Iterable[Place], dir
     _complain("are unexpected: they belong to no part of this model", set(stored) - wanted, directory)
 
 
-def check_tensors(stored: Mapping[str, StoredTensor], places: Iterable[Place], state: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError for a tensor whose shape or kind of dtype does not fit its place."""
-    for place in places:
-        tensor, wanted = stored[place.name], tuple(place.of(state[place.entry]).shape)
+def check_tensors(stored: Mapping[str, StoredTensor], targets: Iterable[Target], state: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for a tensor whose shape or kind of dtype does not fit its target."""
+    for target in targets:
+        tensor, wanted = stored[target.name], tuple(target.of(state[target.entry]).shape)
         if tensor.shape != wanted:
             raise CheckpointError(
-                f"{place.name} in {tensor.file} has shape {list(tensor.shape)}, expected {list(wanted)} by config.json"
+                f"{target.name} in {tensor.file} has shape {list(tensor.shape)}, expected {list(wanted)} by config.json"
             )
-        expected = ("I8",) if state[place.entry].dtype == torch.int8 else _DTYPES
+        expected = ("I8",) if state[target.entry].dtype == torch.int8 else _DTYPES
         if tensor.dtype not in expected:
             raise CheckpointError(
-                f"{place.name} in {tensor.file} has dtype {tensor.dtype}, expected one of {', '.join(expected)}: "
+                f"{target.name} in {tensor.file} has dtype {tensor.dtype}, expected one of {', '.join(expected)}: "
                 "quantised checkpoints are not supported, use the original one"
             )
 
 
-def read_tensors(stored: Mapping[str, StoredTensor], places: Iterable[Place]) -> Iterator[tuple[Place, Tensor]]:
-    """Each place with its tensor, file by file, so that one tensor at a time is held beside the model."""
-    by_file: dict[Path, list[Place]] = {}
-    for place in places:
-        by_file.setdefault(stored[place.name].file, []).append(place)
+def read_tensors(stored: Mapping[str, StoredTensor], targets: Iterable[Target]) -> Iterator[tuple[Target, Tensor]]:
+    """Each target with its tensor, file by file, so that one tensor at a time is held beside the model."""
+    by_file: dict[Path, list[Target]] = {}
+    for target in targets:
+        by_file.setdefault(stored[target.name].file, []).append(target)
     for path, group in by_file.items():
         with _opened(path) as file:
-            for place in group:
-                yield place, file.get_tensor(place.name)
+            for target in group:
+                yield target, file.get_tensor(target.name)
 
 
 def _complain(what: str, names: set[str], where: Path) -> None:
@@ -134,3 +147,131 @@ def _complain(what: str, names: set[str], where: Path) -> None:
         first = ", ".join(sorted(names)[:4])
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         raise CheckpointError(f"{where}: {len(names)} tensors {what}: {first}{more}. Expected the family's full list")
+
+
+def resolve_source(source: str | os.PathLike[str]) -> Path:
+    """The local directory of a model. Downloads weights, configs and tokenizer of a hub id, but no code.
+
+    Raises InputError if it is neither a directory nor like a hub id, CheckpointError if the download fails.
+    """
+    directory = Path(source).expanduser()
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise InputError(f"expected the directory of a model, got the file {directory}: name the folder that holds it")
+    name = os.fspath(source)
+    if not _HUB_ID.fullmatch(name):
+        raise InputError(
+            f"there is no directory {name!r}, and it is not a hub id (owner/name): check the spelling of the path"
+        )
+    return _download(name)
+
+
+def _download(hub_id: str) -> Path:
+    # Imported here: it is slow, and a local model needs none of it.
+    from huggingface_hub import errors, snapshot_download
+
+    # HfHubHTTPError is an HTTPError of httpx or of httpx2, by the release of the hub client: take the one it uses.
+    http_error = next(c for c in errors.HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(_PATTERNS)))
+    except (http_error, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:  # type: ignore[misc]
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"there is no directory {hub_id!r}, and downloading that id from the hub failed ({reason}). Check the "
+            "spelling and the network, or download the model and give its directory"
+        ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; CheckpointError names the file and the line if it is not one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} has no {path.name}: is it the directory of a model?") from error
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON at line {error.lineno}: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text: download it again") from error
+    except (OSError, ValueError, RecursionError) as error:  # a folder; numbers too long, or too deep, for Python
+        raise CheckpointError(f"{path} cannot be read ({error}): download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """As `read_json`, but empty where there is no such file."""
+    return read_json(path) if path.exists() else {}
+
+
+def save_model(
+    model: MoETransformer,
+    directory: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer_dir: str | os.PathLike[str] | None = None,
+    extra_files: Iterable[str | os.PathLike[str]] = (),
+) -> Path:
+    """Write config.json, generation_config.json and model.safetensors, so that `load_model` gives the model back.
+
+    dtype: float32 or bfloat16, by default the model's; routers (weight and bias) are always written in float32.
+    tokenizer_dir: its tokenizer files are copied. extra_files: copied under their own names (licence, model card).
+    Each file is written beside its place and moved there whole, the weights last. Returns the directory. Raises
+    CheckpointError where the directory holds a sharded checkpoint, which two layouts side by side would make ambiguous.
+    """
+    refuse_quantised_vocabulary(model, "a checkpoint in the Hugging Face layout")
+    folder = Path(directory)
+    dtype = dtype or model.dtype
+    if dtype not in _DTYPE_NAMES:
+        raise ConfigError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+    if (folder / INDEX).exists():
+        raise CheckpointError(f"{folder} holds a sharded checkpoint ({INDEX}): choose another directory or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in [*_tokenizer_files(tokenizer_dir), *map(Path, extra_files)]:
+        if path.resolve() != (folder / path.name).resolve():
+            shutil.copyfile(path, folder / path.name)
+    family = family_named(model.config.family)
+    _write_json(folder / "config.json", {**family.to_config(model.config), "dtype": _DTYPE_NAMES[dtype]})
+    _write_json(folder / "generation_config.json", generation_config(model.config))
+    _write_tensors(folder / WEIGHTS, _tensors(model, dtype), like=folder / "config.json")
+    return folder
+
+
+def _tensors(model: MoETransformer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The family's tensors by name, each with memory of its own."""
+    state = model.state_dict()
+    tensors = {}
+    for target in family_named(model.config.family).targets(model.config):
+        kept = torch.float32 if ".router." in target.entry else dtype
+        part = target.of(state[target.entry]).detach()
+        tensors[target.name] = part.to("cpu", kept).clone(memory_format=torch.contiguous_format)
+    return tensors
+
+
+def generation_config(config: ModelConfig) -> dict[str, Any]:
+    """The generation_config.json of this model."""
+    return {**special_ids(config), "block_length": config.block_length}
+
+
+def _tokenizer_files(directory: str | os.PathLike[str] | None) -> list[Path]:
+    if directory is None:
+        return []
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+    found = [path for name in names if (path := Path(directory) / name).exists()]
+    if not found or found[0].name != "tokenizer.json":
+        raise CheckpointError(f"{directory} has no tokenizer.json: name the directory of a tokenizer")
+    return found
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor], *, like: Path) -> None:
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata={"format": "pt"})
+    shutil.copymode(like, partial)  # safetensors makes files that only their owner can read
+    os.replace(partial, path)

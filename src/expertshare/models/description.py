@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from expertshare.config import ModelConfig, RouterSpec
+from expertshare.models.checkpoint import read_optional_json
+from expertshare.models.layers import QuantisedVocabulary
 from expertshare.models.loading import LoadedModel
-from expertshare.models.quantised_vocabulary import QuantisedVocabulary
-from expertshare.models.source import read_optional_json
 from expertshare.routing import default_budget
 
 

@@ -1,22 +1,31 @@
-"""What a model family is: how its config.json reads, and where its tensors go. One file per family, one table."""
+"""What a model family is: how its config.json reads and is written, and where its tensors go. One file per family."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any, Literal
 
 from torch import Tensor
 
-from expertshare.config import ModelConfig
-from expertshare.models.token_ids import TokenIds
+from expertshare.config import ModelConfig, RouterSpec
+from expertshare.errors import ConfigError, nearest
+from expertshare.models.config_keys import ConfigKeys, TokenIds, read_block_length, read_rope, read_special_ids
 
-ParseConfig = Callable[[Mapping[str, Any], Mapping[str, Any], TokenIds], ModelConfig]
+FAMILIES = ("llada2_moe", "llada_moe", "sdar_moe")
+"""Each is a file of this folder with a FAMILY of this name."""
+
+ALIASES = {
+    "llada2_moe_veomni": "llada2_moe",  # written by the training code of LLaDA2
+    "llada": "llada_moe",  # what LLaDA-MoE's released config.json says, as the dense LLaDA does
+}
+"""Other values of model_type in config.json."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where one tensor of a checkpoint lives in the model.
+class Target:
+    """Where one tensor of a checkpoint goes in the model.
 
     name: in the checkpoint. entry: in the model's state dict. expert: index into the first dimension of a fused
     parameter, None for all of it. rows: half-open range of output features (the second to last dimension), None for
@@ -36,67 +45,205 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Family:
-    """One checkpoint layout of Hugging Face.
+    """One checkpoint layout of Hugging Face: the keys that every config.json has are read and written here, by these.
 
-    name: the family's key in the table, and ModelConfig.family. parse_config(config.json, generation_config.json,
-    tokenizer ids) is strict. to_config is its inverse. places: where each tensor goes. merged_places: the same for a
-    layout in which a layer's experts are one tensor, where the family has one; merged_marker is a name (ending) that
-    only this layout has.
+    name: as in FAMILIES, and ModelConfig.family. architecture, model_type: as config.json says them. block_length:
+    where the files do not say it. expert_width: the key of it. defaults: of keys that may be missing.
+    constants: keys that the model supports at these values only; the first is written. supported: likewise, but not
+    written. without_effect: keys that change nothing here. read_more: completes the config from keys of this family
+    alone; write_more is its inverse. targets: where each tensor goes. merged_targets: the same for a layout in which a
+    layer's experts are one tensor, where the family has one; merged_marker is a name (ending) that only this has.
     """
 
     name: str
-    parse_config: ParseConfig
-    to_config: Callable[[ModelConfig], dict[str, Any]]
-    places: Callable[[ModelConfig], Sequence[Place]]
-    merged_places: Callable[[ModelConfig], Sequence[Place]] | None = None
+    architecture: str
+    model_type: str
+    attention: Literal["block_causal", "full"]
+    activation: Literal["softmax", "sigmoid"]
+    block_length: int
+    expert_width: str = "moe_intermediate_size"
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[str, tuple[Any, ...]]
+    supported: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    without_effect: Sequence[str] = ()
+    read_more: Callable[[ConfigKeys, ModelConfig], ModelConfig] = lambda _, config: config
+    write_more: Callable[[ModelConfig], dict[str, Any]] = lambda _: {}
+    targets: Callable[[ModelConfig], Sequence[Target]]
+    merged_targets: Callable[[ModelConfig], Sequence[Target]] | None = None
     merged_marker: str = ""
 
+    def parse_config(self, raw: Mapping[str, Any], generation: Mapping[str, Any], tokenizer: TokenIds) -> ModelConfig:
+        """ModelConfig of config.json, with what generation_config.json and the tokenizer say of special tokens.
 
-def expert_places(config: ModelConfig, prefix: str, moe: str) -> list[Place]:
+        Raises ConfigError that names the key that is missing, unknown or unsupported.
+        """
+        keys, default = ConfigKeys(raw), self.defaults.get
+        for key, values in {**self.constants, **self.supported}.items():
+            keys.expect(key, *values)
+        hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+        head_dim = keys.integer("head_dim", hidden // heads)
+        theta, rotary_dim = read_rope(keys, head_dim)
+        config = ModelConfig(
+            family=self.name,
+            vocab_size=keys.integer("vocab_size"),
+            hidden_size=hidden,
+            num_layers=keys.integer("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=keys.integer("num_key_value_heads", default("num_key_value_heads"), least=0) or heads,
+            head_dim=head_dim,
+            rotary_dim=rotary_dim,
+            rope_theta=theta,
+            rms_norm_eps=keys.number("rms_norm_eps"),
+            num_dense_layers=0,
+            dense_hidden=0,
+            expert_hidden=keys.integer(self.expert_width),
+            shared_hidden=0,
+            router=RouterSpec(
+                num_experts=keys.integer("num_experts"),
+                top_k=keys.integer("num_experts_per_tok"),
+                activation=self.activation,
+                renormalise=keys.flag("norm_topk_prob", default("norm_topk_prob")),
+            ),
+            attention=self.attention,
+            block_length=read_block_length(keys, generation, self.block_length),
+            max_positions=keys.integer("max_position_embeddings"),
+            tie_embeddings=keys.flag("tie_word_embeddings", False),
+            **read_special_ids(keys, generation, tokenizer),
+        )
+        config = self.read_more(keys, config)
+        keys.refuse_unread(self.without_effect)
+        return config
+
+    def to_config(self, config: ModelConfig) -> dict[str, Any]:
+        """The config.json of this model, in the released form; `parse_config` gives the same ModelConfig back."""
+        return {
+            "architectures": [self.architecture],
+            "model_type": self.model_type,
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "partial_rotary_factor": config.rotary_dim / config.head_dim,
+            "rope_theta": config.rope_theta,
+            "rope_scaling": None,
+            "rms_norm_eps": config.rms_norm_eps,
+            "max_position_embeddings": config.max_positions,
+            "tie_word_embeddings": config.tie_embeddings,
+            "num_experts": config.router.num_experts,
+            "num_experts_per_tok": config.router.top_k,
+            "norm_topk_prob": config.router.renormalise,
+            self.expert_width: config.expert_hidden,
+            **{key: values[0] for key, values in self.constants.items()},
+            **self.write_more(config),
+            "block_size": config.block_length,
+            **special_ids(config),
+        }
+
+
+def special_ids(config: ModelConfig) -> dict[str, Any]:
+    """The ids of a model's special tokens as its JSON files say them."""
+    eos = config.eos_ids
+    return {
+        "mask_token_id": config.mask_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
+        "pad_token_id": config.pad_id,
+    }
+
+
+def family_named(name: str) -> Family:
+    """One of FAMILIES, whose file is imported when it is first asked for."""
+    family: Family = import_module(f"expertshare.models.{name}").FAMILY
+    return family
+
+
+def family_of(raw: Mapping[str, Any]) -> Family:
+    """The family that config.json names; ConfigError suggests the nearest where there is none."""
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise ConfigError(
+            f"config.json: model_type must name a family, got {model_type!r}. Known: {', '.join(sorted(FAMILIES))}"
+        )
+    if model_type == "llada" and raw.get("num_experts") is None:
+        raise ConfigError(
+            "config.json: model_type 'llada' without num_experts is the dense LLaDA, which has no experts to share: "
+            "use a mixture-of-experts checkpoint such as LLaDA-MoE"
+        )
+    name = ALIASES.get(model_type, model_type)
+    if name not in FAMILIES:
+        raise ConfigError(
+            f"config.json: unknown model_type {model_type!r}. {nearest(model_type, {*FAMILIES, *ALIASES})} "
+            "docs/add-a-model.md says how to add one"
+        )
+    return family_named(name)
+
+
+def expert_targets(config: ModelConfig, prefix: str, moe: str) -> list[Target]:
     """One tensor per expert and projection: `{prefix}.experts.E.gate_proj.weight` and so on."""
     inner = config.expert_hidden
-    places = []
+    targets = []
     for expert in range(config.router.num_experts):
         source = f"{prefix}.experts.{expert}"
-        places += [
-            Place(f"{source}.gate_proj.weight", f"{moe}.experts.gate_up", expert, (0, inner)),
-            Place(f"{source}.up_proj.weight", f"{moe}.experts.gate_up", expert, (inner, 2 * inner)),
-            Place(f"{source}.down_proj.weight", f"{moe}.experts.down", expert),
+        targets += [
+            Target(f"{source}.gate_proj.weight", f"{moe}.experts.gate_up", expert, (0, inner)),
+            Target(f"{source}.up_proj.weight", f"{moe}.experts.gate_up", expert, (inner, 2 * inner)),
+            Target(f"{source}.down_proj.weight", f"{moe}.experts.down", expert),
         ]
-    return places
+    return targets
 
 
-def mlp_places(prefix: str, target: str, inner: int) -> list[Place]:
+def mlp_targets(prefix: str, target: str, inner: int) -> list[Target]:
     """A dense gated MLP: gate and up become one projection."""
     return [
-        Place(f"{prefix}.gate_proj.weight", f"{target}.gate_up.weight", rows=(0, inner)),
-        Place(f"{prefix}.up_proj.weight", f"{target}.gate_up.weight", rows=(inner, 2 * inner)),
-        Place(f"{prefix}.down_proj.weight", f"{target}.down.weight"),
+        Target(f"{prefix}.gate_proj.weight", f"{target}.gate_up.weight", rows=(0, inner)),
+        Target(f"{prefix}.up_proj.weight", f"{target}.gate_up.weight", rows=(inner, 2 * inner)),
+        Target(f"{prefix}.down_proj.weight", f"{target}.down.weight"),
     ]
 
 
-def head_places(config: ModelConfig) -> list[Place]:
+def head_targets(config: ModelConfig) -> list[Target]:
     """The output head, where it is not the embedding."""
-    return [] if config.tie_embeddings else [Place("lm_head.weight", "head.weight")]
+    return [] if config.tie_embeddings else [Target("lm_head.weight", "head.weight")]
 
 
-def qwen_places(config: ModelConfig) -> list[Place]:
+def qwen_targets(config: ModelConfig) -> list[Target]:
     """Names of OLMoE and Qwen3-MoE: separate query, key and value projections, experts in every layer."""
-    result = [Place("model.embed_tokens.weight", "embed.weight"), Place("model.norm.weight", "norm.weight")]
+    result = [
+        Target("model.embed_tokens.weight", "embed.weight"),
+        Target("model.norm.weight", "norm.weight"),
+    ]
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     for index in range(config.num_layers):
         source, target = f"model.layers.{index}", f"layers.{index}"
         attention, qkv = f"{source}.self_attn", f"{target}.attention.qkv.weight"
         result += [
-            Place(f"{source}.input_layernorm.weight", f"{target}.attention_norm.weight"),
-            Place(f"{attention}.q_proj.weight", qkv, rows=(0, q)),
-            Place(f"{attention}.k_proj.weight", qkv, rows=(q, q + kv)),
-            Place(f"{attention}.v_proj.weight", qkv, rows=(q + kv, q + 2 * kv)),
-            Place(f"{attention}.o_proj.weight", f"{target}.attention.out.weight"),
-            Place(f"{attention}.q_norm.weight", f"{target}.attention.q_norm.weight"),
-            Place(f"{attention}.k_norm.weight", f"{target}.attention.k_norm.weight"),
-            Place(f"{source}.post_attention_layernorm.weight", f"{target}.mlp_norm.weight"),
-            Place(f"{source}.mlp.gate.weight", f"{target}.moe.router.weight"),
-            *expert_places(config, f"{source}.mlp", f"{target}.moe"),
+            Target(f"{source}.input_layernorm.weight", f"{target}.attention_norm.weight"),
+            Target(f"{attention}.q_proj.weight", qkv, rows=(0, q)),
+            Target(f"{attention}.k_proj.weight", qkv, rows=(q, q + kv)),
+            Target(f"{attention}.v_proj.weight", qkv, rows=(q + kv, q + 2 * kv)),
+            Target(f"{attention}.o_proj.weight", f"{target}.attention.out.weight"),
+            Target(f"{attention}.q_norm.weight", f"{target}.attention.q_norm.weight"),
+            Target(f"{attention}.k_norm.weight", f"{target}.attention.k_norm.weight"),
+            Target(f"{source}.post_attention_layernorm.weight", f"{target}.mlp_norm.weight"),
+            Target(f"{source}.mlp.gate.weight", f"{target}.moe.router.weight"),
+            *expert_targets(config, f"{source}.mlp", f"{target}.moe"),
         ]
-    return result + head_places(config)
+    return result + head_targets(config)
+
+
+PARTS = {"codes": "I8", "scales": "F32"}
+"""The tensors that stand for one: its name in the file, with .codes and .scales, and their dtypes there."""
+
+
+def is_vocabulary(target: Target) -> bool:
+    """Whether a tensor is the embedding or the head."""
+    return target.entry in ("embed.weight", "head.weight")
+
+
+def quantised_targets(target: Target) -> list[Target]:
+    """Where the parts of a quantised embedding or head lie; any other target as it is."""
+    if not is_vocabulary(target):
+        return [target]
+    entry = target.entry.removesuffix("weight")
+    return [Target(f"{target.name}.{part}", f"{entry}{part}") for part in PARTS]

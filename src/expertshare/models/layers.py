@@ -3,11 +3,19 @@ are attended to, H heads, D features."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from expertshare.config import ModelConfig
+from expertshare.errors import ConfigError
 from expertshare.kernels import Backend, LayerKeyValues, Past
+from expertshare.kernels.quantise import table_shapes
+from expertshare.types import QuantisedTable
+
+if TYPE_CHECKING:
+    from expertshare.models.transformer import MoETransformer
 
 
 class RMSNorm(nn.Module):
@@ -77,3 +85,29 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor, backend: Backend) -> Tensor:
         """Same shape and dtype as the input."""
         return backend.swiglu(x, self.gate_up.weight, self.down.weight)
+
+
+class QuantisedVocabulary(nn.Module):
+    """The codes and scales of a QuantisedTable: buffers, since nothing trains them."""
+
+    def __init__(self, vocabulary: int, depth: int) -> None:
+        super().__init__()
+        for name, (shape, part) in table_shapes(vocabulary, depth).items():
+            self.register_buffer(name, torch.empty(shape, dtype=part))
+        self.codes: Tensor
+        self.scales: Tensor
+        self.num_rows = vocabulary
+
+    @property
+    def weight(self) -> QuantisedTable:
+        """What a backend takes in the place of float weights."""
+        return QuantisedTable(self.codes, self.scales, self.num_rows)
+
+
+def refuse_quantised_vocabulary(model: MoETransformer, purpose: str) -> None:
+    """Raise ConfigError for a model whose embedding or head is quantised: its own weights are gone."""
+    if isinstance(model.embed, QuantisedVocabulary):
+        raise ConfigError(
+            f"{purpose} needs float weights, but this model's embedding and head are in int8: take the checkpoint that "
+            "it was converted from"
+        )

@@ -12,24 +12,28 @@ import torch
 from torch import nn
 
 from expertshare.config import ModelConfig
-from expertshare.errors import CheckpointError, ConfigError
+from expertshare.errors import CheckpointError, ConfigError, ExpertMemoryError, nearest
 from expertshare.experts import ExpertLayout, ExpertMemory, has_expert_layout, read_manifest
 from expertshare.experts.layout import DENSE
+from expertshare.experts.opening import StoreOptions, num_kept
+from expertshare.experts.slab import format_size
+from expertshare.measure.memory import usable_memory_bytes
 from expertshare.models.checkpoint import (
+    WEIGHTS,
     StoredTensor,
     check_names,
     check_tensors,
-    choose_places,
+    choose_targets,
+    loaded_bytes,
     read_headers,
+    read_json,
+    read_optional_json,
     read_tensors,
+    resolve_source,
 )
-from expertshare.models.devices import usable_device
-from expertshare.models.family import Place
-from expertshare.models.fits import check_fits
+from expertshare.models.family import Target, family_of, quantised_targets
+from expertshare.models.layers import QuantisedVocabulary
 from expertshare.models.moe import Router, lay_side_by_side, narrow
-from expertshare.models.quantised_vocabulary import QuantisedVocabulary, quantised_places
-from expertshare.models.source import read_json, read_optional_json, resolve_source
-from expertshare.models.table import family_of
 from expertshare.models.tokenizer import load_tokenizer, token_ids
 from expertshare.models.transformer import MoETransformer, leave_out_experts, quantise_vocabulary
 from expertshare.native import ask_for_huge_pages
@@ -37,6 +41,8 @@ from expertshare.native import ask_for_huge_pages
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+DEVICES = ("cpu", "cuda")
+_CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -82,21 +88,21 @@ def load_model(
     layout = read_manifest(path) if has_expert_layout(path) else None
     stored = read_headers(path) if layout is None else read_headers(path, DENSE)
     check_fits(path, expert_memory, dtype=dtype, device=device, stored=stored)
-    places = choose_places(family, config, stored)
+    targets = choose_targets(family, config, stored)
     with torch.device("meta"):
         model = MoETransformer(config)
     if layout is not None:
         check_layout(layout, config, dtype)
         leave_out_experts(model)
-        places = [place for place in places if ".experts." not in place.entry]
-        dtype = dtype or layout.format.float_dtype or _own_dtype(stored, places)
+        targets = [target for target in targets if ".experts." not in target.entry]
+        dtype = dtype or layout.format.float_dtype or _own_dtype(stored, targets)
         if layout.embeddings != "none":
-            places = [part for place in places for part in quantised_places(place)]
+            targets = [part for target in targets for part in quantised_targets(target)]
             quantise_vocabulary(model)
-    check_names(stored, places, path)
-    check_tensors(stored, places, model.state_dict())
-    model = _allocate(model, dtype or _own_dtype(stored, places), device)
-    _fill(model, stored, places)
+    check_names(stored, targets, path)
+    check_tensors(stored, targets, model.state_dict())
+    model = _allocate(model, dtype or _own_dtype(stored, targets), device)
+    _fill(model, stored, targets)
     if model.dtype is torch.bfloat16:
         narrow(_routers(model))
     return LoadedModel(model=model.eval(), config=config, tokenizer=tokenizer, path=path, layout=layout)
@@ -140,25 +146,25 @@ def _routers(model: MoETransformer) -> list[Router]:
     return [module for module in model.modules() if isinstance(module, Router)]
 
 
-def _fill(model: MoETransformer, stored: Mapping[str, StoredTensor], places: Sequence[Place]) -> None:
+def _fill(model: MoETransformer, stored: Mapping[str, StoredTensor], targets: Sequence[Target]) -> None:
     state = model.state_dict()
     with torch.no_grad():
-        for place, tensor in read_tensors(stored, places):
-            if ".router." in place.entry and not tensor.isfinite().all():
+        for target, tensor in read_tensors(stored, targets):
+            if ".router." in target.entry and not tensor.isfinite().all():
                 raise CheckpointError(
-                    f"{place.name} in {stored[place.name].file} holds NaN or infinity, expected finite numbers: the "
+                    f"{target.name} in {stored[target.name].file} holds NaN or infinity, expected finite numbers: the "
                     "router would leave experts out without a word. Download the checkpoint again"
                 )
-            place.of(state[place.entry]).copy_(tensor)
+            target.of(state[target.entry]).copy_(tensor)
 
 
-def _own_dtype(stored: Mapping[str, StoredTensor], places: Sequence[Place]) -> torch.dtype:
-    return torch.bfloat16 if stored_in_bfloat16(stored, places) else torch.float32
+def _own_dtype(stored: Mapping[str, StoredTensor], targets: Sequence[Target]) -> torch.dtype:
+    return torch.bfloat16 if stored_in_bfloat16(stored, targets) else torch.float32
 
 
-def stored_in_bfloat16(stored: Mapping[str, StoredTensor], places: Sequence[Place]) -> bool:
+def stored_in_bfloat16(stored: Mapping[str, StoredTensor], targets: Sequence[Target]) -> bool:
     """Whether a checkpoint's own dtype is bfloat16: by the embedding, or where that is quantised by the final norm."""
-    names = (place.name for entry in ("embed.weight", "norm.weight") for place in places if place.entry == entry)
+    names = (target.name for entry in ("embed.weight", "norm.weight") for target in targets if target.entry == entry)
     return next((stored[name].dtype == "BF16" for name in names if name in stored), False)
 
 
@@ -168,3 +174,111 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase | None, config: ModelCo
             f"the tokenizer has {len(tokenizer)} tokens, but the model embeds {config.vocab_size} (vocab_size in "
             "config.json): they do not belong together"
         )
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device as torch knows it. Raises ConfigError for a name that is none, and for a GPU that is not there."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {str(device)!r}. {nearest(str(device), DEVICES)}") from error
+    if found.type not in DEVICES:
+        raise ConfigError(f"expected the CPU or a GPU of NVIDIA, got the device {str(device)!r}: use cpu or cuda.")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "expected a GPU, because device 'cuda' was asked for, but torch sees none (torch.cuda.is_available() is "
+            "false). Use the device 'cpu', or a machine and a build of torch with CUDA."
+        )
+    number = found.index or 0
+    if found.type == "cuda" and number >= torch.cuda.device_count():
+        raise ConfigError(
+            f"expected a GPU below {torch.cuda.device_count()}, as many as torch sees, got device {str(device)!r}: "
+            "use another number"
+        )
+    return found
+
+
+def check_fits(
+    path: Path,
+    memory: ExpertMemory | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    dense_is_loaded: bool = False,
+    available_bytes: int | None = None,
+    device: torch.device = _CPU,
+    stored: Mapping[str, StoredTensor] | None = None,
+) -> None:
+    """Raise ExpertMemoryError unless the weights of a model directory fit into memory, with what would fit instead.
+
+    memory: where experts of a converted model are to live; None leaves them out. Other models have theirs in memory.
+    dtype: to load in. dense_is_loaded: only the experts of a converted model are still to come. available_bytes: by
+    default what the system and the control group, or a GPU, have left; nothing is refused where nobody says. Reads
+    headers only, unless they are given (stored); raises CheckpointError for a directory that is no model.
+    """
+    available = _left_on(device) if available_bytes is None else available_bytes
+    converted = has_expert_layout(path)
+    own = 0
+    if not dense_is_loaded:
+        stored = read_headers(path, DENSE if converted else WEIGHTS) if stored is None else stored
+        own = loaded_bytes(stored.values(), dtype)
+    experts = _expert_bytes(path, memory) if converted and memory is not None else 0
+    if available is None or own + experts <= available:
+        return
+    advice = _advice(path, converted=converted, left=available - own, experts=experts)
+    raise ExpertMemoryError(
+        f"the weights of {path} need {format_size(own + experts)} of {_memory_of(device)}, but "
+        f"{_rounded_down(available)} can be had. {advice}"
+    )
+
+
+def check_pinned_fits(path: Path, options: StoreOptions, available_bytes: int | None = None) -> None:
+    """Raise ExpertMemoryError unless the host has memory for the experts that a store beside a GPU keeps there. Pinned
+    memory is taken when the store is opened, and cannot be swapped out."""
+    layout = read_manifest(path)
+    needed = num_kept(layout, options) * layout.format.slab_bytes
+    available = usable_memory_bytes() if available_bytes is None else available_bytes
+    if available is not None and needed > available:
+        raise ExpertMemoryError(
+            f"--host-memory would pin {format_size(needed)} of the host's memory, but {_rounded_down(available)} can "
+            "be had: lower it"
+        )
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """Memory of a GPU that torch can still have: what is free, and what it holds without using it."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
+def _left_on(device: torch.device) -> int | None:
+    return usable_memory_bytes() if device.type == "cpu" else free_device_bytes(device)
+
+
+def _memory_of(device: torch.device) -> str:
+    return "memory" if device.type == "cpu" else f"memory of {device}"
+
+
+def _expert_bytes(path: Path, memory: ExpertMemory) -> int:
+    """Memory of experts in a store. Pages of a mapping are the kernel's to drop."""
+    layout = read_manifest(path)
+    whole = layout.num_layers * layout.num_experts * layout.format.slab_bytes
+    return {"all": whole, "mmap": 0, "budget": min(memory.num_bytes, whole)}[memory.kind]
+
+
+def _advice(path: Path, *, converted: bool, left: int, experts: int) -> str:
+    if not converted:
+        return (
+            f"Convert it (`expertshare convert {path} OUT --quantise int4`) and use --expert-memory, after "
+            f"`expertshare plan {path}` has said how much"
+        )
+    if left <= 0 or not experts:
+        return "Its dense part alone does not fit: close other programs, or use a smaller model"
+    return (
+        f"At most {_rounded_down(left)} are left for experts; `expertshare plan {path}` says what of that to give to "
+        "--expert-memory"
+    )
+
+
+def _rounded_down(num_bytes: int) -> str:
+    unit, name = next(((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB")) if num_bytes >= u), (1, "B"))
+    return f"{num_bytes * 10 // unit / 10:g}{name}"

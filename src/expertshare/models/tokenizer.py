@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from expertshare.errors import CheckpointError, InputError
-from expertshare.models.token_ids import TokenIds
+from expertshare.models.config_keys import TokenIds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from expertshare.config import ModelConfig
 from expertshare.kernels import Backend, LayerKeyValues, Past, TorchBackend
-from expertshare.models.layers import Attention, RMSNorm, SwiGLU, rotary_tables
+from expertshare.models.layers import Attention, QuantisedVocabulary, RMSNorm, SwiGLU, rotary_tables
 from expertshare.models.moe import MoE
-from expertshare.models.quantised_vocabulary import QuantisedVocabulary
 from expertshare.models.runtime import ForwardInput, ForwardOutput, RoutingTrace, Runtime
 from expertshare.types import Routed
 
@@ -63,7 +62,7 @@ class Layer(nn.Module):
 class MoETransformer(nn.Module):
     """An MoE diffusion language model. Predictions are for the same position as the token (no shift).
 
-    embed and head may be a QuantisedVocabulary each (models.quantised_vocabulary), the same one where they are tied.
+    embed and head may be a QuantisedVocabulary each (models.layers), the same one where they are tied.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -13,17 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertshare.errors import ConfigError, InputError
-from expertshare.models import llada2_moe, llada_moe, sdar_moe
-from expertshare.models.table import ALIASES
+from expertshare.models.family import ALIASES, FAMILIES, family_named
 
 CONFIG_KEYS = ("canvas_length", "block_length", "block_size")
-
-FAMILY_DEFAULTS = {
-    "llada2_moe": llada2_moe.BLOCK_LENGTH,
-    "llada_moe": llada_moe.BLOCK_LENGTH,
-    "sdar_moe": sdar_moe.BLOCK_LENGTH,
-}
-"""By model_type: what these were trained with; the configs of the first checkpoints do not say."""
 
 
 def block_length_of(model: nn.Module, given: int | None) -> int | None:
@@ -38,8 +30,12 @@ def block_length_of(model: nn.Module, given: int | None) -> int | None:
     }
     if len(set(stated.values())) > 1:
         raise ConfigError(f"expected one block length in the config, got {stated}: give block_length.")
-    model_type = getattr(config, "model_type", None)
-    return next(iter(stated.values()), FAMILY_DEFAULTS.get(ALIASES.get(str(model_type), str(model_type))))
+    if stated:
+        return next(iter(stated.values()))
+    # what the family was trained with: the configs of the first checkpoints do not say
+    model_type = str(getattr(config, "model_type", None))
+    name = ALIASES.get(model_type, model_type)
+    return family_named(name).block_length if name in FAMILIES else None
 
 
 def _checked(length: object, what: str) -> int:

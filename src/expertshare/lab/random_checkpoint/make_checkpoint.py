@@ -23,9 +23,8 @@ from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.lab.random_checkpoint.characters import tokenizer_files
 from expertshare.lab.random_checkpoint.random_source import RandomSource
 from expertshare.lab.random_checkpoint.random_tensors import Recipe
-from expertshare.models.saving import generation_config
-from expertshare.models.source import read_json
-from expertshare.models.table import FAMILIES
+from expertshare.models.checkpoint import generation_config, read_json
+from expertshare.models.family import family_named
 
 METHOD = 1
 """Goes up when the same recipe gives other bytes."""
@@ -140,7 +139,7 @@ def _files(recipe: Recipe, source: RandomSource) -> Mapping[str, SmallFile]:
 
     kept = {"BF16": "bfloat16", "F32": "float32"}[recipe.dtype]
     return {
-        "config.json": json_bytes({**FAMILIES[config.family].to_config(config), "dtype": kept}),
+        "config.json": json_bytes({**family_named(config.family).to_config(config), "dtype": kept}),
         "generation_config.json": json_bytes(generation_config(config)),
         **tokenizer_files(config),
         MEASURED: measured,

@@ -23,8 +23,7 @@ from expertshare.config import ModelConfig
 from expertshare.convert.source import DTYPES, TensorEntry, is_expert
 from expertshare.kernels.quantise import from_panels, to_panels
 from expertshare.lab.bench.weights import fill
-from expertshare.models.family import Place
-from expertshare.models.table import FAMILIES
+from expertshare.models.family import Target, family_named
 from expertshare.models.transformer import MoETransformer
 from expertshare.types import ExpertBank, QuantisedBank, QuantisedWeight, RoutingPlan
 
@@ -134,8 +133,8 @@ class RandomTensors:
 
     def __init__(self, recipe: Recipe, text_ids: range) -> None:
         self.recipe, self._text_ids = recipe, text_ids
-        family = FAMILIES[recipe.config.family]
-        self.places = {place.name: place for place in family.places(recipe.config) if not is_expert(place)}
+        family = family_named(recipe.config.family)
+        self.places = {place.name: place for place in family.targets(recipe.config) if not is_expert(place)}
         with torch.device("meta"):
             state = MoETransformer(recipe.config).state_dict()
         self.entries = tuple(
@@ -173,10 +172,10 @@ class RandomTensors:
             config.router.num_experts,
         )
 
-    def _dtype(self, place: Place) -> str:
+    def _dtype(self, place: Target) -> str:
         return "F32" if ".router." in place.entry else self.recipe.dtype
 
-    def _std(self, place: Place, entry: TensorEntry) -> float:
+    def _std(self, place: Target, entry: TensorEntry) -> float:
         """Projections keep the size of what they are given; those that write to the residual stream are damped."""
         if place.entry == "embed.weight":
             return math.sqrt(1.0 - COMMON_SHARE)
