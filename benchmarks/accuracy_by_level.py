@@ -15,7 +15,7 @@ from typing import Any
 from expertshare.api import generate, load
 from expertshare.evaluation.scoring import score_many
 from expertshare.evaluation.statistics import proportion
-from expertshare.lab.tasks import TASKS, generate_items
+from expertshare.lab.tasks.generation import TASKS, generate_items
 from expertshare.measure.environment import capture_environment
 
 

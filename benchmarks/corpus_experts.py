@@ -20,7 +20,7 @@ from torch import Tensor
 
 from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.decoding.row import Row, Window
-from expertshare.lab.tasks import TASKS, generate_items
+from expertshare.lab.tasks.generation import TASKS, generate_items
 from expertshare.measure.cost import ForwardKind
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, Runtime, encode_prompt, load_model

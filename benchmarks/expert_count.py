@@ -22,7 +22,7 @@ from expertshare.decoding import DecodingOptions
 from expertshare.evaluation.runner import Setup, answer_prompts, encode_prompts
 from expertshare.evaluation.scoring import judge
 from expertshare.evaluation.statistics import proportion
-from expertshare.lab.tasks.problems import TaskProblems
+from expertshare.lab.tasks.tokenizer import TaskProblems
 from expertshare.measure.environment import capture_environment
 from expertshare.models import load_model
 from expertshare.routing import parse_policies, policy_label

@@ -38,7 +38,8 @@ from expertshare.evaluation.scoring import score_many
 from expertshare.evaluation.statistics import paired_difference, proportion
 from expertshare.experts import ExpertMemory, StoreOptions, open_store
 from expertshare.kernels import AUTO, choose_backend
-from expertshare.lab.tasks import TASKS, TaskItem, generate_items
+from expertshare.lab.tasks.generation import TASKS, generate_items
+from expertshare.lab.tasks.types import TaskItem
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, Runtime
 from expertshare.models.runtime import ForwardInput

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from expertshare.evaluation.prompts import PromptRecord
-from expertshare.lab.tasks import TASKS, generate_items
+from expertshare.lab.tasks.generation import TASKS, generate_items
 
 
 def unseen_prompts(count: int, seed: int, tasks: Iterable[str] = TASKS) -> list[PromptRecord]:

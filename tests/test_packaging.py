@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 import expertshare
 from expertshare.evaluation.prompts import read_prompts
 from expertshare.evaluation.scoring import score_many
-from expertshare.lab.tasks import TASKS, split_of
+from expertshare.lab.tasks.generation import TASKS, split_of
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from expertshare.config import ModelConfig, RouterSpec
-from expertshare.lab.tasks import build_tokenizer, save_tokenizer
+from expertshare.lab.tasks.tokenizer import build_tokenizer, save_tokenizer
 from expertshare.models import LoadedModel, MoETransformer, initialise, save_model
 
 ROUTER = RouterSpec(

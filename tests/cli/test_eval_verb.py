@@ -17,7 +17,7 @@ from cli.conftest import Run
 from expertshare import api
 from expertshare.evaluation.items import GeneratedSource
 from expertshare.evaluation.run_directory import ITEMS, REPORT, RUN
-from expertshare.lab.tasks import generate_items
+from expertshare.lab.tasks.generation import generate_items
 from expertshare.models import load_model
 from expertshare.routing import Layerwise, make_policy
 from expertshare.tuning.policy_file import PolicyFile, model_facts

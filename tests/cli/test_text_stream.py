@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from expertshare.cli.streaming import AnswerPrinter, TextStream
 from expertshare.decoding import BlockResult
 from expertshare.decoding.results import REPLACEMENT
-from expertshare.lab.tasks import build_tokenizer
+from expertshare.lab.tasks.tokenizer import build_tokenizer
 from expertshare.models import decode_answer
 
 TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(0))

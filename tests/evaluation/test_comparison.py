@@ -11,7 +11,7 @@ from expertshare.errors import PolicyError
 from expertshare.evaluation.comparison import Comparison, compare_policies
 from expertshare.evaluation.prompts import PromptRecord
 from expertshare.evaluation.runner import Setup
-from expertshare.lab.tasks import generate_items
+from expertshare.lab.tasks.generation import generate_items
 from expertshare.models import LoadedModel
 from expertshare.routing import parse_policies
 

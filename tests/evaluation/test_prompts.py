@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from expertshare.errors import InputError
 from expertshare.evaluation.prompts import PromptRecord, read_prompts, write_prompts
-from expertshare.lab.tasks import generate_items
+from expertshare.lab.tasks.generation import generate_items
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
 RECORDS = st.builds(

@@ -9,7 +9,8 @@ import pytest
 from expertshare.errors import InputError
 from expertshare.evaluation.prompts import PromptRecord
 from expertshare.evaluation.scoring import score, score_many
-from expertshare.lab.tasks import TaskItem, generate_items, iterate_items
+from expertshare.lab.tasks.generation import generate_items, iterate_items
+from expertshare.lab.tasks.types import TaskItem
 
 KINDS = ("arith", "math", "code", "code_pro", "choice")
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from expertshare.convert import convert
 from expertshare.decoding import DecodingOptions, generate
 from expertshare.errors import InputError, TrainingError
-from expertshare.lab.tasks import save_tokenizer
+from expertshare.lab.tasks.tokenizer import save_tokenizer
 from expertshare.models import LoadedModel, MoETransformer, Runtime, encode_prompt, initialise, load_model, save_model
 from expertshare.routing import make_policy
 from expertshare.training.answers import generate_answers, read_answers

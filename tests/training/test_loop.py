@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from expertshare.errors import ConfigError, TrainingError
-from expertshare.lab.tasks.problems import TaskProblems
+from expertshare.lab.tasks.tokenizer import TaskProblems
 from expertshare.models import load_model
 from expertshare.training.config import TrainingConfig, reference_architecture
 from expertshare.training.optimisers import Muon, orthogonalise

@@ -10,7 +10,7 @@ import torch
 from expertshare.config import ModelConfig
 from expertshare.decoding import DecodingOptions, generate
 from expertshare.errors import ConfigError
-from expertshare.lab.tasks.problems import TaskProblems
+from expertshare.lab.tasks.tokenizer import TaskProblems
 from expertshare.models import MoETransformer, Runtime, initialise, load_model
 from expertshare.routing import make_policy, parse_policy
 from expertshare.training import batches as layout

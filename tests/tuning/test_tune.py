@@ -12,7 +12,7 @@ from expertshare.api import generate, load, load_policy, tune
 from expertshare.cli import main
 from expertshare.evaluation.prompts import write_prompts
 from expertshare.lab.plots.quality import plot_tuning
-from expertshare.lab.tasks import generate_items
+from expertshare.lab.tasks.generation import generate_items
 from expertshare.models import LoadedModel
 from expertshare.routing import policy_label
 from expertshare.tuning.options import TuningOptions

@@ -23,7 +23,7 @@ from expertshare.evaluation.presets import find_preset
 from expertshare.evaluation.runner import ProgressListener, Setup
 from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
-from expertshare.lab.tasks import generate_items
+from expertshare.lab.tasks.generation import generate_items
 from expertshare.ray_connection import require_ray
 from expertshare.routing import RoutingPolicy
 from expertshare.tuning.policy_file import PolicyFile

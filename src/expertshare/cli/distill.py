@@ -146,7 +146,10 @@ def _texts(prompts: Path | None, tasks: str | None, count: int, seed: int) -> li
         given = "neither" if prompts is None else "both"
         raise InputError(f"expected either --prompts FILE or --tasks NAMES, got {given}: choose one")
     check_at_least_one("count", count)
-    from expertshare.lab.tasks import TASKS, generate_items  # only here: a file of prompts needs no generators
+    from expertshare.lab.tasks.generation import (  # only here: a file of prompts needs no generators
+        TASKS,
+        generate_items,
+    )
 
     names = list(dict.fromkeys(split_names(tasks)))
     unknown = next((name for name in names if name not in TASKS), None)

@@ -9,7 +9,7 @@ import typer
 
 from expertshare.cli.console import check_at_least_one, check_outputs
 from expertshare.evaluation.prompts import write_prompts
-from expertshare.lab.tasks import TASKS, generate_items
+from expertshare.lab.tasks.generation import TASKS, generate_items
 
 EXAMPLE = "Example: expertshare tasks prompts.jsonl --task arith --task code --count 100 --seed 1"
 

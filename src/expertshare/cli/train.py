@@ -12,7 +12,7 @@ from expertshare.cli.console import people, print_json, told_bars
 from expertshare.cli.options import OptionGroup, option
 from expertshare.cli.shared_options import ELASTIC, ELASTIC_FREE, ELASTIC_SETS, JsonFlag, ThreadsFlag, set_threads
 from expertshare.errors import InputError
-from expertshare.lab.tasks.problems import TaskProblems
+from expertshare.lab.tasks.tokenizer import TaskProblems
 from expertshare.models import load_model
 from expertshare.training.config import TrainingConfig
 from expertshare.training.scratch import prepare, run, run_folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tokenizers import Tokenizer
 
-from expertshare.lab.tasks import build_tokenizer
+from expertshare.lab.tasks.tokenizer import build_tokenizer
 
 
 @pytest.fixture(scope="session")

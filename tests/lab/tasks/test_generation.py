@@ -14,8 +14,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from expertshare.errors import InputError
-from expertshare.lab.tasks import TASKS, TaskItem, generate_items, iterate_items
+from expertshare.lab.tasks.generation import TASKS, generate_items, iterate_items
 from expertshare.lab.tasks.multiple_choice import CATEGORIES, PROPERTIES
+from expertshare.lab.tasks.types import TaskItem
 
 KINDS = ("arith", "math", "code", "code_pro", "choice")
 FACT = re.compile(r"^(\d+) ([-+*/]) (\d+) = (\d+)$", re.MULTILINE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from expertshare.evaluation.scoring import ANSWER_RULES
-from expertshare.lab.tasks import TASKS
+from expertshare.lab.tasks.generation import TASKS
 
 
 def test_tasks_and_rules_have_the_same_names_in_the_same_order() -> None:

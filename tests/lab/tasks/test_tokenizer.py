@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from expertshare.lab.tasks import TASKS, build_tokenizer, generate_items, iterate_items, save_tokenizer
+from expertshare.lab.tasks.generation import TASKS, generate_items, iterate_items
+from expertshare.lab.tasks.tokenizer import build_tokenizer, save_tokenizer
 
 SHARED = build_tokenizer(0)
 

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
 
-from expertshare.lab.tasks.facts import MAX_OPERAND, MAX_VALUE, PRODUCTS
-from expertshare.lab.tasks.types import Draft, Draw, Task
+from expertshare.lab.tasks.types import MAX_OPERAND, MAX_VALUE, PRODUCTS, Draft, Draw, Task
 
 InputKind = Literal["int", "list", "str"]
 FUNCTION_NAMES = ("f", "g", "h", "run", "calc", "work", "apply", "make")
@@ -189,10 +188,6 @@ def _of_result(form: Form) -> CallerForm:
     return call
 
 
-def _multiply(rng: Random, a: str) -> Expression:
-    return _operate(a, TIMES, rng.randint(2, 9))
-
-
 def _add_twice(rng: Random, a: str) -> Expression:
     d = rng.randint(1, MAX_OPERAND)
     c = rng.randint(1, MAX_VALUE - d)
@@ -235,8 +230,9 @@ _INPUT_KINDS: dict[Form | CallerForm, InputKind] = {
     _text_call: "str",
 }  # all others take an int
 
+_multiplied = _of_result(lambda rng, a: _operate(a, TIMES, rng.randint(2, 9)))
 _shifted, _folded_result = _of_result(_shift), _of_result(_folded_twice)
-EASY_CALLERS: tuple[CallerForm, ...] = (_shifted, _of_result(_multiply), _twice)
+EASY_CALLERS: tuple[CallerForm, ...] = (_shifted, _multiplied, _twice)
 MEDIUM_CALLERS: tuple[CallerForm, ...] = (_each, _total, _shifted)
 HARD_CALLERS: tuple[CallerForm, ...] = (_guarded, _of_result(_add_twice), _folded_result, _folded_result, _total)
 
@@ -249,21 +245,18 @@ def _compose(rng: Random, forms: tuple[Form, ...]) -> tuple[InputKind, str, Expr
     return takes, argument, form(rng, argument)
 
 
-def _sample_input(rng: Random, takes: InputKind) -> Any:
-    """A random value of the given kind; lists are non-empty with values on both sides of every threshold."""
-    if takes == "int":
-        return rng.randint(-9, 40)
-    if takes == "list":
-        return [*rng.sample(range(-4, 20), rng.randint(2, 5)), 25]
-    return "".join(rng.sample(SAMPLE_WORDS, 2))
+SAMPLERS: dict[InputKind, Callable[[Random], Any]] = {
+    "int": lambda rng: rng.randint(-9, 40),
+    "list": lambda rng: [*rng.sample(range(-4, 20), rng.randint(2, 5)), 25],  # on both sides of every threshold
+    "str": lambda rng: "".join(rng.sample(SAMPLE_WORDS, 2)),
+}
 
 
 def _sample_inputs(rng: Random, takes: InputKind, edges: tuple[Any, ...], count: int) -> list[Any]:
     """`count` distinct inputs, the edges first."""
     chosen = list(edges[:count])
     while len(chosen) < count:
-        value = _sample_input(rng, takes)
-        if value not in chosen:
+        if (value := SAMPLERS[takes](rng)) not in chosen:
             chosen.append(value)
     return chosen
 
@@ -276,15 +269,8 @@ def _check_value(name: str, value: Any, expected: Any) -> str:
 
 def _check_calls(first: str, second: str, value: Any) -> str:
     """Statements that fail unless `second(value)` calls the global `first`; they put `first` back."""
-    return (
-        f"_kept, _seen = {first}, []\n"
-        f"def {first}(value):\n"
-        f"    _seen.append(value)\n"
-        f"    return _kept(value)\n"
-        f"{second}({value!r})\n"
-        f"{first} = _kept\n"
-        f"assert _seen"
-    )
+    recorder = f"def {first}(value):\n    _seen.append(value)\n    return _kept(value)"
+    return f"_kept, _seen = {first}, []\n{recorder}\n{second}({value!r})\n{first} = _kept\nassert _seen"
 
 
 def _function_text(name: str, argument: str, written: str) -> str:
@@ -332,13 +318,11 @@ def _two_functions(first_forms: tuple[Form, ...], second_forms: tuple[CallerForm
 
 TASK = Task(
     name="code",
-    description="one short Python function, checked by unit tests, like HumanEval",
     levels=(_one_function(EASY), _one_function(MEDIUM), _one_function(HARD)),
     beyond=_one_function((_map_twice_filter,)),
 )
 SELF_INVOKING = Task(
     name="code_pro",
-    description="two functions, the second calling the first, like HumanEval-Pro",
     levels=(
         _two_functions(INT_EASY, EASY_CALLERS),
         _two_functions((*INT_EASY, *INT_MEDIUM), MEDIUM_CALLERS),

@@ -12,12 +12,12 @@ from hashlib import blake2b
 from random import Random
 
 from expertshare.errors import InputError, nearest
-from expertshare.lab.tasks import arithmetic, code, multiple_choice, symbolic
+from expertshare.lab.tasks import arithmetic, code, multiple_choice
 from expertshare.lab.tasks.types import Split, Task, TaskItem
 
-_KINDS = (arithmetic.TASK, symbolic.TASK, code.TASK, code.SELF_INVOKING, multiple_choice.TASK)
+_KINDS = (arithmetic.WORDED, arithmetic.SYMBOLIC, code.TASK, code.SELF_INVOKING, multiple_choice.TASK)
 TASKS: dict[str, Task] = {task.name: task for task in _KINDS}
-"""The kinds by name. A new kind is a file with a TASK and its entry here."""
+"""The kinds by name. A new kind is a Task and its entry here."""
 TEST_SHARE_INVERSE = 16
 LEVEL_SHARES = (0.30, 0.35, 0.35)
 BEYOND_SHARE = 0.20
@@ -41,21 +41,19 @@ def iterate_items(task: str, *, split: Split, seed: int) -> Iterator[TaskItem]:
 
 
 def _stream(task: Task, split: Split, rng: Random) -> Iterator[TaskItem]:
-    draws = (*task.levels, task.beyond)
+    draws, (easy, medium, _) = (*task.levels, task.beyond), LEVEL_SHARES
     while True:
         beyond = split == "test" and rng.random() < BEYOND_SHARE
-        level = 4 if beyond else _draw_level(rng)
+        if beyond:
+            level = 4
+        else:
+            toss = rng.random()
+            level = 1 if toss < easy else 2 if toss < easy + medium else 3
         draft = draws[level - 1](rng)
         if split_of(draft.prompt) == split:
             yield TaskItem(
                 task=task.name, prompt=draft.prompt, reference=draft.reference, tests=draft.tests, level=level
             )
-
-
-def _draw_level(rng: Random) -> int:
-    easy, medium, _ = LEVEL_SHARES
-    toss = rng.random()
-    return 1 if toss < easy else 2 if toss < easy + medium else 3
 
 
 def generate_items(task: str, *, split: Split, count: int, seed: int) -> list[TaskItem]:

@@ -9,36 +9,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from expertshare.lab.tasks.facts import DIFFERENCES, MAX_VALUE, SUMS
-from expertshare.lab.tasks.types import Draft, Task, one_of
+from expertshare.lab.tasks.types import DIFFERENCES, MAX_VALUE, SUMS, Draft, Task, one_of
 
-
-def _words(line: str) -> tuple[str, ...]:
-    return tuple(line.split())
-
-
-CATEGORIES: dict[str, tuple[str, ...]] = {
-    "a metal": _words("iron copper silver gold tin zinc lead nickel steel bronze brass cobalt"),
-    "an animal": _words("dog cat horse cow goat eagle owl crow parrot shark whale trout"),
-    "a flower": _words("tulip rose lily daisy iris poppy violet lotus orchid jasmine dahlia peony"),
-    "an instrument": _words("violin piano flute drum guitar harp cello trumpet oboe banjo organ horn"),
-    "a color": _words("red blue green yellow black white brown pink purple gray cyan beige"),
-    "a fruit": _words("pear plum grape lemon mango peach cherry melon fig kiwi banana papaya"),
-    "a tool": _words("hammer saw drill wrench pliers axe shovel rake file chisel knife ladder"),
-    "a vehicle": _words("car bus train truck bike boat ship plane tram van taxi ferry"),
-    "a garment": _words("shirt coat hat sock shoe glove scarf dress skirt jacket belt boot"),
-    "a body part": _words("arm leg hand foot nose ear eye mouth knee elbow neck thumb"),
+_CATEGORIES = {
+    "a metal": "iron copper silver gold tin zinc lead nickel steel bronze brass cobalt",
+    "an animal": "dog cat horse cow goat eagle owl crow parrot shark whale trout",
+    "a flower": "tulip rose lily daisy iris poppy violet lotus orchid jasmine dahlia peony",
+    "an instrument": "violin piano flute drum guitar harp cello trumpet oboe banjo organ horn",
+    "a color": "red blue green yellow black white brown pink purple gray cyan beige",
+    "a fruit": "pear plum grape lemon mango peach cherry melon fig kiwi banana papaya",
+    "a tool": "hammer saw drill wrench pliers axe shovel rake file chisel knife ladder",
+    "a vehicle": "car bus train truck bike boat ship plane tram van taxi ferry",
+    "a garment": "shirt coat hat sock shoe glove scarf dress skirt jacket belt boot",
+    "a body part": "arm leg hand foot nose ear eye mouth knee elbow neck thumb",
 }
-
 # Two hops: the word names an animal, the animal has the property.
-PROPERTIES: dict[str, frozenset[str]] = {
-    "can fly": frozenset(_words("eagle owl crow parrot")),
-    "lives in water": frozenset(_words("shark whale trout")),
-    "has four legs": frozenset(_words("dog cat horse cow goat")),
-    "has feathers": frozenset(_words("eagle owl crow parrot")),
-    "has fins": frozenset(_words("shark whale trout")),
+_PROPERTIES = {
+    "can fly": "eagle owl crow parrot",
+    "lives in water": "shark whale trout",
+    "has four legs": "dog cat horse cow goat",
+    "has feathers": "eagle owl crow parrot",
+    "has fins": "shark whale trout",
 }
-
+CATEGORIES, PROPERTIES = (
+    {name: tuple(words.split()) for name, words in table.items()} for table in (_CATEGORIES, _PROPERTIES)
+)
 _CATEGORY_NAMES = tuple(CATEGORIES)
 _ANIMALS = CATEGORIES["an animal"]
 
@@ -47,12 +42,8 @@ def _pose(rng: Random, question: str, right: str, wrong: Sequence[str], steps: s
     """Shuffle the options; the answer is the right one, after the steps that lead to it if there are any."""
     options = [right, *wrong]
     rng.shuffle(options)
-    first, second, third, last = options
-    final = f"#### {right}"
-    return Draft(
-        prompt=f"{question}: {first}, {second}, {third} or {last}?",
-        reference=f"{steps}\n{final}" if steps else final,
-    )
+    prompt = f"{question}: {', '.join(options[:-1])} or {options[-1]}?"
+    return Draft(prompt=prompt, reference=f"{steps}\n#### {right}" if steps else f"#### {right}")
 
 
 def _category(rng: Random) -> Draft:
@@ -86,8 +77,7 @@ def _equals(rng: Random) -> Draft:
 
 def _property(rng: Random) -> Draft:
     asked = rng.choice(tuple(PROPERTIES))
-    has = [animal for animal in _ANIMALS if animal in PROPERTIES[asked]]
-    lacks = [animal for animal in _ANIMALS if animal not in PROPERTIES[asked]]
+    has, lacks = ([a for a in _ANIMALS if (a in PROPERTIES[asked]) == owned] for owned in (True, False))
     return _pose(rng, f"Which of these {asked}", rng.choice(has), rng.sample(lacks, 3))
 
 
@@ -101,7 +91,6 @@ def _neither(rng: Random) -> Draft:
 
 TASK = Task(
     name="choice",
-    description="four-way multiple choice, like ARC",
     levels=(_category, _odd_one_out, one_of((_extreme, _equals, _property))),
     beyond=_neither,
 )

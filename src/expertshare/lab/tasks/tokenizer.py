@@ -1,4 +1,5 @@
-"""The reference model's tokenizer: byte-level BPE whose vocabulary is the words of the generated tasks.
+"""The reference model's tokenizer, byte-level BPE whose vocabulary is the words of the generated tasks, and problems of
+theirs in its chat format, to train the model on.
 
 Text is cut by the GPT-2 pattern (letters, digits, punctuation and spaces apart, one leading space kept). A
 cut that is in the vocabulary is one token (`ignore_merges`); any other text falls back to its bytes, so every
@@ -9,14 +10,18 @@ vocabulary on fragments that never occur.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
+from random import Random
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from expertshare.errors import InputError
-from expertshare.lab.tasks.facts import MAX_VALUE
 from expertshare.lab.tasks.generation import TASKS, iterate_items
+from expertshare.lab.tasks.types import MAX_VALUE
+from expertshare.training.batches import Sample
+from expertshare.training.config import TrainingConfig
 
 MASK, EOS, PAD, USER, ASSISTANT = "<|mask|>", "<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>"
 SPECIAL_TOKENS = (MASK, EOS, PAD, USER, ASSISTANT)
@@ -84,3 +89,36 @@ def save_tokenizer(directory: Path, tokenizer: Tokenizer | None = None) -> None:
     }
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+class TaskProblems:
+    """Training items of the generated tasks and the vocabulary that they are written in; the seed of both."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed, self._tokenizer = seed, build_tokenizer(seed)
+        self.vocabulary: Mapping[str, int] = self._tokenizer.get_vocab()
+        self.mask_id, self.eos_id, self.pad_id = (self._id(token) for token in (MASK, EOS, PAD))
+
+    def _id(self, token: str) -> int:
+        token_id: int | None = self._tokenizer.token_to_id(token)
+        assert token_id is not None, f"the task tokenizer has no {token}"
+        return token_id
+
+    def draw(self, config: TrainingConfig, step: int) -> list[Sample]:
+        """The problems of one step, a function of seed and step alone: a resumed run sees what it would have seen."""
+        random = Random(f"{self._seed}:{step}")
+        names = random.choices(list(config.mixture), weights=list(config.mixture.values()), k=config.samples_per_step)
+        samples = []
+        for name in config.mixture:
+            items = iterate_items(name, split="train", seed=random.getrandbits(48))
+            samples += [self.encode(item.prompt, item.reference) for item in islice(items, names.count(name))]
+        return samples
+
+    def encode(self, prompt: str, answer: str) -> Sample:
+        """Token ids of `<|user|>prompt<|assistant|>`, and of `answer<|endoftext|>`."""
+        prompt_ids = self._tokenizer.encode(f"{USER}{prompt}{ASSISTANT}").ids
+        return Sample(tuple(prompt_ids), (*self._tokenizer.encode(answer).ids, self.eos_id))
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Put the tokenizer's files beside a model."""
+        save_tokenizer(folder, self._tokenizer)

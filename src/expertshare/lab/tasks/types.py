@@ -1,7 +1,13 @@
-"""Value types of the generated tasks: an item, and a kind of task."""
+"""What all kinds of generated tasks share: an item, a kind, and arithmetic facts, each written in one way: "a + b = c".
+
+One spelling and one small table per operation, so that a fact learnt in a worded problem also serves
+equations. All values lie in 0..48. Added and subtracted operands are 1..10; products are 2..9 times 2..6;
+a division undoes such a product and divides by its second factor.
+"""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -51,6 +57,57 @@ class Task:
     """
 
     name: str
-    description: str
     levels: tuple[Draw, Draw, Draw]
     beyond: Draw
+
+
+MAX_VALUE = 48
+MAX_OPERAND = 10
+FACTORS = range(2, 10)
+MULTIPLIERS = range(2, 7)
+OPERATIONS: dict[str, Callable[[int, int], int]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.floordiv,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """`left symbol right = result`, all integers in 0..MAX_VALUE; divisions leave no rest."""
+
+    left: int
+    symbol: str
+    right: int
+
+    @property
+    def result(self) -> int:
+        """The number that the operation gives."""
+        return OPERATIONS[self.symbol](self.left, self.right)
+
+    @property
+    def text(self) -> str:
+        """The one spelling of this fact."""
+        return f"{self.left} {self.symbol} {self.right} = {self.result}"
+
+
+SUMS = tuple(Fact(a, "+", b) for b in range(1, MAX_OPERAND + 1) for a in range(MAX_VALUE - b + 1))
+DIFFERENCES = tuple(Fact(fact.result, "-", fact.right) for fact in SUMS)
+PRODUCTS = tuple(Fact(a, "*", b) for a in FACTORS for b in MULTIPLIERS if a * b <= MAX_VALUE)
+QUOTIENTS = tuple(Fact(fact.result, "/", fact.right) for fact in PRODUCTS)
+
+
+def sum_onto(rng: Random, value: int) -> Fact:
+    """A sum that starts from `value` (below MAX_VALUE)."""
+    return Fact(value, "+", rng.randint(1, min(MAX_OPERAND, MAX_VALUE - value)))
+
+
+def difference_from(rng: Random, value: int) -> Fact:
+    """A difference that starts from `value` (at least 1)."""
+    return Fact(value, "-", rng.randint(1, min(MAX_OPERAND, value)))
+
+
+def worked(facts: Sequence[Fact], final: object) -> str:
+    """A worked answer: one fact per line, then the final answer behind "####"."""
+    return "\n".join([*(fact.text for fact in facts), f"#### {final}"])
