@@ -20,7 +20,9 @@ import numpy as np
 from expertshare.convert.shapes import likeness
 from expertshare.convert.sizes import sizes_like
 from expertshare.experts import parse_size
-from expertshare.lab.simulate import BlockTrace, Card, Cluster, Demand, Replica, find_card, simulate_replica
+from expertshare.lab.simulate.capacity import Replica, simulate_replica
+from expertshare.lab.simulate.deployment import Card, Cluster, Demand, find_card
+from expertshare.lab.simulate.placement import BlockTrace
 
 RESULTS = Path(__file__).parent / "results"
 MODEL = "llada2.0-mini"

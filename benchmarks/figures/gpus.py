@@ -10,7 +10,9 @@ from writing import ROOT, bullets, pick, spanning, stored, table
 from expertshare.convert.shapes import likeness
 from expertshare.convert.sizes import sizes_like
 from expertshare.experts.recording import read_record
-from expertshare.lab.simulate import CARDS, Capacity, Cluster, Demand, Simulation, cut_into_blocks
+from expertshare.lab.simulate.capacity import Capacity, Simulation
+from expertshare.lab.simulate.deployment import CARDS, Cluster, Demand
+from expertshare.lab.simulate.placement import cut_into_blocks
 
 sys.path.append(str(ROOT / "benchmarks"))
 import capacity_check as check

@@ -20,18 +20,9 @@ from expertshare.errors import InputError
 from expertshare.experts import format_size, parse_size
 from expertshare.experts.recording import read_record
 from expertshare.lab.plots.bench import plot_scaling
-from expertshare.lab.simulate import (
-    ASSUMPTIONS,
-    CARDS,
-    GPU_COUNTS,
-    PLACEMENTS,
-    Card,
-    Cluster,
-    Demand,
-    Simulation,
-    cut_into_blocks,
-    find_card,
-)
+from expertshare.lab.simulate.capacity import GPU_COUNTS, Simulation
+from expertshare.lab.simulate.deployment import ASSUMPTIONS, CARDS, Card, Cluster, Demand, find_card
+from expertshare.lab.simulate.placement import PLACEMENTS, cut_into_blocks
 
 EXAMPLE = (
     "Example: expertshare simulate --like llada2.0-flash --card h100 --rate 100 --steps-per-block 8 "

@@ -14,19 +14,9 @@ from expertshare.convert.shapes import likeness
 from expertshare.convert.sizes import sizes_like
 from expertshare.errors import ConfigError, InputError
 from expertshare.experts.recording import RoutingRecord
-from expertshare.lab.simulate import (
-    CARDS,
-    PLACEMENTS,
-    BlockTrace,
-    Cluster,
-    Demand,
-    Simulation,
-    cut_into_blocks,
-    find_card,
-    part_seconds,
-    simulate_replica,
-)
-from expertshare.lab.simulate.placement import draw_blocks, place, run_layer
+from expertshare.lab.simulate.capacity import Simulation, part_seconds, simulate_replica
+from expertshare.lab.simulate.deployment import CARDS, Cluster, Demand, find_card
+from expertshare.lab.simulate.placement import PLACEMENTS, BlockTrace, cut_into_blocks, draw_blocks, place, run_layer
 
 MINI = sizes_like(likeness("llada2.0-mini"))
 CARD = replace(find_card("h100"), bytes_per_s=1e12, flops_per_s=2e14, link_bytes_per_s=1e11, network_bytes_per_s=1e10)
