@@ -51,8 +51,7 @@ def main() -> None:
         told = {"model": options.model.name, "budget": options.budget, "blocks": len(memory)}
         told |= {"settled_bytes": settled, "end_bytes": memory[-1], "anonymous_bytes": memory}
         write_json(options.json, {**told, "environment": capture_environment().to_json()})
-    figure = new_figure(options.plot, 7.2, 3.0)
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure(options.plot, 7.2, 3.0)
     axes.plot(range(1, len(memory) + 1), [m / 1e6 for m in memory], color=COLOURS[0])
     axes.set_ylim(0, 1.25e-6 * max(memory))
     frame(axes, title=f"{options.model.name}, {options.budget} for experts", x="blocks", y="anonymous memory, MB")

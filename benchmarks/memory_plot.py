@@ -22,8 +22,7 @@ def main() -> None:
     options = parser.parse_args()
     check_plot_path(options.out)
     names = options.names.split(",") if options.names else [path.stem for path in options.results]
-    figure = new_figure(options.out, 7.2, 3.6)
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure(options.out, 7.2, 3.6)
     labels: list[str] = []
     places: list[float] = []
     for index, (name, path) in enumerate(zip(names, options.results, strict=True)):

@@ -50,8 +50,7 @@ def _plot_experts(results: Mapping[str, Any], path: str | Path) -> None:
     points: Sequence[Point] = results["cases"]
     cases = list(dict.fromkeys((point["case"], point["tokens"]) for point in points))
     looks = _looks(point["backend"] for point in points)
-    figure = new_figure(path, PANEL_WIDTH * (len(cases) + 1), PANEL_HEIGHT)
-    panels = figure.subplots(1, len(cases) + 1)
+    figure, panels = new_figure(path, PANEL_WIDTH * (len(cases) + 1), PANEL_HEIGHT, len(cases) + 1)
     for axes, (case, tokens) in zip(panels, cases, strict=False):
         mine = [point for point in points if (point["case"], point["tokens"]) == (case, tokens)]
         _draw_latency(axes, mine, looks)
@@ -97,8 +96,7 @@ def _draw_roofline(
 
 
 def _plot_forwards(points: Sequence[Point], path: str | Path) -> None:
-    figure = new_figure(path, PANEL_WIDTH * 1.4, 1.2 + 0.4 * len(points))
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure(path, PANEL_WIDTH * 1.4, 1.2 + 0.4 * len(points))
     labels = [f"{point['backend']}, {point['policy']}" for point in points]
     parts = next((list(point["ms_by_part"]) for point in points if "ms_by_part" in point), [])
     stacked_bars(axes, labels, parts, [point.get("ms_by_part", {}) for point in points])
@@ -112,8 +110,7 @@ def _plot_forwards(points: Sequence[Point], path: str | Path) -> None:
 
 def plot_parts(runs: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Draw seconds by part of the model as one bar for each run to `path`; runs: of a comparison."""
-    figure = new_figure(path, 9, 1.4 + 0.3 * len(runs))
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure(path, 9, 1.4 + 0.3 * len(runs))
     seconds = [run["seconds_by_part"] for run in runs]
     stacked_bars(axes, [run["label"] for run in runs], list(seconds[0]), seconds)
     frame(axes, title="Time by part of the model", x="seconds, all prompts", y="")
@@ -122,8 +119,7 @@ def plot_parts(runs: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 
 
 def _plot_generations(points: Sequence[Point], path: str | Path) -> None:
-    figure = new_figure(path, PANEL_WIDTH * 1.4, PANEL_HEIGHT)
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure(path, PANEL_WIDTH * 1.4, PANEL_HEIGHT)
     lines = list(dict.fromkeys((point["backend"], point["policy"]) for point in points))
     for index, (backend, policy) in enumerate(lines):
         mine = [point for point in points if (point["backend"], point["policy"]) == (backend, policy)]
@@ -150,8 +146,7 @@ def plot_scaling(simulated: Mapping[str, Any], path: str | Path) -> None:
 
     simulated: what `expertshare simulate --json` prints.
     """
-    figure = new_figure(path, 11, 4.4)
-    left, right = figure.subplots(1, 2)
+    figure, (left, right) = new_figure(path, 11, 4.4, 2)
     _draw_sweep(left, simulated)
     _draw_step_parts(right, simulated)
     save(figure, path)

@@ -1,5 +1,6 @@
-"""Pictures of quality against experts: comparisons, sweeps over p and the block length, tuning runs. Each is drawn
-from the JSON form of its results, so that a saved report can be drawn again."""
+"""Pictures of experts: quality against them in comparisons, sweeps over p and the block length, and tuning runs; and
+what single blocks use, by step and by token, and lose with one of them. Each is drawn from the JSON form of its
+results, so that a saved report can be drawn again."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
@@ -43,8 +45,7 @@ def plot_comparison(comparison: Mapping[str, Any], path: str | Path) -> None:
     comparison: what Comparison.to_json gives. Quality is accuracy with its 95 % interval where the prompts can be
     judged, else token agreement with vanilla.
     """
-    figure = new_figure(path, 8, 4.8)
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure(path, 8, 4.8)
     judged = comparison["reference"]["accuracy"] is not None
     grouped: dict[str, list[Run]] = {"vanilla": [comparison["reference"]]}
     for run in comparison["runs"]:
@@ -104,8 +105,7 @@ def _part_labels(labels: Sequence[Annotation]) -> None:
 
 def plot_p_sweep(runs: Sequence[Run], reference: Run, path: str | Path) -> None:
     """Draw what block top-p keeps and uses against p to `path`; runs: of a comparison, ascending in p."""
-    figure = new_figure(path, 10, 4)
-    kept, experts = figure.subplots(1, 2)
+    figure, (kept, experts) = new_figure(path, 10, 4, 2)
     judged = reference["accuracy"] is not None
     shares = [run["knobs"]["top_p_experts"] for run in runs]
     panels = (
@@ -123,8 +123,7 @@ def plot_p_sweep(runs: Sequence[Run], reference: Run, path: str | Path) -> None:
 
 def plot_block_lengths(comparisons: Mapping[int, Mapping[str, Any]], path: str | Path) -> None:
     """Draw what every policy saves and keeps against the block length to `path`; comparisons: by block length."""
-    figure = new_figure(path, 10, 4.5)
-    saved, kept = figure.subplots(1, 2)
+    figure, (saved, kept) = new_figure(path, 10, 4.5, 2)
     lengths = sorted(comparisons)
     judged = all(comparison["reference"]["accuracy"] is not None for comparison in comparisons.values())
     for index, label in enumerate(common_labels(comparisons)):
@@ -164,8 +163,7 @@ def plot_tuning(tuned: Mapping[str, Any], path: str | Path) -> None:
 
     tuned: what Tuned.to_json gives. Grey: tried on the prompts of the search, without a claim.
     """
-    figure = new_figure(path, 8, 4.8)
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure(path, 8, 4.8)
     key, label, unit = COSTS[tuned["cost_kind"]]
     tried = [run for run in tuned["tried"] if run[key] is not None]  # latency is not measured in the search
     passed, failed = ([run for run in tuned["tested"] if run["passed"] == verdict] for verdict in (True, False))
@@ -194,4 +192,75 @@ def plot_tuning(tuned: Mapping[str, Any], path: str | Path) -> None:
     )
     axes.margins(x=0.1, y=0.12)
     legend_beside(axes)
+    save(figure, path)
+
+
+def plot_steps(results: Mapping[str, Any], path: str | Path) -> None:
+    """Draw how unique experts are distributed over denoising steps, and their mean by step, to `path`.
+
+    results: of benchmarks/steps_distribution.py.
+    """
+    figure, (spread, course) = new_figure(path, 10, 4.4, 2)
+    for index, run in enumerate(results["runs"]):
+        colour = COLOURS[index % len(COLOURS)]
+        counts = np.sum(run["histogram_by_layer"], axis=0)
+        label = f"{run['label']}\nmean {run['unique_experts']:.1f}, CV {100 * run['cv']:.1f} %"
+        shares, edges = 100 * counts / counts.sum(), np.arange(len(counts) + 1) - 0.5
+        spread.stairs(shares, edges, color=colour, fill=True, alpha=0.25)
+        spread.stairs(shares, edges, color=colour, label=label)
+        steps = [point["step"] + 1 for point in run["by_step"]]
+        mean = np.array([point["mean"] for point in run["by_step"]])
+        std = np.array([point["std"] for point in run["by_step"]])
+        course.plot(steps, mean, "o-", color=colour, markersize=4, linewidth=1.2)
+        course.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+    frame(spread, title="Distribution", x="unique experts of a block in a layer", y="share of steps and layers, %")
+    frame(course, title="Course within a block", x="denoising step", y="mean over layers (band: deviation)")
+    course.set_ylim(bottom=0)
+    figure.legend(loc="outside lower center", ncols=3, **SMALL)
+    save(figure, path)
+
+
+def plot_weight_against_loss(results: Mapping[str, Any], path: str | Path) -> None:
+    """Draw loss increase against router weight, a panel for each way of taking an expert out, to `path`.
+
+    results: of benchmarks/weight_against_loss.py.
+    """
+    figure, panels = new_figure(path, 10, 4, 2)
+    titles = {"replaced": "Tokens take their next expert", "dropped": "Tokens run one expert less"}
+    for axes, (way, title) in zip(panels, titles.items(), strict=True):
+        found = results[way]
+        x = [100 * weight for _, weight, _ in found["sample"]]
+        y = [increase for _, _, increase in found["sample"]]
+        axes.plot(x, y, ".", color=COLOURS[5], markersize=3, alpha=0.6, label=f"sample of {len(x):,}")
+        tenths = found["tenths"]
+        means = [100 * tenth["weight"] for tenth in tenths], [tenth["increase"] for tenth in tenths]
+        axes.plot(*means, "o-", color=COLOURS[1], markersize=5, label="means by tenths of all")
+        r = found["weights"]["sum"]["pearson_r"]
+        x_label = "router weight in the block, % of the layer's sum"
+        frame(axes, title=f"{title}: r = {r:.2f}", x=x_label, y="loss increase, nats")
+        axes.set_yscale("symlog", linthresh=1e-4)
+        axes.legend(**SMALL)
+    save(figure, path)
+
+
+def plot_growth(results: Mapping[str, Any], path: str | Path) -> None:
+    """Draw the union of experts against the tokens of a block, and products per byte of weights, to `path`.
+
+    results: of benchmarks/expert_growth.py.
+    """
+    figure, (union, intensity) = new_figure(path, 10, 4, 2)
+    points = results["points"]
+    tokens = [point["tokens"] for point in points]
+    linear = [min(results["num_experts"], results["experts_per_token"] * count) for count in tokens]
+    union.plot(tokens, [point["unique_experts"] for point in points], "o-", color=COLOURS[0], label="measured")
+    union.plot(tokens, [point["independent"] for point in points], "--", color=COLOURS[1], label="independent tokens")
+    union.plot(tokens, linear, ":", color=INK, label="linear, up to all experts")
+    frame(union, title="Union", x="tokens of the block", y="unique experts of a layer")
+    names = {"dense_macs_per_byte": "dense layer", "macs_per_byte": "MoE layer"}
+    for (key, name), colour in zip(names.items(), (COLOURS[2], COLOURS[0]), strict=True):
+        intensity.plot(tokens, [point[key] for point in points], "o-", color=colour, label=name)
+    frame(intensity, title="Work for each byte", x="tokens of the block", y="multiply-accumulates per byte of weights")
+    for axes in (union, intensity):
+        axes.set_ylim(bottom=0)
+        axes.legend(**SMALL)
     save(figure, path)

@@ -26,12 +26,13 @@ def check_plot_path(path: str | Path) -> None:
         raise InputError(f"expected a picture name ending in {', '.join(FORMATS)}, got {path}")
 
 
-def new_figure(path: str | Path, width: float, height: float) -> Figure:
-    """An empty picture of a size in inches, for `path`. Raises InputError where the name has no known ending."""
+def new_figure(path: str | Path, width: float, height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """An empty picture of a size in inches for `path`, and its panels, side by side. Raises InputError where the name
+    has no known ending."""
     check_plot_path(path)
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    return figure
+    return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
 def frame(axes: Axes, *, title: str, x: str, y: str) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from expertshare.lab.plots.bench import plot_bench, plot_parts
-from expertshare.lab.plots.blocks import plot_growth, plot_steps, plot_weight_against_loss
-from expertshare.lab.plots.quality import plot_tuning
+from expertshare.lab.plots.quality import plot_growth, plot_steps, plot_tuning, plot_weight_against_loss
 from expertshare.lab.report.figures import (
     DASH,
     Figure,
