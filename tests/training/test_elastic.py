@@ -11,7 +11,7 @@ import torch
 
 from expertshare.config import ModelConfig
 from expertshare.errors import ConfigError, PolicyError, TrainingError
-from expertshare.lab.tasks.problems import TaskProblems
+from expertshare.lab.tasks.tokenizer import TaskProblems
 from expertshare.models import MoETransformer, Runtime, initialise, load_model
 from expertshare.routing import make_policy, route, router_scores
 from expertshare.routing.select import ballots, tally
