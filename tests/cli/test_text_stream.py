@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from expertshare.cli.streaming import AnswerPrinter, TextStream
+from expertshare.cli.generate import AnswerPrinter, TextStream
 from expertshare.decoding import BlockResult
 from expertshare.decoding.results import REPLACEMENT
 from expertshare.lab.tasks.tokenizer import build_tokenizer

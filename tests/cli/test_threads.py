@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from expertshare import native
-from expertshare.cli.shared_options import set_threads
+from expertshare.cli.flags import set_threads
 from expertshare.errors import InputError
 
 

@@ -13,10 +13,10 @@ import typer
 from rich.table import Table
 
 from expertshare import api
+from expertshare.cli import flags
 from expertshare.cli.bench_tables import case_table, experts_tables, forward_tables, generate_tables, machine_line
-from expertshare.cli.console import check_at_least_one, check_outputs, people, print_json, split_names
-from expertshare.cli.options import OptionGroup, expanded, option
-from expertshare.cli.shared_options import set_threads
+from expertshare.cli.console import check_outputs, people, print_json
+from expertshare.cli.options import OptionGroup, check_at_least_one, expanded, option, split_names
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.evaluation.prompts import read_prompts
@@ -59,32 +59,30 @@ def _list_cases(wanted: bool) -> None:
 class ListOption(OptionGroup):
     """What prints the registry and leaves; its callback does everything."""
 
-    list_cases: bool = option(
-        "Print the cases and leave.", "--list", default=False, callback=_list_cases, is_eager=True
-    )
+    list_cases: bool = option("Print the cases and leave.", False, "--list", callback=_list_cases, is_eager=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(ListOption):
     """How to measure, and where the outcome goes."""
 
-    device: str = option("cpu, or cuda: the GPU, timed by its own events.", default="cpu")
-    backends: str | None = option("Contenders, parted by commas. Default: all that are there.", default=None)
-    repeats: int = option(_REPEATS, default=15)
+    device: str = option("cpu, or cuda: the GPU, timed by its own events.", "cpu")
+    backends: str | None = option("Contenders, parted by commas. Default: all that are there.", None)
+    repeats: int = option(_REPEATS, 15)
     threads: int | None = option(
-        "Threads of one operation. Default: OMP_NUM_THREADS if set, else one for each physical core.", default=None
+        "Threads of one operation. Default: OMP_NUM_THREADS if set, else one for each physical core.", None
     )
-    memory: float | None = option("Gigabytes for weights. Default: 3/4 of what is free.", default=None)
-    seed: int = option("Of weights, tokens and routing.", default=0)
-    as_json: bool = option("End with one JSON line on stdout; everything else goes to stderr.", "--json", default=False)
-    report: Path | None = option("Write a JSON report with machine and commit.", default=None)
-    plot: Path | None = option("Draw the results to this .png, .svg or .pdf file.", default=None)
+    memory: float | None = option("Gigabytes for weights. Default: 3/4 of what is free.", None)
+    seed: int = option("Of weights, tokens and routing.", 0)
+    as_json: bool = option("End with one JSON line on stdout; everything else goes to stderr.", False, "--json")
+    report: Path | None = option("Write a JSON report with machine and commit.", None)
+    plot: Path | None = option("Draw the results to this .png, .svg or .pdf file.", None)
 
     def prepare(self) -> torch.device:
         """Refuse what would fail only after minutes; set the threads once. The device to measure."""
         check_outputs(self.report, plot=self.plot)
         check_at_least_one("repeats", self.repeats)
-        set_threads(self.threads)
+        flags.set_threads(self.threads)
         if self.device not in ("cpu", "cuda"):
             raise ConfigError(f"unknown device {self.device!r}. {nearest(self.device, ('cpu', 'cuda'))}")
         return gpu_device() if self.device == "cuda" else torch.device("cpu")
@@ -144,14 +142,14 @@ class BenchOptions(ListOption):
 class ForwardBenchOptions(BenchOptions):
     """As for the others, with fewer repeats by default."""
 
-    repeats: int = option(_REPEATS, default=10)
+    repeats: int = option(_REPEATS, 10)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerBenchOptions(BenchOptions):
     """As for the others, with the fewest repeats by default."""
 
-    repeats: int = option(_REPEATS, default=3)
+    repeats: int = option(_REPEATS, 3)
 
 
 app = typer.Typer(
@@ -173,12 +171,12 @@ def _shared(listing: ListOption) -> None:
 )
 @expanded
 def experts(
-    case: Annotated[str, typer.Option("--case", help="Cases, parted by commas; --list shows them.")] = "llada2.0-mini",
-    unique: Annotated[str | None, typer.Option(help="Unique experts per block, e.g. 16,70.")] = None,
-    tokens: Annotated[str | None, typer.Option(help="Tokens per block, e.g. 32 or 16,32,64.")] = None,
-    num_experts: Annotated[
-        str | None, typer.Option("--experts", help="Experts in the layer instead of the model's number, e.g. 64,512.")
-    ] = None,
+    case: str = option("Cases, parted by commas; --list shows them.", "llada2.0-mini", "--case"),
+    unique: str | None = option("Unique experts per block, e.g. 16,70.", None),
+    tokens: str | None = option("Tokens per block, e.g. 32 or 16,32,64.", None),
+    num_experts: str | None = option(
+        "Experts in the layer instead of the model's number, e.g. 64,512.", None, "--experts"
+    ),
     dtype: DtypeFlag = "bfloat16",
     *,
     bench: BenchOptions,
@@ -213,19 +211,17 @@ def experts(
 )
 @expanded
 def forward(
-    case: Annotated[str, typer.Option("--case", help="One case; --list shows them.")] = "llada2.0-mini",
-    layers: Annotated[int, typer.Option(help="Layers, leading dense ones included.")] = 4,
+    case: str = option("One case; --list shows them.", "llada2.0-mini", "--case"),
+    layers: int = option("Layers, leading dense ones included.", 4),
     policies: PoliciesFlag = POLICIES,
-    unique: Annotated[
-        int | None,
-        typer.Option(
-            help="Unique experts that vanilla routing should use; 0 leaves the random routers alone. Default: "
-            f"{VANILLA_UNIQUE}, or as many as there can be."
-        ),
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of the block. Default: the case's.")] = None,
-    masked: Annotated[int | None, typer.Option(help="Rows that need the head. Default: all.")] = None,
-    context: Annotated[int, typer.Option(help="Positions in the cache.")] = 256,
+    unique: int | None = option(
+        "Unique experts that vanilla routing should use; 0 leaves the random routers alone. Default: "
+        f"{VANILLA_UNIQUE}, or as many as there can be.",
+        None,
+    ),
+    tokens: int | None = option("Tokens of the block. Default: the case's.", None),
+    masked: int | None = option("Rows that need the head. Default: all.", None),
+    context: int = option("Positions in the cache.", 256),
     dtype: DtypeFlag = "bfloat16",
     *,
     bench: ForwardBenchOptions,
@@ -264,25 +260,18 @@ def generate(
         str | None,
         typer.Argument(help=f"Directory of a model in Hugging Face layout, or a hub id. Default: {DEFAULT_MODEL}."),
     ] = None,
-    case: Annotated[
-        str | None, typer.Option("--case", help="Decode a random model of this case instead, transformers beside it.")
-    ] = None,
-    layers: Annotated[
-        int | None, typer.Option(help="With --case: layers, leading dense ones included. Default: 4.")
-    ] = None,
-    prompt_blocks: Annotated[
-        int | None, typer.Option(help="With --case: length of the random prompts, in blocks. Default: 2.")
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help=f"Without --case: JSONL file of prompts. Default: {DEFAULT_PROMPTS}."),
-    ] = None,
-    limit: Annotated[int, typer.Option(help="Prompts to answer.")] = 4,
+    case: str | None = option("Decode a random model of this case instead, transformers beside it.", None, "--case"),
+    layers: int | None = option("With --case: layers, leading dense ones included. Default: 4.", None),
+    prompt_blocks: int | None = option("With --case: length of the random prompts, in blocks. Default: 2.", None),
+    prompts: Path | None = option(
+        f"Without --case: JSONL file of prompts. Default: {DEFAULT_PROMPTS}.", None, metavar="FILE"
+    ),
+    limit: int = option("Prompts to answer.", 4),
     policies: PoliciesFlag = POLICIES,
-    gen_length: Annotated[int, typer.Option(help="Tokens to generate, at most.")] = 64,
-    threshold: Annotated[float, typer.Option(help="Commit tokens more probable than this.")] = 0.95,
-    batch_sizes: Annotated[str, typer.Option(help="Prompts decoded together, e.g. 1,4,16.")] = "1",
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16. Default: the checkpoint's.")] = None,
+    gen_length: int = option("Tokens to generate, at most.", 64),
+    threshold: float = option("Commit tokens more probable than this.", 0.95),
+    batch_sizes: str = option("Prompts decoded together, e.g. 1,4,16.", "1"),
+    dtype: str | None = option("float32 or bfloat16. Default: the checkpoint's.", None),
     *,
     bench: AnswerBenchOptions,
 ) -> None:

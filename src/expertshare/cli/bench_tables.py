@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from expertshare.cli.tables import figure, percent, table
+from expertshare.cli.console import figure, percent, table
 from expertshare.lab.bench.cases import Case
 from expertshare.lab.bench.machine import Machine
 

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 
 from expertshare import api
-from expertshare.cli.console import Bars, check_at_least_one, check_outputs, people, print_json
-from expertshare.cli.shared_options import (
-    AnswerOptions,
-    BatchSizeFlag,
-    DecodingFlags,
-    JsonFlag,
-    JudgedPromptsFlag,
-    ModelArgument,
-    PolicyFilesFlag,
-    StoreFlags,
-    ThreadsFlag,
-    set_threads,
-)
-from expertshare.cli.tables import megabytes, percent, percent_within, table
+from expertshare.cli import flags
+from expertshare.cli.console import Bars, check_outputs, megabytes, people, percent, percent_within, print_json, table
+from expertshare.cli.options import check_at_least_one, option
 from expertshare.evaluation.prompts import read_prompts
 from expertshare.evaluation.scoring import check_scorable
 from expertshare.measure.memory import MemoryWatch
@@ -38,25 +26,21 @@ Run = Mapping[str, Any]
 
 
 def compare(
-    model: ModelArgument,
-    prompts: JudgedPromptsFlag,
-    policies: Annotated[
-        str | None, typer.Option(help="Policies, parted by commas, each with knobs if wanted. Default: all of them.")
-    ] = None,
-    policy: Annotated[list[str] | None, typer.Option(help="One more policy; may be repeated.")] = None,
-    policy_file: PolicyFilesFlag = None,
-    limit: Annotated[int | None, typer.Option(help="Use the first so many prompts only.")] = None,
-    batch_size: BatchSizeFlag = 1,
+    model: flags.Model,
+    prompts: flags.JudgedPrompts,
+    policies: str | None = option("Policies, parted by commas, each with knobs if wanted. Default: all of them.", None),
+    policy: list[str] | None = option("One more policy; may be repeated.", None),
+    policy_file: flags.PoliciesFromFiles = None,
+    limit: int | None = option("Use the first so many prompts only.", None),
+    batch_size: flags.BatchSize = 1,
     *,
-    compute: AnswerOptions,
-    threads: ThreadsFlag = None,
-    as_json: JsonFlag = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw quality against experts to this .png, .svg or .pdf file.")
-    ] = None,
-    report: Annotated[Path | None, typer.Option(help="Write a JSON report with every answer.")] = None,
-    decoding: DecodingFlags,
-    storage: StoreFlags,
+    compute: flags.Answering,
+    threads: flags.Threads = None,
+    as_json: flags.Json = False,
+    plot: Path | None = option("Draw quality against experts to this .png, .svg or .pdf file.", None),
+    report: Path | None = option("Write a JSON report with every answer.", None),
+    decoding: flags.Decoding,
+    storage: flags.Storage,
 ) -> None:
     """Answer the same prompts under several policies: experts, bytes, speed, agreement with vanilla, accuracy.
 
@@ -64,7 +48,7 @@ def compare(
     """
     check_outputs(report, plot=plot)
     check_at_least_one("limit", limit)
-    set_threads(threads)
+    flags.set_threads(threads)
     texts = [*([policies] if policies is not None else []), *(policy or [])]
     files = [read_policy_file(file) for file in policy_file or []]
     chosen: list[str | RoutingPolicy | PolicyFile] = [*parse_policies(texts), *files]

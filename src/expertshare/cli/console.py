@@ -1,33 +1,24 @@
-"""Where words for people go, progress on a terminal, and files that a verb will write."""
+"""Words and tables for people, JSON for programs, progress on a terminal, and files that a verb will write."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
+from rich import box, progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import Progress, ProgressColumn, TaskID
+from rich.table import Table
 
-from expertshare.errors import InputError
 from expertshare.measure.report import check_writable
 
-PLAIN_WIDTH = 120
+PLAIN_WIDTH, WIDEST_LABEL = 120, 40
+Row = TypeVar("Row")
 
 
 def people(*, as_json: bool) -> Console:
@@ -41,6 +32,55 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
+def table(
+    title: str | None,
+    columns: Mapping[str, Callable[[Row], str]],
+    rows: Iterable[Row],
+    *,
+    words: int = 1,
+    widest: int = WIDEST_LABEL,
+    compact: bool = False,
+) -> Table:
+    """One line for each row. columns: heading and cell of each; the first `words` hold text and stand on the left,
+    folded where they are longer than `widest` and the terminal is narrow; the others hold numbers. compact: without
+    lines between columns, for tables of many.
+    """
+    cells = [[cell(row) for cell in columns.values()] for row in rows]
+    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True} if compact else {}
+    made = Table(title=title, title_justify="left", caption_justify="left", **look)
+    for position, heading in enumerate(columns):
+        if position < words:
+            longest = max((len(line[position]) for line in cells), default=0)
+            made.add_column(heading, overflow="fold", min_width=min(longest, widest))
+        else:
+            made.add_column(heading, justify="right")
+    for line in cells:
+        made.add_row(*line)
+    return made
+
+
+def megabytes(count: int) -> str:
+    """Bytes in units of a million."""
+    return f"{count / 1e6:,.1f}"
+
+
+def figure(value: float | None, digits: int = 1) -> str:
+    """A number with so many digits behind the point; a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage; a dash where there is none."""
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def percent_within(share: float | None, interval: list[float] | None) -> str:
+    """A share and its interval, in per cent."""
+    if share is None or interval is None:
+        return percent(share)
+    return f"{percent(share)} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
 def check_outputs(*paths: Path | None, plot: Path | None = None) -> None:
     """Refuse files that could not be written, before hours of work. Raises InputError."""
     if plot is not None:
@@ -52,28 +92,17 @@ def check_outputs(*paths: Path | None, plot: Path | None = None) -> None:
             check_writable(path)
 
 
-def check_at_least_one(name: str, value: int | None) -> None:
-    """InputError for a number below 1; None was not given."""
-    if value is not None and value < 1:
-        raise InputError(f"{name} must be at least 1, got {value}")
-
-
-def split_names(listed: str) -> list[str]:
-    """Names parted by commas, without spaces around them."""
-    return [name.strip() for name in listed.split(",") if name.strip()]
-
-
 class Bars(AbstractContextManager["Bars"]):
     """A progress bar for each stage, e.g. a policy, on stderr, on a terminal only."""
 
     def __init__(self, *columns: ProgressColumn, shown: bool = True) -> None:
         console = Console(stderr=True)
-        columns = columns or (MofNCompleteColumn(),)
+        columns = columns or (progress.MofNCompleteColumn(),)
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
             *columns,
-            TimeRemainingColumn(),
+            progress.TimeRemainingColumn(),
             console=console,
             disable=not (shown and console.is_terminal),
         )
@@ -95,9 +124,8 @@ class Bars(AbstractContextManager["Bars"]):
 
 def told_bars(*, shown: bool = True) -> Bars:
     """Bars with a word on how it goes (`said`) and the time gone by."""
-    return Bars(
-        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[said]}"), TimeElapsedColumn(), shown=shown
-    )
+    said = progress.TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[said]}")
+    return Bars(said, progress.TimeElapsedColumn(), shown=shown)
 
 
 @contextmanager
@@ -105,12 +133,12 @@ def bytes_progress() -> Iterator[Callable[[str, int, int], None]]:
     """For gigabytes to be written: what to call with the file, bytes done and bytes in all."""
     console = Console(stderr=True)
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task("", total=None)
-        yield lambda name, done, total: progress.update(bar, description=name, completed=done, total=total)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as shown:
+        bar = shown.add_task("", total=None)
+        yield lambda name, done, total: shown.update(bar, description=name, completed=done, total=total)

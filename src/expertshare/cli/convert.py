@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 
-from expertshare.cli.console import bytes_progress, people, print_json
+from expertshare.cli import flags
+from expertshare.cli.console import bytes_progress, megabytes, people, print_json
 from expertshare.cli.options import OptionGroup, option
-from expertshare.cli.shared_options import JsonFlag
-from expertshare.cli.tables import megabytes
 from expertshare.convert import convert as convert_model
 from expertshare.convert import restore, verify
 from expertshare.errors import ConfigError, InputError, nearest
@@ -29,19 +28,19 @@ SHARD_SIZE = "5GB"
 class QuantisationOptions(OptionGroup):
     """In how many bits weights are stored."""
 
-    quantise: str = option("How experts are stored: none, int8 or int4.", default="none")
-    group_size: int | None = option("Weights per scale with int4: 32 or 64.", default=None)
-    quantise_embeddings: str = option("Embedding and head: none or int8.", default="none")
+    quantise: str = option("How experts are stored: none, int8 or int4.", "none")
+    group_size: int | None = option("Weights per scale with int4: 32 or 64.", None)
+    quantise_embeddings: str = option("Embedding and head: none or int8.", "none")
 
 
 def convert(
     source: Annotated[str, typer.Argument(help="Directory of a model in Hugging Face layout, or a hub id.")],
     out: Annotated[Path, typer.Argument(help="Directory to make. Until it is complete it is called OUT.partial.")],
     stored: QuantisationOptions,
-    to: Annotated[str, typer.Option(help="Layout to write: experts or huggingface.")] = "experts",
-    shard_size: Annotated[str | None, typer.Option(help="Largest file with --to huggingface; default: 5GB.")] = None,
-    check: Annotated[bool, typer.Option("--verify", help="Read everything back and compare checksums.")] = False,
-    as_json: JsonFlag = False,
+    to: str = option("Layout to write: experts or huggingface.", "experts"),
+    shard_size: str | None = option("Largest file with --to huggingface; default: 5GB.", None),
+    check: bool = option("Read everything back and compare checksums.", False, "--verify"),
+    as_json: flags.Json = False,
 ) -> None:
     """Rewrite a checkpoint expert by expert, for --expert-memory. Run again, an interrupted conversion goes on."""
     if to not in LAYOUTS:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from typing import Annotated
 
-import typer
-
-from expertshare.cli.console import check_at_least_one, people, print_json, split_names, told_bars
-from expertshare.cli.options import OptionGroup, option
-from expertshare.cli.shared_options import ELASTIC, ELASTIC_FREE, ELASTIC_SETS, JsonFlag, ModelArgument, set_threads
+from expertshare.cli import flags
+from expertshare.cli.console import people, print_json, told_bars
+from expertshare.cli.options import OptionGroup, check_at_least_one, option, split_names
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError, nearest
 from expertshare.evaluation.prompts import read_prompts
@@ -27,7 +24,6 @@ EXAMPLE = (
     "--policy block-top-p:top_p_experts=0.6 --out runs/distilled   (over two processes: torchrun --nproc-per-node 2 "
     "-m expertshare distill ..., and every command again with --resume to go on)"
 )
-_CONFIG, _OPTIONS = DistillConfig(), DecodingOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,29 +31,23 @@ class DistillOptions(OptionGroup):
     """How to train; `arguments` are fields of DistillConfig."""
 
     panel = "Training"
-    start_policy: str | None = option(
-        "The same policy with easier numbers, to go from evenly to those of --policy.", default=None
-    )
-    curriculum_share: float = option("Share of the steps that this takes.", default=_CONFIG.curriculum_share)
-    router_only: bool = option("Train the routers and nothing else.", default=False)
-    steps: int = option("Optimiser steps.", default=_CONFIG.steps)
-    batch_size: int = option(
-        "Answers per step, over all processes.", default=_CONFIG.samples_per_step, argument="samples_per_step"
-    )
-    micro_batch: int = option("Answers in one forward of one process.", default=_CONFIG.micro_batch)
-    optimiser: str = option("adamw, or muon (one process only).", default=_CONFIG.optimiser)
+    defaults = DistillConfig()
+    start_policy: str | None = option("The same policy with easier numbers, to go from evenly to those of --policy.")
+    curriculum_share: float = option("Share of the steps that this takes.")
+    router_only: bool = option("Train the routers and nothing else.")
+    steps: int = option("Optimiser steps.")
+    batch_size: int = option("Answers per step, over all processes.", argument="samples_per_step")
+    micro_batch: int = option("Answers in one forward of one process.")
+    optimiser: str = option("adamw, or muon (one process only).")
     lr: float | None = option(
-        "Peak learning rate; default: 0.002 (adamw), 0.02 (muon); for a model of 16 G parameters 2e-6 (adamw).",
-        default=None,
+        "Peak learning rate; default: 0.002 (adamw), 0.02 (muon); for a model of 16 G parameters 2e-6 (adamw)."
     )
-    full_mask_share: float = option(
-        "Share of answers masked wholly, as decoding starts.", default=_CONFIG.full_mask_share
-    )
-    dtype: str = option("Arithmetic: bfloat16 (autocast) or float32.", default=_CONFIG.dtype)
-    checkpoint_every: int = option("Steps between checkpoints.", default=_CONFIG.checkpoint_every)
-    elastic: int | None = option(f"In place of a policy: {ELASTIC}", default=None)
-    elastic_free: float = option(ELASTIC_FREE, default=_CONFIG.elastic_free)
-    elastic_sets: str = option(ELASTIC_SETS, default=_CONFIG.elastic_sets)
+    full_mask_share: float = option("Share of answers masked wholly, as decoding starts.")
+    dtype: str = option("Arithmetic: bfloat16 (autocast) or float32.")
+    checkpoint_every: int = option("Steps between checkpoints.")
+    elastic: int | None = option(f"In place of a policy: {flags.ELASTIC}")
+    elastic_free: float = option(flags.ELASTIC_FREE)
+    elastic_sets: str = option(flags.ELASTIC_SETS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,28 +55,28 @@ class OwnAnswerOptions(OptionGroup):
     """How the model answers what it is trained on; `arguments` are fields of DecodingOptions."""
 
     panel = "Answers"
-    gen_length: int = option("Tokens of an answer, at most.", default=_OPTIONS.gen_length)
-    threshold: float = option("Commit tokens more probable than this.", default=0.95)
-    temperature: float = option("0 takes the most probable token.", default=_OPTIONS.temperature)
+    defaults = DecodingOptions()
+    gen_length: int = option("Tokens of an answer, at most.")
+    threshold: float = option("Commit tokens more probable than this.", 0.95)
+    temperature: float = option("0 takes the most probable token.")
 
 
 def distill(
-    model: ModelArgument,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the distilled model and of the run.")],
+    model: flags.Model,
+    *,
+    out: Path = option("Folder of the distilled model and of the run.", metavar="DIR"),
     training: DistillOptions,
     answers: OwnAnswerOptions,
-    policy: Annotated[str | None, typer.Option(help="What to train for: policy:knob=value,...")] = None,
-    answer_batch: Annotated[int, typer.Option(help="Prompts answered together.", rich_help_panel="Answers")] = 32,
-    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help='JSONL file of objects with "prompt".')] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="Instead of a file: tasks of `expertshare tasks`, parted by commas.")
-    ] = None,
-    count: Annotated[int, typer.Option(help="Prompts of each task, of its training split.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Seed of prompts, sampling, order and masks.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, or cuda: one GPU for each process.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: torch's choice.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
-    as_json: JsonFlag = False,
+    policy: str | None = option("What to train for: policy:knob=value,...", None),
+    answer_batch: int = option("Prompts answered together.", 32, rich_help_panel="Answers"),
+    prompts: Path | None = option('JSONL file of objects with "prompt".', None, metavar="FILE"),
+    tasks: str | None = option("Instead of a file: tasks of `expertshare tasks`, parted by commas.", None),
+    count: int = option("Prompts of each task, of its training split.", 1000),
+    seed: int = option("Seed of prompts, sampling, order and masks.", 0),
+    device: str = option("cpu, or cuda: one GPU for each process.", "cpu"),
+    threads: int | None = option("CPU threads; default: torch's choice.", None),
+    resume: bool = option("Continue the run in --out.", False, "--resume"),
+    as_json: flags.Json = False,
 ) -> None:
     """Train a model on its own answers with an expert-sharing policy in the forward pass.
 
@@ -94,7 +84,7 @@ def distill(
     Answers that do not end within --gen-length are left out. Finished models are used with the same --policy.
     """
     if threads is not None:
-        set_threads(threads)
+        flags.set_threads(threads)
     if (policy is None) == (training.elastic is None):
         given = "neither" if policy is None else "both"
         raise InputError(

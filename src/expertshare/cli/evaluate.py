@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.table import Table
 
 from expertshare import api
-from expertshare.cli.console import Bars, people, print_json, split_names
-from expertshare.cli.shared_options import (
-    AnswerOptions,
-    DecodingFlags,
-    JsonFlag,
-    ModelArgument,
-    PolicyFilesFlag,
-    RayOptions,
-    StoreFlags,
-)
-from expertshare.cli.tables import figure, percent, percent_within, table
+from expertshare.cli import flags
+from expertshare.cli.console import Bars, figure, people, percent, percent_within, print_json, table
+from expertshare.cli.options import option, split_names
 from expertshare.evaluation.presets import PRESETS
 
 EXAMPLE = (
@@ -33,34 +25,26 @@ Row = Mapping[str, Any]
 
 def evaluate(
     context: typer.Context,
-    model: ModelArgument,
-    out: Annotated[
-        Path, typer.Option(metavar="RUN_DIR", help="Directory of this evaluation; one that was interrupted goes on.")
-    ],
-    tasks: Annotated[
-        str, typer.Option(help="Tasks, parted by commas: generated kinds (arith, ...) or benchmarks (gsm8k, ...).")
-    ] = "arith,math,choice",
-    policies: Annotated[str, typer.Option(help="Policies, parted by commas. Vanilla is always run.")] = "vanilla",
-    policy_file: PolicyFilesFlag = None,
-    preset: Annotated[
-        str | None, typer.Option(help=f"Settings of a paper ({', '.join(PRESETS)}); given flags go before it.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Items of each task. Default: all; of generated ones 100.")] = None,
-    shots: Annotated[int | None, typer.Option(help="Examples before a benchmark's question.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of benchmark files. Default: the hub.")
-    ] = None,
-    allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Run code that the model wrote, in a subprocess with limits.")
-    ] = False,
-    processes: Annotated[int, typer.Option(help="Processes that answer, each with the model loaded.")] = 1,
-    threads: Annotated[int, typer.Option(help="Threads of each process.")] = 1,
+    model: flags.Model,
+    out: Path = option("Directory of this evaluation; one that was interrupted goes on.", metavar="RUN_DIR"),
+    tasks: str = option(
+        "Tasks, parted by commas: generated kinds (arith, ...) or benchmarks (gsm8k, ...).", "arith,math,choice"
+    ),
+    policies: str = option("Policies, parted by commas. Vanilla is always run.", "vanilla"),
+    policy_file: flags.PoliciesFromFiles = None,
+    preset: str | None = option(f"Settings of a paper ({', '.join(PRESETS)}); given flags go before it.", None),
+    limit: int | None = option("Items of each task. Default: all; of generated ones 100.", None),
+    shots: int | None = option("Examples before a benchmark's question.", None),
+    data: Path | None = option("Folder of benchmark files. Default: the hub.", None, metavar="DIR"),
+    allow_code: bool = option("Run code that the model wrote, in a subprocess with limits.", False, "--allow-code"),
+    processes: int = option("Processes that answer, each with the model loaded.", 1),
+    threads: int = option("Threads of each process.", 1),
     *,
-    compute: AnswerOptions,
-    as_json: JsonFlag = False,
-    scale: RayOptions,
-    decoding: DecodingFlags,
-    storage: StoreFlags,
+    compute: flags.Answering,
+    as_json: flags.Json = False,
+    scale: flags.Ray,
+    decoding: flags.Decoding,
+    storage: flags.Storage,
 ) -> None:
     """Ask every item of the tasks under every policy; say what is right, what that costs, and how sure it is.
 

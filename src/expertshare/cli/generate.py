@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
@@ -13,24 +13,10 @@ import typer
 from rich.table import Table
 
 from expertshare import api
-from expertshare.cli.console import check_outputs, people, print_json
+from expertshare.cli import flags
+from expertshare.cli.console import check_outputs, megabytes, people, percent, print_json, table
 from expertshare.cli.options import option
-from expertshare.cli.shared_options import (
-    AnswerOptions,
-    BatchSizeFlag,
-    DecodingFlags,
-    DeviceOptions,
-    JsonFlag,
-    KnobFlags,
-    ModelArgument,
-    PolicyFileFlag,
-    PolicyFlag,
-    StoreFlags,
-    ThreadsFlag,
-    set_threads,
-)
-from expertshare.cli.streaming import AnswerPrinter
-from expertshare.cli.tables import megabytes, percent, table
+from expertshare.decoding import BlockResult, TextStream
 from expertshare.errors import InputError
 from expertshare.evaluation.prompts import read_prompts
 from expertshare.experts import StoreStatistics
@@ -46,39 +32,35 @@ EXAMPLE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationOptions(AnswerOptions, DeviceOptions):
+class GenerationOptions(flags.Answering, flags.Device):
     """Options of `generate`: what is decoded, and how it is computed."""
 
-    graphs: bool = option(
-        "On a GPU, with --backend triton: replay captured steps.", "--graphs/--no-graphs", default=True
-    )
+    graphs: bool = option("On a GPU, with --backend triton: replay captured steps.", True, "--graphs/--no-graphs")
 
 
 def generate(
-    model: ModelArgument,
+    model: flags.Model,
     source: Annotated[str | None, typer.Argument(metavar="-", help="- reads one prompt from stdin.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
-    prompts: Annotated[
-        str | None, typer.Option(metavar="FILE", help='JSONL file of objects with "prompt"; - reads it from stdin.')
-    ] = None,
-    policy: PolicyFlag = None,
-    policy_file: PolicyFileFlag = None,
-    batch_size: BatchSizeFlag = 1,
+    prompt: str | None = option("The prompt.", None),
+    prompts: str | None = option('JSONL file of objects with "prompt"; - reads it from stdin.', None, metavar="FILE"),
+    policy: flags.Policy = None,
+    policy_file: flags.PolicyFromFile = None,
+    batch_size: flags.BatchSize = 1,
     *,
     compute: GenerationOptions,
-    threads: ThreadsFlag = None,
-    as_json: JsonFlag = False,
-    report: Annotated[Path | None, typer.Option(help="Write a JSON report with the cost of every forward.")] = None,
-    record_routing: Annotated[
-        Path | None, typer.Option(help="Write the experts of every token, for --trace of `plan` and `simulate`.")
-    ] = None,
-    decoding: DecodingFlags,
-    knobs: KnobFlags,
-    storage: StoreFlags,
+    threads: flags.Threads = None,
+    as_json: flags.Json = False,
+    report: Path | None = option("Write a JSON report with the cost of every forward.", None),
+    record_routing: Path | None = option(
+        "Write the experts of every token, for --trace of `plan` and `simulate`.", None
+    ),
+    decoding: flags.Decoding,
+    knobs: flags.Knobs,
+    storage: flags.Storage,
 ) -> None:
     """Answer a prompt, a file of prompts, or stdin with a diffusion model, block by block."""
     check_outputs(report, record_routing)
-    set_threads(threads)
+    flags.set_threads(threads)
     texts = _read_texts(source, prompt, prompts)
     chosen, store = knobs.policy(policy, policy_file), storage.store()
     with MemoryWatch() as memory:
@@ -102,6 +84,49 @@ def generate(
         result.report().write(report)
     if as_json:
         print_json(result.to_json())
+
+
+@dataclass(slots=True)
+class AnswerPrinter:
+    """Writes answers in the order of their prompts, each under a heading if there are several.
+
+    The first unfinished answer is written as it comes. Those behind it, decoded in the same batch, wait.
+    """
+
+    prompts: Sequence[str]
+    decode: Callable[[Sequence[int]], str]
+    write: Callable[[str], None]
+    _streams: dict[int, TextStream] = field(default_factory=dict)
+    _waiting: dict[int, list[str]] = field(default_factory=dict)
+    _finished: set[int] = field(default_factory=set)
+    _row: int = -1
+
+    def hear(self, block: BlockResult) -> None:
+        """Take the next block of any answer."""
+        last = block.finish_reason is not None
+        stream = self._streams.setdefault(block.row, TextStream(self.decode))
+        text = stream.feed(block.token_ids, last=last)
+        self._waiting.setdefault(block.row, []).append(text)
+        if last:
+            self._finished.add(block.row)
+        if self._row < 0:
+            self._open(0)
+        self._write_ready()
+
+    def _write_ready(self) -> None:
+        while self._row < len(self.prompts):
+            self.write("".join(self._waiting.pop(self._row, [])))
+            if self._row not in self._finished:
+                return
+            self.write("\n")
+            self._open(self._row + 1)
+
+    def _open(self, row: int) -> None:
+        self._row = row
+        if len(self.prompts) > 1 and row < len(self.prompts):
+            first_line = self.prompts[row].strip().splitlines()[0]
+            shown = first_line if len(first_line) <= 70 else first_line[:69] + "…"
+            self.write(f"{'' if row == 0 else chr(10)}[{row + 1}/{len(self.prompts)}] {shown}\n")
 
 
 def _read_texts(source: str | None, prompt: str | None, prompts: str | None) -> list[str]:

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
 
-import typer
 from rich.table import Table
 
 from expertshare import api
-from expertshare.cli.console import people, print_json
-from expertshare.cli.shared_options import ModelArgument
-from expertshare.cli.tables import megabytes, table
+from expertshare.cli import flags
+from expertshare.cli.console import megabytes, people, print_json, table
+from expertshare.cli.options import option
 from expertshare.models import ModelFacts
 
 EXAMPLE = "Example: expertshare info path/to/model --json"
 
 
 def info(
-    model: ModelArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON line instead of a table.")] = False,
+    model: flags.Model,
+    as_json: bool = option("One JSON line instead of a table.", False, "--json"),
 ) -> None:
     """Show architecture, router rule, bytes per expert and the smallest coreset of a model."""
     facts = api.info(model)

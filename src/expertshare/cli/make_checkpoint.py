@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from expertshare.cli.console import bytes_progress, people, print_json
+from expertshare.cli import flags
+from expertshare.cli.console import bytes_progress, megabytes, people, print_json
 from expertshare.cli.convert import QuantisationOptions
-from expertshare.cli.shared_options import JsonFlag
-from expertshare.cli.tables import megabytes
+from expertshare.cli.options import option
 from expertshare.convert.shapes import VANILLA_UNIQUE, default_unique, likeness
 from expertshare.lab.random_checkpoint.make_checkpoint import make_checkpoint as make
 
@@ -18,17 +15,16 @@ EXAMPLE = "Example: expertshare make-checkpoint --like llada2.0-mini --layers 4 
 
 
 def make_checkpoint(
-    like: Annotated[str, typer.Option(help=f"Whose shapes: {', '.join(VANILLA_UNIQUE)}.")],
-    out: Annotated[Path, typer.Option(help="Directory to make. Until it is complete it is called OUT.partial.")],
+    *,
+    like: str = option(f"Whose shapes: {', '.join(VANILLA_UNIQUE)}."),
+    out: Path = option("Directory to make. Until it is complete it is called OUT.partial."),
     stored: QuantisationOptions,
-    layers: Annotated[int | None, typer.Option(help="Layers, leading dense ones included. Default: all.")] = None,
-    experts: Annotated[int | None, typer.Option(help="Experts per layer instead of the model's number.")] = None,
-    unique: Annotated[
-        int | None, typer.Option(help="Experts that a block uses in a layer without sharing. Default: as published.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of all weights.")] = 0,
-    layout: Annotated[str, typer.Option(help="Layout to write: experts or huggingface.")] = "experts",
-    as_json: JsonFlag = False,
+    layers: int | None = option("Layers, leading dense ones included. Default: all.", None),
+    experts: int | None = option("Experts per layer instead of the model's number.", None),
+    unique: int | None = option("Experts that a block uses in a layer without sharing. Default: as published.", None),
+    seed: int = option("Seed of all weights.", 0),
+    layout: str = option("Layout to write: experts or huggingface.", "experts"),
+    as_json: flags.Json = False,
 ) -> None:
     """Write a random checkpoint for benchmarks: real shapes, routers that agree as trained ones do, no knowledge."""
     config = likeness(like, layers=layers, experts=experts)

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from expertshare.cli.console import people, print_json
-from expertshare.cli.shared_options import BatchSizeFlag, JsonFlag, PolicyFlag
-from expertshare.cli.tables import table
+from expertshare.cli import flags
+from expertshare.cli.console import people, print_json, table
+from expertshare.cli.options import option
 from expertshare.convert.plan import Figure, Plan, Workload, make_plan
 from expertshare.convert.rates import measure_rates
 from expertshare.convert.shapes import VANILLA_UNIQUE, likeness
@@ -32,20 +32,16 @@ def plan(
     model: Annotated[
         str | None, typer.Argument(help="Directory of a model in Hugging Face or expert layout, or a hub id.")
     ] = None,
-    like: Annotated[
-        str | None, typer.Option(help=f"Instead of a model: the shapes of {', '.join(VANILLA_UNIQUE)}.")
-    ] = None,
-    layers: Annotated[int | None, typer.Option(help="With --like: layers. Default: all.")] = None,
-    memory: Annotated[str | None, typer.Option(help="For the whole process, e.g. 8GiB. Default: what is free.")] = None,
-    policy: PolicyFlag = None,
-    trace: Annotated[
-        Path | None, typer.Option(help="Routing record of this model under this policy (generate --record-routing).")
-    ] = None,
-    prompt_length: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 256,
-    gen_length: Annotated[int, typer.Option(help="Tokens to generate.")] = 256,
-    batch_size: BatchSizeFlag = 1,
-    tokens_per_step: Annotated[float, typer.Option(help="Tokens that a denoising step commits.")] = 1.0,
-    as_json: JsonFlag = False,
+    like: str | None = option(f"Instead of a model: the shapes of {', '.join(VANILLA_UNIQUE)}.", None),
+    layers: int | None = option("With --like: layers. Default: all.", None),
+    memory: str | None = option("For the whole process, e.g. 8GiB. Default: what is free.", None),
+    policy: flags.Policy = None,
+    trace: Path | None = option("Routing record of this model under this policy (generate --record-routing).", None),
+    prompt_length: int = option("Tokens of a prompt.", 256),
+    gen_length: int = option("Tokens to generate.", 256),
+    batch_size: flags.BatchSize = 1,
+    tokens_per_step: float = option("Tokens that a denoising step commits.", 1.0),
+    as_json: flags.Json = False,
 ) -> None:
     """Say what fits: dense bytes, bytes per expert, smallest budget, recommended store, expected speed."""
     if (model is None) == (like is None):

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from expertshare import api
+from expertshare.cli import flags
 from expertshare.cli.console import print_json
-from expertshare.cli.shared_options import JsonFlag
+from expertshare.cli.options import option
 
 EXAMPLE = "Example: expertshare report runs/first compare.json benchmarks/results/experts-mini-3.json --out report/"
 
@@ -19,14 +20,12 @@ def report(
         list[Path],
         typer.Argument(metavar="RUNS...", help="Run directories of eval; files of compare, bench, tune, benchmarks/."),
     ],
-    out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder for report.html and PNG files; FILE.html: the page alone.")
-    ],
-    title: Annotated[str, typer.Option(help="Heading of the page.")] = api.DEFAULT_TITLE,
-    claims: Annotated[
-        bool, typer.Option("--claims/--no-claims", help="What papers claim, beside what was measured for this version.")
-    ] = True,
-    as_json: JsonFlag = False,
+    out: Path = option("Folder for report.html and PNG files; FILE.html: the page alone.", metavar="DIR"),
+    title: str = option("Heading of the page.", api.DEFAULT_TITLE),
+    claims: bool = option(
+        "What papers claim, beside what was measured for this version.", True, "--claims/--no-claims"
+    ),
+    as_json: flags.Json = False,
 ) -> None:
     """Draw stored results as one HTML page that loads nothing, and as PNG files. Nothing is measured.
 

@@ -7,22 +7,10 @@ import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
+from expertshare.cli import flags
 from expertshare.cli.options import OptionGroup, option
-from expertshare.cli.shared_options import (
-    DecodingFlags,
-    DeviceOptions,
-    KnobFlags,
-    ModelArgument,
-    PolicyFileFlag,
-    RayOptions,
-    StoreFlags,
-    ThreadsFlag,
-    set_threads,
-)
 from expertshare.errors import ConfigError, InputError
 
 EXAMPLE = "Example: expertshare serve path/to/model --policy des-vote --budget 16 --port 8000"
@@ -33,13 +21,13 @@ class ListenOptions(OptionGroup):
     """Where to listen, and how to end."""
 
     panel = "Server"
-    host: str = option("Address to listen on.", default="127.0.0.1")
-    port: int = option("Port to listen on; 0: any free one, which the log names.", default=8000)
+    host: str = option("Address to listen on.", "127.0.0.1")
+    port: int = option("Port to listen on; 0: any free one, which the log names.", 8000)
     page: bool | None = option(
-        "Show the live page at /. Default: unless there is an API key.", "--page/--no-page", default=None
+        "Show the live page at /. Default: unless there is an API key.", None, "--page/--no-page"
     )
-    log_level: str = option("Least level of log lines: debug, info, warning or error.", default="info")
-    drain_timeout: float = option("Seconds to finish what runs after SIGTERM.", default=30.0)
+    log_level: str = option("Least level of log lines: debug, info, warning or error.", "info")
+    drain_timeout: float = option("Seconds to finish what runs after SIGTERM.", 30.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +35,9 @@ class ServerOptions(OptionGroup):
     """What clients meet; `arguments` are fields of ServerSettings."""
 
     panel = "Server"
-    model_name: str | None = option("What clients call the model; default: its directory's name.", default=None)
-    api_key: str | None = option(
-        "Key that clients must send.", default=None, envvar="EXPERTSHARE_API_KEY", show_envvar=True
-    )
-    log_prompts: bool = option("Put prompts and answers into the log.", "--log-prompts", default=False)
+    model_name: str | None = option("What clients call the model; default: its directory's name.", None)
+    api_key: str | None = option("Key that clients must send.", None, envvar="EXPERTSHARE_API_KEY", show_envvar=True)
+    log_prompts: bool = option("Put prompts and answers into the log.", False, "--log-prompts")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +46,10 @@ class RequestLimitOptions(OptionGroup):
 
     panel = "Limits"
     max_prompt: int | None = option(
-        "Tokens of a prompt; default: what the context leaves.", default=None, argument="max_prompt_tokens"
+        "Tokens of a prompt; default: what the context leaves.", None, argument="max_prompt_tokens"
     )
-    max_body: int = option("Bytes of a request's body.", default=1 << 20, argument="max_body_bytes")
-    max_choices: int = option("Answers of one request (n times prompts).", default=8)
+    max_body: int = option("Bytes of a request's body.", 1 << 20, argument="max_body_bytes")
+    max_choices: int = option("Answers of one request (n times prompts).", 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,43 +57,38 @@ class EngineLimitOptions(OptionGroup):
     """What one engine may take on; `arguments` are fields of EngineLimits."""
 
     panel = "Limits"
-    max_batch: int = option("Answers decoded at once.", default=16)
-    max_queue: int = option("Answers that may wait; more are refused with 429.", default=64)
-    timeout: float = option("Seconds that a request may take, waiting included.", default=300.0, argument="timeout_s")
-    max_context: int | None = option("Tokens of prompt and answer; default: as the model has.", default=None)
+    max_batch: int = option("Answers decoded at once.", 16)
+    max_queue: int = option("Answers that may wait; more are refused with 429.", 64)
+    timeout: float = option("Seconds that a request may take, waiting included.", 300.0, argument="timeout_s")
+    max_context: int | None = option("Tokens of prompt and answer; default: as the model has.", None)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplicaOptions(RayOptions):
+class ReplicaOptions(flags.Ray):
     """How many processes; `arguments` are fields of ReplicaScale."""
 
-    replicas: int = option("Processes with the model; more than one needs the extra `ray`.", default=1)
-    max_replicas: int | None = option(
-        "Start up to so many while there is more to do. Default: as --replicas.", default=None
-    )
+    replicas: int = option("Processes with the model; more than one needs the extra `ray`.", 1)
+    max_replicas: int | None = option("Start up to so many while there is more to do. Default: as --replicas.", None)
 
 
 def serve(
-    model: ModelArgument,
+    model: flags.Model,
     listening: ListenOptions,
     server: ServerOptions,
     engine_limits: EngineLimitOptions,
     request_limits: RequestLimitOptions,
-    policy: Annotated[
-        str | None, typer.Option(help="Policy of requests that name none. Default: what the model was trained with.")
-    ] = None,
-    policy_file: PolicyFileFlag = None,
-    policies: Annotated[
-        str | None,
-        typer.Option(help="Policies that requests may name: names (any knobs) or settings, with commas. Default: all."),
-    ] = None,
+    policy: str | None = option("Policy of requests that name none. Default: what the model was trained with.", None),
+    policy_file: flags.PolicyFromFile = None,
+    policies: str | None = option(
+        "Policies that requests may name: names (any knobs) or settings, with commas. Default: all.", None
+    ),
     *,
-    compute: DeviceOptions,
-    threads: ThreadsFlag = None,
+    compute: flags.Device,
+    threads: flags.Threads = None,
     replicas: ReplicaOptions,
-    decoding: DecodingFlags,
-    knobs: KnobFlags,
-    storage: StoreFlags,
+    decoding: flags.Decoding,
+    knobs: flags.Knobs,
+    storage: flags.Storage,
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does, batching requests continuously.
 
@@ -147,7 +128,7 @@ def serve(
         with opened_proxy(model, scale, settings, page=shown, threads=threads, **engine) as (app, admission):
             ended_by = listen(app, admission)
     else:
-        set_threads(threads)
+        flags.set_threads(threads)
         with opened_engine(model, **engine) as one:
             routers = [page_routes(one, settings.model_name)] if shown else []
             app = create_app(one, settings, extra_routers=routers, open_paths=page_paths() if shown else ())

@@ -10,10 +10,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from expertshare.cli.console import check_outputs, people, print_json
+from expertshare.cli import flags
+from expertshare.cli.console import check_outputs, people, print_json, table
 from expertshare.cli.options import OptionGroup, option
-from expertshare.cli.shared_options import JsonFlag
-from expertshare.cli.tables import table
 from expertshare.convert.shapes import VANILLA_UNIQUE, likeness
 from expertshare.convert.sizes import sizes_like, sizes_of
 from expertshare.errors import InputError
@@ -36,32 +35,26 @@ class CardOptions(OptionGroup):
     """A GPU by name, and what is given in the place of its figures; `arguments` are fields of Card."""
 
     panel = "Cluster"
-    card: str = option(f"GPU: {', '.join(CARDS)}.", default="h100", argument="name")
+    card: str = option(f"GPU: {', '.join(CARDS)}.", "h100", argument="name")
     memory: str | None = option(
         "Memory of a GPU, instead of the card's.",
-        default=None,
+        None,
         argument="memory_bytes",
         read=lambda size: float(parse_size(size)),
     )
     bandwidth: float | None = option(
-        "Its memory bandwidth, GB/s.", default=None, argument="bytes_per_s", read=lambda rate: rate * 1e9
+        "Its memory bandwidth, GB/s.", None, argument="bytes_per_s", read=lambda rate: rate * 1e9
     )
     tflops: float | None = option(
-        "Its bfloat16 products, TFLOP/s.", default=None, argument="flops_per_s", read=lambda rate: rate * 1e12
+        "Its bfloat16 products, TFLOP/s.", None, argument="flops_per_s", read=lambda rate: rate * 1e12
     )
     link: float | None = option(
-        "To GPUs of its node, GB/s in one direction.",
-        default=None,
-        argument="link_bytes_per_s",
-        read=lambda rate: rate * 1e9,
+        "To GPUs of its node, GB/s in one direction.", None, argument="link_bytes_per_s", read=lambda rate: rate * 1e9
     )
     network: float | None = option(
-        "To other nodes, GB/s in one direction.",
-        default=None,
-        argument="network_bytes_per_s",
-        read=lambda rate: rate * 1e9,
+        "To other nodes, GB/s in one direction.", None, argument="network_bytes_per_s", read=lambda rate: rate * 1e9
     )
-    gpus_per_node: int | None = option("GPUs of a node.", default=None)
+    gpus_per_node: int | None = option("GPUs of a node.", None)
 
     def chosen(self) -> Card:
         """The named card with what was given."""
@@ -78,12 +71,12 @@ class ClusterOptions(OptionGroup):
     """How GPUs are used; `arguments` are fields of Cluster."""
 
     panel = "Cluster"
-    efficiency: float = option("Share of bandwidth and peak that kernels reach.", default=1.0)
-    overlap: float = option("1: reading hides behind computing; 0: it does not.", default=1.0)
-    placement: str = option(f"Of experts: {', '.join(PLACEMENTS)}.", default="balanced")
-    copies: int = option("With replicated: additional copies in every layer.", default=0)
-    batch_size: int = option("Sequences at work on each GPU.", default=8, argument="sequences")
-    quantise: str = option("How experts are stored: none, int8 or int4.", default="none", argument="scheme")
+    efficiency: float = option("Share of bandwidth and peak that kernels reach.", 1.0)
+    overlap: float = option("1: reading hides behind computing; 0: it does not.", 1.0)
+    placement: str = option(f"Of experts: {', '.join(PLACEMENTS)}.", "balanced")
+    copies: int = option("With replicated: additional copies in every layer.", 0)
+    batch_size: int = option("Sequences at work on each GPU.", 8, argument="sequences")
+    quantise: str = option("How experts are stored: none, int8 or int4.", "none", argument="scheme")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +84,9 @@ class SweepOptions(OptionGroup):
     """Which numbers of GPUs, and of GPUs of a replica."""
 
     panel = "Cluster"
-    gpus: str = option("Numbers of GPUs to sweep over.", default=",".join(map(str, GPU_COUNTS)), metavar="N,N,...")
-    expert_parallel: int | None = option(
-        "GPUs of a replica. Default: the power of two that delivers most.", default=None
-    )
-    max_expert_parallel: int = option("Where that is chosen: at most this.", default=64)
+    gpus: str = option("Numbers of GPUs to sweep over.", ",".join(map(str, GPU_COUNTS)), metavar="N,N,...")
+    expert_parallel: int | None = option("GPUs of a replica. Default: the power of two that delivers most.", None)
+    max_expert_parallel: int = option("Where that is chosen: at most this.", 64)
 
     def counts(self) -> list[int]:
         """Numbers of GPUs, ascending. Raises InputError for text that is none."""
@@ -118,42 +109,35 @@ class DemandOptions(OptionGroup):
     """What is asked; `arguments` are fields of Demand."""
 
     panel = "Demand"
-    rate: float | None = option("Requests per second to serve.", default=None, argument="requests_per_s")
-    load: float = option("Share of a replica's capacity to use for them.", default=0.7)
-    prompt_length: int = option("Tokens of a prompt.", default=256)
-    gen_length: int = option("Tokens of an answer.", default=256)
+    rate: float | None = option("Requests per second to serve.", None, argument="requests_per_s")
+    load: float = option("Share of a replica's capacity to use for them.", 0.7)
+    prompt_length: int = option("Tokens of a prompt.", 256)
+    gen_length: int = option("Tokens of an answer.", 256)
 
 
 def simulate(
     model: Annotated[
         str | None, typer.Argument(help="Directory of a model in Hugging Face or expert layout, or a hub id.")
     ] = None,
-    like: Annotated[
-        str | None, typer.Option(help=f"Instead of a model: the shapes of {', '.join(VANILLA_UNIQUE)}.")
-    ] = None,
-    trace: Annotated[
-        list[Path] | None,
-        typer.Option(help="Routing record (generate --record-routing) with as many experts; repeat to compare."),
-    ] = None,
-    block_length: Annotated[
-        int | None, typer.Option(help="Tokens of a block in the records. Default: the model's.")
-    ] = None,
+    like: str | None = option(f"Instead of a model: the shapes of {', '.join(VANILLA_UNIQUE)}.", None),
+    trace: list[Path] | None = option(
+        "Routing record (generate --record-routing) with as many experts; repeat to compare.", None
+    ),
+    block_length: int | None = option("Tokens of a block in the records. Default: the model's.", None),
     *,
     gpu: CardOptions,
     use: ClusterOptions,
     sweep: SweepOptions,
     demand: DemandOptions,
-    steps_per_block: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Denoising steps of a block; once, or once for each trace. Default: the block's length.",
-            rich_help_panel="Demand",
-        ),
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Steps to simulate and to take means over.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of the blocks that are drawn.")] = 0,
-    plot: Annotated[Path | None, typer.Option(help="Draw the sweep to a .png, .svg or .pdf.")] = None,
-    as_json: JsonFlag = False,
+    steps_per_block: list[float] | None = option(
+        "Denoising steps of a block; once, or once for each trace. Default: the block's length.",
+        None,
+        rich_help_panel="Demand",
+    ),
+    steps: int = option("Steps to simulate and to take means over.", 16),
+    seed: int = option("Of the blocks that are drawn.", 0),
+    plot: Path | None = option("Draw the sweep to a .png, .svg or .pdf.", None),
+    as_json: flags.Json = False,
 ) -> None:
     """Say what a cluster can serve with and without sharing: traffic, balance, memory, tokens/s, GPUs for a rate."""
     if (model is None) == (like is None):

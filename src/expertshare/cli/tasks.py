@@ -7,21 +7,21 @@ from typing import Annotated
 
 import typer
 
-from expertshare.cli.console import check_at_least_one, check_outputs
+from expertshare.cli.console import check_outputs
+from expertshare.cli.options import check_at_least_one, option
 from expertshare.evaluation.prompts import write_prompts
 from expertshare.lab.tasks.generation import TASKS, generate_items
 
 EXAMPLE = "Example: expertshare tasks prompts.jsonl --task arith --task code --count 100 --seed 1"
+KNOWN = ", ".join(TASKS)
 
 
 def tasks(
     out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="File to write.")],
-    task: Annotated[
-        list[str] | None, typer.Option(help=f"Task ({', '.join(TASKS)}); may be repeated. Default: all.")
-    ] = None,
-    count: Annotated[int, typer.Option(help="Prompts of each task.")] = 100,
-    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
-    split: Annotated[str, typer.Option(help="test (never trained on) or train.")] = "test",
+    task: list[str] | None = option(f"Task ({KNOWN}); may be repeated. Default: all.", None),
+    count: int = option("Prompts of each task.", 100),
+    seed: int = option("Seed of the draw.", 0),
+    split: str = option("test (never trained on) or train.", "test"),
 ) -> None:
     """Write prompts of the generated tasks as JSONL, for `expertshare compare` and `generate`."""
     check_at_least_one("count", count)

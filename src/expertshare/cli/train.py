@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from expertshare.cli import flags
 from expertshare.cli.console import people, print_json, told_bars
 from expertshare.cli.options import OptionGroup, option
-from expertshare.cli.shared_options import ELASTIC, ELASTIC_FREE, ELASTIC_SETS, JsonFlag, ThreadsFlag, set_threads
 from expertshare.errors import InputError
 from expertshare.lab.tasks.tokenizer import TaskProblems
 from expertshare.models import load_model
@@ -25,43 +25,38 @@ EXAMPLE = "Example: expertshare train runs/small --steps 2000 --seed 1   (and th
 class TrainingOptions(OptionGroup):
     """How to train; `arguments` are fields of TrainingConfig."""
 
-    steps: int = option("Optimiser steps.", default=TrainingConfig().steps)
-    samples_per_step: int = option("Problems per step.", default=TrainingConfig().samples_per_step)
-    seed: int = option("Seed of weights, data and masks.", default=0)
-    matrix_lr: float = option("Peak learning rate of matrices (Muon).", default=0.02)
-    scalar_lr: float = option("Peak learning rate of the rest (AdamW).", default=0.003)
-    dtype: str = option("Arithmetic: bfloat16 (autocast) or float32.", default="bfloat16")
-    micro_batch: int = option("Problems in one forward.", default=TrainingConfig().micro_batch)
-    elastic: int | None = option(ELASTIC, default=None)
-    elastic_free: float = option(ELASTIC_FREE, default=TrainingConfig().elastic_free)
-    elastic_sets: str = option(ELASTIC_SETS, default="random")
+    defaults = TrainingConfig()
+    steps: int = option("Optimiser steps.")
+    samples_per_step: int = option("Problems per step.")
+    seed: int = option("Seed of weights, data and masks.")
+    matrix_lr: float = option("Peak learning rate of matrices (Muon).")
+    scalar_lr: float = option("Peak learning rate of the rest (AdamW).")
+    dtype: str = option("Arithmetic: bfloat16 (autocast) or float32.")
+    micro_batch: int = option("Problems in one forward.")
+    elastic: int | None = option(flags.ELASTIC)
+    elastic_free: float = option(flags.ELASTIC_FREE)
+    elastic_sets: str = option(flags.ELASTIC_SETS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeOptions(OptionGroup):
     """Size and kind of the model to train."""
 
-    family: str = option(
-        "Layout: llada2_moe (blocks, grouped router) or llada_moe (full attention).", default="llada2_moe"
-    )
-    hidden: int = option("Model features; a multiple of 64.", default=128)
-    layers: int = option("Layers; in llada2_moe the first is dense.", default=4)
-    expert_hidden: int = option("Hidden features of one expert.", default=32)
-    num_experts: int = option(
-        "Experts of a layer, a multiple of 8 and at least 16; a token runs 8.", "--experts", default=64
-    )
+    family: str = option("Layout: llada2_moe (blocks, grouped router) or llada_moe (full attention).", "llada2_moe")
+    hidden: int = option("Model features; a multiple of 64.", 128)
+    layers: int = option("Layers; in llada2_moe the first is dense.", 4)
+    expert_hidden: int = option("Hidden features of one expert.", 32)
+    num_experts: int = option("Experts of a layer, a multiple of 8 and at least 16; a token runs 8.", 64, "--experts")
 
 
 def train(
     folder: Annotated[Path, typer.Argument(help="Folder of the run: checkpoint, log and the finished model.")],
     training: TrainingOptions,
     shape: ShapeOptions,
-    start: Annotated[
-        Path | None, typer.Option("--from", metavar="MODEL", help="Go on from this model of `train`, in its own shape.")
-    ] = None,
-    threads: ThreadsFlag = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in this folder.")] = False,
-    as_json: JsonFlag = False,
+    start: Path | None = option("Go on from this model of `train`, in its own shape.", None, "--from", metavar="MODEL"),
+    threads: flags.Threads = None,
+    resume: bool = option("Continue the run in this folder.", False, "--resume"),
+    as_json: flags.Json = False,
 ) -> None:
     """Train a small model (8 experts per token) on the generated tasks, from recorded seeds.
 
@@ -71,7 +66,7 @@ def train(
         raise InputError(f"expected a folder, or the name of one to be made, got the file {folder}: choose another")
     if shape.hidden < 1 or shape.hidden % 64:
         raise InputError(f"hidden must be a multiple of 64, got {shape.hidden}")
-    set_threads(threads)
+    flags.set_threads(threads)
     paths, problems = run_folder(folder), TaskProblems(training.seed)
     trainer = prepare(
         paths,

@@ -5,24 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.table import Table
 
 from expertshare import api
-from expertshare.cli.console import Bars, check_outputs, people, print_json
+from expertshare.cli import flags
+from expertshare.cli.console import Bars, check_outputs, figure, megabytes, people, percent, print_json, table
 from expertshare.cli.options import OptionGroup, option
-from expertshare.cli.shared_options import (
-    AnswerOptions,
-    BatchSizeFlag,
-    DecodingFlags,
-    JsonFlag,
-    JudgedPromptsFlag,
-    ModelArgument,
-    StoreFlags,
-)
-from expertshare.cli.tables import figure, megabytes, percent, table
 from expertshare.errors import InputError
 from expertshare.evaluation.prompts import PromptRecord, read_prompts
 from expertshare.tuning.options import TuningOptions
@@ -32,7 +23,6 @@ EXAMPLE = (
     "Example: expertshare tune path/to/model --prompts prompts.jsonl --retain 0.99 --out policy.json, "
     "then: expertshare generate path/to/model --prompt 'What is 7 plus 8?' --policy-file policy.json"
 )
-_DEFAULTS = TuningOptions()
 NOT_CERTIFIED = 1
 
 
@@ -40,44 +30,34 @@ NOT_CERTIFIED = 1
 class TuningFlags(OptionGroup):
     """The promise and the work to spend on it; `arguments` are fields of TuningOptions."""
 
-    retain: float = option("Share of vanilla's quality to keep.", default=_DEFAULTS.retain)
-    confidence: float = option("Confidence of that promise.", default=_DEFAULTS.confidence)
-    cost: str = option(
-        "What to make small: experts, bytes or latency (close everything else first).", default=_DEFAULTS.cost
-    )
-    quality: str = option(
-        "Keep accuracy, agreement with vanilla, or (auto) accuracy where it can be judged.", default=_DEFAULTS.quality
-    )
+    defaults = TuningOptions()
+    retain: float = option("Share of vanilla's quality to keep.")
+    confidence: float = option("Confidence of that promise.")
+    cost: str = option("What to make small: experts, bytes or latency (close everything else first).")
+    quality: str = option("Keep accuracy, agreement with vanilla, or (auto) accuracy where it can be judged.")
     policies: str | None = option(
         "Policies to choose from (commas). Default: all.",
-        default=None,
         read=lambda listed: tuple(name.strip() for name in listed.split(",")),
     )
-    trials: int = option("Proposals of the search.", default=_DEFAULTS.trials)
-    recorded_prompts: int = option(
-        "Prompts whose denoising steps the search replays.", default=_DEFAULTS.recorded_prompts
-    )
-    search_share: float = option(
-        "Share of the prompts that the search sees; the others certify.", default=_DEFAULTS.search_share
-    )
+    trials: int = option("Proposals of the search.")
+    recorded_prompts: int = option("Prompts whose denoising steps the search replays.")
+    search_share: float = option("Share of the prompts that the search sees; the others certify.")
 
 
 def tune(
-    model: ModelArgument,
-    prompts: JudgedPromptsFlag,
+    model: flags.Model,
+    prompts: flags.JudgedPrompts,
     tuning: TuningFlags,
-    task: Annotated[list[str] | None, typer.Option(help="Only prompts of this task; may be repeated.")] = None,
-    batch_size: BatchSizeFlag = 16,
+    task: list[str] | None = option("Only prompts of this task; may be repeated.", None),
+    batch_size: flags.BatchSize = 16,
     *,
-    compute: AnswerOptions,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the policy file here.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw quality against cost to this .png, .svg or .pdf.")] = None,
-    as_json: JsonFlag = False,
-    require_certified: Annotated[
-        bool, typer.Option(help="Exit with status 1 where no policy could be certified.")
-    ] = False,
-    decoding: DecodingFlags,
-    storage: StoreFlags,
+    compute: flags.Answering,
+    out: Path | None = option("Write the policy file here.", None, metavar="FILE"),
+    plot: Path | None = option("Draw quality against cost to this .png, .svg or .pdf.", None),
+    as_json: flags.Json = False,
+    require_certified: bool = option("Exit with status 1 where no policy could be certified.", False),
+    decoding: flags.Decoding,
+    storage: flags.Storage,
 ) -> None:
     """Find the cheapest policy that keeps a share of vanilla's quality on your prompts, and certify it on others.
 

@@ -20,8 +20,8 @@ from expertshare.experts import ExpertMemory, StoreOptions
 from expertshare.routing import POLICIES, RoutingPolicy, make_policy, parse_knob, parse_policy
 from expertshare.tuning.policy_file import PolicyFile, read_policy_file
 
-ModelArgument = Annotated[str, typer.Argument(help="Directory of a model in Hugging Face layout, or a hub id.")]
-JudgedPromptsFlag = Annotated[
+Model = Annotated[str, typer.Argument(help="Directory of a model in Hugging Face layout, or a hub id.")]
+JudgedPrompts = Annotated[
     Path,
     typer.Option(
         metavar="FILE",
@@ -29,21 +29,19 @@ JudgedPromptsFlag = Annotated[
         "model writes for code tasks is run, in a sandbox with limits that is no security boundary.",
     ),
 ]
-BatchSizeFlag = Annotated[int, typer.Option(help="Prompts decoded together.")]
-PolicyFlag = Annotated[
+BatchSize = Annotated[int, typer.Option(help="Prompts decoded together.")]
+Policy = Annotated[
     str | None, typer.Option(help="Policy, or policy:knob=value,... Default: what the model was trained with.")
 ]
-PolicyFileFlag = Annotated[
+PolicyFromFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Policy file of `expertshare tune`, for this very model.")
 ]
-PolicyFilesFlag = Annotated[
+PoliciesFromFiles = Annotated[
     list[Path] | None,
     typer.Option(metavar="FILE", help="Also the policy of this file of `expertshare tune`; may be repeated."),
 ]
-JsonFlag = Annotated[
-    bool, typer.Option("--json", help="End with one JSON line on stdout; everything else goes to stderr.")
-]
-ThreadsFlag = Annotated[
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON line on stdout; everything else goes to stderr.")]
+Threads = Annotated[
     int | None,
     typer.Option(help="Threads of one operation. Default: OMP_NUM_THREADS if set, else one for each physical core."),
 ]
@@ -51,7 +49,6 @@ ELASTIC = "every block draws its number of experts, at least this many, so that 
 ELASTIC_FREE = "Share of blocks that use all experts, with --elastic."
 ELASTIC_SETS = "How --elastic draws experts: random, or votes (likelier those that the block votes for)."
 MOST_THREADS = 1024
-_DEFAULTS = DecodingOptions()
 
 
 def set_threads(asked: int | None) -> None:
@@ -67,25 +64,25 @@ def set_threads(asked: int | None) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeOptions(OptionGroup):
+class Compute(OptionGroup):
     """In which numbers and by what a model computes."""
 
-    dtype: str | None = option("float32 or bfloat16; default: the checkpoint's.", default=None)
-    backend: str = option("Expert computation: auto, cpu, torch or triton.", default="auto")
+    dtype: str | None = option("float32 or bfloat16; default: the checkpoint's.", None)
+    backend: str = option("Expert computation: auto, cpu, torch or triton.", "auto")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceOptions(ComputeOptions):
+class Device(Compute):
     """Where a model computes, too."""
 
-    device: str = option("Where the model runs: cpu or cuda.", default="cpu")
+    device: str = option("Where the model runs: cpu or cuda.", "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerOptions(ComputeOptions):
+class Answering(Compute):
     """How prompts are given to it, too."""
 
-    chat: bool | None = option("Use the chat template, or not. Default: if there is one.", "--chat/--raw", default=None)
+    chat: bool | None = option("Use the chat template, or not. Default: if there is one.", None, "--chat/--raw")
 
 
 def _threshold(text: str) -> float | str:
@@ -98,30 +95,28 @@ def _threshold(text: str) -> float | str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodingFlags(OptionGroup):
+class Decoding(OptionGroup):
     """How to decode; `arguments` are fields of DecodingOptions."""
 
     panel = "Decoding"
-    gen_length: int = option("Tokens to generate, at most.", default=_DEFAULTS.gen_length)
-    block_length: int | None = option("Tokens decoded together; default: the model's.", default=None)
-    steps: int | None = option(
-        "Denoising steps per block; default: the block's length.", default=None, argument="steps_per_block"
-    )
+    defaults = DecodingOptions()
+    gen_length: int = option("Tokens to generate, at most.")
+    block_length: int | None = option("Tokens decoded together; default: the model's.")
+    steps: int | None = option("Denoising steps per block; default: the block's length.", argument="steps_per_block")
     threshold: Any = option(
         "Commit tokens more probable than this; none: a fixed number per step.",
-        default=_DEFAULTS.threshold,
         read=lambda value: None if value == "none" else value,
         parser=_threshold,
         metavar="P",
     )
-    temperature: float = option("0 takes the most probable token.", default=_DEFAULTS.temperature)
-    top_k: int | None = option("Sample from this many tokens.", default=None)
-    top_p: float | None = option("Sample from tokens of this probability mass (not of experts).", default=None)
-    seed: int = option("Seed of sampling.", default=_DEFAULTS.seed)
+    temperature: float = option("0 takes the most probable token.")
+    top_k: int | None = option("Sample from this many tokens.")
+    top_p: float | None = option("Sample from tokens of this probability mass (not of experts).")
+    seed: int = option("Seed of sampling.")
     editing_threshold: float | None = option(
-        "Replace committed tokens when another exceeds this (LLaDA2.1); default: never.", default=None
+        "Replace committed tokens when another exceeds this (LLaDA2.1); default: never."
     )
-    remasking: str = option("Tokens that stay masked: confidence or random.", default=_DEFAULTS.remasking)
+    remasking: str = option("Tokens that stay masked: confidence or random.")
 
     def given(self, context: typer.Context) -> dict[str, Any]:
         """The arguments that were on the command line; the others are left to presets and tasks."""
@@ -136,7 +131,7 @@ class DecodingFlags(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnobFlags(OptionGroup):
+class Knobs(OptionGroup):
     """The knobs of all policies, from the declarations in POLICIES; `given` holds those that were used."""
 
     given: Mapping[str, str]
@@ -192,30 +187,30 @@ def _flag(knob: str) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoreFlags(OptionGroup):
+class Storage(OptionGroup):
     """How the experts of a converted model are kept."""
 
     panel = "Experts of a converted model"
     expert_memory: str | None = option(
         "Memory for experts: 3GiB, 800MB, ...; all: every expert (default); mmap: as the kernel decides.",
-        default=None,
+        None,
         metavar="SIZE",
     )
     host_memory: str | None = option(
         "On a GPU with --expert-memory SIZE: pinned memory of the host for experts, a size or all.",
-        default=None,
+        None,
         metavar="SIZE",
     )
-    direct_io: bool = option("Read experts past the page cache.", "--direct-io", default=False)
+    direct_io: bool = option("Read experts past the page cache.", False, "--direct-io")
     prefetch: bool = option(
         "While a layer computes, read the next layer's likely experts, within the same memory.",
+        True,
         "--prefetch/--no-prefetch",
-        default=True,
     )
 
     def store(self) -> StoreOptions | None:
         """The store that was asked for; None where nothing was. Raises InputError for an unreadable size."""
-        if self == StoreFlags():
+        if self == Storage():
             return None
         return StoreOptions(
             memory=ExpertMemory.parse(self.expert_memory or "all"),
@@ -226,11 +221,11 @@ class StoreFlags(OptionGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RayOptions(OptionGroup):
+class Ray(OptionGroup):
     """Whether and where to use Ray."""
 
     panel = "Scale-out"
-    ray: bool = option("Use Ray: that of --ray-address, else one that is started for this.", "--ray", default=False)
+    ray: bool = option("Use Ray: that of --ray-address, else one that is started for this.", False, "--ray")
     ray_address: str | None = option(
-        "Ray cluster to use; `auto`: the one of this machine. Default: RAY_ADDRESS.", default=None, metavar="HOST:PORT"
+        "Ray cluster to use; `auto`: the one of this machine. Default: RAY_ADDRESS.", None, metavar="HOST:PORT"
     )
