@@ -91,9 +91,12 @@ class BenchOptions(ListOption):
         """Contenders by name; None: all."""
         return _names(self.backends)
 
-    def memory_bytes(self) -> int:
-        """For weights, on the device."""
-        return memory_limit_bytes(self.memory, torch.device(self.device))
+    def settings(self, dtype: str, device: torch.device) -> dict[str, Any]:
+        """What the settings of every benchmark with random weights have. Raises ConfigError for an unknown dtype."""
+        if dtype not in api.DTYPES:
+            raise ConfigError(f"unknown dtype {dtype!r}. {nearest(dtype, api.DTYPES)}")
+        memory_bytes = memory_limit_bytes(self.memory, device)
+        return {"dtype": api.DTYPES[dtype], "seed": self.seed, "memory_bytes": memory_bytes, "device": device}
 
     def machine(self) -> Machine:
         """The machine, measured and told of."""
@@ -192,11 +195,8 @@ def experts(
     settings = ExpertsSettings(
         tokens=_counts("--tokens", tokens),
         unique=_counts("--unique", unique),
-        dtype=_dtype(dtype),
         repeats=bench.repeats,
-        seed=bench.seed,
-        memory_bytes=bench.memory_bytes(),
-        device=device,
+        **bench.settings(dtype, device),
     )
     machine = bench.machine()
     found = bench_experts(cases, entrants, machine, settings, _progress())
@@ -237,11 +237,8 @@ def forward(
         context=context,
         unique=unique or None,
         masked=masked,
-        dtype=_dtype(dtype),
         repeats=bench.repeats,
-        seed=bench.seed,
-        memory_bytes=bench.memory_bytes(),
-        device=device,
+        **bench.settings(dtype, device),
     )
     chosen = _policies(policies)
     machine = bench.machine()
@@ -304,10 +301,7 @@ def generate(
             prompt_blocks=2 if prompt_blocks is None else prompt_blocks,
             gen_length=gen_length,
             threshold=threshold,
-            dtype=_dtype(dtype or "bfloat16"),
-            seed=bench.seed,
-            memory_bytes=bench.memory_bytes(),
-            device=device,
+            **bench.settings(dtype or "bfloat16", device),
         )
     machine = bench.machine()
     found = bench_generate(
@@ -338,13 +332,6 @@ def _counts(flag: str, listed: str | None) -> tuple[int, ...] | None:
 def _policies(listed: str) -> dict[str, RoutingPolicy]:
     """Policies parted by commas, under the labels that name them in results."""
     return {policy_label(policy): policy for policy in parse_policies([listed])}
-
-
-def _dtype(name: str) -> torch.dtype:
-    """float32 or bfloat16; ConfigError for others."""
-    if name not in api.DTYPES:
-        raise ConfigError(f"unknown dtype {name!r}. {nearest(name, api.DTYPES)}")
-    return api.DTYPES[name]
 
 
 def _limits(found: Mapping[str, Any]) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rich.table import Table
 
-from expertshare.cli.console import figure, percent, table
+from expertshare.cli.console import VERDICTS, figure, percent, table
 from expertshare.lab.bench.cases import Case
 from expertshare.lab.bench.machine import Machine
 
@@ -100,9 +101,7 @@ def forward_tables(found: Point) -> list[Table]:
         "x vanilla": _times("vanilla"),
         "argmax %": lambda point: percent(point["same_argmax"]),
     }
-    parts: Columns = dict(who)
-    for part in ("router", "experts", "attention", "head", "other"):
-        parts[part] = _part(part)
+    parts: Columns = who | {part: partial(_part, part) for part in ("router", "experts", "attention", "head", "other")}
     parts["router % of experts"] = lambda point: percent(point["router_over_experts"])
     points = found["forwards"]
     ours = [point for point in points if "ms_by_part" in point]
@@ -117,7 +116,7 @@ def generate_tables(found: Point) -> list[Table]:
     columns: Columns = {
         "backend": lambda point: point["backend"],
         "policy": lambda point: point["policy"],
-        "graph": lambda point: {None: "-", True: "yes", False: "no"}[point.get("captured")],
+        "graph": lambda point: VERDICTS[point.get("captured")],
         "batch": lambda point: str(point["batch_size"]),
         "tokens/s": lambda point: figure(point["tokens_per_s"]),
         "range": lambda point: "-".join(f"{rate:.1f}" for rate in point["tokens_per_s_range"]),
@@ -131,8 +130,8 @@ def generate_tables(found: Point) -> list[Table]:
     return [table(f"Whole answers, {PEERS_TITLE}", columns, found["generations"], words=2, compact=True)]
 
 
-def _part(name: str) -> Callable[[Point], str]:
-    return lambda point: figure(point["ms_by_part"][name], 2)
+def _part(name: str, point: Point) -> str:
+    return figure(point["ms_by_part"][name], 2)
 
 
 def _times(other: str) -> Callable[[Point], str]:

@@ -19,6 +19,7 @@ from expertshare.measure.report import check_writable
 
 PLAIN_WIDTH, WIDEST_LABEL = 120, 40
 Row = TypeVar("Row")
+VERDICTS = {None: "-", True: "yes", False: "no"}
 
 
 def people(*, as_json: bool) -> Console:

@@ -15,7 +15,7 @@ from expertshare.cli.options import option
 from expertshare.convert.plan import Figure, Plan, Workload, make_plan
 from expertshare.convert.rates import measure_rates
 from expertshare.convert.shapes import VANILLA_UNIQUE, likeness
-from expertshare.convert.sizes import sizes_like, sizes_of
+from expertshare.convert.sizes import ModelSizes, sizes_like, sizes_of
 from expertshare.errors import InputError
 from expertshare.experts import format_size, parse_size
 from expertshare.experts.recording import read_record
@@ -28,11 +28,24 @@ EXAMPLE = (
 )
 
 
+SizedModel = Annotated[
+    str | None, typer.Argument(help="Directory of a model in Hugging Face or expert layout, or a hub id.")
+]
+Like = Annotated[str | None, typer.Option(help=f"Instead of a model: the shapes of {', '.join(VANILLA_UNIQUE)}.")]
+
+
+def sizes_from(model: str | None, like: str | None, layers: int | None = None) -> ModelSizes:
+    """Sizes of a model, or of the shapes of one. Raises InputError unless exactly one is given."""
+    if (model is None) == (like is None):
+        raise InputError("expected either a model or --like NAME: give one of them")
+    if layers is not None and like is None:
+        raise InputError("--layers belongs to --like: leave it out")
+    return sizes_of(model) if model is not None else sizes_like(likeness(like or "", layers=layers))
+
+
 def plan(
-    model: Annotated[
-        str | None, typer.Argument(help="Directory of a model in Hugging Face or expert layout, or a hub id.")
-    ] = None,
-    like: str | None = option(f"Instead of a model: the shapes of {', '.join(VANILLA_UNIQUE)}.", None),
+    model: SizedModel = None,
+    like: Like = None,
     layers: int | None = option("With --like: layers. Default: all.", None),
     memory: str | None = option("For the whole process, e.g. 8GiB. Default: what is free.", None),
     policy: flags.Policy = None,
@@ -44,17 +57,13 @@ def plan(
     as_json: flags.Json = False,
 ) -> None:
     """Say what fits: dense bytes, bytes per expert, smallest budget, recommended store, expected speed."""
-    if (model is None) == (like is None):
-        raise InputError("expected either a model or --like NAME: give one of them")
-    if layers is not None and like is None:
-        raise InputError("--layers belongs to --like: leave it out")
+    sizes = sizes_from(model, like, layers)
     workload = Workload(
         prompt_length=prompt_length, gen_length=gen_length, batch_size=batch_size, tokens_per_step=tokens_per_step
     )
     limit = parse_size(memory) if memory is not None else usable_memory_bytes()
     if limit is None:
         raise InputError("the system does not say how much memory is free: give --memory")
-    sizes = sizes_of(model) if model is not None else sizes_like(likeness(like or "", layers=layers))
     chosen = parse_policy(policy) if policy is not None else native_policy(sizes.config)
     bound = chosen.bind(sizes.config.router)
     record = read_record(trace) if trace is not None else None
@@ -81,10 +90,7 @@ def _table(made: Plan) -> Table:
 def _shown(figure: Figure) -> str:
     if figure.unit == "bytes":
         return format_size(int(figure.value))
-    if figure.unit == "bytes/s":
-        return f"{figure.value / 1e9:.2f} GB/s"
-    if figure.unit == "MAC/s":
-        return f"{figure.value / 1e9:.0f} GMAC/s"
     if figure.unit == "share":
         return f"{100 * figure.value:.1f} %"
-    return f"{figure.value:.4g} {figure.unit}"
+    speeds = {"bytes/s": f"{figure.value / 1e9:.2f} GB/s", "MAC/s": f"{figure.value / 1e9:.0f} GMAC/s"}
+    return speeds.get(figure.unit, f"{figure.value:.4g} {figure.unit}")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 
 from expertshare.cli import flags
-from expertshare.cli.console import check_outputs, people, print_json, table
+from expertshare.cli.console import check_outputs, figure, megabytes, people, print_json, table
 from expertshare.cli.options import OptionGroup, option
-from expertshare.convert.shapes import VANILLA_UNIQUE, likeness
-from expertshare.convert.sizes import sizes_like, sizes_of
+from expertshare.cli.plan import Like, SizedModel, sizes_from
 from expertshare.errors import InputError
 from expertshare.experts import format_size, parse_size
 from expertshare.experts.recording import read_record
@@ -32,34 +31,29 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class CardOptions(OptionGroup):
-    """A GPU by name, and what is given in the place of its figures; `arguments` are fields of Card."""
+    """A GPU by name, and what is given in the place of its figures."""
 
     panel = "Cluster"
-    card: str = option(f"GPU: {', '.join(CARDS)}.", "h100", argument="name")
-    memory: str | None = option(
-        "Memory of a GPU, instead of the card's.",
-        None,
-        argument="memory_bytes",
-        read=lambda size: float(parse_size(size)),
-    )
-    bandwidth: float | None = option(
-        "Its memory bandwidth, GB/s.", None, argument="bytes_per_s", read=lambda rate: rate * 1e9
-    )
-    tflops: float | None = option(
-        "Its bfloat16 products, TFLOP/s.", None, argument="flops_per_s", read=lambda rate: rate * 1e12
-    )
-    link: float | None = option(
-        "To GPUs of its node, GB/s in one direction.", None, argument="link_bytes_per_s", read=lambda rate: rate * 1e9
-    )
-    network: float | None = option(
-        "To other nodes, GB/s in one direction.", None, argument="network_bytes_per_s", read=lambda rate: rate * 1e9
-    )
+    card: str = option(f"GPU: {', '.join(CARDS)}.", "h100")
+    memory: str | None = option("Memory of a GPU, instead of the card's.", None)
+    bandwidth: float | None = option("Its memory bandwidth, GB/s.", None)
+    tflops: float | None = option("Its bfloat16 products, TFLOP/s.", None)
+    link: float | None = option("To GPUs of its node, GB/s in one direction.", None)
+    network: float | None = option("To other nodes, GB/s in one direction.", None)
     gpus_per_node: int | None = option("GPUs of a node.", None)
 
     def chosen(self) -> Card:
         """The named card with what was given."""
-        changes = {key: value for key, value in self.arguments().items() if value is not None}
-        card = find_card(changes.pop("name"))
+        card = find_card(self.card)
+        given = {
+            "memory_bytes": (None if self.memory is None else parse_size(self.memory), 1.0),
+            "bytes_per_s": (self.bandwidth, 1e9),
+            "flops_per_s": (self.tflops, 1e12),
+            "link_bytes_per_s": (self.link, 1e9),
+            "network_bytes_per_s": (self.network, 1e9),
+            "gpus_per_node": (self.gpus_per_node, 1),
+        }
+        changes: dict[str, Any] = {name: value * unit for name, (value, unit) in given.items() if value is not None}
         if not changes:
             return card
         source = f"{card.source}; given: {', '.join(changes)}"
@@ -116,10 +110,8 @@ class DemandOptions(OptionGroup):
 
 
 def simulate(
-    model: Annotated[
-        str | None, typer.Argument(help="Directory of a model in Hugging Face or expert layout, or a hub id.")
-    ] = None,
-    like: str | None = option(f"Instead of a model: the shapes of {', '.join(VANILLA_UNIQUE)}.", None),
+    model: SizedModel = None,
+    like: Like = None,
     trace: list[Path] | None = option(
         "Routing record (generate --record-routing) with as many experts; repeat to compare.", None
     ),
@@ -140,13 +132,11 @@ def simulate(
     as_json: flags.Json = False,
 ) -> None:
     """Say what a cluster can serve with and without sharing: traffic, balance, memory, tokens/s, GPUs for a rate."""
-    if (model is None) == (like is None):
-        raise InputError("expected either a model or --like NAME: give one of them")
+    sizes = sizes_from(model, like)
     check_outputs(plot=plot)
     if not trace:
         raise InputError("expected a routing record, got none: make one with `generate --record-routing`, give --trace")
     cluster = Cluster(card=gpu.chosen(), **use.arguments())
-    sizes = sizes_of(model) if model is not None else sizes_like(likeness(like or ""))
     length = sizes.config.block_length if block_length is None else block_length
     if length != sizes.config.block_length:
         sizes = replace(sizes, config=replace(sizes.config, block_length=length))
@@ -206,46 +196,36 @@ def _run(simulation: Simulation, demand: Demand, degrees: list[int], counts: lis
 
 
 def _degree_table(trace: Json) -> Table:
-    def milliseconds(name: str) -> Callable[[Json], str]:
-        return lambda degree: f"{1e3 * degree['replica'][name]:.2f}"
-
     columns: dict[str, Callable[[Json], str]] = {
-        "GPUs": lambda degree: str(degree["replica"]["num_gpus"]),
-        "memory": lambda degree: (
-            format_size(degree["replica"]["memory"]["total"]) + ("" if degree["replica"]["fits"] else " (too much)")
-        ),
-        "read": lambda degree: f"{degree['replica']['experts_per_gpu']:.1f}",
-        "step, ms": milliseconds("step_s"),
-        "dense": milliseconds("dense_s"),
-        "experts": milliseconds("experts_s"),
-        "exchange": milliseconds("exchange_s"),
-        "MB": lambda degree: f"{degree['replica']['exchange_bytes'] / 1e6:,.1f}",
-        "balance": lambda degree: f"{degree['replica']['pairs']['mean']:.2f}, {degree['replica']['pairs']['p95']:.2f}",
-        "tokens/s": lambda degree: f"{degree['tokens_per_s']:,.0f}",
-        "for the rate": lambda degree: (
-            "-" if degree["gpus"] is None else f"{degree['replicas']} x {degree['replica']['num_gpus']}"
-        ),
+        "GPUs": lambda row: str(row["num_gpus"]),
+        "memory": lambda row: format_size(row["memory"]["total"]) + ("" if row["fits"] else " (too much)"),
+        "read": lambda row: f"{row['experts_per_gpu']:.1f}",
+        "step, ms": lambda row: figure(1e3 * row["step_s"], 2),
+        "dense": lambda row: figure(1e3 * row["dense_s"], 2),
+        "experts": lambda row: figure(1e3 * row["experts_s"], 2),
+        "exchange": lambda row: figure(1e3 * row["exchange_s"], 2),
+        "MB": lambda row: megabytes(row["exchange_bytes"]),
+        "balance": lambda row: f"{row['pairs']['mean']:.2f}, {row['pairs']['p95']:.2f}",
+        "tokens/s": lambda row: f"{row['tokens_per_s']:,.0f}",
+        "for the rate": lambda row: "-" if row["gpus"] is None else f"{row['replicas']} x {row['num_gpus']}",
     }
     title = f"{trace['label']}: {trace['unique_experts']:.1f} experts of a block and layer; one replica"
-    return table(title, columns, trace["degrees"], words=0)
+    return table(title, columns, [{**degree, **degree["replica"]} for degree in trace["degrees"]], words=0)
 
 
 def _sweep_table(traces: Sequence[Json]) -> Table:
     """A row holds one number of GPUs under every trace."""
 
-    def cell(position: int) -> Callable[[Sequence[Json]], str]:
-        def text(points: Sequence[Json]) -> str:
-            point, degree = points[position], points[position]["expert_parallel"]
-            return f"{point['tokens_per_s']:,.0f} ({degree})" if degree else "does not fit"
-
-        return text
+    def cell(position: int, points: Sequence[Json]) -> str:
+        point, degree = points[position], points[position]["expert_parallel"]
+        return f"{point['tokens_per_s']:,.0f} ({degree})" if degree else "does not fit"
 
     def gain(points: Sequence[Json]) -> str:
         first, last = points[0]["tokens_per_s"], points[-1]["tokens_per_s"]
         return f"{last / first:.2f} x" if first else "-"
 
     columns: dict[str, Callable[[Sequence[Json]], str]] = {"GPUs": lambda points: f"{points[0]['gpus']:,}"}
-    columns |= {trace["label"]: cell(position) for position, trace in enumerate(traces)}
+    columns |= {trace["label"]: partial(cell, position) for position, trace in enumerate(traces)}
     if len(traces) > 1:
         columns["gain"] = gain
     rows = list(zip(*(trace["sweep"] for trace in traces), strict=True))

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from expertshare import api
 from expertshare.cli import flags
-from expertshare.cli.console import Bars, check_outputs, figure, megabytes, people, percent, print_json, table
+from expertshare.cli.console import VERDICTS, Bars, check_outputs, figure, megabytes, people, percent, print_json, table
 from expertshare.cli.options import OptionGroup, option
 from expertshare.errors import InputError
 from expertshare.evaluation.prompts import PromptRecord, read_prompts
@@ -124,7 +124,7 @@ def _table(results: dict[str, Any]) -> Table:
         ),
         "lost": lambda run: str(run["counts"]["lost"]),
         "gained": lambda run: str(run["counts"]["gained"]),
-        "certified": lambda run: {None: "-", True: "yes", False: "no"}[run.get("passed")],
+        "certified": lambda run: VERDICTS[run.get("passed")],
     }
     title = f"Tested on {results['num_prompts']['certify']} prompts that the search did not see"
     return table(title, columns, [results["vanilla"], *results["tested"]], widest=30)
