@@ -5,9 +5,8 @@ R rows (those that are finished keep their place, switched off), L positions of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,80 +18,11 @@ from expertshare.decoding.options import DecodingOptions
 from expertshare.decoding.row import Row
 from expertshare.kernels import LayerKeyValues
 from expertshare.kernels.triton.commit import FLAGS, commit_triton
+from expertshare.kernels.triton.graphs import Graphs
 from expertshare.measure.cost import ForwardKind
 from expertshare.models.runtime import ForwardInput, ForwardOutput, RoutingTrace, Runtime
 from expertshare.models.transformer import MoETransformer
 from expertshare.routing import policy_at, runs_on_torch
-
-Work = Callable[[], None]
-WARM_UP = 2
-"""Runs before a capture: kernels are compiled, workspaces allocated, what comes from the host once is there."""
-
-
-class Graphs(Protocol):
-    """What captured steps need of a device: recording, and the two ways between it and the host."""
-
-    def capture(self, work: Work, fixed: Callable[[], Sequence[Tensor]]) -> Work:
-        """The replay of `work`, which is run a few times first. `work` asks the host nothing, and gets all that changes
-        from `fixed` tensors; these stay where they are, and all that is wanted of it is left there.
-
-        Raises RuntimeError where it cannot be captured.
-        """
-        ...
-
-    def host_buffer(self, like: Tensor) -> Tensor:
-        """Memory of the host for `send`, of a fixed tensor's shape and dtype."""
-        ...
-
-    def send(self, values: Tensor, to: Tensor) -> None:
-        """Copy a host buffer to a fixed tensor without waiting for it. After the next `read` the buffer is free."""
-        ...
-
-    def read(self, tensor: Tensor) -> Tensor:
-        """The tensor on the host, after all that was asked of the device: the one wait of a step."""
-        ...
-
-
-class CudaGraphs:
-    """CUDA's graphs. Those of one object share the memory of what they compute in between; they run one at a time."""
-
-    def __init__(self) -> None:
-        self._memory: Any = None  # an opaque handle
-
-    def capture(self, work: Work, fixed: Callable[[], Sequence[Tensor]]) -> Work:
-        """The replay of `work`, after runs in a stream aside that warm it up."""
-        del fixed
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                work()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # other threads may go on: what they ask of the device has nothing to do with this stream
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            work()
-        self._memory = graph.pool()
-        return graph.replay
-
-    def host_buffer(self, like: Tensor) -> Tensor:
-        """In memory that the device reads by itself."""
-        return torch.zeros(like.shape, dtype=like.dtype, pin_memory=True)
-
-    def send(self, values: Tensor, to: Tensor) -> None:
-        """Copy without waiting, since the buffer is pinned."""
-        to.copy_(values, non_blocking=True)
-
-    def read(self, tensor: Tensor) -> Tensor:
-        """The tensor on the host; waits for the device."""
-        return tensor.cpu()
-
-
-def graphs_of(device: torch.device) -> Graphs | None:
-    """None for a device that has no graphs."""
-    return CudaGraphs() if device.type == "cuda" else None
-
 
 _START, _LEAST, _ON, _PLACE = range(4)
 
@@ -289,11 +219,10 @@ def capacity_for(positions: int) -> int:
 class CapturedSteps:
     """The captured steps of one model under one runtime and one set of options, lent to a batch at a time."""
 
-    def __init__(
-        self, model: MoETransformer, runtime: Runtime, options: DecodingOptions, graphs: Graphs | None
-    ) -> None:
-        """runtime: its policy bound; options: resolved; graphs: None where the model's device has none."""
-        self._model, self._runtime, self._options, self._graphs = model, runtime, options, graphs
+    def __init__(self, model: MoETransformer, runtime: Runtime, options: DecodingOptions) -> None:
+        """runtime: its policy bound; options: resolved."""
+        self._model, self._runtime, self._options = model, runtime, options
+        self._graphs = runtime.backend.graphs(model.device)
         self._free: list[CapturedBlocks] = []
         self._refused: dict[BlockShape, str] = {}
 
@@ -301,12 +230,11 @@ class CapturedSteps:
         """Why a batch cannot be decoded by replays, for people; None where it can, as far as is known before."""
         runtime, config = self._runtime, self._model.config
         policies = [policy_at(runtime.policy, layer, config.num_moe_layers) for layer in range(config.num_moe_layers)]
+        if not runtime.graphs:
+            return "graphs are switched off"
+        if isinstance(self._graphs, str):
+            return self._graphs
         reasons = {
-            "graphs are switched off": not runtime.graphs,
-            f"the model is on {self._model.device}; graphs are a GPU's": self._graphs is None,
-            f"the backend {runtime.backend.name!r} asks the host while it runs; 'triton' does not": (
-                not runtime.backend.capturable
-            ),
             "full attention runs the whole canvas, which has no cache": config.attention == "full",
             "experts come and go in a store": runtime.store is not None and not runtime.store.resident,
             "the experts of every token are recorded": runtime.on_plan is not None,
@@ -320,7 +248,7 @@ class CapturedSteps:
     def lend(self, rows: Sequence[Row]) -> CapturedBlocks | str:
         """For a batch of these rows, until it is given back; captured first where none is free. Why not, where that
         fails: such a shape is not tried again. Only for batches that `why_not` has nothing against."""
-        assert self._graphs is not None
+        assert not isinstance(self._graphs, str)
         shape = BlockShape(
             num_rows=len(rows),
             block_length=rows[0].geometry.block_length,

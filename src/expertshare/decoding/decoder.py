@@ -10,7 +10,7 @@ from itertools import count
 
 import torch
 
-from expertshare.decoding.captured import CapturedBlocks, CapturedSteps, Graphs, graphs_of
+from expertshare.decoding.captured import CapturedBlocks, CapturedSteps
 from expertshare.decoding.commit_rules import StepState, choose, holds_eos
 from expertshare.decoding.forwards import AccountedModel, BlockCausal, Forwards, FullAttention, Ledger, Watcher
 from expertshare.decoding.options import DecodingOptions
@@ -111,15 +111,12 @@ class BlockDecoder:
     """Decodes prompts with one model, one runtime and one set of options; holds no state of its own but captured steps,
     which serve one batch after another."""
 
-    def __init__(
-        self, model: MoETransformer, runtime: Runtime, options: DecodingOptions, *, graphs: Graphs | None = None
-    ) -> None:
-        """graphs: how steps are captured, by default as the model's device does it, if it can. Raises PolicyError or
-        InputError for a policy or options that the model cannot work with."""
+    def __init__(self, model: MoETransformer, runtime: Runtime, options: DecodingOptions) -> None:
+        """Raises PolicyError or InputError for a policy or options that the model cannot work with."""
         self.model = model
         self.runtime = replace(runtime, policy=runtime.policy.bind(model.config.router))
         self.options = options.resolve(model.config)
-        self.captured = CapturedSteps(model, self.runtime, self.options, graphs or graphs_of(model.device))
+        self.captured = CapturedSteps(model, self.runtime, self.options)
 
     def blocks(
         self,

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from expertshare.config import RouterSpec
 from expertshare.errors import ConfigError, nearest
 from expertshare.routing import RoutingPolicy
 from expertshare.types import Arrivals, Bank, Coreset, QuantisedTable, Routed, RoutingPlan
+
+if TYPE_CHECKING:
+    from expertshare.kernels.triton.graphs import Graphs
 
 AUTO = "auto"
 BACKENDS = ("torch", "cpu", "triton")
@@ -90,9 +93,9 @@ class Backend(Protocol):
         """Whether `moe_ffn` computes while experts of a loan are still on their way, instead of waiting for them."""
         ...
 
-    @property
-    def capturable(self) -> bool:
-        """Whether a forward needs no word from the host, so that a graph can hold it."""
+    def graphs(self, device: torch.device) -> Graphs | str:
+        """How steps on this device are captured and replayed; or why they cannot be, for people: a graph holds only
+        what needs no word from the host."""
         ...
 
     def route(

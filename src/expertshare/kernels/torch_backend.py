@@ -6,6 +6,7 @@ Shapes as in backend.py; P here also counts pairs of a token and an expert, X ex
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ from expertshare.kernels.backend import LayerKeyValues, Past, check_excluded
 from expertshare.kernels.quantise import dequantised_experts, table_rows, table_slices
 from expertshare.routing import route_layer
 from expertshare.types import Arrivals, Bank, ExpertBank, QuantisedTable, RoutingPlan
+
+if TYPE_CHECKING:
+    from expertshare.kernels.triton.graphs import Graphs
 
 MOST_GROUPS = 1024
 """Of torch's grouped product on a GPU: fewer than these. A store's slots may be more."""
@@ -29,10 +33,15 @@ class TorchBackend:
 
     name = "torch"
     takes_arrivals = False
-    capturable = False
 
     route = staticmethod(route_layer)
     """Router scores, select, assign."""
+
+    def graphs(self, device: torch.device) -> Graphs | str:
+        """None: this backend asks the host while it runs."""
+        if device.type == "cpu":
+            return f"the model is on {device}; graphs are a GPU's"
+        return f"the backend {self.name!r} asks the host while it runs; 'triton' does not"
 
     def moe_ffn(self, x_TD: Tensor, plan: RoutingPlan, bank: Bank, arrivals: Arrivals | None = None) -> Tensor:
         """One grouped product: tokens of one expert side by side, without a host synchronisation.

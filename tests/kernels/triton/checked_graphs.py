@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expertshare.decoding.captured import Work
+from expertshare.kernels.triton.backend import TritonBackend
+from expertshare.kernels.triton.graphs import Graphs, Work
 
 WAITING = (
     *("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal"),
@@ -53,10 +54,11 @@ class Transcript(TorchDispatchMode):
         return repr(value)
 
 
-class CheckedGraphs:
-    """expertshare.decoding.captured.Graphs on the CPU. captures, replays, reads: how often each was asked for."""
+class CheckedGraphs(Graphs):
+    """Graphs on the CPU. captures, replays, reads: how often each was asked for."""
 
     def __init__(self, *, fails: bool = False) -> None:
+        super().__init__()
         self.captures = self.replays = self.reads = 0
         self._fails = fails
 
@@ -93,6 +95,16 @@ class CheckedGraphs:
         with transcript:
             work()
         return transcript.lines
+
+
+class CapturableBackend(TritonBackend):
+    """Its graphs are those that are given; else a GPU's where the model is on one, and checked ones elsewhere."""
+
+    def __init__(self, graphs: Graphs | None = None) -> None:
+        self._graphs = graphs
+
+    def graphs(self, device: torch.device) -> Graphs | str:
+        return self._graphs or (CheckedGraphs() if device.type == "cpu" else super().graphs(device))
 
 
 class OnHost(Tensor):

@@ -15,17 +15,17 @@ import torch
 
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.decoding import BlockDecoder, BlockResult, BlockStream, DecodingOptions
-from expertshare.decoding.captured import CapturedSteps, CudaGraphs, Graphs, capacity_for
+from expertshare.decoding.captured import CapturedSteps, capacity_for
 from expertshare.errors import NumericsError
 from expertshare.experts.store import ResidentSlabs
-from expertshare.kernels import TorchBackend
 from expertshare.kernels.triton.backend import TritonBackend
+from expertshare.kernels.triton.graphs import Graphs
 from expertshare.measure.cost import Cost
 from expertshare.models import MoETransformer, Runtime
 from expertshare.routing import RoutingPolicy, everything, parse_policy
 from expertshare.types import Coreset, RouterScores
 
-from .checked_graphs import CheckedGraphs, HostWaits
+from .checked_graphs import CapturableBackend, CheckedGraphs, HostWaits
 from .shapes import TINY_LLADA2, TINY_LLADA_MOE, TINY_SDAR
 from .test_model import model_of
 
@@ -59,10 +59,6 @@ def as_decoding_does() -> None:
     torch.use_deterministic_algorithms(False)  # it would fill what is allocated inside graphs, too
 
 
-def graphs_for(device: torch.device) -> Graphs:
-    return CudaGraphs() if device.type == "cuda" else CheckedGraphs()
-
-
 def decoder_of(
     config: ModelConfig,
     device: torch.device,
@@ -72,8 +68,8 @@ def decoder_of(
     captured: bool = True,
     graphs: Graphs | None = None,
 ) -> BlockDecoder:
-    runtime = Runtime(policy=parse_policy(policy), backend=TritonBackend(), graphs=captured)
-    return BlockDecoder(model_of(config, device), runtime, options, graphs=graphs or graphs_for(device))
+    runtime = Runtime(policy=parse_policy(policy), backend=CapturableBackend(graphs), graphs=captured)
+    return BlockDecoder(model_of(config, device), runtime, options)
 
 
 def answered(decoder: BlockDecoder, prompts: Sequence[Sequence[int]]) -> tuple[list[BlockResult], Cost, str | None]:
@@ -160,8 +156,8 @@ def test_a_store_of_all_experts_is_captured_and_counts_the_same(device: torch.de
         store = ResidentSlabs.__new__(ResidentSlabs)
         layout = SimpleNamespace(num_layers=len(banks), num_experts=config.router.num_experts)
         super(ResidentSlabs, store).__init__(layout, banks, device)  # type: ignore[arg-type]
-        runtime = Runtime(policy=parse_policy("des-vote"), backend=TritonBackend(), store=store, graphs=captured)
-        decoder = BlockDecoder(model, runtime, OPTIONS, graphs=graphs_for(device))
+        runtime = Runtime(policy=parse_policy("des-vote"), backend=CapturableBackend(), store=store, graphs=captured)
+        decoder = BlockDecoder(model, runtime, OPTIONS)
         blocks, _, uncaptured_because = answered(decoder, PROMPTS[:1])
         assert (uncaptured_because is None) == captured
         found.append((blocks, store._asked_N.tolist()))
@@ -205,7 +201,7 @@ def test_a_step_that_is_not_finite_writes_nothing_and_names_its_row(device: torc
 
 
 REASONS = [
-    ({"backend": TorchBackend()}, {}, False, "the backend 'torch' asks the host"),
+    ({"backend": TritonBackend()}, {}, False, "the model is on cpu; graphs are a GPU's"),
     ({"on_plan": lambda layer, plan: None}, {}, False, "are recorded"),
     ({"store": SimpleNamespace(resident=False)}, {}, False, "experts come and go in a store"),
     ({"graphs": False}, {}, False, "switched off"),
@@ -226,23 +222,19 @@ def test_why_a_batch_is_not_captured(
     runtime: dict[str, object], options: dict[str, object], watched: bool, reason: str | None
 ) -> None:
     config = CONFIGS["llada2"]
-    chosen = Runtime(**{"policy": parse_policy("vanilla"), "backend": TritonBackend(), **runtime})  # type: ignore[arg-type]
+    chosen = Runtime(**{"policy": parse_policy("vanilla"), "backend": CapturableBackend(), **runtime})  # type: ignore[arg-type]
     chosen = replace(chosen, policy=chosen.policy.bind(config.router))
     wanted = replace(OPTIONS, **options).resolve(config)  # type: ignore[arg-type]
-    why = CapturedSteps(MoETransformer(config), chosen, wanted, CheckedGraphs()).why_not(watched=watched)
+    why = CapturedSteps(MoETransformer(config), chosen, wanted).why_not(watched=watched)
     assert why is None if reason is None else why is not None and reason in why
 
 
-def test_full_attention_and_the_cpu_are_not_captured() -> None:
-    runtime = Runtime(policy=parse_policy("vanilla"), backend=TritonBackend())
-    for config, graphs, reason in (
-        (TINY_LLADA_MOE, CheckedGraphs(), "full attention"),
-        (CONFIGS["llada2"], None, "the model is on cpu; graphs are a GPU's"),
-    ):
-        model = MoETransformer(replace(config, attention="full") if graphs else config)
-        why = CapturedSteps(model, runtime, OPTIONS, graphs).why_not(watched=False)
-        assert why is not None
-        assert reason in why
+def test_full_attention_is_not_captured() -> None:
+    runtime = Runtime(policy=parse_policy("vanilla"), backend=CapturableBackend())
+    model = MoETransformer(replace(TINY_LLADA_MOE, attention="full"))
+    why = CapturedSteps(model, runtime, OPTIONS).why_not(watched=False)
+    assert why is not None
+    assert "full attention" in why
 
 
 def test_few_capacities_serve_many_lengths() -> None:

@@ -14,6 +14,7 @@ from expertshare.errors import ConfigError
 from expertshare.kernels.backend import check_excluded
 from expertshare.kernels.torch_backend import TorchBackend
 from expertshare.kernels.triton import check_devices, interpreted, power_of_two
+from expertshare.kernels.triton.graphs import Graphs
 from expertshare.kernels.triton.route import route_layer_triton
 from expertshare.kernels.weights import check_codes, check_layout, check_table, projections, shape_of, tensors_of
 from expertshare.types import Arrivals, Bank, ExpertBank, QuantisedTable, QuantisedWeight, RoutingPlan
@@ -36,9 +37,12 @@ class TritonBackend(TorchBackend):
     """
 
     name = "triton"
-    capturable = True
 
     route = staticmethod(route_layer_triton)
+
+    def graphs(self, device: torch.device) -> Graphs | str:
+        """CUDA's, on a GPU."""
+        return Graphs() if device.type == "cuda" else super().graphs(device)
 
     def moe_ffn(self, x_TD: Tensor, plan: RoutingPlan, bank: Bank, arrivals: Arrivals | None = None) -> Tensor:
         """In four kernels, of which none waits for the host and none touches an expert that nobody uses.

@@ -1,4 +1,4 @@
-"""The calls of CudaGraphs, in their order, by stand-ins for torch's: it has not been run on a GPU by these tests."""
+"""The calls of Graphs, in their order, by stand-ins for torch's: it has not been run on a GPU by these tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from expertshare.decoding.captured import CudaGraphs, graphs_of
+from expertshare.kernels import TorchBackend
+from expertshare.kernels.triton.backend import TritonBackend
+from expertshare.kernels.triton.graphs import Graphs
 
 
 class Recorded:
@@ -63,7 +65,7 @@ def test_work_is_warmed_up_aside_and_captured_into_one_pool(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: cuda.calls.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", cuda.graph_object)
     monkeypatch.setattr(torch.cuda, "graph", cuda.graph)
-    graphs = CudaGraphs()
+    graphs = Graphs()
     replay = graphs.capture(lambda: cuda.calls.append("work"), list)
     replay()
     assert cuda.calls == [
@@ -74,6 +76,8 @@ def test_work_is_warmed_up_aside_and_captured_into_one_pool(monkeypatch: pytest.
     assert cuda.pools == [None, (7, 7)]
 
 
-def test_only_gpus_have_graphs() -> None:
-    assert graphs_of(torch.device("cpu")) is None
-    assert isinstance(graphs_of(torch.device("cuda")), CudaGraphs)
+def test_only_gpus_have_graphs_and_only_of_what_does_not_ask_the_host() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert isinstance(TritonBackend().graphs(gpu), Graphs)
+    assert TritonBackend().graphs(cpu) == "the model is on cpu; graphs are a GPU's"
+    assert str(TorchBackend().graphs(gpu)).startswith("the backend 'torch' asks the host")
