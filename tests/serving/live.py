@@ -6,15 +6,16 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 from expertshare.serving.live import Event, LiveLimits, TraceSource, live_routes
+from expertshare.serving.requests import TraceRequest
 
 FACTS = {"name": "stub", "num_moe_layers": 2, "num_experts": 4, "block_length": 4}
 
@@ -35,18 +36,8 @@ class StubSource:
     def facts(self) -> Mapping[str, Any]:
         return self.model
 
-    def trace(
-        self,
-        prompt: str,
-        policies: Sequence[str],
-        *,
-        max_tokens: int,
-        seed: int,
-        stop: threading.Event,
-        tokens_per_step: int | None = None,
-    ) -> Iterator[Event]:
-        asked = {"prompt": prompt, "policies": policies, "max_tokens": max_tokens, "seed": seed}
-        self.asked.append({**asked, "tokens_per_step": tokens_per_step})
+    def trace(self, asked: TraceRequest, stop: threading.Event) -> Iterator[Event]:
+        self.asked.append(asdict(asked))
         try:
             for event in self.script():
                 while not self.allowed.acquire(timeout=0.005):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from expertshare.serving import event_stream
-from expertshare.serving.event_stream import EventStream, as_event
+from expertshare.serving import responses
+from expertshare.serving.responses import EventStream, as_event
 
 
 class Client:
@@ -73,7 +73,7 @@ def test_a_client_that_leaves_ends_the_stream_at_once() -> None:
 
 
 def test_a_comment_keeps_a_silent_stream_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_stream, "_ALIVE_EVERY_S", 0.02)
+    monkeypatch.setattr(responses, "_ALIVE_EVERY_S", 0.02)
     client, _ = run(Client, numbers(1, pause_s=0.1))
     assert client.taken.count(b": waiting\n\n") >= 2
     assert client.taken.endswith(b"data: 0\n\n")

@@ -22,6 +22,7 @@ from expertshare.routing import parse_policy
 pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
 
 from expertshare.serving.live import Event, ModelTraceSource
+from expertshare.serving.requests import TraceRequest
 
 MODEL = Path(__file__).parents[2] / "models" / "reference"
 PROMPT = "Write g(a) that returns a modulo 46. Then write f(data) that returns g of each of data."
@@ -46,8 +47,12 @@ def full_attention(loaded: LoadedModel) -> LoadedModel:
 def traced(loaded: LoadedModel, *, lock: threading.Lock | None = None, **asked: Any) -> list[Event]:
     options = asked.pop("options", None)
     source = ModelTraceSource(loaded, lock=lock or threading.Lock(), options=options)
-    wanted = {"max_tokens": 64, "seed": 0, "stop": threading.Event(), **asked}
-    return list(source.trace(wanted.pop("prompt", PROMPT), wanted.pop("policies", POLICIES), **wanted))
+    return list(source.trace(request(**asked), threading.Event()))
+
+
+def request(**asked: Any) -> TraceRequest:
+    wanted: dict[str, Any] = {"prompt": PROMPT, "policies": POLICIES, "max_tokens": 64, **asked}
+    return TraceRequest(**wanted)
 
 
 def of(events: list[Event], kind: str, run: int) -> list[Event]:
@@ -187,7 +192,7 @@ def test_what_cannot_be_decoded_is_refused_before_the_first_event(
 def test_a_stopped_trace_ends_with_the_step_at_hand(loaded: LoadedModel) -> None:
     stop, lock, seen = threading.Event(), threading.Lock(), []
     source = ModelTraceSource(loaded, lock=lock)
-    for event in source.trace(PROMPT, POLICIES, max_tokens=64, seed=0, stop=stop, tokens_per_step=1):
+    for event in source.trace(request(tokens_per_step=1), stop):
         seen.append(event["type"])
         assert not lock.locked()  # others may use the model between two steps
         if len(seen) == 4:
@@ -200,7 +205,7 @@ def test_a_trace_waits_for_the_model_and_can_be_stopped_meanwhile(loaded: Loaded
 
     def watch() -> None:
         source = ModelTraceSource(loaded, lock=lock)
-        seen.extend(source.trace(PROMPT, POLICIES, max_tokens=64, seed=0, stop=stop))
+        seen.extend(source.trace(request(), stop))
 
     with lock:
         thread = threading.Thread(target=watch)

@@ -11,8 +11,8 @@ import pytest
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
-from expertshare.serving.event_stream import DONE, as_event
-from expertshare.serving.replicas.forwarding import Call, Forwarding, ReplicaLostError, answer_call, holds_answer
+from expertshare.serving.forwarding import Call, Forwarding, ReplicaLostError, answer_call, holds_answer
+from expertshare.serving.responses import DONE, as_event
 
 CALL = Call(method="POST", path="/x", query=b"", headers=((b"a", b"b"),), body=b"body")
 LOST = None

@@ -18,11 +18,11 @@ from expertshare.errors import ConfigError
 from expertshare.models import LoadedModel
 from expertshare.ray_connection import chosen_address
 from expertshare.serving import EngineLimits, ServerSettings
-from expertshare.serving.replicas import Admission, ReplicaPlan, ReplicaScale, create_proxy
-from expertshare.serving.replicas.forwarding import Call, ReplicaLostError
-from expertshare.serving.replicas.ray_application import _options, reason_of
-from expertshare.serving.replicas.replica import Replica
+from expertshare.serving.forwarding import Call, ReplicaLostError
+from expertshare.serving.proxy import Admission, create_proxy
+from expertshare.serving.ray_application import Replica, ReplicaPlan, _options, reason_of
 from expertshare.serving.scheduling import EngineBusyError
+from expertshare.serving.settings import ReplicaScale
 
 from .server import PROMPTS, REFERENCE, alone
 
@@ -140,7 +140,7 @@ def test_an_admission_that_is_closed_lets_requests_finish(here: Here) -> None:
     admission = Admission()
 
     async def visit() -> None:
-        async with admission.request():
+        with admission.request():
             assert admission.num_running == 1
             admission.drain()
             assert not admission.wait_until_idle(0)

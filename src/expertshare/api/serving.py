@@ -24,8 +24,10 @@ from expertshare.models.tokenizer import load_tokenizer, token_ids
 from expertshare.routing import RoutingPolicy, native_policy, parse_policy
 from expertshare.serving import Engine, EngineLimits, OfferedPolicies, ServerSettings
 from expertshare.serving.live import page_paths
-from expertshare.serving.logs import log_config
-from expertshare.serving.replicas import Admission, ReplicaPlan, ReplicaScale, create_proxy, replicas_on_ray
+from expertshare.serving.proxy import Admission, create_proxy
+from expertshare.serving.ray_application import ReplicaPlan, replicas_on_ray
+from expertshare.serving.settings import ReplicaScale
+from expertshare.serving.telemetry import log_config
 from expertshare.tuning.policy_file import PolicyFile
 
 

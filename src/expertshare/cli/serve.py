@@ -99,8 +99,8 @@ def serve(
     from expertshare.serving import EngineLimits, ServerSettings, create_app, page_routes
     from expertshare.serving import serve as serve_app
     from expertshare.serving.live import page_paths
-    from expertshare.serving.logs import checked_level
-    from expertshare.serving.replicas import ReplicaScale
+    from expertshare.serving.settings import ReplicaScale
+    from expertshare.serving.telemetry import checked_level
 
     scale = ReplicaScale(**replicas.arguments())
     if scale.on_ray and compute.device != "cpu":

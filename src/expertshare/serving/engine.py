@@ -6,22 +6,21 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, Self
+from typing import Self
 
 from expertshare.decoding import BlockSession, DecodingOptions
 from expertshare.decoding.row import check_prompts
 from expertshare.errors import InputError
 from expertshare.experts import SlabStore, StoreStatistics
 from expertshare.models import LoadedModel, Runtime
-from expertshare.serving.fair_lock import FairLock
 from expertshare.serving.scheduling import (
     EngineBusyError,
-    EngineClosedError,
     EngineCounts,
     Event,
     Failure,
+    FairLock,
     Listener,
     Order,
     PolicyGroup,
@@ -29,12 +28,12 @@ from expertshare.serving.scheduling import (
     UsageLedger,
 )
 from expertshare.serving.settings import EngineLimits, OfferedPolicies
+from expertshare.serving.uvicorn_server import Drainable
 
-EngineState = Literal["new", "ready", "draining", "closed", "broken"]
 _LONGEST_RETRY_S = 60
 
 
-class Engine:
+class Engine(Drainable):
     """Continuous batching at block boundaries. Use as `with Engine(...) as engine`, or `start` and `close` it.
 
     Rows of one policy and block length run together; groups of different ones take turns, a step each. A row joins its
@@ -56,6 +55,7 @@ class Engine:
         """runtime: how to run the model; its policy is the default one. store: the runtime's, for its figures.
         options: defaults of requests, checked here. chat: whether prompts of the live page go through the chat
         template. Raises InputError or PolicyError."""
+        super().__init__("new")
         self.loaded, self.chat, self._store = loaded, chat, store
         self.limits, self.options = limits or EngineLimits(), options or DecodingOptions()
         self.options.resolve(loaded.config)
@@ -64,11 +64,9 @@ class Engine:
         config, dtype = loaded.config, loaded.model.dtype
         self._bytes_per_expert = runtime.bytes_per_expert or config.num_expert_parameters * dtype.itemsize
         self.model_lock = FairLock()
-        self.counts = EngineCounts(config.num_moe_layers)
-        self._changed = threading.Condition()
+        self.counts = EngineCounts([0] * config.num_moe_layers)
         self._waiting: deque[Ticket] = deque()
-        self._groups: deque[tuple[Hashable, PolicyGroup]] = deque()
-        self._state: EngineState = "new"
+        self._groups: deque[PolicyGroup] = deque()
         self._stop = False
         self._seconds_per_row = 1.0
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -84,18 +82,14 @@ class Engine:
         """Rows decoded at once: one where the expert store cannot hold a whole layer, because several rows may need
         more experts together than fit into it."""
         statistics = self.store_statistics()
-        narrow = statistics is not None and statistics.slots < self.loaded.config.router.num_experts
-        return 1 if narrow and statistics is not None and statistics.kind == "budget" else self.limits.max_batch
+        if statistics is None or statistics.kind != "budget":
+            return self.limits.max_batch
+        return 1 if statistics.slots < self.loaded.config.router.num_experts else self.limits.max_batch
 
     @property
     def most_at_once(self) -> int:
         """Rows that one call of `submit` can order: more would not even fit where nobody else is."""
         return self.max_rows + self.limits.max_queue
-
-    @property
-    def state(self) -> EngineState:
-        """ "broken": its thread has ended by itself, and nothing will be decoded any more."""
-        return self._state
 
     @property
     def num_waiting(self) -> int:
@@ -105,7 +99,7 @@ class Engine:
     @property
     def num_running(self) -> int:
         """Rows that have a place, those that join at the next end of a block included."""
-        return sum(len(group.tickets) for _, group in list(self._groups))
+        return sum(len(group.tickets) for group in list(self._groups))
 
     def store_statistics(self) -> StoreStatistics | None:
         """Of the expert store, where there is one."""
@@ -133,8 +127,7 @@ class Engine:
         deadline = now + min(self.limits.timeout_s, timeout_s if timeout_s is not None else math.inf)
         tickets = [Ticket(order=o, listener=listen, asked_at=now, deadline=deadline) for o, listen in checked]
         with self._changed:
-            if self._state != "ready":
-                raise EngineClosedError(f"expected a server that is ready, but it is {self._state}: ask another one")
+            self._check_ready()
             free = self.max_rows - self.num_running
             if len(self._waiting) + len(tickets) > self.limits.max_queue + max(0, free):
                 raise EngineBusyError(
@@ -158,17 +151,6 @@ class Engine:
             if self._state == "new":
                 self._state = "ready"
                 self._thread.start()
-
-    def drain(self) -> None:
-        """Finish what was ordered and take nothing new."""
-        with self._changed:
-            if self._state == "ready":
-                self._state = "draining"
-
-    def wait_until_idle(self, timeout_s: float) -> bool:
-        """Whether nothing is waiting or running, after `timeout_s` seconds at most."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._has_work(), timeout_s)
 
     def close(self) -> None:
         """Stop after the current step; rows that are not finished are told so."""
@@ -209,32 +191,37 @@ class Engine:
                 return False
             self._sweep()
             self._assign()
-            group = self._groups[0][1] if self._groups else None
+            group = self._groups[0] if self._groups else None
             self._groups.rotate(-1)
         if group is not None:
             with self.model_lock:
                 group.step()
         with self._changed:
-            self._groups = deque(entry for entry in self._groups if entry[1].tickets)
+            self._forget_empty_groups()
             self._changed.notify_all()
         return True
 
     def _sweep(self) -> None:
         """Drop who is cancelled or late, from the queue and from the middle of blocks."""
         now = time.monotonic()
-        running = [ticket for _, group in self._groups for ticket in group.tickets]
-        for ticket in [*self._waiting, *running]:
+        for ticket in self._tickets():
             if not ticket.cancelled and ticket.deadline > now:
                 continue
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
-            for _, group in self._groups:
+            for group in self._groups:
                 group.drop(ticket)
             if ticket.cancelled:
                 self.counts.finished["cancelled"] += 1
             else:
                 self._tell(ticket, Failure(kind="deadline", message="the answer took longer than this server allows"))
-        self._groups = deque(entry for entry in self._groups if entry[1].tickets)
+        self._forget_empty_groups()
+
+    def _tickets(self) -> list[Ticket]:
+        return [*self._waiting, *(ticket for group in self._groups for ticket in group.tickets)]
+
+    def _forget_empty_groups(self) -> None:
+        self._groups = deque(group for group in self._groups if group.tickets)
 
     def _assign(self) -> None:
         """Give free places to those who wait, in the order of asking."""
@@ -246,14 +233,13 @@ class Engine:
 
     def _group_of(self, order: Order) -> PolicyGroup:
         key = (order.policy, order.options.block_length)
-        for known, group in self._groups:
-            if known == key:
+        for group in self._groups:
+            if group.key == key:
                 return group
         ledger = UsageLedger(self.counts, self._bytes_per_expert)
         session = BlockSession(self.loaded.model, replace(self.runtime, policy=order.policy), ledger)
-        group = PolicyGroup(session, ledger, self._tell)
-        self._groups.append((key, group))
-        return group
+        self._groups.append(PolicyGroup(key, session, ledger, self._tell))
+        return self._groups[-1]
 
     def _tell(self, ticket: Ticket, event: Event) -> None:
         if isinstance(event, Failure):
@@ -269,7 +255,7 @@ class Engine:
         with self._changed:
             broken = not self._stop
             self._state = "broken" if broken else "closed"
-            left = [*self._waiting, *(ticket for _, group in self._groups for ticket in group.tickets)]
+            left = self._tickets()
             self._waiting.clear()
             self._groups.clear()
             self._changed.notify_all()

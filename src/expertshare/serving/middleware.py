@@ -7,16 +7,14 @@ import hmac
 import time
 import uuid
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from expertshare.serving.logs import log
-from expertshare.serving.metrics import RequestMetrics
-from expertshare.serving.refusals import Refusal
+from expertshare.serving.responses import Refusal
 from expertshare.serving.settings import ServerSettings
+from expertshare.serving.telemetry import RequestMetrics, log
 
 NOTES = "expertshare.notes"
 """Where in the scope a route puts what the log should say of the request."""
@@ -40,24 +38,38 @@ class RequestChecks:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, send)
+        number, began = uuid.uuid4().hex, time.monotonic()
+        status = 500  # where nothing is sent: an error that nobody foresaw is on its way past this
+        scope[NOTES] = {}
+
+        async def send_numbered(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = [*message.get("headers", []), (b"x-request-id", number.encode())]
+                message = {**message, "headers": headers}
+            await send(message)
+
         try:
             self._check_key(scope)
-            replay = await self._with_body(scope, receive)
-            if replay is None:
-                exchange.status = LEFT
+            body = await self._read_body(scope, receive)
+            if body is None:
+                status = LEFT
             else:
-                await self._app(scope, replay, exchange.send)
+                await self._app(scope, replay(body, receive), send_numbered)
         except Refusal as refusal:
-            await refusal.response()(scope, receive, exchange.send)
+            await refusal.response()(scope, receive, send_numbered)
         finally:
-            self._note(scope, exchange)
+            seconds, path = time.monotonic() - began, _path(scope)
+            self._metrics.requests.labels(path, str(status)).inc()
+            self._metrics.seconds.labels(path).observe(seconds)
+            asked = {"id": number, "method": scope["method"], "path": path}
+            log("request", **asked, status=status, seconds=round(seconds, 6), **scope[NOTES])
 
     def _check_key(self, scope: Scope) -> None:
         if self._key is None or scope["path"] in self._open_paths:
             return
-        given = Headers(scope=scope).get("authorization", "")
-        scheme, _, key = given.partition(" ")
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         right = hmac.compare_digest(key.strip().encode("latin-1"), self._key)
         if not (right and scheme.lower() == "bearer"):
             raise Refusal(
@@ -67,85 +79,36 @@ class RequestChecks:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    async def _with_body(self, scope: Scope, receive: Receive) -> Receive | None:
-        """A `receive` that gives the whole body at once; None where the client has left before its end."""
-        most = self._settings.max_body_bytes
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The whole body; None where the client has left before its end."""
+        most, seconds = self._settings.max_body_bytes, self._settings.body_timeout_s
         told = Headers(scope=scope).get("content-length", "0")
-        if told.isdecimal() and int(told[:20]) > most:
-            raise self._too_long()
-        body = bytearray()
+        body, more, too_long = bytearray(), True, told.isdecimal() and int(told[:20]) > most
         try:
-            async with asyncio.timeout(self._settings.body_timeout_s):
-                more = True
-                while more:
+            async with asyncio.timeout(seconds):
+                while more and not too_long:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
                     body += message.get("body", b"")
-                    if len(body) > most:
-                        raise self._too_long()
-                    more = message.get("more_body", False)
+                    more, too_long = message.get("more_body", False), len(body) > most
         except TimeoutError as error:
-            message_text = f"the body did not come within {self._settings.body_timeout_s:g} s: send it faster"
-            raise Refusal(408, message_text, code="body_timeout", headers=_CLOSE) from error
-        return _Replay(bytes(body), receive)
-
-    def _too_long(self) -> Refusal:
-        most = self._settings.max_body_bytes
-        return Refusal(
-            413, f"the body may have {most} bytes: send a shorter one", code="body_too_large", headers=_CLOSE
-        )
-
-    def _note(self, scope: Scope, exchange: _Exchange) -> None:
-        seconds, path = time.monotonic() - exchange.began, _path(scope)
-        self._metrics.requests.labels(path, str(exchange.status)).inc()
-        self._metrics.seconds.labels(path).observe(seconds)
-        log(
-            "request",
-            id=exchange.number,
-            method=scope["method"],
-            path=path,
-            status=exchange.status,
-            seconds=round(seconds, 6),
-            **scope[NOTES],
-        )
+            text = f"the body did not come within {seconds:g} s: send it faster"
+            raise Refusal(408, text, code="body_timeout", headers=_CLOSE) from error
+        if too_long:
+            text = f"the body may have {most} bytes: send a shorter one"
+            raise Refusal(413, text, code="body_too_large", headers=_CLOSE)
+        return bytes(body)
 
 
-@dataclass(slots=True)
-class _Exchange:
-    """One request: its number, when it began, and the status that was sent (500: an error that nobody foresaw is on its
-    way past the middleware)."""
+def replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body at once, then whatever comes."""
+    unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-    scope: Scope
-    inner: Send
-    number: str = field(default_factory=lambda: uuid.uuid4().hex)
-    began: float = field(default_factory=time.monotonic)
-    status: int = 500
+    async def receive_again() -> Message:
+        return unread.pop() if unread else await receive()
 
-    def __post_init__(self) -> None:
-        self.scope[NOTES] = {}
-
-    async def send(self, message: Message) -> None:
-        """Pass a message on, with the number in the headers."""
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            headers = [*message.get("headers", []), (b"x-request-id", self.number.encode())]
-            message = {**message, "headers": headers}
-        await self.inner(message)
-
-
-class _Replay:
-    """Gives the body that was read, then whatever comes."""
-
-    def __init__(self, body: bytes, receive: Receive) -> None:
-        self._body: bytes | None = body
-        self._receive = receive
-
-    async def __call__(self) -> Message:
-        if self._body is None:
-            return await self._receive()
-        body, self._body = self._body, None
-        return {"type": "http.request", "body": body, "more_body": False}
+    return receive_again
 
 
 def _path(scope: Scope) -> str:

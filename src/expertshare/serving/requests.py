@@ -1,16 +1,22 @@
-"""What clients may send: OpenAI's parameters as far as a block-diffusion model has a meaning for them, and ours."""
+"""What clients may send: OpenAI's parameters as far as a block-diffusion model has a meaning for them, ours, and what
+the live page asks for."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from expertshare.serving.refusals import Refusal
+from expertshare.errors import InputError, nearest
+from expertshare.serving.generation import GenerationRequest
+from expertshare.serving.responses import LONGEST_QUOTE, Refusal
+from expertshare.serving.settings import LiveLimits
+from expertshare.serving.text import Prompt
 
 MAX_STOPS = 16
-LONGEST_QUOTE = 200
-"""Characters of what a client sent that an error says again."""
 
 HARMLESS = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"})
 """Accepted and without effect: they say nothing about the answer."""
@@ -52,7 +58,8 @@ class StreamOptions(_Strict):
 class _Sampling(_Strict):
     """What both kinds of request have. threshold, top_k and expert_policy are ours."""
 
-    supported: ClassVar[str]
+    prompt_param: ClassVar[str]
+    """What the prompts are called."""
 
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -92,16 +99,22 @@ class _Sampling(_Strict):
         return kept
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        """As a tuple, whatever was given."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-    @property
     def answer_tokens(self) -> int | None:
         """Most tokens to generate; None: the server's default."""
         return self.max_tokens
+
+    def generation(self, prompts: Sequence[Sequence[int]]) -> GenerationRequest:
+        """What is asked of the engine. prompts: token ids. Raises Refusal for parameters that contradict each other."""
+        given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "threshold", "seed")}
+        return GenerationRequest(
+            prompts=prompts,
+            count=self.n or 1,
+            decoding={name: value for name, value in given.items() if value is not None},
+            policy=self.expert_policy,
+            stops=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            max_tokens=self.answer_tokens,
+            param=self.prompt_param,
+        )
 
 
 class TextPart(_Strict):
@@ -134,8 +147,19 @@ class Message(_Strict):
 class ChatRequest(_Sampling):
     """The body of POST /v1/chat/completions."""
 
+    prompt_param = "messages"
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The conversation, which is one prompt."""
+        return [[{"role": message.role, "content": message.text} for message in self.messages]]
+
+    @property
+    def said(self) -> list[str]:
+        """The texts of the prompt, for the log."""
+        return [message.text for message in self.messages]
 
     @property
     def answer_tokens(self) -> int | None:
@@ -154,17 +178,16 @@ _Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class CompletionRequest(_Sampling):
     """POST /v1/completions. prompt: text or token ids, or a list of either."""
 
+    prompt_param = "prompt"
     prompt: _Text | _Ids | Annotated[list[_Text], Field(min_length=1)] | Annotated[list[_Ids], Field(min_length=1)]
 
     @property
-    def prompts(self) -> list[str | list[int]]:
-        """The prompts, one for each answer."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if isinstance(prompt[0], int):
-            return [prompt]
-        return list(prompt)
+    def prompts(self) -> list[Prompt]:
+        """Each of them by itself."""
+        prompt: Any = self.prompt
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
+
+    said = prompts
 
 
 def _is_neutral(name: str, given: Any) -> bool:
@@ -172,3 +195,100 @@ def _is_neutral(name: str, given: Any) -> bool:
     return any(
         given == neutral and isinstance(given, bool) == isinstance(neutral, bool) for neutral in NEUTRAL.get(name, ())
     )
+
+
+MAX_SEED = 2**53 - 1
+"""The largest whole number that JavaScript holds exactly."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TraceRequest:
+    """One prompt, one or two policies, how many tokens, and the seed of sampling. tokens_per_step: None writes what is
+    surer than the server's threshold."""
+
+    prompt: str
+    policies: tuple[str, ...]
+    max_tokens: int
+    seed: int = 0
+    tokens_per_step: int | None = None
+
+    @classmethod
+    def read(cls, body: bytes, limits: LiveLimits) -> TraceRequest:
+        """Raises InputError for anything that is not such a request, or that goes beyond the limits."""
+        try:
+            value = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"the body is not JSON in UTF-8: {error}. Send an object like {_EXAMPLE}") from error
+        if not isinstance(value, dict):
+            raise InputError(f"expected a JSON object, got {type(value).__name__}. Send one like {_EXAMPLE}")
+        known = [field.name for field in fields(cls)]
+        for key in value:
+            if key not in known:
+                raise InputError(f"unknown key {key[:80]!r}. {nearest(key[:80], known)}")
+        steps = value.get("tokens_per_step")
+        return cls(
+            prompt=_prompt(value.get("prompt"), limits),
+            policies=_policies(value.get("policies"), limits),
+            max_tokens=_whole("max_tokens", value.get("max_tokens", limits.tokens_first), limits),
+            seed=_whole("seed", value.get("seed", 0), limits),
+            tokens_per_step=None if steps is None else _whole("tokens_per_step", steps, limits),
+        )
+
+
+_EXAMPLE = '{"prompt": "Solve 3x + 5 = 17.", "policies": ["vanilla", "des-vote"], "max_tokens": 64, "seed": 0}'
+
+
+def _numbers(limits: LiveLimits) -> dict[str, dict[str, Any]]:
+    """The bounds of numbers, as JSON Schema."""
+    return {
+        "max_tokens": {"type": "integer", "minimum": 1, "maximum": limits.max_tokens},
+        "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
+        "tokens_per_step": {"type": ["integer", "null"], "minimum": 1, "maximum": limits.max_tokens},
+    }
+
+
+def trace_schema(limits: LiveLimits) -> dict[str, Any]:
+    """The body as JSON Schema, for the OpenAPI description."""
+    policy = {"type": "string", "enum": list(limits.policies)}
+    return {
+        "type": "object",
+        "required": ["prompt", "policies"],
+        "additionalProperties": False,
+        "properties": {
+            "prompt": {"type": "string", "minLength": 1, "maxLength": limits.max_prompt_chars},
+            "policies": {"type": "array", "items": policy, "minItems": 1, "maxItems": 2},
+            **_numbers(limits),
+        },
+        "example": json.loads(_EXAMPLE),
+    }
+
+
+def _prompt(value: object, limits: LiveLimits) -> str:
+    if not isinstance(value, str):
+        kind = "nothing" if value is None else type(value).__name__
+        raise InputError(f"prompt must be a string, got {kind}. Write what the model should answer.")
+    if not value.strip():
+        raise InputError("prompt must hold some text, got an empty one. Write what the model should answer.")
+    if len(value) > limits.max_prompt_chars:
+        raise InputError(
+            f"prompt may hold {limits.max_prompt_chars} characters on this server, got {len(value)}. Shorten it."
+        )
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise InputError("prompt holds half of a surrogate pair, which is no text. Send it as plain UTF-8.")
+    return value
+
+
+def _policies(value: object, limits: LiveLimits) -> tuple[str, ...]:
+    if not isinstance(value, list) or not 1 <= len(value) <= 2 or not all(isinstance(name, str) for name in value):
+        raise InputError('policies must be a list of one or two strings, e.g. ["vanilla", "des-vote"].')
+    for name in value:
+        if name not in limits.policies:
+            raise InputError(f"policy {name[:80]!r} is not offered here. {nearest(name[:80], limits.policies)}")
+    return tuple(value)
+
+
+def _whole(name: str, value: object, limits: LiveLimits) -> int:
+    least, most = (_numbers(limits)[name][bound] for bound in ("minimum", "maximum"))
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise InputError(f"{name} must be a whole number in {least}..{most}, got {str(value)[:80]}. Change {name}.")
+    return value

@@ -1,9 +1,10 @@
-"""What is asked of the engine, the rows that are decoded together, and what each of them has cost."""
+"""What is asked of the engine, the rows that are decoded together, what each of them has cost, and whose turn it is."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -80,30 +81,26 @@ class Ticket:
     number: int | None = None
     steps: int = 0
     forwards: int = 0
-    cancelled: bool = field(default=False)
+    cancelled: bool = False
 
 
 @dataclass(slots=True)
 class EngineCounts:
     """Since the engine began; only its thread writes. N MoE layers.
 
-    forwards, expert_bytes: by kind of forward. row_steps: denoising steps of rows (one forward is a step of every row
-    in it). unique_sum_N over unique_blocks: unique experts of blocks in denoising forwards, by layer. finished: rows by
+    unique_sum_N over unique_blocks: unique experts of blocks in denoising forwards, by layer. forwards, expert_bytes:
+    by kind of forward. row_steps: denoising steps of rows (one forward is a step of every row in it). finished: rows by
     how they ended.
     """
 
-    num_layers: int
+    unique_sum_N: list[int]
     forwards: Counter[ForwardKind] = field(default_factory=Counter)
     expert_bytes: Counter[ForwardKind] = field(default_factory=Counter)
     row_steps: int = 0
     unique_blocks: int = 0
-    unique_sum_N: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finished: Counter[str] = field(default_factory=Counter)
-
-    def __post_init__(self) -> None:
-        self.unique_sum_N = [0] * self.num_layers
 
 
 @dataclass(slots=True)
@@ -142,7 +139,7 @@ class UsageLedger:
 
     def unique_experts(self, row: int) -> Mapping[ForwardKind, float]:
         """Mean of a row so far, by kind of forward."""
-        unique, blocks, layers = self._unique[row], self._blocks[row], self.counts.num_layers
+        unique, blocks, layers = self._unique[row], self._blocks[row], len(self.counts.unique_sum_N)
         return {kind: unique[kind] / max(1, blocks[kind] * layers) for kind in FORWARD_KINDS}
 
     def forget(self, row: int) -> None:
@@ -156,19 +153,15 @@ Tell = Callable[[Ticket, Event], None]
 
 @dataclass(slots=True)
 class PolicyGroup:
-    """A session, whose rows are whose, and who joins at the next end of a block."""
+    """A session, whose rows are whose, and who joins at the next end of a block. key: what its rows have in common."""
 
+    key: Hashable
     session: BlockSession
     ledger: UsageLedger
     tell: Tell
     joining: list[Ticket] = field(default_factory=list)
     _rows: dict[int, Ticket] = field(default_factory=dict)
     _at_block_end: bool = True
-
-    @property
-    def counts(self) -> EngineCounts:
-        """Rows that run and wait, of the whole server."""
-        return self.ledger.counts
 
     @property
     def tickets(self) -> list[Ticket]:
@@ -217,13 +210,13 @@ class PolicyGroup:
             return
         for number, ticket in zip(numbers, tickets, strict=True):
             ticket.number, self._rows[number] = number, ticket
-            self.counts.prompt_tokens += len(ticket.order.prompt)
+            self.ledger.counts.prompt_tokens += len(ticket.order.prompt)
 
     def _deliver(self, block: BlockResult) -> None:
         ticket = self._rows[block.row]
         ticket.steps += block.steps
         ticket.forwards += block.forwards
-        self.counts.completion_tokens += len(block.token_ids)
+        self.ledger.counts.completion_tokens += len(block.token_ids)
         unique = self.ledger.unique_experts(block.row)
         usage = RowUsage(steps=ticket.steps, forwards=ticket.forwards, unique_experts=unique)
         if block.finish_reason is not None:
@@ -241,3 +234,38 @@ class PolicyGroup:
         del self._rows[number]
         self.session.leave(number)
         self.ledger.forget(number)
+
+
+class FairLock:
+    """Like threading.Lock, but fair: a thread that asks again at once after a release waits behind earlier ones.
+
+    The engine holds it for one forward pass at a time, so that the live page can run the model in between.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._line: deque[object] = deque()
+
+    def acquire(self, timeout: float = -1) -> bool:
+        """Wait for a turn, at most `timeout` seconds (negative: as long as it takes); whether it came."""
+        me = object()
+        with self._changed:
+            self._line.append(me)
+            if self._changed.wait_for(lambda: self._line[0] is me, None if timeout < 0 else timeout):
+                return True
+            self._line.remove(me)
+            return False
+
+    def release(self) -> None:
+        """Let the next one have its turn. RuntimeError where nobody has one."""
+        with self._changed:
+            if not self._line:
+                raise RuntimeError("release of a lock that nobody holds")
+            self._line.popleft()
+            self._changed.notify_all()
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()

@@ -1,10 +1,11 @@
-"""What the operator of a server decides: bounds, policies, replicas."""
+"""What the operator of a server decides: bounds, policies, replicas, the live page."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from expertshare.config import RouterSpec
 from expertshare.errors import ConfigError, PolicyError
@@ -23,9 +24,7 @@ class EngineLimits:
     max_context: int | None = None
 
     def __post_init__(self) -> None:
-        _at_least(1, max_batch=self.max_batch, max_context=self.max_context)
-        _at_least(0, max_queue=self.max_queue)
-        _positive(timeout_s=self.timeout_s)
+        _check(self, at_least_1=("max_batch", "max_context"), at_least_0=("max_queue",), seconds=("timeout_s",))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,25 +47,23 @@ class ServerSettings:
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
-        _at_least(
-            1,
-            max_body_bytes=self.max_body_bytes,
-            max_prompt_tokens=self.max_prompt_tokens,
-            max_choices=self.max_choices,
-        )
-        _positive(body_timeout_s=self.body_timeout_s, send_timeout_s=self.send_timeout_s)
+        numbers = ("max_body_bytes", "max_prompt_tokens", "max_choices")
+        _check(self, at_least_1=numbers, seconds=("body_timeout_s", "send_timeout_s"))
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("expected an API key of some characters, got an empty one: give one, or none at all")
 
 
-def _at_least(least: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}: change it")
-
-
-def _positive(**values: float) -> None:
-    for name, value in values.items():
+def _check(
+    settings: object, *, at_least_1: Sequence[str], at_least_0: Sequence[str] = (), seconds: Sequence[str]
+) -> None:
+    """Raises ConfigError for a field that is out of bounds."""
+    for least, names in ((1, at_least_1), (0, at_least_0)):
+        for name in names:
+            value = getattr(settings, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}: change it")
+    for name in seconds:
+        value = getattr(settings, name)
         if not 0 < value < math.inf:
             raise ConfigError(f"{name} must be a finite number of seconds greater than 0, got {value!r}: change it")
 
@@ -163,3 +160,57 @@ class ReplicaScale:
         if asked is not None and asked < 1:
             raise ConfigError(f"threads must be at least 1, got {asked}: change --threads")
         return asked or max(1, cores // self.most)
+
+
+_FIRST = ("vanilla", "des-vote")
+POLICIES_SHOWN = (*_FIRST, *(name for name in POLICIES if name not in _FIRST))
+
+EXAMPLES = (
+    "Tom has 12 apples. He finds 7 more. He sells 4. How many apples does Tom have now?",
+    "Solve 3x + 5 = 17.",
+    "Write g(a) that returns a modulo 46. Then write f(data) that returns g of each of data.",
+)
+"""Prompts to start from: of the kinds that the reference model knows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LiveLimits:
+    """Bounds of one trace. policies: what can be chosen, as `expertshare generate --policy` takes it; the page starts
+    with the first two. max_prompt_chars, max_tokens: longest prompt and answer. max_seconds: a trace is stopped then.
+    send_timeout_s: for a client to take an event; one that takes longer is given up.
+    """
+
+    policies: tuple[str, ...] = POLICIES_SHOWN
+    examples: tuple[str, ...] = EXAMPLES
+    max_prompt_chars: int = 4000
+    max_tokens: int = 256
+    default_tokens: int = 64
+    max_seconds: float = 300.0
+    send_timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.policies:
+            raise ConfigError("expected at least one policy for the live page, got none: name some, e.g. vanilla")
+        for name in ("max_prompt_chars", "max_tokens", "default_tokens", "max_seconds", "send_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be greater than 0, got {getattr(self, name)}: raise it")
+
+    @property
+    def tokens_first(self) -> int:
+        """Longest answer where a request does not say."""
+        return min(self.default_tokens, self.max_tokens)
+
+    @property
+    def max_body_bytes(self) -> int:
+        """Longest request body: the prompt with every character escaped as a surrogate pair, and space for the rest."""
+        return 12 * self.max_prompt_chars + 4096
+
+    def to_json(self) -> dict[str, Any]:
+        """What the page needs to know of them."""
+        return {
+            "policies": list(self.policies),
+            "examples": list(self.examples),
+            "max_prompt_chars": self.max_prompt_chars,
+            "max_tokens": self.max_tokens,
+            "default_tokens": self.tokens_first,
+        }

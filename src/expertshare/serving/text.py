@@ -6,15 +6,18 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from expertshare.decoding import TextStream
 from expertshare.errors import InputError
 from expertshare.models import LoadedModel, decode_answer, encode_chat, encode_prompt
-from expertshare.serving.requests import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+Prompt = str | list[int] | list[dict[str, str]]
+"""Text as it is, token ids, or the turns of a conversation, each with role and content."""
 
 
 class Codec:
@@ -26,27 +29,21 @@ class Codec:
         self._tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         self._lock = threading.Lock()
 
-    async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation; in a thread, because a long one takes a while. Raises InputError."""
-        turns = [{"role": message.role, "content": _checked(message.text)} for message in messages]
-        return await asyncio.to_thread(self._locked_chat, turns)
-
-    async def encode_text(self, text: str) -> list[int]:
-        """Ids of a text as it is. Raises InputError."""
-        return await asyncio.to_thread(self._locked_text, _checked(text))
+    async def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; in a thread, because a long one takes a while. Raises InputError."""
+        if isinstance(prompt, str):
+            return await asyncio.to_thread(self._locked, encode_prompt, _checked(prompt), chat=False)
+        turns = [{**turn, "content": _checked(turn["content"])} for turn in prompt if not isinstance(turn, int)]
+        return await asyncio.to_thread(self._locked, encode_chat, turns) if turns else cast("list[int]", prompt)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer. Not behind the lock: it changes nothing in a tokenizer, and may not wait for a long prompt
         to be encoded."""
         return decode_answer(self._tokenizer, ids)
 
-    def _locked_chat(self, turns: list[dict[str, str]]) -> list[int]:
+    def _locked(self, encode: Callable[..., list[int]], what: object, **how: object) -> list[int]:
         with self._lock:
-            return encode_chat(self._tokenizer, turns)
-
-    def _locked_text(self, text: str) -> list[int]:
-        with self._lock:
-            return encode_prompt(self._tokenizer, text, chat=False)
+            return encode(self._tokenizer, what, **how)
 
 
 def _checked(text: str) -> str:

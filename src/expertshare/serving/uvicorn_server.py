@@ -1,51 +1,69 @@
-"""The process: uvicorn with a drain before it ends."""
+"""The process: uvicorn, which lets an engine finish what it has begun before it ends."""
 
 from __future__ import annotations
 
 import socket
 import threading
+from abc import ABC, abstractmethod
 from types import FrameType
-from typing import Protocol
+from typing import Literal
 
 import uvicorn
 from fastapi import FastAPI
 
 from expertshare.errors import InputError
-from expertshare.serving.logs import log, log_config
+from expertshare.serving.scheduling import EngineClosedError
+from expertshare.serving.telemetry import log, log_config
 
+State = Literal["new", "ready", "draining", "closed", "broken"]
 _LAST_BYTES_S = 5
 """For responses whose rows are finished to reach their clients."""
 
 
-class Drainable(Protocol):
-    """What a server lets finish before it ends: an engine, or the admission to several."""
+class Drainable(ABC):
+    """What a server lets finish before it ends: an engine, or the admission to several. `_changed` guards the state,
+    and is notified whenever there is less to do."""
+
+    def __init__(self, state: State) -> None:
+        self._changed = threading.Condition()
+        self._state: State = state
 
     @property
-    def state(self) -> str:
-        """In a word, for the log."""
-        ...
+    def state(self) -> State:
+        """Whether work is taken; "broken": the thread that does it has ended by itself, and no more will be done."""
+        return self._state
 
     @property
+    @abstractmethod
     def num_waiting(self) -> int:
         """Answers that have not begun."""
-        ...
 
     @property
+    @abstractmethod
     def num_running(self) -> int:
         """Number of answers that have begun and are not finished."""
-        ...
 
-    def drain(self) -> None:
-        """Finish what runs and take nothing new."""
-        ...
+    @abstractmethod
+    def _has_work(self) -> bool: ...
 
-    def wait_until_idle(self, timeout_s: float) -> bool:
-        """Whether everything is finished, after `timeout_s` seconds at most."""
-        ...
-
+    @abstractmethod
     def close(self) -> None:
         """End whatever is left of the running answers."""
-        ...
+
+    def drain(self) -> None:
+        """Finish what was begun and take nothing new."""
+        with self._changed:
+            if self._state == "ready":
+                self._state = "draining"
+
+    def wait_until_idle(self, timeout_s: float) -> bool:
+        """Whether nothing is waiting or running, after `timeout_s` seconds at most."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._has_work(), timeout_s)
+
+    def _check_ready(self) -> None:
+        if self._state != "ready":
+            raise EngineClosedError(f"expected a server that is ready, but it is {self._state}: ask another one")
 
 
 class DrainingServer(uvicorn.Server):

@@ -5,28 +5,27 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
+from collections.abc import AsyncIterator, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from expertshare.errors import ExpertShareError, InputError
+from expertshare.errors import ExpertShareError
 from expertshare.routing import POLICIES
 from expertshare.serving.engine import Engine
-from expertshare.serving.event_stream import EventStream
-from expertshare.serving.live.trace_request import LiveLimits, TraceRequest, schema
-from expertshare.serving.live.trace_source import ModelTraceSource, TraceSource
-from expertshare.serving.live.watched_run import Event
+from expertshare.serving.live.trace import Event, ModelTraceSource, TraceSource
+from expertshare.serving.requests import TraceRequest, trace_schema
+from expertshare.serving.responses import OVERLOADED, EventStream, Refusal, error_responses, refusal_of
+from expertshare.serving.settings import LiveLimits
 
 _MEDIA_TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".svg": "image/svg+xml",
+    "html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "svg": "image/svg+xml",
 }
 
 HEADERS = {
@@ -40,24 +39,24 @@ HEADERS = {
 }
 """Nothing is loaded from anywhere else, nothing inline is run, nobody frames the page; caches ask for changes."""
 
+_REFUSALS = {
+    400: "Unusable request",
+    408: "Not begun in time",
+    413: "Body too large",
+    415: "Body is not JSON",
+    429: "Another trace is running",
+}
 
-@dataclass(frozen=True, slots=True)
-class PageFile:
-    """One file as it is sent."""
 
-    content: bytes
-    media_type: str
-    etag: str
-
-
-def read_page() -> Mapping[str, PageFile]:
+def read_page() -> Mapping[str, Response]:
     """Every file of the page by its name; a name that is not here does not exist, whatever lies on the disk."""
-    page: dict[str, PageFile] = {}
+    page: dict[str, Response] = {}
     for entry in files(__package__).joinpath("static").iterdir():
-        suffix = entry.name[entry.name.rfind(".") :]
-        if suffix in _MEDIA_TYPES:
+        media_type = _MEDIA_TYPES.get(entry.name.rpartition(".")[2])
+        if media_type is not None:
             content = entry.read_bytes()
-            page[entry.name] = PageFile(content, _MEDIA_TYPES[suffix], f'"{sha256(content).hexdigest()[:32]}"')
+            headers = {**HEADERS, "ETag": f'"{sha256(content).hexdigest()[:32]}"'}
+            page[entry.name] = Response(content, headers=headers, media_type=media_type)
     return page
 
 
@@ -67,26 +66,26 @@ def page_paths() -> tuple[str, ...]:
     return ("/", *(f"/live/{name}" for name in read_page()))
 
 
-Begin = Callable[[threading.Event], Iterator[Event]]
-"""Begins a trace, which ends soon after the event that it is given is set."""
-
-
 class RunningTrace:
     """Events of one trace, made in one thread. `end` may be called at any time, and more than once."""
 
-    def __init__(self, begin: Begin, *, slot: threading.Lock, seconds: float) -> None:
+    def __init__(self, asked: TraceRequest, source: TraceSource, *, slot: threading.Lock, seconds: float) -> None:
         """slot: held already, released once the trace's thread is done. seconds: how long it may take."""
         self._stop, self._slot = threading.Event(), slot
-        self._events = _events(begin, self._stop)
+        self._events = _events(asked, source, self._stop)
         self._deadline = asyncio.get_running_loop().time() + seconds
-        self._seconds = seconds
         self._thread = ThreadPoolExecutor(1, "live-trace")
         self._ended: Future[None] | None = None
+        text = f"the trace took longer than the {seconds:g} s that this server allows: ask for less"
+        self._too_long = Refusal(408, text, kind="timeout_error")
 
     async def next(self) -> Event | None:
-        """The next event, None after the last. Raises what the source raises, TimeoutError behind the deadline."""
-        async with asyncio.timeout_at(self._deadline):
-            return await asyncio.get_running_loop().run_in_executor(self._thread, next, self._events, None)
+        """The next event, None after the last. Raises what the source raises, Refusal behind the deadline."""
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await asyncio.get_running_loop().run_in_executor(self._thread, next, self._events, None)
+        except TimeoutError:
+            raise self._too_long from None
 
     async def lines(self, first: Event | None) -> AsyncIterator[bytes]:
         """`first` and all events behind it, as server-sent events. What goes wrong meanwhile is the last of them."""
@@ -95,19 +94,11 @@ class RunningTrace:
             yield as_server_sent(event)
             try:
                 event = await self.next()
-            except TimeoutError:
-                yield as_server_sent({"type": "error", "message": self.too_long})
-                break
             except ExpertShareError as error:
                 yield as_server_sent({"type": "error", "message": str(error)})
                 break
         # before the client hears that this was all: it may ask for another trace at once
         await asyncio.shield(asyncio.wrap_future(self.end()))
-
-    @property
-    def too_long(self) -> str:
-        """What to say behind the deadline."""
-        return f"the trace took longer than the {self._seconds:g} s that this server allows: ask for less"
 
     def end(self) -> Future[None]:
         """Stop the work, at the latest after the step that is being decoded, then free the slot; done when it is."""
@@ -125,25 +116,15 @@ class RunningTrace:
             self._slot.release()
 
 
-def _events(begin: Begin, stop: threading.Event) -> Generator[Event, None, None]:
-    """The trace as a generator, which can be closed whatever `begin` returns."""
-    yield from begin(stop)
+def _events(asked: TraceRequest, source: TraceSource, stop: threading.Event) -> Generator[Event, None, None]:
+    """The trace as a generator, which begins in the thread that takes the first event and can be closed."""
+    yield from source.trace(asked, stop)
 
 
 def as_server_sent(event: Event) -> bytes:
     """One event of the protocol: its type by name, all of it as JSON on one line."""
     data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
     return f"event: {event['type']}\ndata: {data}\n\n".encode()
-
-
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {"type": "object", "properties": {"message": {"type": "string"}, "type": {"type": "string"}}}
-    },
-}
-_REFUSED = {"content": {"application/json": {"schema": _ERROR}}}
 
 
 def live_routes(source: TraceSource, *, limits: LiveLimits | None = None) -> APIRouter:
@@ -158,7 +139,7 @@ def live_routes(source: TraceSource, *, limits: LiveLimits | None = None) -> API
 
     @router.get("/", include_in_schema=False)
     async def show_page(request: Request) -> Response:
-        return _send(page["index.html"], request)
+        return _unless_known(page["index.html"], request)
 
     @router.get("/live/settings")
     async def show_settings() -> JSONResponse:
@@ -168,91 +149,63 @@ def live_routes(source: TraceSource, *, limits: LiveLimits | None = None) -> API
     @router.get("/live/{name}", include_in_schema=False)
     async def show_file(name: str, request: Request) -> Response:
         if name not in page:
-            return _refuse(404, "not_found_error", "the live page has no such file; begin at /")
-        return _send(page[name], request)
+            return Refusal(404, "the live page has no such file; begin at /", kind="not_found_error").response()
+        return _unless_known(page[name], request)
 
     @router.post(
         "/live/trace",
         response_class=Response,
         responses={
             200: {"description": "Events of the trace", "content": {"text/event-stream": {}}},
-            400: {"description": "Unusable request", **_REFUSED},
-            408: {"description": "Not begun in time", **_REFUSED},
-            413: {"description": "Body too large", **_REFUSED},
-            415: {"description": "Body is not JSON", **_REFUSED},
-            429: {"description": "Another trace is running", **_REFUSED},
+            **error_responses(_REFUSALS),
         },
-        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": schema(limits)}}}},
+        openapi_extra={
+            "requestBody": {"required": True, "content": {"application/json": {"schema": trace_schema(limits)}}}
+        },
     )
     async def trace(request: Request) -> Response:
         """Decode a prompt under one or two policies and stream every denoising step; docs/live-page.md."""
-        # a page of another origin cannot send this type without being asked about it first
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            return _refuse(415, "invalid_request_error", "expected a body of type application/json: set Content-Type")
-        body = await _read_body(request, limits.max_body_bytes)
-        if body is None:
-            text = f"the body may hold {limits.max_body_bytes} bytes on this server: send a shorter prompt"
-            return _refuse(413, "invalid_request_error", text)
         try:
-            asked = TraceRequest.read(body, limits)
-        except InputError as error:
-            return _refuse(400, "invalid_request_error", str(error))
-        return await _start(asked, source, limits, slot)
+            return await _start(await _read(request, limits), source, limits, slot)
+        except ExpertShareError as error:
+            return refusal_of(error).response()
 
     return router
 
 
-async def _start(asked: TraceRequest, source: TraceSource, limits: LiveLimits, slot: threading.Lock) -> Response:
-    """The response of a trace that has begun, or why it has not."""
-    if not slot.acquire(blocking=False):
-        text = "another trace is running, and this server runs one at a time: try again when it has ended"
-        return _refuse(429, "rate_limit_error", text, {"Retry-After": "2"})
-    running = RunningTrace(_begin(asked, source), slot=slot, seconds=limits.max_seconds)
-    response: Response | None = None
-    try:
-        lines = running.lines(await running.next())
-        response = EventStream(lines, on_end=running.end, send_timeout_s=limits.send_timeout_s)
-    except TimeoutError:
-        return _refuse(408, "timeout_error", running.too_long)
-    except ExpertShareError as error:
-        return _refuse(400, "invalid_request_error", str(error))
-    finally:
-        if response is None:
-            running.end()
-    return response
-
-
-def _begin(asked: TraceRequest, source: TraceSource) -> Begin:
-    """The trace, to be begun in the thread that decodes it."""
-    return lambda stop: source.trace(
-        asked.prompt,
-        asked.policies,
-        max_tokens=asked.max_tokens,
-        seed=asked.seed,
-        stop=stop,
-        tokens_per_step=asked.tokens_per_step,
-    )
-
-
-async def _read_body(request: Request, most: int) -> bytes | None:
-    """The body, None where it is longer than `most`; no more than that is kept."""
-    body = bytearray()
+async def _read(request: Request, limits: LiveLimits) -> TraceRequest:
+    """Raises Refusal or InputError for an unusable body; no more of it than allowed is kept."""
+    # a page of another origin cannot send this type without being asked about it first
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refusal(415, "expected a body of type application/json: set Content-Type")
+    most, body = limits.max_body_bytes, bytearray()
     async for part in request.stream():
         body.extend(part)
         if len(body) > most:
-            return None
-    return bytes(body)
+            raise Refusal(413, f"the body may hold {most} bytes on this server: send a shorter prompt")
+    return TraceRequest.read(bytes(body), limits)
 
 
-def _send(file: PageFile, request: Request) -> Response:
-    headers = {**HEADERS, "ETag": file.etag}
-    if request.headers.get("if-none-match") == file.etag:
-        return Response(status_code=304, headers=headers)
-    return Response(file.content, media_type=file.media_type, headers=headers)
+async def _start(asked: TraceRequest, source: TraceSource, limits: LiveLimits, slot: threading.Lock) -> Response:
+    """The response of a trace that has begun. Raises Refusal, or what the source raises, for one that has not."""
+    if not slot.acquire(blocking=False):
+        text = "another trace is running, and this server runs one at a time: try again when it has ended"
+        raise Refusal(429, text, kind=OVERLOADED, headers={"Retry-After": "2"})
+    running = RunningTrace(asked, source, slot=slot, seconds=limits.max_seconds)
+    try:
+        lines = running.lines(await running.next())
+    except BaseException:
+        running.end()
+        raise
+    return EventStream(lines, on_end=running.end, send_timeout_s=limits.send_timeout_s)
 
 
-def _refuse(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "type": kind}}, status_code=status, headers=headers)
+def _unless_known(file: Response, request: Request) -> Response:
+    """The file, or that it has not changed."""
+    etag = file.headers["etag"]
+    if request.headers.get("if-none-match") == etag:
+        return Response(status_code=304, headers={**HEADERS, "ETag": etag})
+    return file
 
 
 def page_routes(engine: Engine, model_name: str | None = None) -> APIRouter:
@@ -263,8 +216,7 @@ def page_routes(engine: Engine, model_name: str | None = None) -> APIRouter:
         lock=engine.model_lock,
         name=model_name,
         options=engine.options,
-        backend=engine.runtime.backend.name,
-        store=engine.runtime.store,
+        runtime=engine.runtime,
         chat=engine.chat,
     )
     offered = engine.offered

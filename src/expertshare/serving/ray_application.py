@@ -1,26 +1,76 @@
-"""Replicas as a Ray Serve application."""
+"""Replicas, each an engine and its application in a process of its own, as a Ray Serve application."""
 
 from __future__ import annotations
 
-import logging
+import logging.config
+import os
 import re
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import contextmanager
+import socket
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, aclosing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from starlette.types import Message
 
 from expertshare.errors import ConfigError
 from expertshare.ray_connection import connected
-from expertshare.serving.logs import log
-from expertshare.serving.replicas.forwarding import Call, ReplicaLostError
-from expertshare.serving.replicas.replica import Replica, ReplicaPlan
-from expertshare.serving.scheduling import EngineBusyError
-from expertshare.serving.settings import EngineLimits, ReplicaScale
+from expertshare.serving.app import create_app
+from expertshare.serving.engine import Engine
+from expertshare.serving.forwarding import REPLICA_HEADER, Call, ReplicaLostError, answer_call
+from expertshare.serving.live.routes import page_routes
+from expertshare.serving.scheduling import EngineBusyError, EngineClosedError
+from expertshare.serving.settings import EngineLimits, ReplicaScale, ServerSettings
+from expertshare.serving.telemetry import log, log_config
 
 DEPLOYMENT = "Replica"
 _RETRY_S = 1
 _UPSCALE_S, _DOWNSCALE_S = 10.0, 300.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReplicaPlan:
+    """All that a process needs to become a replica. open_engine: picklable; it loads the model there. page: whether the
+    live page is shown. threads: of one operation."""
+
+    open_engine: Callable[[], AbstractContextManager[Engine]]
+    settings: ServerSettings
+    page: bool
+    threads: int
+    log_level: str = "INFO"
+
+
+class Replica:
+    """What Ray Serve makes, asks and watches."""
+
+    def __init__(self, plan: ReplicaPlan) -> None:
+        """Load the model and be ready. Raises what opening the engine raises."""
+        self._closing = ExitStack()
+        logging.config.dictConfig(log_config(plan.log_level))
+        torch.set_num_threads(plan.threads)
+        self._engine = self._closing.enter_context(plan.open_engine())
+        routers = [page_routes(self._engine, plan.settings.model_name)] if plan.page else []
+        self._app = create_app(self._engine, plan.settings, extra_routers=routers)
+        self._engine.start()
+        self._name = f"{socket.gethostname()}:{os.getpid()}"
+
+    async def answer(self, call: Call) -> AsyncGenerator[Message]:
+        """The response to one request, message by message."""
+        async with aclosing(answer_call(self._app, call)) as messages:
+            async for message in messages:
+                if message["type"] == "http.response.start":
+                    headers = [*message.get("headers", []), (REPLICA_HEADER, self._name.encode())]
+                    message = {**message, "headers": headers}
+                yield message
+
+    def check_health(self) -> None:
+        """Ray Serve replaces a replica where this raises: its engine has failed."""
+        if self._engine.state == "broken":
+            raise EngineClosedError("expected an engine that runs, but it has failed; this replica's log says why")
+
+    def __del__(self) -> None:
+        self._closing.close()
 
 
 class RayReplicas:

@@ -12,8 +12,11 @@ from typing import Any
 from starlette.types import ASGIApp, Message
 
 from expertshare.errors import ExpertShareError
-from expertshare.serving.event_stream import DONE, as_event
-from expertshare.serving.refusals import UNAVAILABLE, Refusal
+from expertshare.serving.middleware import replay
+from expertshare.serving.responses import DONE, UNAVAILABLE, Refusal, as_event
+
+REPLICA_HEADER = b"x-expertshare-replica"
+"""Who has answered, for the proxy, which keeps it to itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,17 +37,14 @@ async def answer_call(app: ASGIApp, call: Call) -> AsyncGenerator[Message]:
     """
     sent: asyncio.Queue[Message | None] = asyncio.Queue()
     left = asyncio.Event()
-    unread = [{"type": "http.request", "body": call.body, "more_body": False}]
 
     async def receive() -> Message:
-        if unread:
-            return unread.pop()
         await left.wait()
         return {"type": "http.disconnect"}
 
     async def run() -> None:
         try:
-            await app(_scope(call), receive, sent.put)
+            await app(_scope(call), replay(call.body, receive), sent.put)
         finally:
             sent.put_nowait(None)
 
