@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -311,14 +312,14 @@ def test_sglangs_own_routing_is_kept_under_an_all_experts_coreset() -> None:
     ):
         hidden = torch.zeros(len(logits()), 16)
         own = select_experts(hidden, logits(), config)
-        ours = sglang.SelectExperts(EVERYTHING)(select_experts, hidden, logits(), config, layer_id=3)
+        ours = sglang.select_experts(EVERYTHING, select_experts, hidden, logits(), config, layer_id=3)
         assert torch.equal(ours.topk_ids, own.topk_ids)
         torch.testing.assert_close(ours.topk_weights, own.topk_weights)
 
 
 def test_sglangs_blocks_share_and_padding_does_not_vote() -> None:
     hidden, config = torch.zeros(3 * BLOCK, 16), TopKConfig(K)
-    hook = sglang.SelectExperts(VOTE)
+    hook = partial(sglang.select_experts, VOTE)
     shared = hook(select_experts, hidden, logits(), config)
     assert config.custom_routing_function is None  # what SGLang has is not touched
     for block, own in enumerate(logits().split(BLOCK)):
@@ -331,7 +332,7 @@ def test_sglangs_blocks_share_and_padding_does_not_vote() -> None:
 
 
 def test_sglangs_layers_that_cannot_share_are_told_or_left_alone() -> None:
-    hidden, hook = torch.zeros(3 * BLOCK, 16), sglang.SelectExperts(VOTE)
+    hidden, hook = torch.zeros(3 * BLOCK, 16), partial(sglang.select_experts, VOTE)
 
     def first(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor]:
         return gating_output[:, :topk], torch.zeros(len(gating_output), topk)

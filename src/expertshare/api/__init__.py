@@ -29,12 +29,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from expertshare.api.comparison import compare, comparison_report
-    from expertshare.api.evaluation import evaluate
     from expertshare.api.generation import Generated, generate
     from expertshare.api.loading import DTYPES, DecodingValue, Model, info, load
-    from expertshare.api.reporting import DEFAULT_TITLE, report
-    from expertshare.api.tuning import load_policy, tune
+    from expertshare.api.measuring import (
+        DEFAULT_TITLE,
+        compare,
+        comparison_report,
+        evaluate,
+        load_policy,
+        report,
+        tune,
+    )
 
 __all__ = [
     "DEFAULT_TITLE",
@@ -54,12 +59,9 @@ __all__ = [
 ]
 
 _MODULES = {
-    "comparison": ("compare", "comparison_report"),
-    "evaluation": ("evaluate",),
     "generation": ("Generated", "generate"),
     "loading": ("DTYPES", "DecodingValue", "Model", "info", "load"),
-    "reporting": ("DEFAULT_TITLE", "report"),
-    "tuning": ("load_policy", "tune"),
+    "measuring": ("DEFAULT_TITLE", "compare", "comparison_report", "evaluate", "load_policy", "report", "tune"),
 }
 """Module of this package: the names that it gives. It is imported when one of them is first used."""
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from expertshare.api.loading import DecodingValue, Model, decoding_options, for_model, load, opened
+from expertshare.api.loading import DecodingValue, Model, Policy, decoding_options, for_model, load, opened, parsed
 from expertshare.evaluation.runner import Answer, BlockListener, PolicyRun, Setup, answer_prompts, encode_prompts
 from expertshare.experts import StoreOptions
 from expertshare.experts.recording import RoutingRecorder
@@ -20,8 +20,7 @@ from expertshare.measure.environment import capture_environment, versions
 from expertshare.measure.memory import MemoryWatch, peak_memory_bytes
 from expertshare.measure.report import Report
 from expertshare.models import LoadedModel
-from expertshare.routing import RoutingPolicy, native_policy, parse_policy, policy_label, policy_record
-from expertshare.tuning.policy_file import PolicyFile
+from expertshare.routing import policy_label, policy_record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,23 +48,24 @@ class Generated:
     def to_json(self) -> dict[str, Any]:
         """One flat object. With several prompts token_ids, text and finish_reason are lists, one entry for each, and
         "results" has the same by prompt; costs and times are totals of all of them."""
-        results = [self._answer_json(prompt, answer) for prompt, answer in zip(self.prompts, self.answers, strict=True)]
+        results = [
+            {"prompt": p, **asdict(a), "token_ids": list(a.token_ids)}
+            for p, a in zip(self.prompts, self.answers, strict=True)
+        ]
         single = len(results) == 1
+        answered = {
+            key: results[0][key] if single else [result[key] for result in results]
+            for key in ("token_ids", "text", "finish_reason")
+        }
         return {
-            **{
-                key: results[0][key] if single else [result[key] for result in results]
-                for key in ("token_ids", "text", "finish_reason")
-            },
+            **answered,
             **policy_record(self.run.policy),
             "label": policy_label(self.run.policy),
-            "unique_experts": dict(self.cost.unique_experts),
-            "union_experts": dict(self.cost.union_experts),
-            "expert_bytes": dict(self.cost.expert_bytes),
-            "pairs": dict(self.cost.pairs),
-            "steps": self.run.steps,
-            "forwards": self.run.forwards,
-            "tokens_per_s": self.run.tokens_per_s,
-            "elapsed_s": self.run.elapsed_s,
+            **{
+                name: dict(getattr(self.cost, name))
+                for name in ("unique_experts", "union_experts", "expert_bytes", "pairs")
+            },
+            **{name: getattr(self.run, name) for name in ("steps", "forwards", "tokens_per_s", "elapsed_s")},
             "seconds_by_part": dict(self.run.seconds_by_part),
             "captured": self.run.uncaptured_because is None,
             "uncaptured_because": self.run.uncaptured_because,
@@ -76,17 +76,6 @@ class Generated:
             "model": self.config["model"],
             "versions": versions(),
             **({} if single else {"results": results}),
-        }
-
-    @staticmethod
-    def _answer_json(prompt: str, answer: Answer) -> dict[str, Any]:
-        return {
-            "prompt": prompt,
-            "token_ids": list(answer.token_ids),
-            "text": answer.text,
-            "finish_reason": answer.finish_reason,
-            "steps": answer.steps,
-            "forwards": answer.forwards,
         }
 
     def report(self) -> Report:
@@ -104,7 +93,7 @@ def generate(
     model: Model,
     prompts: str | Sequence[str],
     *,
-    policy: str | RoutingPolicy | PolicyFile | None = None,
+    policy: Policy | None = None,
     batch_size: int = 1,
     backend: str = AUTO,
     dtype: str | torch.dtype | None = None,
@@ -130,12 +119,12 @@ def generate(
     Raises a subclass of ExpertShareError for anything unusable.
     """
     options = decoding_options(decoding)
-    wanted = parse_policy(policy) if isinstance(policy, str) else policy
+    wanted = parsed(policy)
     texts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     with memory or MemoryWatch() as watch:
         loaded = load(model, dtype=dtype, store=store, device=device)
         ids = encode_prompts(loaded, texts, chat)
-        bound = for_model(wanted, loaded) if wanted is not None else native_policy(loaded.config)
+        bound = for_model(wanted, loaded)
         with (
             _recorder(record_routing, loaded) as recorder,
             opened(loaded, store, Setup(batch_size=batch_size, backend=backend, chat=chat, graphs=graphs)) as setup,
@@ -152,9 +141,7 @@ def generate(
     )
 
 
-def _recorder(
-    path: str | Path | None, loaded: LoadedModel
-) -> AbstractContextManager[RoutingRecorder] | AbstractContextManager[None]:
+def _recorder(path: str | Path | None, loaded: LoadedModel) -> AbstractContextManager[RoutingRecorder | None]:
     if path is None:
         return nullcontext()
     config = loaded.config

@@ -18,10 +18,11 @@ from expertshare.experts.opening import check_options
 from expertshare.models import LoadedModel, ModelFacts, describe, load_model
 from expertshare.models.checkpoint import resolve_source
 from expertshare.models.loading import check_fits, check_pinned_fits, usable_device
-from expertshare.routing import RoutingPolicy, parse_policies
+from expertshare.routing import RoutingPolicy, native_policy, parse_policies, parse_policy
 from expertshare.tuning.policy_file import PolicyFile, check_model
 
 Model = str | Path | LoadedModel
+Policy = str | RoutingPolicy | PolicyFile
 DecodingValue = int | float | str | bool | None
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -90,17 +91,23 @@ def _not_converted(model: str | Path) -> ConfigError:
     )
 
 
-def listed(policies: Sequence[str | RoutingPolicy | PolicyFile]) -> list[RoutingPolicy | PolicyFile]:
+def listed(policies: Sequence[Policy]) -> list[RoutingPolicy | PolicyFile]:
     """Each policy by itself; a text may name several, parted by commas."""
     return [p for given in policies for p in (parse_policies([given]) if isinstance(given, str) else [given])]
 
 
-def for_model(policy: RoutingPolicy | PolicyFile, loaded: LoadedModel) -> RoutingPolicy:
-    """The policy; PolicyError where it is from a file that was made with another model."""
-    if not isinstance(policy, PolicyFile):
-        return policy
-    check_model(policy, loaded)
-    return policy.policy
+def parsed(policy: Policy | None) -> RoutingPolicy | PolicyFile | None:
+    """The policy that a text names; anything else as it is. Raises PolicyError."""
+    return parse_policy(policy) if isinstance(policy, str) else policy
+
+
+def for_model(policy: RoutingPolicy | PolicyFile | None, loaded: LoadedModel) -> RoutingPolicy:
+    """The policy, None being what the checkpoint was trained with. Raises PolicyError for one from a file that was made
+    with another model."""
+    if isinstance(policy, PolicyFile):
+        check_model(policy, loaded)
+        return policy.policy
+    return policy or native_policy(loaded.config)
 
 
 def as_records(records: Sequence[PromptRecord | str]) -> list[PromptRecord]:

@@ -14,14 +14,14 @@ import torch
 from fastapi import FastAPI
 
 from expertshare import native
-from expertshare.api.loading import DecodingValue, Model, decoding_options, for_model, load, opened
+from expertshare.api.loading import DecodingValue, Model, Policy, decoding_options, for_model, load, opened, parsed
 from expertshare.evaluation.runner import Setup
 from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
 from expertshare.models.checkpoint import read_json, read_optional_json, resolve_source
 from expertshare.models.family import family_of
 from expertshare.models.tokenizer import load_tokenizer, token_ids
-from expertshare.routing import RoutingPolicy, native_policy, parse_policy
+from expertshare.routing import native_policy
 from expertshare.serving import Engine, EngineLimits, OfferedPolicies, ServerSettings
 from expertshare.serving.live import page_paths
 from expertshare.serving.proxy import Admission, create_proxy
@@ -35,7 +35,7 @@ from expertshare.tuning.policy_file import PolicyFile
 def opened_engine(
     model: Model,
     *,
-    policy: str | RoutingPolicy | PolicyFile | None = None,
+    policy: Policy | None = None,
     policies: Sequence[str] | None = None,
     backend: str = AUTO,
     dtype: str | torch.dtype | None = None,
@@ -52,16 +52,13 @@ def opened_engine(
     name, as OfferedPolicies reads it. decoding: defaults of requests. The rest as in `generate`, whose errors it
     raises.
     """
-    options = decoding_options(decoding)
-    wanted = parse_policy(policy) if isinstance(policy, str) else policy
+    options, wanted = decoding_options(decoding), parsed(policy)
     loaded = load(model, dtype=dtype, store=store, device=device)
-    default = for_model(wanted, loaded) if wanted is not None else native_policy(loaded.config)
-    offered = OfferedPolicies.read(loaded.config.router, default, policies)
+    offered = OfferedPolicies.read(loaded.config.router, for_model(wanted, loaded), policies)
     with opened(loaded, store, Setup(backend=backend, chat=chat)) as setup:
-        runtime = setup.runtime(loaded, offered.default)
         engine = Engine(
             loaded,
-            replace(runtime, policy=offered.default),
+            setup.runtime(loaded, offered.default),
             store=setup.store,
             limits=limits,
             options=options,
@@ -111,13 +108,11 @@ def opened_proxy(
         yield create_proxy(replicas, admission, settings, open_paths=page_paths() if page else ()), admission
 
 
-def _check_policies(
-    path: Path, policy: str | RoutingPolicy | PolicyFile | None, policies: Sequence[str] | None
-) -> None:
+def _check_policies(path: Path, policy: Policy | None, policies: Sequence[str] | None) -> None:
     """What a replica would object to after Ray and the model have been started and loaded, and that several times."""
     raw = read_json(path / "config.json")
     generation = read_optional_json(path / "generation_config.json")
     config = family_of(raw).parse_config(raw, generation, token_ids(load_tokenizer(path)))
-    wanted = parse_policy(policy) if isinstance(policy, str) else policy
+    wanted = parsed(policy)
     chosen = wanted.policy if isinstance(wanted, PolicyFile) else wanted
     OfferedPolicies.read(config.router, chosen or native_policy(config), policies)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,20 +31,24 @@ class EngineSettings:
 
     policy: str
     block_length: int = DEFAULT_BLOCK_LENGTH
-    parsed: RoutingPolicy = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        parsed = parse_policy(self.policy)
-        if parsed.needs_steps:
-            raise PolicyError(
-                f"expected a policy that looks at one forward alone, got {self.policy!r}: engines say neither which "
-                "tokens are masked nor which step it is; leave out voters=masked and reuse"
-            )
-        object.__setattr__(self, "parsed", parsed)
+        _parsed(self.policy)
 
     def bound(self, spec: RouterSpec) -> RoutingPolicy:
         """The policy for one router; PolicyError where it cannot work with it."""
-        return self.parsed.bind(spec)
+        return _parsed(self.policy).bind(spec)
+
+
+@lru_cache(maxsize=8)
+def _parsed(policy: str) -> RoutingPolicy:
+    parsed = parse_policy(policy)
+    if parsed.needs_steps:
+        raise PolicyError(
+            f"expected a policy that looks at one forward alone, got {policy!r}: engines say neither which tokens are "
+            "masked nor which step it is; leave out voters=masked and reuse"
+        )
+    return parsed
 
 
 def read_settings(environment: Mapping[str, str] | None = None) -> EngineSettings | None:
@@ -93,19 +98,10 @@ def route_batch(
 
 
 @lru_cache(maxsize=64)
-def _softmax_or_sigmoid(num_experts: int, top_k: int, activation: str, renormalise: bool) -> RouterSpec:
+def _plain_router(num_experts: int, top_k: int, activation: str, renormalise: bool) -> RouterSpec:
     assert activation in ("softmax", "sigmoid")
-    return RouterSpec(
-        num_experts=num_experts,
-        top_k=top_k,
-        activation="softmax" if activation == "softmax" else "sigmoid",
-        renormalise=renormalise,
-    )
-
-
-@lru_cache(maxsize=8)
-def _settings(policy: str, block_length: int) -> EngineSettings:
-    return EngineSettings(policy, block_length)
+    chosen: Literal["softmax", "sigmoid"] = "softmax" if activation == "softmax" else "sigmoid"
+    return RouterSpec(num_experts=num_experts, top_k=top_k, activation=chosen, renormalise=renormalise)
 
 
 @torch.library.custom_op("expertshare::shared_routing", mutates_args=())
@@ -116,8 +112,8 @@ def shared_routing(
 
     For plain routers: an activation ("softmax" or "sigmoid"), K best, no groups and no bias.
     """
-    spec = _softmax_or_sigmoid(logits.shape[-1], top_k, activation, renormalise)
-    return route_batch(logits, spec, _settings(policy, block_length))
+    spec = _plain_router(logits.shape[-1], top_k, activation, renormalise)
+    return route_batch(logits, spec, EngineSettings(policy, block_length))
 
 
 @shared_routing.register_fake

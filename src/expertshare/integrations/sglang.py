@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -26,51 +26,43 @@ TARGET = "sglang.srt.layers.moe.topk.select_experts"
 REGISTRY = "sglang.srt.plugins.hook_registry"
 
 
-@dataclass(frozen=True, slots=True)
-class SelectExperts:
-    """The hook: what it is called with is what SGLang's function is called with, after that function itself."""
-
-    settings: EngineSettings
-
-    def __call__(
-        self,
-        original: Callable[..., Any],
-        hidden_states: Tensor,
-        router_logits: Tensor,
-        topk_config: Any,
-        *,
-        num_token_non_padded: Tensor | None = None,
-        **more: Any,
-    ) -> Any:
-        """The output of SGLang's function, with ids and weights under the policy. A layer that has a routing function
-        of its own keeps it. Raises ConfigError for what no routing function can stand for."""
-        if topk_config.custom_routing_function is not None:
-            return original(
-                hidden_states, router_logits, topk_config, num_token_non_padded=num_token_non_padded, **more
-            )
-        if topk_config.num_fused_shared_experts or more.get("expert_location_dispatch_info") is not None:
-            raise ConfigError(
-                "expected routed experts alone, at their own places, got shared experts fused with them, or moved "
-                "ones: start SGLang with --disable-shared-experts-fusion and without expert load balancing, or unset "
-                "EXPERTSHARE_POLICY"
-            )
-        spec, bias = _spec(topk_config, router_logits.shape[-1]), topk_config.correction_bias
-        live = None
-        if num_token_non_padded is not None:
-            live = torch.arange(len(router_logits), device=router_logits.device) < num_token_non_padded
-
-        def chosen(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-            del hidden_states, topk, renormalize  # of the same configuration
-            return route_batch(gating_output, spec, self.settings, bias_E=bias, live_T=live)
-
-        lent = replace(
-            topk_config,
-            use_grouped_topk=False,
-            correction_bias=None,
-            apply_routed_scaling_factor_on_output=False,  # the weights have it already
-            custom_routing_function=chosen,
+def select_experts(
+    settings: EngineSettings,
+    original: Callable[..., Any],
+    hidden_states: Tensor,
+    router_logits: Tensor,
+    topk_config: Any,
+    *,
+    num_token_non_padded: Tensor | None = None,
+    **more: Any,
+) -> Any:
+    """The hook: the output of SGLang's function, `original`, with ids and weights under the policy. A layer that has a
+    routing function of its own keeps it. Raises ConfigError for what no routing function can stand for."""
+    if topk_config.custom_routing_function is not None:
+        return original(hidden_states, router_logits, topk_config, num_token_non_padded=num_token_non_padded, **more)
+    if topk_config.num_fused_shared_experts or more.get("expert_location_dispatch_info") is not None:
+        raise ConfigError(
+            "expected routed experts alone, at their own places, got shared experts fused with them, or moved ones: "
+            "start SGLang with --disable-shared-experts-fusion and without expert load balancing, or unset "
+            "EXPERTSHARE_POLICY"
         )
-        return original(hidden_states, router_logits, lent, **more)
+    spec, bias = _spec(topk_config, router_logits.shape[-1]), topk_config.correction_bias
+    live = None
+    if num_token_non_padded is not None:
+        live = torch.arange(len(router_logits), device=router_logits.device) < num_token_non_padded
+
+    def chosen(hidden_states: Tensor, gating_output: Tensor, topk: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+        del hidden_states, topk, renormalize  # of the same configuration
+        return route_batch(gating_output, spec, settings, bias_E=bias, live_T=live)
+
+    lent = replace(
+        topk_config,
+        use_grouped_topk=False,
+        correction_bias=None,
+        apply_routed_scaling_factor_on_output=False,  # the weights have it already
+        custom_routing_function=chosen,
+    )
+    return original(hidden_states, router_logits, lent, **more)
 
 
 def register() -> None:
@@ -79,10 +71,9 @@ def register() -> None:
     if settings is None:
         return
     registry = importlib.import_module(REGISTRY)
-    hook = SelectExperts(settings)
 
     def around(original: Callable[..., Any], *positional: Any, **named: Any) -> Any:
-        return hook(original, *positional, **named)
+        return select_experts(settings, original, *positional, **named)
 
     registry.HookRegistry.register(TARGET, around, registry.HookType.AROUND)
 

@@ -40,14 +40,8 @@ class RoutingFunction:
     ) -> tuple[Tensor, Tensor]:
         """Weights float32 and ids int32 [T, topk]. hidden_states: not looked at."""
         del hidden_states
-        weights, ids = shared_routing(
-            gating_output,
-            self.settings.policy,
-            self.settings.block_length,
-            topk,
-            self.activation,
-            renormalize,
-        )
+        policy, length = self.settings.policy, self.settings.block_length
+        weights, ids = shared_routing(gating_output, policy, length, topk, self.activation, renormalize)
         return weights, ids
 
 

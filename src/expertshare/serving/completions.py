@@ -53,41 +53,21 @@ class Completions:
             self._note(request, generation, form)
 
         if asked.stream:
-            events = self._events(generation, form, request)
+            events = self._events(form.chunks(generation), request)
             return EventStream(events, on_end=end, send_timeout_s=self._settings.send_timeout_s)
         try:
-            texts = await unless_left(request.receive, self._texts(generation))
+            choices = await unless_left(request.receive, generation.finished())
         finally:
             end()
-        if texts is None:
-            return Response(status_code=LEFT)  # to nobody
-        self._remember(request, answer=texts)
-        return JSONResponse(form.whole(generation.choices, texts))
+        return Response(status_code=LEFT) if choices is None else JSONResponse(form.whole(choices))  # LEFT: to nobody
 
-    async def _texts(self, generation: Generation) -> list[str]:
-        texts = [""] * len(generation.choices)
-        async for piece in generation.pieces():
-            texts[piece.index] += piece.text
-        return texts
-
-    async def _events(self, generation: Generation, form: ReplyForm, request: Request) -> AsyncIterator[bytes]:
-        texts = [""] * len(generation.choices)
-        if form.chat:
-            for index in range(len(texts)):
-                yield as_event(form.opening(index))
+    async def _events(self, chunks: AsyncIterator[dict[str, Any]], request: Request) -> AsyncIterator[bytes]:
         try:
-            async for piece in generation.pieces():
-                texts[piece.index] += piece.text
-                if piece.text:
-                    yield as_event(form.piece(piece.index, piece.text))
-                if piece.finish_reason is not None:
-                    yield as_event(form.closing(piece.index, generation.choices[piece.index]))
-            if form.with_usage:
-                yield as_event(form.counting(generation.choices))
+            async for chunk in chunks:
+                yield as_event(chunk)
         except Refusal as refusal:  # the status has been sent long ago
             request.scope[NOTES]["error"] = refusal.code
             yield as_event(refusal.to_json())
-        self._remember(request, answer=texts)
         yield DONE
 
     def _check(self, asked: ChatRequest | CompletionRequest) -> None:
@@ -110,6 +90,7 @@ class Completions:
     def _note(self, request: Request, generation: Generation, form: ReplyForm) -> None:
         if generation.first_block_s is not None:
             self._metrics.first_block_seconds.observe(generation.first_block_s)
+        self._remember(request, answer=[choice.answer for choice in generation.choices])
         request.scope[NOTES].update(
             **form.usage(generation.choices),
             **form.costs(generation.choices),
@@ -128,29 +109,27 @@ class ReplyForm:
     created: int = field(default_factory=lambda: int(time.time()))
     number: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def whole(self, choices: Sequence[Choice], texts: Sequence[str]) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """The response to a request that is not streamed."""
         shown = [
-            self._choice(index, {"message": {"role": "assistant", "content": text}}, text, choice.finish_reason)
-            for index, (choice, text) in enumerate(zip(choices, texts, strict=True))
+            self._choice(index, {"message": {"role": "assistant", "content": c.answer}}, c.answer, c.finish_reason)
+            for index, c in enumerate(choices)
         ]
         return {**self._head(), "choices": shown, **self._figures(choices)}
 
-    def opening(self, index: int) -> dict[str, Any]:
-        """First chunk of a choice of a chat."""
-        return self._chunk(index, {"role": "assistant", "content": ""})
-
-    def piece(self, index: int, text: str) -> dict[str, Any]:
-        """A chunk of a stream that holds text."""
-        return self._chunk(index, {"content": text})
-
-    def closing(self, index: int, choice: Choice) -> dict[str, Any]:
-        """Last chunk of a choice."""
-        return {**self._chunk(index, {}, choice.finish_reason), "expertshare": self.costs([choice])}
-
-    def counting(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The chunk with token counts that some clients ask for."""
-        return {**self._head(".chunk"), "choices": [], **self._figures(choices)}
+    async def chunks(self, generation: Generation) -> AsyncIterator[dict[str, Any]]:
+        """What a stream sends: in a chat an opening of every choice; text, and the end of each; counts if asked for."""
+        if self.chat:
+            for index in range(len(generation.choices)):
+                yield self._chunk(index, {"role": "assistant", "content": ""})
+        async for piece in generation.pieces():
+            if piece.text:
+                yield self._chunk(piece.index, {"content": piece.text})
+            if piece.finish_reason is not None:
+                costs = self.costs([generation.choices[piece.index]])
+                yield {**self._chunk(piece.index, {}, piece.finish_reason), "expertshare": costs}
+        if self.with_usage:
+            yield {**self._head(".chunk"), "choices": [], **self._figures(generation.choices)}
 
     def usage(self, choices: Sequence[Choice]) -> dict[str, int]:
         """Token counts; every prompt counts once, however many answers it gets."""

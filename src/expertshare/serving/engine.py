@@ -12,7 +12,6 @@ from typing import Self
 
 from expertshare.decoding import BlockSession, DecodingOptions
 from expertshare.decoding.row import check_prompts
-from expertshare.errors import InputError
 from expertshare.experts import SlabStore, StoreStatistics
 from expertshare.models import LoadedModel, Runtime
 from expertshare.serving.scheduling import (
@@ -105,27 +104,14 @@ class Engine(Drainable):
         """Of the expert store, where there is one."""
         return self._store.statistics() if self._store is not None else None
 
-    def order(self, order: Order) -> Order:
-        """The same order with its options resolved. Raises InputError for what cannot be decoded."""
-        options = order.options.resolve(self.loaded.config)
-        check_prompts([order.prompt], options, self.loaded.config)
-        total = len(order.prompt) + options.gen_length
-        if total > self.max_context:
-            raise InputError(
-                f"the prompt has {len(order.prompt)} tokens; with {options.gen_length} to generate that is {total}, "
-                f"and this server takes {self.max_context}. Shorten the prompt, or generate less."
-            )
-        return replace(order, options=options)
-
-    def submit(self, orders: Sequence[tuple[Order, Listener]], timeout_s: float | None = None) -> list[Ticket]:
-        """Queue rows, all of them or none. timeout_s: from now, at most the engine's own.
-
-        Raises InputError, EngineBusyError or EngineClosedError.
-        """
-        checked = [(self.order(order), listener) for order, listener in orders]
+    def submit(self, orders: Sequence[tuple[Order, Listener]]) -> list[Ticket]:
+        """Queue rows, all of them or none. Raises InputError, EngineBusyError or EngineClosedError."""
         now = time.monotonic()
-        deadline = now + min(self.limits.timeout_s, timeout_s if timeout_s is not None else math.inf)
-        tickets = [Ticket(order=o, listener=listen, asked_at=now, deadline=deadline) for o, listen in checked]
+        deadline, tickets = now + self.limits.timeout_s, []
+        for order, listener in orders:
+            resolved = replace(order, options=order.options.resolve(self.loaded.config))
+            check_prompts([order.prompt], resolved.options, self.loaded.config)
+            tickets.append(Ticket(order=resolved, listener=listener, asked_at=now, deadline=deadline))
         with self._changed:
             self._check_ready()
             free = self.max_rows - self.num_running
@@ -259,10 +245,8 @@ class Engine(Drainable):
             self._waiting.clear()
             self._groups.clear()
             self._changed.notify_all()
-        failure = (
-            Failure(kind="broken", message="the engine of this server has failed; its log says why")
-            if broken
-            else Failure(kind="shutdown", message="this server is shutting down: ask another one")
-        )
+        failure = Failure(kind="shutdown", message="this server is shutting down: ask another one")
+        if broken:
+            failure = Failure(kind="broken", message="the engine of this server has failed; its log says why")
         for ticket in left:
             self._tell(ticket, failure)

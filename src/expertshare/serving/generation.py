@@ -46,12 +46,13 @@ class Piece:
 
 @dataclass(slots=True, kw_only=True)
 class Choice:
-    """One answer as it grows. most: tokens that it may have (None: as many as were ordered)."""
+    """One answer as it grows. most: tokens that it may have, None: as many as were ordered. answer: its text so far."""
 
     order: Order
     text: AnswerText
     most: int | None = None
     tokens: int = 0
+    answer: str = ""
     finish_reason: Literal["stop", "length"] | None = None
     usage: RowUsage | None = None
 
@@ -63,6 +64,7 @@ class Choice:
             ids = ids[: self.most - self.tokens]
         self.tokens += len(ids)
         text = self.text.feed(ids, last=cut or finish is not None)
+        self.answer += text
         if self.text.stopped or (finish == "eos" and not cut):
             self.finish_reason = "stop"
         elif finish is not None or cut:
@@ -86,6 +88,12 @@ class Generation:
     def cancel(self) -> None:
         """Nobody wants the rest; twice is fine."""
         self._engine.cancel([t for t, c in zip(self._tickets, self.choices, strict=True) if c.finish_reason is None])
+
+    async def finished(self) -> list[Choice]:
+        """All choices, once they have ended. Raises Refusal as `pieces` does."""
+        async for _ in self.pieces():
+            pass
+        return self.choices
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Block by block until all choices have ended. Raises Refusal where one gets no further; the others are then

@@ -7,7 +7,6 @@ import hmac
 import time
 import uuid
 from collections.abc import Iterable
-from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -113,5 +112,4 @@ def replay(body: bytes, receive: Receive) -> Receive:
 
 def _path(scope: Scope) -> str:
     """The route's pattern: a label must not take any value that a client can think of."""
-    route: Any = scope.get("route")
-    return str(getattr(route, "path", "other"))
+    return str(getattr(scope.get("route") or scope.get("endpoint"), "path", "other"))

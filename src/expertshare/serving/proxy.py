@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import aclosing, contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request
 from prometheus_client import Counter
 from prometheus_client.core import GaugeMetricFamily, Metric
+from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from expertshare.errors import ExpertShareError
 from expertshare.serving.app import add_common
 from expertshare.serving.forwarding import REPLICA_HEADER, Call, Forwarding, ReplicaLostError
 from expertshare.serving.middleware import NOTES
-from expertshare.serving.responses import refusal_of, unless_left
+from expertshare.serving.ray_application import RayReplicas
+from expertshare.serving.responses import TooSlowError, in_time, refusal_of, unless_left
 from expertshare.serving.settings import ServerSettings
 from expertshare.serving.telemetry import RequestMetrics, log
 from expertshare.serving.uvicorn_server import Drainable
 
 
 class Admission(Drainable):
-    """Lets requests in until `drain`. Threads may wait here for what the event loop does."""
+    """Lets requests in until `drain`; they wait in their replica. Threads may wait for what the event loop does."""
 
     def __init__(self) -> None:
         super().__init__("ready")
         self._running = 0
-
-    @property
-    def num_waiting(self) -> int:
-        """None: requests wait in their replica."""
-        return 0
 
     @property
     def num_running(self) -> int:
@@ -62,10 +59,11 @@ class Admission(Drainable):
 
 
 class ProxyMetrics(RequestMetrics):
-    """Of a server in front of several engines."""
+    """Of a server in front of several engines, by the names of docs/serving.md."""
 
-    def __init__(self, replicas: Replicas, admission: Admission) -> None:
-        super().__init__(lambda: proxy_figures(replicas, admission))
+    def __init__(self, replicas: RayReplicas, admission: Admission) -> None:
+        super().__init__()
+        self._replicas, self._admission = replicas, admission
         self.retried = Counter(
             "expertshare_retried_requests", "Requests that a second replica was asked.", registry=self.registry
         )
@@ -73,15 +71,15 @@ class ProxyMetrics(RequestMetrics):
             "expertshare_lost_requests", "Requests that were told that their replica ended.", registry=self.registry
         )
 
-
-def proxy_figures(replicas: Replicas, admission: Admission) -> Iterator[Metric]:
-    """What is to be looked up, by the names of docs/serving.md."""
-    yield GaugeMetricFamily("expertshare_running", "Requests on their way.", admission.num_running)
-    yield GaugeMetricFamily("expertshare_ready", "1 where new requests are taken.", int(admission.state == "ready"))
-    by_state = GaugeMetricFamily("expertshare_replicas", "Replicas by state.", labels=["state"])
-    for state, count in replicas.states().items():
-        by_state.add_metric([state], count)
-    yield by_state
+    def collect(self) -> Iterator[Metric]:
+        """What is looked up when somebody asks."""
+        ready = int(self._admission.state == "ready")
+        yield GaugeMetricFamily("expertshare_running", "Requests on their way.", self._admission.num_running)
+        yield GaugeMetricFamily("expertshare_ready", "1 where new requests are taken.", ready)
+        by_state = GaugeMetricFamily("expertshare_replicas", "Replicas by state.", labels=["state"])
+        for state, count in self._replicas.states().items():
+            by_state.add_metric([state], count)
+        yield by_state
 
 
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/{path:path}")
@@ -89,25 +87,12 @@ _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 _OWN_HEADERS = frozenset({REPLICA_HEADER, b"x-request-id"})  # the proxy gives a number of its own
 
 
-class Replicas(Protocol):
-    """What answers requests: several engines, each in its process."""
-
-    def answer(self, call: Call) -> AsyncGenerator[Message]:
-        """The messages of some replica's response. Raises ReplicaLostError if that replica ends meanwhile, and
-        EngineBusyError where too many requests wait."""
-        ...
-
-    def states(self) -> Mapping[str, int]:
-        """How many replicas are in each state; blocks for a moment."""
-        ...
-
-
 RUNNING = "running"
 """The state of replicas that answer."""
 
 
 def create_proxy(
-    replicas: Replicas, admission: Admission, settings: ServerSettings, *, open_paths: Iterable[str] = ()
+    replicas: RayReplicas, admission: Admission, settings: ServerSettings, *, open_paths: Iterable[str] = ()
 ) -> FastAPI:
     """An application that asks `replicas` for everything but /health, /ready and /metrics. open_paths: of theirs, that
     need no API key either."""
@@ -121,57 +106,54 @@ def create_proxy(
     app = FastAPI(title="expertshare", openapi_url=None, docs_url=None, redoc_url=None)
     add_common(app, settings, metrics, status, open_paths)
 
-    async def forward(request: Request) -> Response:
-        call = Call(
-            method=request.method,
-            path=request.scope["path"],  # as RequestChecks has seen it: a URL is put together with the Host header
-            query=request.scope["query_string"],
-            headers=tuple(request.scope["headers"]),
-            body=await request.body(),
-        )
-        return Forwarded(call, replicas, admission, metrics, settings.send_timeout_s)
-
     for path in _PATHS:
-        app.add_api_route(path, forward, methods=_METHODS, response_model=None)
+        forwarder = Forwarder(path, replicas, admission, metrics, settings.send_timeout_s)
+        app.router.routes.append(Route(path, forwarder, methods=_METHODS))
     return app
 
 
-class Forwarded(Response):
-    """A replica's response, on its way to the client."""
+@dataclass(frozen=True, slots=True)
+class Forwarder:
+    """ASGI application: answers every request by what some replica does. path: its route, for the log and metrics."""
 
-    def __init__(
-        self, call: Call, replicas: Replicas, admission: Admission, metrics: ProxyMetrics, send_timeout_s: float
-    ) -> None:
-        super().__init__()
-        self._call, self._replicas, self._admission, self._metrics = call, replicas, admission, metrics
-        self._send_timeout_s = send_timeout_s
+    path: str
+    replicas: RayReplicas
+    admission: Admission
+    metrics: ProxyMetrics
+    send_timeout_s: float
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the response; a client that leaves, or takes nothing, ends the work in the replica."""
-        forwarding = Forwarding(lambda: self._replicas.answer(self._call))
+        """Answer one request; a client that leaves, or takes nothing, ends the work in the replica."""
+        call = Call(
+            method=scope["method"],
+            path=scope["path"],  # as RequestChecks has seen it: a URL is put together with the Host header
+            query=scope["query_string"],
+            headers=tuple(scope["headers"]),
+            body=await Request(scope, receive).body(),
+        )
+        forwarding = Forwarding(lambda: self.replicas.answer(call))
         try:
-            with self._admission.request():
-                await unless_left(receive, self._relay(forwarding, scope, send))
+            with self.admission.request():
+                await unless_left(receive, self._relay(forwarding, scope, in_time(send, self.send_timeout_s)))
         except ExpertShareError as error:
             refusal = refusal_of(error)
             scope[NOTES]["error"] = refusal.code
             await refusal.response()(scope, receive, send)
         finally:
             if forwarding.retried:
-                self._metrics.retried.inc()
+                self.metrics.retried.inc()
                 scope[NOTES]["retried"] = True
             if forwarding.lost:
-                self._metrics.lost.inc()
+                self.metrics.lost.inc()
                 scope[NOTES]["error"] = "replica_lost"
 
     async def _relay(self, forwarding: Forwarding, scope: Scope, send: Send) -> None:
         try:
             async with aclosing(forwarding.messages()) as messages:
                 async for message in messages:
-                    async with asyncio.timeout(self._send_timeout_s):
-                        await send(_outward(message, scope))
-        except TimeoutError:
-            log("client too slow", seconds=self._send_timeout_s)  # the server closes what is not complete
+                    await send(_outward(message, scope))
+        except TooSlowError:
+            pass  # the server closes what is not complete
         except ReplicaLostError:
             log("response cut off", path=scope["path"])  # likewise
 

@@ -81,7 +81,9 @@ class RayReplicas:
         self._application = application
 
     async def answer(self, call: Call) -> AsyncGenerator[Message]:
-        """Ray Serve chooses the less loaded of two replicas, and others than one that has just died."""
+        """The messages of some replica's response: Ray Serve chooses the less loaded of two, and others than one that
+        has just died. Raises ReplicaLostError if that replica ends meanwhile, and EngineBusyError where too many
+        requests wait."""
         from ray.exceptions import RayActorError
         from ray.serve.exceptions import BackPressureError
 
@@ -100,7 +102,7 @@ class RayReplicas:
                 response.cancel()
 
     def states(self) -> Mapping[str, int]:
-        """As Ray Serve's controller counts them, in small letters."""
+        """How many are in each state, in small letters, as Ray Serve's controller counts them; blocks for a moment."""
         from ray import serve
 
         application = serve.status().applications.get(self._application)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from expertshare.errors import ExpertShareError
 from expertshare.serving.scheduling import EngineBusyError, EngineClosedError, Failure
@@ -112,6 +113,20 @@ class TooSlowError(Exception):
     """The client takes nothing more."""
 
 
+def in_time(send: Send, seconds: float) -> Send:
+    """`send`, which raises TooSlowError, and logs it, where a client does not take a message within `seconds`."""
+
+    async def send_in_time(message: Message) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await send(message)
+        except TimeoutError as error:
+            log("client too slow", seconds=seconds)
+            raise TooSlowError from error
+
+    return send_in_time
+
+
 def as_event(value: Any) -> bytes:
     """One event with a JSON object."""
     return b"data: " + json.dumps(value, allow_nan=False).encode("ascii") + b"\n\n"
@@ -132,9 +147,8 @@ class EventStream(Response):
         """Run the response."""
         del scope  # says nothing that matters here
         try:
-            await unless_left(receive, self._send_all(send))
-        except TooSlowError:
-            log("client too slow", seconds=self._send_timeout_s)  # the server closes what is not complete
+            with suppress(TooSlowError):  # the server closes what is not complete
+                await unless_left(receive, self._send_all(in_time(send, self._send_timeout_s)))
         finally:
             self._on_end()
 
@@ -145,18 +159,11 @@ class EventStream(Response):
             coming = asyncio.ensure_future(anext(self._events, None))
             try:
                 while not (await asyncio.wait({coming}, timeout=_ALIVE_EVERY_S))[0]:
-                    await self._send_body(send, _ALIVE)
+                    await send({"type": "http.response.body", "body": _ALIVE, "more_body": True})
                 event = coming.result()
             finally:
                 coming.cancel()
-            await self._send_body(send, event or b"", more=event is not None)
-
-    async def _send_body(self, send: Send, body: bytes, *, more: bool = True) -> None:
-        try:
-            async with asyncio.timeout(self._send_timeout_s):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
-        except TimeoutError as error:
-            raise TooSlowError from error
+            await send({"type": "http.response.body", "body": event or b"", "more_body": event is not None})
 
 
 async def unless_left(receive: Receive, work: Awaitable[_T]) -> _T | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
@@ -65,21 +65,17 @@ def log_config(level: str) -> dict[str, Any]:
 
 
 class RequestMetrics(Collector):
-    """One registry for one application, so that several can live in a process. requests: by path and status; seconds:
-    by path. read_state: figures that are looked up when somebody asks."""
+    """One registry for one application, so that several can live in a process; a subclass adds the figures that are
+    looked up when somebody asks. requests: by path and status; seconds: by path."""
 
-    def __init__(self, read_state: Callable[[], Iterable[Metric]]) -> None:
-        self.registry, self._read_state = CollectorRegistry(), read_state
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.registry.register(self)
         self.requests = Counter(
             "expertshare_requests", "Requests by path and status.", ["path", "status"], registry=self.registry
         )
         self.seconds = self.histogram("request", "From the request to the last byte of the response.", ["path"])
-
-    def collect(self) -> Iterable[Metric]:
-        """What Prometheus' registry asks for."""
-        return self._read_state()
 
     def histogram(self, of: str, text: str, labels: Iterable[str] = ()) -> Histogram:
         """A new metric expertshare_OF_seconds."""
@@ -91,42 +87,42 @@ class RequestMetrics(Collector):
 
 
 class ServerMetrics(RequestMetrics):
-    """Of a server with one engine."""
+    """Of a server with one engine, by the names of docs/serving.md."""
 
     def __init__(self, engine: Engine) -> None:
-        super().__init__(lambda: engine_figures(engine))
+        super().__init__()
+        self._engine = engine
         self.first_block_seconds = self.histogram("first_block", "From the request to its first committed block.")
 
-
-def engine_figures(engine: Engine) -> Iterator[Metric]:
-    """An engine's own counts, by the names of docs/serving.md."""
-    counts, statistics = engine.counts, engine.store_statistics()
-    yield GaugeMetricFamily("expertshare_queue_length", "Answers that wait for a place.", engine.num_waiting)
-    yield GaugeMetricFamily("expertshare_running", "Answers that are being decoded.", engine.num_running)
-    yield GaugeMetricFamily("expertshare_ready", "1 where new requests are taken.", int(engine.state == "ready"))
-    if statistics is not None and statistics.total.hit_rate is not None:
-        rate = statistics.total.hit_rate
-        yield GaugeMetricFamily("expertshare_store_hit_rate", "Share of experts that were there.", rate)
-    for name, text, value in (
-        ("prompt_tokens", "Tokens of prompts that were prefilled.", counts.prompt_tokens),
-        ("completion_tokens", "Tokens of committed blocks.", counts.completion_tokens),
-        ("row_steps", "Denoising steps, each answer's own.", counts.row_steps),
-    ):
-        yield CounterMetricFamily(f"expertshare_{name}", text, value)
-    for name, text, label, values in (
-        ("forwards", "Forwards of the model.", "kind", dict(counts.forwards)),
-        ("expert_bytes", "Bytes of the experts that forwards used.", "kind", dict(counts.expert_bytes)),
-        ("answers", "Answers by how they ended.", "end", dict(counts.finished)),
-    ):
-        family = CounterMetricFamily(f"expertshare_{name}", text, labels=[label])
-        for key, value in values.items():
-            family.add_metric([key], value)
-        yield family
-    unique = SummaryMetricFamily(
-        "expertshare_unique_experts",
-        "Experts that a block uses in a denoising forward, by MoE layer: sum over blocks, and number of blocks.",
-        labels=["layer"],
-    )
-    for layer, total in enumerate(counts.unique_sum_N):
-        unique.add_metric([str(layer)], count_value=counts.unique_blocks, sum_value=total)
-    yield unique
+    def collect(self) -> Iterator[Metric]:
+        """The engine's own counts."""
+        engine, counts, statistics = self._engine, self._engine.counts, self._engine.store_statistics()
+        yield GaugeMetricFamily("expertshare_queue_length", "Answers that wait for a place.", engine.num_waiting)
+        yield GaugeMetricFamily("expertshare_running", "Answers that are being decoded.", engine.num_running)
+        yield GaugeMetricFamily("expertshare_ready", "1 where new requests are taken.", int(engine.state == "ready"))
+        if statistics is not None and statistics.total.hit_rate is not None:
+            rate = statistics.total.hit_rate
+            yield GaugeMetricFamily("expertshare_store_hit_rate", "Share of experts that were there.", rate)
+        for name, text, value in (
+            ("prompt_tokens", "Tokens of prompts that were prefilled.", counts.prompt_tokens),
+            ("completion_tokens", "Tokens of committed blocks.", counts.completion_tokens),
+            ("row_steps", "Denoising steps, each answer's own.", counts.row_steps),
+        ):
+            yield CounterMetricFamily(f"expertshare_{name}", text, value)
+        for name, text, label, values in (
+            ("forwards", "Forwards of the model.", "kind", dict(counts.forwards)),
+            ("expert_bytes", "Bytes of the experts that forwards used.", "kind", dict(counts.expert_bytes)),
+            ("answers", "Answers by how they ended.", "end", dict(counts.finished)),
+        ):
+            family = CounterMetricFamily(f"expertshare_{name}", text, labels=[label])
+            for key, value in values.items():
+                family.add_metric([key], value)
+            yield family
+        unique = SummaryMetricFamily(
+            "expertshare_unique_experts",
+            "Experts that a block uses in a denoising forward, by MoE layer: sum over blocks, and number of blocks.",
+            labels=["layer"],
+        )
+        for layer, total in enumerate(counts.unique_sum_N):
+            unique.add_metric([str(layer)], count_value=counts.unique_blocks, sum_value=total)
+        yield unique

@@ -53,17 +53,15 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
             )
         _say_once(f"experts of {type(self).__name__} are computed by transformers' grouped_mm: {reason}")
         output: Tensor = _grouped_mm()(self, hidden_states, top_k_index, top_k_weights)
-        _tell(self, top_k_index, self.num_experts)
+        if self in OBSERVERS:
+            _tell(self, _active(torch.where(top_k_index < self.num_experts, top_k_index, -1), self.num_experts))
         return output
-    num_experts = self.num_experts
-    used_TK = (top_k_weights != 0) & (top_k_index < num_experts) & (top_k_index >= 0)
+    used_TK = (top_k_weights != 0) & (top_k_index < self.num_experts) & (top_k_index >= 0)
     ids_TK = torch.where(used_TK, top_k_index, -1)
-    active_E = _active(ids_TK, num_experts)
-    plan = RoutingPlan(ids_TK, top_k_weights.float(), active_E)
+    active_E = _active(ids_TK, self.num_experts)
     bank = ExpertBank(self.gate_up_proj.detach(), self.down_proj.detach())
-    result = _OURS.moe_ffn(hidden_states.detach(), plan, bank)
-    for observer in OBSERVERS.get(self, ()):
-        observer(active_E)
+    result = _OURS.moe_ffn(hidden_states.detach(), RoutingPlan(ids_TK, top_k_weights.float(), active_E), bank)
+    _tell(self, active_E)
     return result
 
 
@@ -79,12 +77,9 @@ def _active(ids_TK: Tensor, num_experts: int) -> Tensor:
     return named.index_fill_(0, (ids_TK + 1).flatten(), True)[1:]
 
 
-def _tell(experts: nn.Module, ids_TK: Tensor, num_experts: int) -> None:
-    observers = OBSERVERS.get(experts)
-    if observers:
-        active_E = _active(torch.where(ids_TK < num_experts, ids_TK, -1), num_experts)
-        for observer in observers:
-            observer(active_E)
+def _tell(experts: nn.Module, active_E: Tensor) -> None:
+    for observer in OBSERVERS.get(experts, ()):
+        observer(active_E)
 
 
 @cache

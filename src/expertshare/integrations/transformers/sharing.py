@@ -1,4 +1,5 @@
-"""One layer's routing under a policy: the router's own choice where that stands, else the plan's, put in by hooks."""
+"""One layer's routing under a policy: the router's own choice where that stands, else the plan's, put in by hooks; and
+whether a router does what its interface promises."""
 
 from __future__ import annotations
 
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertshare.errors import InputError
+from expertshare.errors import ConfigError, InputError
 from expertshare.integrations.transformers.calls import Call, read_call
 from expertshare.integrations.transformers.sites import RouterRule, RouterSite
-from expertshare.routing import RoutingPolicy, route
+from expertshare.routing import RoutingPolicy, make_policy, route
 from expertshare.routing.ranking import top_k_ids
 
 
@@ -150,12 +151,12 @@ class RouterHook:
 
     def _on_triple(self, _router: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         rule = self._site.rule
-        logits_TE, weights_TK, own_ids_TK = rule.parted(output)
+        logits_TE, weights_TK, own_ids_TK = rule.ordered(output)
         choice = self._share(logits_TE, own_ids_TK)
         ids_TK = filled(choice, rule.spec.num_experts, distinct=self._site.separate_experts)
         own_T1 = choice.own_T.unsqueeze(-1)
         shared_TK = torch.where(own_T1, weights_TK, choice.weights_TK.to(weights_TK.dtype))
-        return rule.joined(logits_TE, shared_TK, ids_TK)
+        return rule.ordered((logits_TE, shared_TK, ids_TK))
 
     def _on_logits(self, _router: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
         rule = self._site.rule
@@ -183,3 +184,73 @@ class RouterHook:
         choice = share(self._site.rule, self._site.router, self._policy, call, logits_TE, own_ids_TK)
         self._record(self._index, call, choice)
         return choice
+
+
+TOKENS = 8
+TOLERANCE = 0.05
+"""Relative to the largest value: bfloat16 rounds by 0.4 %, a wrong rule is off by far more."""
+
+
+def verify(site: RouterSite) -> None:
+    """Raises ConfigError unless vanilla routing by the site's rule is what the model computes, on random tokens."""
+    weight = next(p for p in site.router.parameters() if p.dim() == 2)
+    generator = torch.Generator().manual_seed(0)
+    probe_TD = torch.randn(TOKENS, weight.shape[-1], generator=generator).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        verified = _block_agrees(site, probe_TD) if site.rule.output == "logits" else _router_agrees(site, probe_TD)
+    if not verified:
+        spec = site.rule.spec
+        normalised = "renormalised" if spec.renormalise else "not renormalised"
+        raise ConfigError(
+            f"expected {site.name} ({type(site.router).__name__} in {type(site.block).__name__}) to route as its "
+            f"interface says, {spec.activation}, top {spec.top_k} of {spec.num_experts}, {normalised}, got another "
+            "result on random tokens: its rule is not supported."
+        )
+
+
+def _most_agree(ours_TX: Tensor, theirs_TX: Tensor) -> bool:
+    close_T = (ours_TX - theirs_TX).abs().amax(dim=-1) <= TOLERANCE * theirs_TX.abs().amax(dim=-1)
+    return int(close_T.sum()) * 2 > TOKENS
+
+
+def _vanilla(site: RouterSite, logits_TE: Tensor, own_ids_TK: Tensor) -> SharedChoice:
+    call = Call(torch.ones(1, TOKENS, dtype=torch.bool, device=logits_TE.device), TOKENS)
+    return share(site.rule, site.router, make_policy("vanilla"), call, logits_TE, own_ids_TK)
+
+
+def _router_agrees(site: RouterSite, probe_TD: Tensor) -> bool:
+    """Ids may differ where scores tie, so most tokens must agree, and these in their weights."""
+    output = site.router(probe_TD)
+    if not _is_triple(output, site.rule):
+        return False
+    logits_TE, weights_TK, ids_TK = site.rule.ordered(output)
+    choice = _vanilla(site, logits_TE, ids_TK)
+    ours_TE, theirs_TE = (
+        torch.zeros(TOKENS, site.rule.spec.num_experts).scatter_(-1, ids.cpu(), weights.float().cpu())
+        for ids, weights in ((choice.ids_TK, choice.weights_TK), (ids_TK, weights_TK))
+    )
+    return _most_agree(ours_TE, theirs_TE)
+
+
+def _is_triple(output: Any, rule: RouterRule) -> bool:
+    if not (isinstance(output, tuple) and len(output) == 3 and all(isinstance(part, Tensor) for part in output)):
+        return False
+    shapes, chosen = [part.shape for part in rule.ordered(output)], (TOKENS, rule.spec.top_k)
+    ids = rule.ordered(output)[-1]
+    return shapes == [(TOKENS, rule.spec.num_experts), chosen, chosen] and ids.dtype == torch.int64
+
+
+def _block_agrees(site: RouterSite, probe_TD: Tensor) -> bool:
+    """The whole block against the formula: no shared expert, no other activation of the router, no extra factor."""
+    experts = site.experts
+    if not isinstance(experts, nn.ModuleList) or len(experts) != site.rule.spec.num_experts:
+        return False
+    output = site.block(probe_TD.unsqueeze(0))
+    theirs_TD = (output[0] if isinstance(output, tuple) else output).reshape(TOKENS, -1).float()
+    logits_TE = site.router(probe_TD)
+    choice = _vanilla(site, logits_TE, logits_TE.topk(site.rule.spec.top_k).indices)
+    ours_TD = torch.zeros_like(theirs_TD)
+    for token in range(TOKENS):
+        for expert, weight in zip(choice.ids_TK[token].tolist(), choice.weights_TK[token], strict=True):
+            ours_TD[token] += weight * experts[expert](probe_TD[token : token + 1])[0].float()
+    return _most_agree(ours_TD, theirs_TD)

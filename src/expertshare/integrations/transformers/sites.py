@@ -37,46 +37,54 @@ class RouterRule:
         if self.scores_are_probabilities:
             affinity = first_GLE.float()
             return RouterScores(affinity, affinity, live_GL)
-        return router_scores(first_GLE, live_GL, self.spec, self._tensor(router, self.bias))
+        return router_scores(first_GLE, live_GL, self.spec, getattr(router, self.bias) if self.bias else None)
 
     def expert_scale_of(self, router: nn.Module) -> Tensor | None:
         """The learned factor of every expert, where the model has one."""
-        return self._tensor(router, self.expert_scale)
+        return getattr(router, self.expert_scale) if self.expert_scale else None
 
-    @staticmethod
-    def _tensor(router: nn.Module, name: str | None) -> Tensor | None:
-        return None if name is None else getattr(router, name)
-
-    def parted(self, output: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, weights and ids from what a router that chooses has returned."""
-        first, weights, last = output
-        return (first, weights, last) if self.output == "logits, weights, ids" else (last, weights, first)
-
-    def joined(self, logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The reverse of `parted`: one tensor again."""
-        if self.output == "logits, weights, ids":
-            return logits_TE, weights_TK, ids_TK
-        return ids_TK, weights_TK, logits_TE
+    def ordered(self, three: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, weights and ids from what a router that chooses has returned, and the reverse."""
+        first, weights, last = three
+        return three if self.output == "logits, weights, ids" else (last, weights, first)
 
 
-def _softmax(router: Any, _block: Any) -> RouterRule:
-    """OLMoE, Qwen3-MoE; Mixtral, which always renormalises and says nothing of it."""
-    renormalise = bool(getattr(router, "norm_topk_prob", True))
-    return RouterRule(spec=_spec(router.num_experts, router.top_k, renormalise=renormalise))
+def _plain(num_experts: int, top_k: int, renormalise: object, output: Output = "logits, weights, ids") -> RouterRule:
+    spec = RouterSpec(num_experts=num_experts, top_k=top_k, activation="softmax", renormalise=bool(renormalise))
+    return RouterRule(spec=spec, output=output)
 
 
-def _glm4(router: Any, _block: Any) -> RouterRule:
+def _sigmoid(
+    router: Any, *, renormalise: bool, groups: tuple[int | None, int | None], bias: str, output: Output
+) -> RouterRule:
+    """groups: all, and those that are kept; None or 0 for a router without groups. bias: name of its tensor, if any."""
+    has_bias = getattr(router, bias, None) is not None
     spec = RouterSpec(
         num_experts=router.num_experts,
         top_k=router.top_k,
         activation="sigmoid",
-        renormalise=bool(router.norm_topk_prob),
+        renormalise=renormalise,
         scaling=float(router.routed_scaling_factor),
-        num_groups=router.num_group,
-        kept_groups=router.topk_group,
-        has_bias=True,
+        num_groups=groups[0] or 1,
+        kept_groups=groups[1] or 1,
+        has_bias=has_bias,
     )
-    return RouterRule(spec=spec, bias="e_score_correction_bias")
+    return RouterRule(spec=spec, output=output, bias=bias if has_bias else None)
+
+
+def _softmax(router: Any, _block: Any) -> RouterRule:
+    """OLMoE, Qwen3-MoE; Mixtral, which always renormalises and says nothing of it."""
+    return _plain(router.num_experts, router.top_k, getattr(router, "norm_topk_prob", True))
+
+
+def _glm4(router: Any, _block: Any) -> RouterRule:
+    return _sigmoid(
+        router,
+        renormalise=bool(router.norm_topk_prob),
+        groups=(router.num_group, router.topk_group),
+        bias="e_score_correction_bias",
+        output="logits, weights, ids",
+    )
 
 
 def _diffusion_gemma(router: Any, _block: Any) -> RouterRule:
@@ -93,28 +101,14 @@ def _diffusion_gemma(router: Any, _block: Any) -> RouterRule:
 
 def _llada2(router: Any, _block: Any) -> RouterRule:
     """LLaDA2's released gate, which renormalises whatever its config says, except with one expert per token."""
-    bias = getattr(router, "expert_bias", None)
-    spec = RouterSpec(
-        num_experts=router.num_experts,
-        top_k=router.top_k,
-        activation="sigmoid",
-        renormalise=router.top_k > 1,
-        scaling=float(router.routed_scaling_factor),
-        num_groups=int(getattr(router, "n_group", None) or 1),
-        kept_groups=int(getattr(router, "topk_group", None) or 1),
-        has_bias=bias is not None,
-    )
-    return RouterRule(spec=spec, output="ids, weights, logits", bias=None if bias is None else "expert_bias")
+    groups = getattr(router, "n_group", None), getattr(router, "topk_group", None)
+    order: Output = "ids, weights, logits"
+    return _sigmoid(router, renormalise=router.top_k > 1, groups=groups, bias="expert_bias", output=order)
 
 
 def _linear(router: Any, block: Any) -> RouterRule:
     """LLaDA-MoE and SDAR, as OLMoE and Qwen3-MoE were before transformers 5: the block applies the softmax."""
-    spec = _spec(router.out_features, block.top_k, renormalise=bool(block.norm_topk_prob))
-    return RouterRule(spec=spec, output="logits")
-
-
-def _spec(num_experts: int, top_k: int, *, renormalise: bool) -> RouterSpec:
-    return RouterSpec(num_experts=num_experts, top_k=top_k, activation="softmax", renormalise=renormalise)
+    return _plain(router.out_features, block.top_k, block.norm_topk_prob, "logits")
 
 
 NATIVE: dict[str, Callable[[Any, Any], RouterRule]] = {
@@ -191,12 +185,12 @@ def find_sites(model: nn.Module) -> tuple[RouterSite, ...]:
         routers = f"routers of class {', '.join(unknown)}" if unknown else "no router beside an `experts` module"
         raise ConfigError(f"expected one of: {SUPPORTED}; got {type(model).__name__} with {routers}.")
     stacks = [_stack(model, name) for name, *_ in found]
-    seen: dict[int, int] = {}
     sites = []
-    for (name, block, router, rule), stack in zip(found, stacks, strict=True):
-        layer = seen[id(stack)] = seen.get(id(stack), -1) + 1
+    for number, (name, block, router, rule) in enumerate(found):
         assert rule is not None
         experts: Any = block.experts
+        stack = stacks[number]
+        layer, num_layers = (sum(other is stack for other in some) for some in (stacks[:number], stacks))
         sites.append(
             RouterSite(
                 name=name,
@@ -205,7 +199,7 @@ def find_sites(model: nn.Module) -> tuple[RouterSite, ...]:
                 experts=experts,
                 stack=stack,
                 layer=layer,
-                num_layers=sum(other is stack for other in stacks),
+                num_layers=num_layers,
                 rule=rule,
             )
         )
