@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from expertshare.native import machine as native_machine
+from expertshare.native import loading
 
 
 def machine(root: Path, siblings: list[str], cpu_max: str | None = None, cfs: tuple[int, int] | None = None) -> Path:
@@ -46,14 +46,14 @@ FOUR_OF_EIGHT = ["0,4", "1,5", "2,6", "3,7"] * 2
 def test_cores_that_may_be_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: list[int], limits: dict[str, object], expected: int
 ) -> None:
-    monkeypatch.setattr(native_machine, "_processors", lambda: list(allowed))
-    assert native_machine.usable_cores(machine(tmp_path, FOUR_OF_EIGHT, **limits)) == expected  # type: ignore[arg-type]
+    monkeypatch.setattr(loading, "_processors", lambda: list(allowed))
+    assert loading.usable_cores(machine(tmp_path, FOUR_OF_EIGHT, **limits)) == expected  # type: ignore[arg-type]
 
 
 def test_a_system_that_says_nothing_counts_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_machine, "_processors", lambda: [0, 1, 2])
-    assert native_machine.usable_cores(tmp_path) == 3
+    monkeypatch.setattr(loading, "_processors", lambda: [0, 1, 2])
+    assert loading.usable_cores(tmp_path) == 3
 
 
 def test_this_machine_has_one() -> None:
-    assert native_machine.usable_cores() >= 1
+    assert loading.usable_cores() >= 1

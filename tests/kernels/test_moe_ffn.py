@@ -14,7 +14,7 @@ from backends import moe_ffn, moe_ffn_loop
 from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.kernels import BACKENDS, choose_backend, torch_backend
-from expertshare.kernels.torch_backend import only_active
+from expertshare.kernels.quantise import only_used
 from expertshare.types import ExpertBank, RoutingPlan
 
 CPU = torch.device("cpu")
@@ -198,11 +198,10 @@ def test_an_unused_slot_has_no_gradient() -> None:
 def test_a_bank_with_too_many_rows_for_a_grouped_product_is_cut_to_the_plan() -> None:
     """On a GPU torch refuses 1,024 groups and more (MOST_GROUPS)."""
     x_TD, plan, bank = scene((3, 2, 9, 16, 8), torch.float32, unused=0.3)
-    small, chosen = only_active(plan, bank)
-    experts = plan.active_E.nonzero().flatten()
+    small, experts = only_used(plan)
+    chosen = ExpertBank(bank.gate_up_EHD[experts], bank.down_EDF[experts])
+    assert torch.equal(experts, plan.active_E.nonzero().flatten())
     assert len(experts) < 9
-    assert torch.equal(chosen.gate_up_EHD, bank.gate_up_EHD[experts])
-    assert torch.equal(chosen.down_EDF, bank.down_EDF[experts])
     assert small.active_E.tolist() == [True] * len(experts)
     used_TK = plan.expert_ids_TK >= 0
     assert torch.equal(experts[small.expert_ids_TK[used_TK]], plan.expert_ids_TK[used_TK])
@@ -212,14 +211,14 @@ def test_a_bank_with_too_many_rows_for_a_grouped_product_is_cut_to_the_plan() ->
 
 def test_only_a_bank_that_is_too_large_and_not_on_the_host_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     class Cut(Exception):
-        """What the stand-in for `only_active` raises."""
+        """What the stand-in for `only_used` raises."""
 
-    def cut(plan: RoutingPlan, bank: ExpertBank) -> None:
+    def cut(plan: RoutingPlan) -> None:
         raise Cut
 
     x_TD, plan, bank = scene((3, 2, 9, 16, 8), torch.float32)
     elsewhere = ExpertBank(bank.gate_up_EHD.to("meta"), bank.down_EDF.to("meta"))
-    monkeypatch.setattr(torch_backend, "only_active", cut)
+    monkeypatch.setattr(torch_backend, "only_used", cut)
     monkeypatch.setattr(torch_backend, "MOST_GROUPS", 9)
     assert moe_ffn(x_TD, plan, bank).isfinite().all()  # no limit on the host
     with pytest.raises(Cut):

@@ -23,7 +23,7 @@ from expertshare.errors import ConfigError
 from expertshare.kernels.backend import LayerKeyValues, Past, check_excluded
 from expertshare.kernels.cpu_route import route_layer_cpu
 from expertshare.kernels.torch_backend import TorchBackend
-from expertshare.kernels.weights import check_codes, check_layout, projections, shape_of, tensors_of
+from expertshare.kernels.weights import check_layout, projections, shape_of, tensors_of
 from expertshare.native import calls
 from expertshare.types import Arrivals, Bank, ExpertBank, QuantisedTable, QuantisedWeight, RoutingPlan
 
@@ -198,13 +198,12 @@ def _check(bank: Bank) -> _Checked:
         dtype = bank.down_EDF.dtype
         if bank.gate_up_EHD.dtype != dtype:
             raise ConfigError(f"expected gate_up and down in one dtype, got {bank.gate_up_EHD.dtype} and {dtype}.")
-    else:
-        check_codes("gate_up", bank.gate_up)
-        check_codes("down", bank.down)
     if any(tensor.dim() != 3 for tensor in parts):
         raise ConfigError(
             f"expected weights [E, rows, depth], got weights of shapes {[tuple(tensor.shape) for tensor in parts]}."
         )
+    for name, weight in weights.items():
+        check_layout(name, weight)
     gate_up, shape = (shape_of(weight) for weight in weights.values())
     num_experts, hidden, inner = shape
     if gate_up != (num_experts, 2 * inner, hidden) or 0 in (hidden, inner):
@@ -212,8 +211,6 @@ def _check(bank: Bank) -> _Checked:
             f"rows and depth of gate_up do not fit down {shape}: expected shape {(num_experts, 2 * inner, hidden)}, "
             f"got {gate_up}."
         )
-    for name, weight in weights.items():
-        check_layout(name, weight)
     packed = b"".join(_packed(weight) for weight in weights.values()) + struct.pack("3q", *shape)
     known = {"given": shape, "constants": packed, "weights": dtype}
     return _Checked(parts, [tensor.data_ptr() for tensor in parts], known)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -48,18 +49,18 @@ class Scheme:
                 f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}."
             )
 
-    def num_groups(self, depth: int) -> int:
-        """Scales of a row of `depth` weights. Raises ConfigError if `depth` is no multiple of the group."""
-        if depth < 1 or depth % (self.group_size or 1) != 0:
+    def layout(self, rows: int, depth: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+        """Shape and dtype of each tensor of one matrix, row by row: "codes", "scales" and unless symmetric "minima".
+
+        Raises ConfigError if `depth` is no multiple of the group.
+        """
+        group = self.group_size or max(1, depth)
+        if depth < 1 or depth % group:
             raise ConfigError(
                 f"rows of {depth} weights cannot be divided into groups of {self.group_size or depth}: "
                 "use another group_size, or int8."
             )
-        return depth // (self.group_size or depth)
-
-    def layout(self, rows: int, depth: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
-        """Shape and dtype of each tensor of one matrix, row by row: "codes", "scales" and unless symmetric "minima"."""
-        per_group = (rows, self.num_groups(depth)), torch.float32 if self.bits == 8 else torch.float16
+        per_group = (rows, depth // group), torch.float32 if self.bits == 8 else torch.float16
         codes = (rows, depth * self.bits // 8), torch.int8 if self.bits == 8 else torch.uint8
         return {"codes": codes, "scales": per_group} | ({} if self.symmetric else {"minima": per_group})
 
@@ -141,7 +142,7 @@ def to_panels(rows: Tensor) -> Tensor:
 
 def from_panels(panels: Tensor) -> Tensor:
     """The inverse of `to_panels`: rows one after another."""
-    by_row = grouped(_words(panels), PANEL_ROWS).transpose(-2, -1)
+    by_row = torch.unflatten(_words(panels), -1, (-1, PANEL_ROWS)).transpose(-2, -1)
     return by_row.flatten(-3, -2).contiguous().view(panels.dtype)
 
 
@@ -178,7 +179,8 @@ def dequantise(weight: QuantisedWeight, dtype: torch.dtype = torch.float32) -> T
     codes, scales = from_panels(weight.codes_EPC), from_panels(weight.scales_EPG).float()
     if weight.bits == 8:
         return (codes.float() * scales).to(dtype)
-    values, scales = grouped(unpack(codes, weight.group_size), weight.group_size).float(), scales.unsqueeze(-1)
+    values = torch.unflatten(unpack(codes, weight.group_size), -1, (-1, weight.group_size)).float()
+    scales = scales.unsqueeze(-1)
     if weight.minima_EPG is None:
         weights = (values - 8) * scales
     else:
@@ -202,11 +204,6 @@ def table_slices(table: QuantisedTable, dtype: torch.dtype, rows_at_a_time: int)
         yield widened[: table.num_rows - first].to(dtype)
 
 
-def grouped(rows: Tensor, size: int) -> Tensor:
-    """[..., n * size] -> [..., n, size]."""
-    return rows.reshape(*rows.shape[:-1], rows.shape[-1] // size, size)
-
-
 def dequantised_experts(plan: RoutingPlan, bank: QuantisedBank, dtype: torch.dtype) -> tuple[RoutingPlan, ExpertBank]:
     """A bank of the plan's active experts alone, and the plan with ids that count in it. Raises ConfigError for ids
     that the bank does not have."""
@@ -214,29 +211,30 @@ def dequantised_experts(plan: RoutingPlan, bank: QuantisedBank, dtype: torch.dty
     ids_TK = plan.expert_ids_TK
     if ids_TK.numel() and not -1 <= int(ids_TK.min()) <= int(ids_TK.max()) < num_experts:
         raise ConfigError(f"expert ids must be -1 (unused) or 0 to {num_experts - 1}: the plan does not fit this bank.")
-    used_U = torch.unique(ids_TK[ids_TK >= 0])
-    local_E = torch.full((num_experts + 1,), -1, dtype=torch.int64, device=ids_TK.device)
-    local_E[used_U] = torch.arange(len(used_U), device=ids_TK.device)
-    active_U = torch.ones(len(used_U), dtype=torch.bool, device=ids_TK.device)
-    experts = ExpertBank(*(dequantise(_chosen(weight, used_U), dtype) for weight in (bank.gate_up, bank.down)))
-    return RoutingPlan(local_E[ids_TK], plan.weights_TK, active_U), experts
+    plan, used_U = only_used(plan)
+    experts = ExpertBank(*(dequantise(experts_of(weight, used_U), dtype) for weight in (bank.gate_up, bank.down)))
+    return plan, experts
 
 
-def only_expert(weight: QuantisedWeight, expert: int) -> QuantisedWeight:
-    """One expert's matrix, without the dimension of experts."""
-    return _chosen(weight, expert)
+def only_used(plan: RoutingPlan) -> tuple[RoutingPlan, Tensor]:
+    """The plan with ids that count in the experts it uses, and the ids of these in order: int64 [U]."""
+    ids_TK = plan.expert_ids_TK
+    unused_and_used, places = torch.unique(F.pad(ids_TK.flatten(), (1, 0), value=-1), return_inverse=True)
+    used_U = unused_and_used[1:]
+    active_U = torch.ones_like(used_U, dtype=torch.bool)
+    return RoutingPlan((places[1:] - 1).view_as(ids_TK), plan.weights_TK, active_U), used_U
 
 
-def _chosen(weight: QuantisedWeight, experts: int | Tensor) -> QuantisedWeight:
+def experts_of(weight: QuantisedWeight, experts: int | Tensor) -> QuantisedWeight:
+    """Some experts' matrices, in a copy; of one, without the dimension of experts and without copying."""
     minima = None if weight.minima_EPG is None else weight.minima_EPG[experts]
-    return replace(
-        weight, codes_EPC=weight.codes_EPC[experts], scales_EPG=weight.scales_EPG[experts], minima_EPG=minima
-    )
+    codes, scales = weight.codes_EPC[experts], weight.scales_EPG[experts]
+    return replace(weight, codes_EPC=codes, scales_EPG=scales, minima_EPG=minima)
 
 
 def unpack(packed: Tensor, group_size: int) -> Tensor:
     """Codes 0 to 15 in the order of their weights: uint8 [..., depth / 2] -> uint8 [..., depth]."""
-    halves = grouped(packed, group_size // 2)
+    halves = torch.unflatten(packed, -1, (-1, group_size // 2))
     return torch.cat((halves & 15, halves >> 4), dim=-1).flatten(-2)
 
 
@@ -250,7 +248,7 @@ def _fill_rows(rows_NR: Tensor, scheme: Scheme, clips: tuple[float, ...], into: 
         into["codes"].copy_(_codes(rows_NR, scales, 0.0, -127, 127))
         into["scales"].copy_(scales)
         return
-    groups = grouped(rows_NR, scheme.group_size)
+    groups = torch.unflatten(rows_NR, -1, (-1, scheme.group_size))
     codes, scales, minima = _best_of(groups, scheme.symmetric, clips)
     if not bool(scales.isfinite().all() & minima.isfinite().all()):
         raise NumericsError(
@@ -272,28 +270,26 @@ def _codes(weights: Tensor, scales: Tensor, minima: Tensor | float, lowest: int,
 
 def _best_of(groups: Tensor, symmetric: bool, clips: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Codes 0 to 15 [..., size], scale and minimum [..., 1] of each group: of all `clips` the one that errs least."""
-    kept: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-    for clip in clips:
+
+    def attempt(clip: float) -> tuple[Tensor, ...]:
         scales, minima = _range(groups, symmetric, clip)
         codes = _codes(groups, scales, minima, 0, 15)
-        errors = torch.addcmul(minima, codes, scales).sub_(groups).square_().sum(dim=-1, keepdim=True)
-        if kept is None:
-            kept = codes, scales, minima, errors
-            continue
-        better = errors < kept[-1]
-        fresh = (codes, scales, minima, errors)
-        kept = tuple(torch.where(better, new, old) for new, old in zip(fresh, kept, strict=True))  # type: ignore[assignment]
-    assert kept is not None
-    return kept[:3]
+        return codes, scales, minima, torch.addcmul(minima, codes, scales).sub_(groups).square_().sum(-1, keepdim=True)
+
+    def better(kept: tuple[Tensor, ...], fresh: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        errs_less = fresh[-1] < kept[-1]
+        return tuple(torch.where(errs_less, new, old) for new, old in zip(fresh, kept, strict=True))
+
+    codes, scales, minima, _ = reduce(better, map(attempt, clips))
+    return codes, scales, minima
 
 
 def _range(groups: Tensor, symmetric: bool, clip: float) -> tuple[Tensor, Tensor]:
     """Scale and minimum of each group, as float16 holds them. Symmetric: the minimum is that of code 0, -8 scales,
     and the scale has the sign with which the largest weight becomes code 0, the only one eight steps from zero."""
+    low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
     if symmetric:
-        low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
         scales = (torch.where(high > -low, high, low) * (clip / -8)).half().float()
         return scales, -8 * scales
-    low, high = groups.amin(dim=-1, keepdim=True), groups.amax(dim=-1, keepdim=True)
     middle, reach = (low + high) / 2, (high - low) / 2 * clip
     return (reach / 7.5).half().float(), (middle - reach).half().float()

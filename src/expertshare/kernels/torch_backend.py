@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertshare.kernels.backend import LayerKeyValues, Past, check_excluded
-from expertshare.kernels.quantise import dequantised_experts, table_rows, table_slices
+from expertshare.kernels.quantise import dequantised_experts, only_used, table_rows, table_slices
 from expertshare.routing import route_layer
 from expertshare.types import Arrivals, Bank, ExpertBank, QuantisedTable, RoutingPlan
 
@@ -55,7 +55,8 @@ class TorchBackend:
         if not isinstance(bank, ExpertBank):
             plan, bank = dequantised_experts(plan, bank, x_TD.dtype)
         elif len(bank.down_EDF) >= MOST_GROUPS and not bank.down_EDF.is_cpu:
-            plan, bank = only_active(plan, bank)
+            plan, used_U = only_used(plan)
+            bank = ExpertBank(bank.gate_up_EHD[used_U], bank.down_EDF[used_U])
         num_tokens, top_k = plan.expert_ids_TK.shape
         num_experts = len(bank.gate_up_EHD)
         expert_P = plan.expert_ids_TK.flatten()
@@ -140,16 +141,6 @@ class TorchBackend:
     ) -> tuple[Tensor, Tensor]:
         """From the logits, which are all in memory."""
         return best_of_logits(self.logits(hidden_RD, weight_VD), excluded)
-
-
-def only_active(plan: RoutingPlan, bank: ExpertBank) -> tuple[RoutingPlan, ExpertBank]:
-    """A copy of the plan's experts, and the plan with their rows."""
-    ids_TK, active_E = plan.expert_ids_TK, plan.active_E
-    row_E = torch.where(active_E, active_E.cumsum(0) - 1, -1)
-    experts_U = active_E.nonzero().flatten()
-    rows_TK = torch.where(ids_TK < 0, ids_TK, row_E[ids_TK.clamp(min=0)])
-    chosen = ExpertBank(bank.gate_up_EHD[experts_U], bank.down_EDF[experts_U])
-    return RoutingPlan(rows_TK, plan.weights_TK, torch.ones_like(experts_U, dtype=torch.bool)), chosen
 
 
 def rotate(x_BHSD: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:

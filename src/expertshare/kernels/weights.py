@@ -35,7 +35,7 @@ def shape_of(weight: Tensor | QuantisedWeight) -> tuple[int, ...]:
 def check_layout(name: str, weight: Tensor | QuantisedWeight, *, backend: str = "cpu") -> None:
     """Raises ConfigError unless the kernel can read every expert of the weights in place."""
     if isinstance(weight, QuantisedWeight):
-        _check_groups(name, weight)
+        _check_codes(name, weight)
     for part, tensor in tensors_of(name, weight).items():
         if len(tensor) and not tensor[0].is_contiguous():
             raise ConfigError(
@@ -47,18 +47,26 @@ def check_layout(name: str, weight: Tensor | QuantisedWeight, *, backend: str = 
             raise ConfigError(f"{part} is not aligned to its elements of {tensor.element_size()} bytes: clone it.")
 
 
-def check_codes(name: str, weight: QuantisedWeight) -> None:
-    """Raises ConfigError unless the number of bits is known and the dtypes are those of it."""
+def _check_codes(name: str, weight: QuantisedWeight) -> None:
+    """Raises ConfigError unless the number of bits is known, and dtypes and shapes are those of it."""
     of_bits = {8: (torch.int8, torch.float32), 4: (torch.uint8, torch.float16)}
-    dtypes = (weight.codes_EPC.dtype, *(t.dtype for t in (weight.scales_EPG, weight.minima_EPG) if t is not None))
     if weight.bits not in of_bits or (weight.bits == 8 and weight.minima_EPG is not None):
         raise ConfigError(f"expected {name} in 4 bits, or in 8 without minima, got {weight.bits} bits.")
-    code, scale = of_bits[weight.bits]
-    if dtypes[0] != code or any(dtype != scale for dtype in dtypes[1:]):
+    (code, scale), parts = of_bits[weight.bits], tensors_of(name, weight)
+    dtypes = [tensor.dtype for tensor in parts.values()]
+    if dtypes != [code, *[scale] * (len(parts) - 1)]:
         raise ConfigError(
             f"expected codes of {name} in {code} with scales and minima in {scale} for {weight.bits} bits, got "
             f"{', '.join(map(str, dtypes))}: quantise with kernels.quantise."
         )
+    check_panels(weight.rows, weight.depth)
+    depth, group = weight.depth, weight.depth if weight.bits == 8 else weight.group_size
+    if weight.bits == 4 and (group not in (32, 64) or depth % group):
+        raise ConfigError(f"expected {name} in groups of 32 or 64 that divide its depth {depth}, got {group}.")
+    expected = (*weight.codes_EPC.shape[:-1], depth // max(1, group) * PANEL_ROWS)
+    for part, tensor in list(parts.items())[1:]:
+        if tuple(tensor.shape) != expected:
+            raise ConfigError(f"expected shape {expected} for {part}, got {tuple(tensor.shape)}.")
 
 
 def check_table(table: QuantisedTable) -> None:
@@ -81,14 +89,3 @@ def check_table(table: QuantisedTable) -> None:
         )
     if not (codes.is_contiguous() and scales.is_contiguous()) or scales.data_ptr() % 4 or codes.data_ptr() % 4:
         raise ConfigError("expected codes and scales of head contiguous and aligned to 4 bytes: clone them.")
-
-
-def _check_groups(name: str, weight: QuantisedWeight) -> None:
-    check_panels(weight.rows, weight.depth)
-    depth, group = weight.depth, weight.depth if weight.bits == 8 else weight.group_size
-    if weight.bits == 4 and (group not in (32, 64) or depth % group):
-        raise ConfigError(f"expected {name} in groups of 32 or 64 that divide its depth {depth}, got {group}.")
-    expected = (*weight.codes_EPC.shape[:-1], depth // max(1, group) * PANEL_ROWS)
-    for part, tensor in tensors_of(name, weight).items():
-        if not part.startswith("codes") and tuple(tensor.shape) != expected:
-            raise ConfigError(f"expected shape {expected} for {part}, got {tuple(tensor.shape)}.")

@@ -1,17 +1,15 @@
 """The compiled library of kernels for the CPU (csrc/): how it is found, called, and which threads it runs in."""
 
 from expertshare.native.loading import (
+    ask_for_huge_pages,
     available,
     instruction_set,
     library,
-    unavailable_reason,
-    usable_instruction_sets,
-)
-from expertshare.native.machine import (
-    ask_for_huge_pages,
     num_threads,
     set_num_threads,
+    unavailable_reason,
     usable_cores,
+    usable_instruction_sets,
     use_torch_threads,
 )
 

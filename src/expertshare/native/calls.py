@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from expertshare.errors import ConfigError
-from expertshare.native.loading import isa_number, library
-from expertshare.native.machine import num_threads, thread_pool
+from expertshare.native.loading import isa_number, library, num_threads, thread_pool
 
 FEATURES = (torch.float32, torch.bfloat16)
 OK, _BAD_EXPERT_ID, _ISA_NAMED, _NOT_ARRIVED = 0, 1, 5, 6  # es_status of csrc/abi.h
@@ -54,10 +53,6 @@ class Arg:
 
     def __str__(self) -> str:
         return f"{self.name} [{', '.join('...' if dim[0] == '*' else dim for dim in self.dims.split())}]"
-
-    def is_laid_out(self, tensor: Tensor) -> bool:
-        """Whether the kernel could read it as it is."""
-        return tensor.numel() == 0 or tensor[(0,) * self.strides].is_contiguous()
 
 
 class _Known(NamedTuple):
@@ -111,8 +106,7 @@ class Call:
         Raises ConfigError for tensors that do not fit the row and for gradients, before anything is written, and where
         memory or threads are lacking; NotArrived.
         """
-        if torch.is_grad_enabled():
-            refuse_gradients(tensors)
+        refuse_gradients(tensors)
         pointers = [0 if t is None else t.data_ptr() for t in tensors]
         facts = [None if t is None else (t.shape, self._layout(t), t.dtype, t.is_cpu) for t in tensors]
         unaligned = reduce(or_, pointers) & _LOW_BITS and tuple(pointer & _LOW_BITS for pointer in pointers)
@@ -139,30 +133,35 @@ class Call:
 
     def _learn(self, tensors: tuple[Tensor | None, ...], given: tuple[int, ...], weights: torch.dtype | None) -> _Known:
         """Check everything that would make the kernel read outside a tensor, or compute something else."""
-        present = [(arg, t) for arg, t in zip(self._args, tensors, strict=True) if t is not None]
-        missing = [arg.name for arg, t in zip(self._args, tensors, strict=True) if t is None and not arg.optional]
+        pairs = list(zip(self._args, tensors, strict=True))
+        present = [(arg, tensor) for arg, tensor in pairs if tensor is not None]
+        missing = "".join(f", no {arg.name}" for arg, tensor in pairs if tensor is None and not arg.optional)
         devices = {tensor.device.type for _, tensor in present}
         if missing or devices != {"cpu"}:
-            got = ", ".join(sorted(devices)) + "".join(f", no {name}" for name in missing)
-            raise ConfigError(f"the backend 'cpu' expects tensors on the CPU, got {got}.")
+            raise ConfigError(
+                f"the backend 'cpu' expects tensors on the CPU, got {', '.join(sorted(devices))}{missing}."
+            )
         features = _check_dtypes(present, weights)
         sizes, leading = self._bind(present, dict(zip(self._given, given, strict=True)))
-        for arg, tensor in present:
-            if tensor.data_ptr() % tensor.element_size():
-                size = tensor.element_size()
-                raise ConfigError(f"{arg.name} is not aligned to its elements of {size} bytes: clone it.")
-            if arg.role == "in place" and not arg.is_laid_out(tensor):
-                raise ConfigError(
-                    f"the backend 'cpu' takes {arg.name} in place and expects the last {tensor.dim() - arg.strides} "
-                    f"dimensions contiguous, got strides {tensor.stride()} for shape {tuple(tensor.shape)}: make it "
-                    "contiguous once, when it is loaded."
-                )
-        given_tensors = list(zip(self._args, tensors, strict=True))
-        copies = [i for i, (arg, t) in enumerate(given_tensors) if t is not None and not arg.is_laid_out(t)]
         numbers = [int(name) if name.isdigit() else sizes[name] for name in self._sizes]
-        for i, (arg, t) in enumerate(given_tensors):
-            laid_out = t.contiguous() if t is not None and i in copies else t
-            numbers += [0] * arg.strides if laid_out is None else laid_out.stride()[: arg.strides]
+        copies = []
+        for i, (arg, tensor) in enumerate(pairs):
+            if tensor is None:
+                numbers += [0] * arg.strides
+                continue
+            size = tensor.element_size()
+            if tensor.data_ptr() % size:
+                raise ConfigError(f"{arg.name} is not aligned to its elements of {size} bytes: clone it.")
+            if tensor.numel() and not tensor[(0,) * arg.strides].is_contiguous():
+                if arg.role == "in place":
+                    raise ConfigError(
+                        f"the backend 'cpu' takes {arg.name} in place and expects the last "
+                        f"{tensor.dim() - arg.strides} dimensions contiguous, got strides {tensor.stride()} for shape "
+                        f"{tuple(tensor.shape)}: make it contiguous once, when it is loaded."
+                    )
+                copies.append(i)
+                tensor = tensor.contiguous()
+            numbers += tensor.stride()[: arg.strides]
         made = []
         for arg in self._made:
             first_dim, *_ = dims = arg.dims.split()
@@ -202,17 +201,17 @@ def refuse_gradients(tensors: Iterable[Tensor | None]) -> None:
 
 def _check_dtypes(present: list[tuple[Arg, Tensor]], weights: torch.dtype | None) -> torch.dtype:
     """The features' dtype."""
-    dtypes = {arg.name: tensor.dtype for arg, tensor in present if arg.dtype is None}
-    dtypes |= {} if weights is None else {"the bank's weights": weights}
-    found = list(dtypes.values())
+    features = {arg.name: tensor.dtype for arg, tensor in present if arg.dtype is None}
+    features |= {} if weights is None else {"the bank's weights": weights}
+    found = list(features.values())
     if len(set(found)) != 1 or found[0] not in FEATURES:
         wanted = "in float32 or bfloat16" if len(found) == 1 else "all in float32 or all in bfloat16"
         raise ConfigError(
-            f"the backend 'cpu' expects {', '.join(dtypes)} {wanted}, got {', '.join(map(str, found))}: convert them, "
-            "or use the backend 'torch'."
+            f"the backend 'cpu' expects {', '.join(features)} {wanted}, got {', '.join(map(str, found))}: convert "
+            "them, or use the backend 'torch'."
         )
     for arg, tensor in present:
-        if arg.dtype is not None and tensor.dtype != arg.dtype:
+        if tensor.dtype != (arg.dtype or found[0]):
             raise ConfigError(f"expected {arg.name} in {arg.dtype}, got {tensor.dtype}: convert them.")
     return found[0]
 

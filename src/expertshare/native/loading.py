@@ -1,22 +1,38 @@
-"""Finding and loading `libexpertshare_cpu.so`.
+"""Finding and loading `libexpertshare_cpu.so`, and what of this machine its calls may use: cores, threads, huge pages.
 
 It is built when the package is installed (setup.py) and looked for beside this file, nowhere else. EXPERTSHARE_ISA
 names the instruction set to use (avx512_bf16, avx512_vnni, avx512, avx_vnni, avx2, portable) instead of the best that
 the processor has; it is read at every call. calls.py says what its functions take.
+
+It computes in the threads of torch's OpenMP where there are any, else in a pool of its own. After every parallel
+operation torch's threads spin for some milliseconds. Threads of our own would contest the cores with them: measured on
+2 cores, an expert layer of 32 experts between torch operations took 7.9 ms in our own threads and 5.1 ms inside torch's
+(docs/performance.md).
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
+import mmap
 import os
+import sys
 from ctypes import c_char_p, c_int
 from functools import cache
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from expertshare.errors import ConfigError, nearest
 
 LIBRARY = Path(__file__).with_name("libexpertshare_cpu.so")
 ABI_VERSION = 9  # of the structures that cross: raise it when one changes. setup.py builds it into the library
+_MAX_THREADS = 1024
+_num_threads: int | None = None
+_use_torch_threads: bool | None = None
+_MADV_HUGEPAGE = 14
+_LEAST_BYTES = 4 << 20  # of a tensor that huge pages make a difference to
 
 
 @cache
@@ -94,3 +110,98 @@ def instruction_set() -> str:
 def isa_number() -> int:
     """`instruction_set()` as the library numbers it."""
     return _isas()[instruction_set()]
+
+
+def set_num_threads(num_threads: int | None) -> None:
+    """Threads of the next calls, the caller's among them; None (the default) means torch's number of threads.
+
+    Another number than torch's means threads of our own. Changing it ends the old ones and starts new, so set it once.
+    """
+    if num_threads is not None and not 1 <= num_threads <= _MAX_THREADS:
+        raise ConfigError(f"expected 1 to {_MAX_THREADS} threads, got {num_threads}.")
+    global _num_threads
+    _num_threads = num_threads
+
+
+def num_threads() -> int:
+    """Threads that the next call may use; a small one uses fewer."""
+    return min(_num_threads or torch.get_num_threads(), _MAX_THREADS)
+
+
+def use_torch_threads(use: bool | None) -> None:
+    """Compute in the threads of torch's OpenMP (libgomp), or in our own; None, the default: torch's if it has any.
+
+    They are used as long as their number is `num_threads()`. Raises ConfigError if True and torch has no libgomp.
+    """
+    if use and not _gomp_parallel():
+        raise ConfigError("torch's threads cannot be used: this torch has no libgomp. Keep the kernel's own threads.")
+    global _use_torch_threads
+    _use_torch_threads = use
+
+
+def thread_pool() -> tuple[int, int]:
+    """`num_threads()`, and the address of what runs work in torch's threads; 0: use threads of our own."""
+    of_torch = torch.get_num_threads()
+    wanted = min(_num_threads or of_torch, _MAX_THREADS)
+    return wanted, 0 if _use_torch_threads is False or wanted != of_torch else _gomp_parallel()
+
+
+@cache
+def _gomp_parallel() -> int:
+    maps = Path("/proc/self/maps")
+    mapped = maps.read_text().splitlines() if maps.exists() else []
+    found = {line.split(maxsplit=5)[-1] for line in mapped if "libgomp" in line}
+    paths = sorted(found, key=lambda path: "torch" not in path)  # another library may have brought its own
+    return ctypes.cast(ctypes.CDLL(paths[0]).GOMP_parallel, ctypes.c_void_p).value or 0 if paths else 0
+
+
+def usable_cores(root: Path = Path("/sys")) -> int:
+    """Physical cores among the processors of this process, no more than the control group's quota; at least 1.
+
+    Two hardware threads of a core share its vector units and its way to memory, which is all that kernels wait for.
+    Where the system does not say what belongs to one core, every processor counts. root: where sysfs is mounted.
+    """
+    processors = _processors()
+    cores = {_core_of(root, processor) for processor in processors}
+    quota = _quota(root / "fs/cgroup")
+    return max(1, len(cores) if quota is None else min(len(cores), math.ceil(quota)))
+
+
+def _processors() -> list[int]:
+    """Those that the scheduler may give us."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+
+
+def _core_of(root: Path, processor: int) -> str:
+    """What the hardware threads of one core have in common."""
+    topology = root / f"devices/system/cpu/cpu{processor}/topology"
+    for name in ("core_cpus_list", "thread_siblings_list"):
+        if (topology / name).is_file():
+            return (topology / name).read_text().strip()
+    return f"processor {processor}"
+
+
+def _quota(cgroup: Path) -> float | None:
+    """Processors' worth of time, by version 2 or 1 of control groups; None for no limit."""
+    if (cgroup / "cpu.max").is_file():
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    elif (cgroup / "cpu/cpu.cfs_quota_us").is_file():
+        quota, period = ((cgroup / f"cpu/cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+    else:
+        return None
+    return None if quota == "max" or int(quota) < 0 else int(quota) / int(period)
+
+
+def ask_for_huge_pages(tensor: Tensor) -> None:
+    """Ask the kernel to back a tensor's memory with huge pages; call it before the memory is first written.
+
+    A reading pass over gigabytes otherwise waits for an address translation every 4 KiB.
+
+    A hint, without effect on values: small tensors, other systems than Linux and kernels that refuse are left as they
+    are. Only whole pages inside the tensor are touched.
+    """
+    if sys.platform != "linux" or tensor.device.type != "cpu" or tensor.nbytes < _LEAST_BYTES:
+        return
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE)

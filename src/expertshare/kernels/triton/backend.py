@@ -16,7 +16,7 @@ from expertshare.kernels.torch_backend import TorchBackend
 from expertshare.kernels.triton import check_devices, interpreted, power_of_two
 from expertshare.kernels.triton.graphs import Graphs
 from expertshare.kernels.triton.route import route_layer_triton
-from expertshare.kernels.weights import check_codes, check_layout, check_table, projections, shape_of, tensors_of
+from expertshare.kernels.weights import check_layout, check_table, projections, shape_of, tensors_of
 from expertshare.types import Arrivals, Bank, ExpertBank, QuantisedTable, QuantisedWeight, RoutingPlan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -221,8 +221,6 @@ def _check_experts(x_TD: Tensor, plan: RoutingPlan, bank: Bank, weights: dict[st
     if (ids_TK.dtype, weights_TK.dtype) != (torch.int64, torch.float32):
         raise ConfigError(f"expected int64 expert ids and float32 weights, got {ids_TK.dtype} and {weights_TK.dtype}.")
     for name, weight in weights.items():
-        if isinstance(weight, QuantisedWeight):
-            check_codes(name, weight)
         check_layout(name, weight, backend="triton")
     num_experts, depth, inner = shape_of(weights["down"])
     expected = [(num_experts, 2 * inner, depth), (len(x_TD), depth), (len(x_TD), ids_TK.shape[-1])]

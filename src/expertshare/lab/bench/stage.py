@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertshare.convert.rates import CACHE_FACTOR
 from expertshare.errors import InputError
-from expertshare.kernels.quantise import dequantise, only_expert
+from expertshare.kernels.quantise import dequantise, experts_of
 from expertshare.lab.bench.cases import Case
 from expertshare.lab.bench.contenders import Contender, Run
 from expertshare.lab.bench.machine import CPU, Machine, check_memory
@@ -189,7 +189,7 @@ def expected_output(x_TD: Tensor, plan: RoutingPlan, bank: Bank) -> Tensor:
 def _floats(bank: Bank, expert: int) -> tuple[Tensor, Tensor]:
     if isinstance(bank, ExpertBank):
         return bank.gate_up_EHD[expert].float(), bank.down_EDF[expert].float()
-    gate_up, down = (dequantise(only_expert(weight, expert)) for weight in (bank.gate_up, bank.down))
+    gate_up, down = (dequantise(experts_of(weight, expert)) for weight in (bank.gate_up, bank.down))
     return gate_up, down
 
 
