@@ -72,12 +72,10 @@ class Past(Protocol):
 
     def extended_by(self, new: LayerKeyValues) -> LayerKeyValues:
         """Cached and new keys and values, in the order of the forward's mask."""
-        ...
 
     def cache_slice(self) -> CacheSlice | None:
         """Where new keys and values belong, for a backend that writes them there instead of calling `extended_by`;
         None where there is no memory for them, or only the device knows where."""
-        ...
 
 
 class Backend(Protocol):
@@ -86,17 +84,14 @@ class Backend(Protocol):
     @property
     def name(self) -> str:
         """As the command line and reports have it."""
-        ...
 
     @property
     def takes_arrivals(self) -> bool:
         """Whether `moe_ffn` computes while experts of a loan are still on their way, instead of waiting for them."""
-        ...
 
     def graphs(self, device: torch.device) -> Graphs | str:
         """How steps on this device are captured and replayed; or why they cannot be, for people: a graph holds only
         what needs no word from the host."""
-        ...
 
     def route(
         self,
@@ -115,7 +110,6 @@ class Backend(Protocol):
         weight_ED float32 or bfloat16, bias_E float32: scores are float32. live_GL, masked_GL bool, as in RouterScores.
         previous: a coreset to keep in the place of a selection.
         """
-        ...
 
     def moe_ffn(self, x_TD: Tensor, plan: RoutingPlan, bank: Bank, arrivals: Arrivals | None = None) -> Tensor:
         """Run each token through the experts of its plan and mix the outputs with its weights: [T, D].
@@ -123,23 +117,18 @@ class Backend(Protocol):
         bank: floats in the tokens' dtype, or quantised. arrivals: of the loan that the bank came with, if some of its
         experts are on their way.
         """
-        ...
 
     def linear(self, x: Tensor, weight_ND: Tensor) -> Tensor:
         """x [..., D] times the transpose of weight_ND: [..., N]."""
-        ...
 
     def swiglu(self, x: Tensor, gate_up_HD: Tensor, down_DF: Tensor) -> Tensor:
         """down(silu(gate x) * up x) with the F gate rows first in gate_up, H = 2F: the shape of x [..., D]."""
-        ...
 
     def rms_norm(self, x: Tensor, scale_D: Tensor, eps: float) -> Tensor:
         """scale * (x / root mean square of x), the mean taken in float32 over the last dimension."""
-        ...
 
     def add_and_norm(self, x: Tensor, delta: Tensor, scale_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """x + delta, and `rms_norm` of that."""
-        ...
 
     def prepare_heads(
         self,
@@ -156,29 +145,24 @@ class Backend(Protocol):
         each. tables: cosine and sine, [B, 1, S, rotated features] each. Returns queries [B, H, S, head dim], the new
         keys and values, and all that may be attended to.
         """
-        ...
 
     def attention(self, q_BHSD: Tensor, k_BHPD: Tensor, v_BHPD: Tensor, mask_BSP: Tensor | None) -> Tensor:
         """Softmax attention, grouped heads, scaled by 1 / sqrt(head dim): [B, S, H * head dim].
 
         mask: bool, True where a query sees a key, at least one each; None: all.
         """
-        ...
 
     def embed(self, tokens: Tensor, weight_VD: Tensor | QuantisedTable, dtype: torch.dtype) -> Tensor:
         """Embeddings of token ids [...]: [..., D], those of an int8 table widened to `dtype`."""
-        ...
 
     def logits(self, hidden: Tensor, weight_VD: Tensor | QuantisedTable) -> Tensor:
         """Scores of the whole vocabulary [..., V] from hidden states [..., D]."""
-        ...
 
     def best_token(
         self, hidden_RD: Tensor, weight_VD: Tensor | QuantisedTable, excluded: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """The id of each row's largest logit, int64 [R], the lowest one where several are, and its probability under
         the softmax, float32 [R]: NaN where a logit is not finite. `excluded` ids have no part in either."""
-        ...
 
 
 def choose_backend(name: str, device: torch.device) -> Backend:
@@ -190,13 +174,10 @@ def choose_backend(name: str, device: torch.device) -> Backend:
     from expertshare.kernels.torch_backend import TorchBackend
 
     if name == AUTO:
-        name = "torch"
-        if device.type == "cpu":
-            reason = native.unavailable_reason()
-            if reason is None:
-                name = "cpu"
-            else:
-                _say_once(f"experts are computed by torch, more slowly than by our own kernel: {reason}")
+        reason = native.unavailable_reason() if device.type == "cpu" else ""
+        name = "cpu" if reason is None else "torch"
+        if reason:
+            _say_once(f"experts are computed by torch, more slowly than by our own kernel: {reason}")
     if name == "torch":
         return TorchBackend()
     if name == "cpu":

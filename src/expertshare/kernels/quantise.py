@@ -75,10 +75,7 @@ class Scheme:
         return sum(shape[0] * shape[1] * dtype.itemsize for shape, dtype in self.layout(rows, depth).values())
 
 
-QUANTISATIONS: dict[str, Scheme] = {
-    "int8": Scheme(bits=8),
-    "int4": Scheme(bits=4, group_size=32),
-}
+QUANTISATIONS = {"int8": Scheme(bits=8), "int4": Scheme(bits=4, group_size=32)}
 
 
 def scheme_named(name: str) -> Scheme:
@@ -99,10 +96,9 @@ def quantise(weight: Tensor, scheme: Scheme, *, clips: tuple[float, ...] = CLIPS
     """
     made = _quantised_rows(weight, scheme, clips)
     check_panels(*weight.shape[-2:])
-    codes, scales, minima = (None if part is None else to_panels(part) for part in made)
-    assert codes is not None
-    assert scales is not None
-    return QuantisedWeight(codes, scales, minima, scheme.bits, scheme.group_size or weight.shape[-1])
+    parts = {name: to_panels(part) for name, part in made.items()}
+    group_size = scheme.group_size or weight.shape[-1]
+    return QuantisedWeight(parts["codes"], parts["scales"], parts.get("minima"), scheme.bits, group_size)
 
 
 @torch.no_grad()
@@ -110,9 +106,10 @@ def quantise_table(weight_VD: Tensor) -> QuantisedTable:
     """An embedding or a head in int8, a scale a row. Raises as `quantise` does, but takes any number of rows."""
     num_rows, depth = weight_VD.shape
     check_panels(PANEL_ROWS, depth)
-    codes_VD, scales_V1, _ = _quantised_rows(weight_VD, QUANTISATIONS["int8"], CLIPS)
+    made = _quantised_rows(weight_VD, QUANTISATIONS["int8"], CLIPS)
     filling = (0, 0, 0, -num_rows % PANEL_ROWS)
-    return QuantisedTable(to_panels(F.pad(codes_VD, filling)), to_panels(F.pad(scales_V1, filling)), num_rows)
+    codes, scales = (to_panels(F.pad(made[name], filling)) for name in ("codes", "scales"))
+    return QuantisedTable(codes, scales, num_rows)
 
 
 def table_shapes(num_rows: int, depth: int) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
@@ -151,8 +148,8 @@ def _words(part: Tensor) -> Tensor:
     return part.contiguous().view(torch.int32) if part.element_size() == 1 else part
 
 
-def _quantised_rows(weight: Tensor, scheme: Scheme, clips: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scales and minima, row by row."""
+def _quantised_rows(weight: Tensor, scheme: Scheme, clips: tuple[float, ...]) -> dict[str, Tensor]:
+    """The tensors of the scheme's layout, row by row."""
     if weight.dtype not in (torch.float32, torch.bfloat16) or weight.dim() < 2:
         raise ConfigError(f"expected float32 or bfloat16 [..., rows, depth], got {weight.dtype} {tuple(weight.shape)}.")
     rows, depth = weight.shape[-2:]
@@ -166,7 +163,7 @@ def _quantised_rows(weight: Tensor, scheme: Scheme, clips: tuple[float, ...]) ->
     for first in range(0, len(flat_NR), at_a_time):
         part = slice(first, first + at_a_time)
         _fill_rows(flat_NR[part].float(), scheme, clips, {name: tensor[part] for name, tensor in into.items()})
-    return made["codes"], made["scales"], made.get("minima")
+    return made
 
 
 def quantise_bank(bank: ExpertBank, scheme: Scheme) -> QuantisedBank:

@@ -175,10 +175,8 @@ def _processors() -> list[int]:
 def _core_of(root: Path, processor: int) -> str:
     """What the hardware threads of one core have in common."""
     topology = root / f"devices/system/cpu/cpu{processor}/topology"
-    for name in ("core_cpus_list", "thread_siblings_list"):
-        if (topology / name).is_file():
-            return (topology / name).read_text().strip()
-    return f"processor {processor}"
+    files = (topology / name for name in ("core_cpus_list", "thread_siblings_list"))
+    return next((file.read_text().strip() for file in files if file.is_file()), f"processor {processor}")
 
 
 def _quota(cgroup: Path) -> float | None:

@@ -7,7 +7,6 @@ from expertshare.routing.route import count_load, route, route_layer, router_sco
 from expertshare.routing.rule import SharingRule
 from expertshare.routing.select import everything, select
 from expertshare.routing.table import (
-    Knob,
     knobs,
     make_policy,
     native_policy,
@@ -21,7 +20,6 @@ from expertshare.routing.table import (
 
 __all__ = [
     "POLICIES",
-    "Knob",
     "Layerwise",
     "RoutingPolicy",
     "SharingRule",

@@ -37,7 +37,7 @@ def make_policy(name: str, settings: Mapping[str, Knob] | None = None) -> Routin
     if name not in POLICIES:
         raise PolicyError(f"unknown policy {name!r}. {nearest(name, POLICIES)}")
     kind = POLICIES[name]
-    known = {f.name for f in fields(kind)}
+    known, hints = {f.name for f in fields(kind)}, get_type_hints(kind)
     for knob, value in (settings or {}).items():
         if knob not in known:
             owners = sorted(n for n, k in POLICIES.items() if knob in {f.name for f in fields(k)})
@@ -45,21 +45,11 @@ def make_policy(name: str, settings: Mapping[str, Knob] | None = None) -> Routin
             raise PolicyError(
                 f"{name} has no knob {knob!r}: {hint}{name} takes: {', '.join(sorted(known)) or 'no knobs'}."
             )
-        _check_kind(name, knob, value)
+        whole = float not in (hints[knob], *get_args(hints[knob]))
+        is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if get_origin(hints[knob]) is not Literal and not is_number:  # words are checked by the policy itself
+            raise PolicyError(f"{name}: {knob} must be {'a whole number' if whole else 'a number'}, got {value!r}")
     return kind(**(settings or {}))
-
-
-def _check_kind(policy: str, knob: str, value: Knob) -> None:
-    """Compare a knob's value with the type its policy declares: a choice of words, a number, or a whole number."""
-    declared = get_type_hints(POLICIES[policy])[knob]
-    if get_origin(declared) is Literal:
-        if value not in get_args(declared):
-            raise PolicyError(f"{policy}: {knob} must be one of {', '.join(get_args(declared))}, got {value!r}")
-        return
-    fractional = float in (declared, *get_args(declared))
-    if isinstance(value, bool) or not isinstance(value, (int, float) if fractional else int):
-        noun = "a number" if fractional else "a whole number"
-        raise PolicyError(f"{policy}: {knob} must be {noun}, got {value!r}")
 
 
 def parse_policy(text: str) -> RoutingPolicy:

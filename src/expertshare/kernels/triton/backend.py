@@ -77,10 +77,10 @@ class TritonBackend(TorchBackend):
             sizes |= {"DEPTH": given.shape[1], "WIDTH": width}
             tiles = tiles_for(name, num_tokens, given.shape[1], width, x_TD.dtype)
             most_tiles = min(num_pairs, num_experts + num_pairs // tiles.rows) * -(-width // tiles.columns)
+            pointers, kind = _passed(weights[name])
             device.project_kernel[(min(_programs(on), most_tiles),)](
-                given, made, *scheduled, *_pointers(weights[name]), GATED=name == "gate_up", **sizes,
-                **_kind(weights[name]), **tiles.launch(),
-            )  # fmt: skip
+                given, made, *scheduled, *pointers, GATED=name == "gate_up", **sizes, **kind, **tiles.launch()
+            )
             return made
 
         hidden_PF = project("gate_up", x_TD, inner, x_TD.dtype)
@@ -140,13 +140,8 @@ class Tiles:
 
     def launch(self) -> dict[str, int]:
         """As a kernel takes them."""
-        return {
-            "BM": self.rows,
-            "BN": self.columns,
-            "BK": self.depth,
-            "num_warps": self.warps,
-            "num_stages": self.stages,
-        }
+        sizes = {"BM": self.rows, "BN": self.columns, "BK": self.depth}
+        return {**sizes, "num_warps": self.warps, "num_stages": self.stages}
 
 
 def tiles_for(
@@ -166,20 +161,15 @@ def tiles_for(
     )
 
 
-def _pointers(weight: Tensor | QuantisedWeight) -> tuple[Any, ...]:
-    """Codes (four bytes of them as one number), scales and minima, then the distance between experts in each. What is
-    not there is never read."""
+def _passed(weight: Tensor | QuantisedWeight) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Codes (four bytes of them as one number), scales and minima, then the distance between experts in each; and their
+    kind. What is not there is never read."""
     if isinstance(weight, Tensor):
-        return weight, weight, weight, weight.stride(0), 0, 0
+        return (weight, weight, weight, weight.stride(0), 0, 0), {"BITS": 0, "GROUP": 0, "HAS_MINIMA": False}
     minima = weight.scales_EPG if weight.minima_EPG is None else weight.minima_EPG
-    words, scales = weight.codes_EPC.view(torch.int32), weight.scales_EPG
-    return words, scales, minima, words.stride(0), scales.stride(0), minima.stride(0)
-
-
-def _kind(weight: Tensor | QuantisedWeight) -> dict[str, Any]:
-    if isinstance(weight, Tensor):
-        return {"BITS": 0, "GROUP": 0, "HAS_MINIMA": False}
-    return {"BITS": weight.bits, "GROUP": weight.group_size, "HAS_MINIMA": weight.minima_EPG is not None}
+    parts = weight.codes_EPC.view(torch.int32), weight.scales_EPG, minima
+    kind = {"BITS": weight.bits, "GROUP": weight.group_size, "HAS_MINIMA": weight.minima_EPG is not None}
+    return (*parts, *(part.stride(0) for part in parts)), kind
 
 
 def _programs(device: torch.device) -> int:
