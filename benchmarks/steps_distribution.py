@@ -18,7 +18,7 @@ import numpy as np
 from unseen_prompts import unseen_prompts
 
 from expertshare.api import compare, load
-from expertshare.evaluation.comparison import ComparedRun
+from expertshare.evaluation.comparison import Outcome
 from expertshare.measure.environment import capture_environment
 from expertshare.measure.report import Report
 
@@ -28,7 +28,7 @@ def variation(values: np.ndarray) -> float:
     return float(values.std() / values.mean())
 
 
-def distribution(run: ComparedRun, num_experts: int) -> dict[str, Any]:
+def distribution(run: Outcome, num_experts: int) -> dict[str, Any]:
     """Of the denoising forwards of one policy; each holds one block."""
     forwards = [forward for forward in run.run.cost.steps if forward.kind == "denoise"]
     unique_SN = np.array([forward.unique_experts for forward in forwards])

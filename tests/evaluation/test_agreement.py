@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from expertshare.evaluation.runner import agreement, token_agreement
+from expertshare.evaluation.comparison import agreement, token_agreement
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ class Fake:
         if number == 7:
             raise EvaluationError("seven")
         return Solved(
-            text=str(number), finish_reason=None, tokens=0, steps=0, forwards={}, groups={}, unique_experts={}
+            answer=str(number), finish_reason=None, tokens=0, steps=0, forwards={}, blocks={}, unique_experts={}
         )
 
     def end(self) -> None:
@@ -98,7 +98,7 @@ def test_answers_come_in_order_and_all_workers_end() -> None:
     ended: list[object] = []
     workers = [Fake(ended), Fake(ended)]
     jobs = [replace(job(), policy=number) for number in range(7)]
-    assert [solved.text for solved in solve_with(workers, jobs)] == list("0123456")
+    assert [solved.answer for solved in solve_with(workers, jobs)] == list("0123456")
     assert len(ended) == 2
     with pytest.raises(EvaluationError, match="seven"):
         list(solve_with([Fake(ended)], [replace(job(), policy=7)]))

@@ -48,7 +48,7 @@ def test_sampled_answers_do_not_depend_on_what_else_is_asked(loaded: LoadedModel
     jobs = [Job(item=item(number), policy=number % 2) for number in range(4)]
     together = list(solve_here(sampling, jobs))
     assert [next(solve_here(sampling, [job])) for job in reversed(jobs)] == together[::-1]
-    assert len({solved.text for solved in together}) > 1
+    assert len({solved.answer for solved in together}) > 1
 
 
 def test_a_seed_belongs_to_item_and_evaluation() -> None:
@@ -65,7 +65,7 @@ def test_lengths_are_whole_blocks_where_the_model_needs_that(loaded: LoadedModel
 
 def test_costs_are_by_kind_of_forward(loaded: LoadedModel) -> None:
     solved = solver(loaded).solve(Job(item=item(0, gen_length=24), policy=0))
-    assert solved.forwards["denoise"] == solved.steps == solved.groups["denoise"]
+    assert solved.forwards["denoise"] == solved.steps == solved.blocks["denoise"]
     assert 4 <= solved.unique_experts["denoise"] <= 16
     assert solved.tokens <= 24
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from expertshare.decoding import DecodingOptions
+from expertshare.decoding import BlockResult, DecodingOptions
 from expertshare.errors import PolicyError
 from expertshare.evaluation.prompts import PromptRecord
-from expertshare.evaluation.runner import Agreement, Outcome, PolicyRun, PolicyRunner, ProgressListener, Setup
-from expertshare.evaluation.scoring import check_scorable
+from expertshare.evaluation.runner import VANILLA, PolicyRun, ProgressListener, Setup, answer_prompts, encode_prompts
+from expertshare.evaluation.scoring import check_scorable, judge
 from expertshare.evaluation.statistics import (
     PairedDifference,
-    Proportion,
     Retained,
     TaskAccuracy,
     paired_difference,
@@ -26,47 +26,94 @@ from expertshare.routing import RoutingPolicy, policy_label, policy_record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ComparedRun:
-    """One policy's run beside vanilla's on the same prompts.
+class Agreement:
+    """tokens: share of answer positions with the same token, mean over prompts. exact: share of equal answers."""
 
-    outcomes: whether each answer is right, None where it cannot be judged. reduction: share of vanilla's unique
-    experts of a denoising forward that is saved. difference: to vanilla's accuracy, None without judged prompts and for
-    vanilla itself.
+    tokens: float
+    exact: float
+
+
+def token_agreement(answer: Sequence[int], reference: Sequence[int]) -> float:
+    """Share of positions at which two answers have the same token; a position that only one has is a disagreement."""
+    length = max(len(answer), len(reference))
+    if length == 0:
+        return 1.0
+    return sum(mine == theirs for mine, theirs in zip(answer, reference, strict=False)) / length
+
+
+def agreement(answers: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> Agreement:
+    """Compare the answers to the same prompts, at least one."""
+    pairs = list(zip(answers, references, strict=True))
+    return Agreement(
+        tokens=sum(token_agreement(mine, theirs) for mine, theirs in pairs) / len(pairs),
+        exact=sum(list(mine) == list(theirs) for mine, theirs in pairs) / len(pairs),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """One policy on the runner's prompts. against: vanilla's outcome on the same ones, None for vanilla itself.
+
+    Answers are judged when that is first asked for, as generated code is then run in the sandbox: SandboxError.
     """
 
     label: str
+    records: Sequence[PromptRecord]
     run: PolicyRun
-    outcomes: tuple[bool | None, ...]
-    accuracy: TaskAccuracy
-    agreement: Agreement
-    reduction: float
-    retained: Retained
-    difference: PairedDifference | None
+    against: Outcome | None = None
 
-    @classmethod
-    def of(cls, outcome: Outcome, vanilla: Outcome) -> ComparedRun:
-        """Hold the outcome against vanilla's, and judge its answers."""
-        accuracy = task_accuracy(outcome.records, outcome.correct)
-        base_accuracy = task_accuracy(vanilla.records, vanilla.correct)
-        both = zip(outcome.correct, vanilla.correct, strict=True)
+    @property
+    def vanilla(self) -> Outcome:
+        """What these answers are held against."""
+        return self.against or self
+
+    @cached_property
+    def correct(self) -> tuple[bool | None, ...]:
+        """Whether each answer is right, None where it cannot be judged."""
+        return tuple(judge(self.records, self.run.texts))
+
+    @property
+    def same_as_vanilla(self) -> tuple[bool, ...]:
+        """Whether each answer is vanilla's, token for token."""
+        pairs = zip(self.run.answers, self.vanilla.run.answers, strict=True)
+        return tuple(mine.token_ids == theirs.token_ids for mine, theirs in pairs)
+
+    @property
+    def agreement(self) -> Agreement:
+        """Agreement of these answers with vanilla's."""
+        return agreement(*([answer.token_ids for answer in one.run.answers] for one in (self, self.vanilla)))
+
+    @property
+    def reduction(self) -> float:
+        """Share of vanilla's unique experts of a denoising forward that is saved."""
+        mine, theirs = (one.run.cost.unique_experts["denoise"] for one in (self, self.vanilla))
+        return 1.0 - mine / theirs
+
+    @cached_property
+    def accuracy(self) -> TaskAccuracy:
+        """Share of right answers, with intervals."""
+        return task_accuracy(self.records, self.correct)
+
+    @property
+    def retained(self) -> Retained:
+        """Accuracy as a share of vanilla's."""
+        return retained(self.accuracy.by_task, self.vanilla.accuracy.by_task)
+
+    @property
+    def difference(self) -> PairedDifference | None:
+        """Accuracy minus vanilla's; None without judged prompts, and for vanilla itself."""
+        both = zip(self.correct, self.vanilla.correct, strict=True)
         judged = [(mine, theirs) for mine, theirs in both if mine is not None and theirs is not None]
-        unique, base_unique = (o.run.cost.unique_experts["denoise"] for o in (outcome, vanilla))
-        return cls(
-            label=outcome.label,
-            run=outcome.run,
-            outcomes=outcome.correct,
-            accuracy=accuracy,
-            agreement=outcome.agreement,
-            reduction=1.0 - unique / base_unique,
-            retained=retained(accuracy.by_task, base_accuracy.by_task),
-            difference=paired_difference([m for m, _ in judged], [t for _, t in judged])
-            if judged and outcome is not vanilla
-            else None,
-        )
+        if self.against is None or not judged:
+            return None
+        return paired_difference([mine for mine, _ in judged], [theirs for _, theirs in judged])
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; shares as fractions, intervals as [low, high] at the 95 % level."""
-        cost, overall = self.run.cost, self.accuracy.overall
+    def to_json(self, *, answers: bool = False) -> dict[str, Any]:
+        """Plain values; shares as fractions, intervals as [low, high] at the 95 % level. answers: each with its prompt
+        and whether it is right."""
+        cost, overall, kept, difference = self.run.cost, self.accuracy.overall, self.retained, self.difference
+        judged = zip(self.records, self.run.texts, self.correct, strict=True)
+        texts = [{"prompt": r.prompt, "task": r.task, "text": text, "correct": right} for r, text, right in judged]
         return {
             **policy_record(self.run.policy),
             "label": self.label,
@@ -84,27 +131,75 @@ class ComparedRun:
             "exact_agreement": self.agreement.exact,
             "accuracy": overall.value if overall else None,
             "accuracy_interval": [overall.low, overall.high] if overall else None,
-            "tasks": {task: self._task_json(task, share) for task, share in self.accuracy.by_task.items()},
-            "retained": self.retained.mean,
-            "retained_capped": self.retained.capped_mean,
-            "difference": asdict(self.difference) if self.difference else None,
+            "tasks": {
+                task: {
+                    "accuracy": share.value,
+                    "interval": [share.low, share.high],
+                    "correct": share.successes,
+                    "count": share.count,
+                    "retained": kept.by_task.get(task),
+                }
+                for task, share in self.accuracy.by_task.items()
+            },
+            "retained": kept.mean,
+            "retained_capped": kept.capped_mean,
+            "difference": asdict(difference) if difference else None,
+            **({"answers": texts} if answers else {}),
         }
 
-    def _task_json(self, task: str, share: Proportion) -> dict[str, Any]:
-        return {
-            "accuracy": share.value,
-            "interval": [share.low, share.high],
-            "correct": share.successes,
-            "count": share.count,
-            "retained": self.retained.by_task.get(task),
-        }
 
-    def answers_json(self, records: Sequence[PromptRecord]) -> list[dict[str, Any]]:
-        """Every answer with its prompt and outcome, for a report."""
-        return [
-            {"prompt": record.prompt, "task": record.task, "text": answer.text, "correct": outcome}
-            for record, answer, outcome in zip(records, self.run.answers, self.outcomes, strict=True)
-        ]
+class PolicyRunner:
+    """Answers the same prompts under any policy. Prompts are encoded once, and vanilla answers them once."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        records: Sequence[PromptRecord],
+        options: DecodingOptions,
+        setup: Setup,
+        on_progress: ProgressListener | None = None,
+    ) -> None:
+        """on_progress(label, done, total) hears of every finished prompt. Raises InputError, as encode_prompts."""
+        self.loaded, self.records, self.options, self.setup = loaded, tuple(records), options, setup
+        self.prompts = encode_prompts(loaded, [record.prompt for record in records], setup.chat)
+        self._on_progress = on_progress
+
+    @cached_property
+    def vanilla(self) -> Outcome:
+        """The model as it is."""
+        return Outcome(label=VANILLA.name, records=self.records, run=self.answer(VANILLA))
+
+    def run(self, policy: RoutingPolicy) -> Outcome:
+        """Answer all prompts under `policy`, and vanilla before. Raises PolicyError, InputError or NumericsError."""
+        vanilla = self.vanilla
+        if policy.bind(self.loaded.config.router) == VANILLA:
+            return vanilla
+        return Outcome(label=policy_label(policy), records=self.records, run=self.answer(policy), against=vanilla)
+
+    def answer(self, policy: RoutingPolicy) -> PolicyRun:
+        """The answers by themselves, without what they cost."""
+        label, done = policy_label(policy), 0
+
+        def count(block: BlockResult) -> None:
+            nonlocal done
+            done += block.finish_reason is not None
+            if self._on_progress is not None and block.finish_reason is not None:
+                self._on_progress(label, done, len(self.prompts))
+
+        return answer_prompts(self.loaded, self.prompts, policy, self.options, setup=self.setup, on_block=count)
+
+    def seconds_per_block(self, policy: RoutingPolicy, num_prompts: int) -> float:
+        """Decoding time of the first `num_prompts` prompts, for each decoded block."""
+        blocks: list[BlockResult] = []
+        prompts = self.prompts[:num_prompts]
+        run = answer_prompts(self.loaded, prompts, policy, self.options, setup=self.setup, on_block=blocks.append)
+        return run.elapsed_s / len(blocks)
+
+    def warm_up(self) -> None:
+        """Decode one block that counts nowhere, so that the first policy does not pay for what happens only once."""
+        resolved = self.options.resolve(self.loaded.config)
+        one_block = replace(self.options, gen_length=min(resolved.gen_length, resolved.block_length or 1))
+        answer_prompts(self.loaded, self.prompts[:1], VANILLA, one_block, setup=self.setup)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,18 +212,15 @@ class Comparison:
 
     records: tuple[PromptRecord, ...]
     config: Mapping[str, Any]
-    runs: tuple[ComparedRun, ...]
-    reference: ComparedRun
+    runs: tuple[Outcome, ...]
+    reference: Outcome
     peak_memory_bytes: int
     peak_anonymous_bytes: int | None
 
     def to_json(self, *, answers: bool = False) -> dict[str, Any]:
         """Plain values under "runs"; `answers` adds every answer to its run."""
-        runs = [
-            {**run.to_json(), **({"answers": run.answers_json(self.records)} if answers else {})} for run in self.runs
-        ]
         return {
-            "runs": runs,
+            "runs": [run.to_json(answers=answers) for run in self.runs],
             "reference": self.reference.to_json(),
             "num_prompts": len(self.records),
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -156,16 +248,14 @@ def compare_policies(
     with memory or MemoryWatch() as watch:
         runner = PolicyRunner(loaded, records, options, setup, on_progress)
         runner.warm_up()
-        reference = ComparedRun.of(runner.vanilla, runner.vanilla)
-        runs = [
-            reference if (outcome := runner.run(policy)) is runner.vanilla else ComparedRun.of(outcome, runner.vanilla)
-            for policy in policies
-        ]
+        runs = tuple(runner.run(policy) for policy in policies)
+        for run in (runner.vanilla, *runs):
+            _ = run.correct  # judged here, not when a caller happens to ask
     return Comparison(
-        records=tuple(records),
+        records=runner.records,
         config=setup.to_json(loaded, options),
-        runs=tuple(runs),
-        reference=reference,
+        runs=runs,
+        reference=runner.vanilla,
         peak_memory_bytes=peak_memory_bytes(loaded.model.device),
         peak_anonymous_bytes=watch.peak_anonymous_bytes,
     )

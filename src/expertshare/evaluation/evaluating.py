@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ import torch
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError, nearest
 from expertshare.evaluation.harness.benchmarks import BENCHMARKS
-from expertshare.evaluation.harness.source import HarnessSource, installed_version
+from expertshare.evaluation.harness.source import HarnessSource
 from expertshare.evaluation.items import EvalItem, GeneratedSource, SourceOptions, TaskSource
 from expertshare.evaluation.prompts import PromptRecord
-from expertshare.evaluation.run_directory import ITEMS, REPORT, Key, RunDirectory, check_known, model_sha256
+from expertshare.evaluation.run_directory import ITEMS, REPORT, RunDirectory, check_known, model_sha256
 from expertshare.evaluation.runner import VANILLA, ProgressListener, Setup
 from expertshare.evaluation.scoring import ANSWER_RULES
 from expertshare.evaluation.summary import summarise
@@ -114,13 +116,21 @@ def evaluate_sources(
         solver.check(item)
     plan = [(source, Job(item=item, policy=number)) for source, item in questions for number in range(len(bound))]
     keys = [(job.item.task, job.item.id, labels[job.policy]) for _, job in plan]
+    counts = Counter(task for task, _, _ in keys)
     run = _describe(loaded, questions, bound, settings)
     with RunDirectory(out) as directory:
         opened = directory.open(run)
         done = check_known(opened.lines, keys, out)
-        if on_notice is not None:
-            _tell(opened.dropped_bytes, len(done), len(keys), out, on_notice)
-        progress = _Progress(keys, done, on_progress)
+        if on_notice is not None and opened.dropped_bytes:
+            on_notice(
+                f"the last line of {out / ITEMS} was cut off ({opened.dropped_bytes} bytes): dropped, and asked again"
+            )
+        if on_notice is not None and done:
+            on_notice(f"{len(done)} of {len(keys)} answers are in {out} already; {len(keys) - len(done)} to go")
+        told = Counter(task for task, _, _ in done)
+        if on_progress is not None:
+            for task in counts:
+                on_progress(task, told[task], counts[task])
         remaining = [entry for entry, key in zip(plan, keys, strict=True) if key not in done]
         lines = list(opened.lines)
         answers = _answers(solver, [job for _, job in remaining], settings)
@@ -128,7 +138,9 @@ def evaluate_sources(
             line = _line(source, job, solved, labels[job.policy])
             directory.append(line)
             lines.append(line)
-            progress.advance(job.item.task)
+            told[job.item.task] += 1
+            if on_progress is not None:
+                on_progress(job.item.task, told[job.item.task], counts[job.item.task])
         report = Report(
             command="eval",
             environment=capture_environment(loaded.model.device),
@@ -156,21 +168,16 @@ def _answers(solver: Solver, jobs: Sequence[Job], settings: EvaluationSettings) 
 
 
 def _line(source: TaskSource, job: Job, solved: Solved, label: str) -> dict[str, Any]:
-    judgement = source.judge(job.item, solved.text)
+    judgement = source.judge(job.item, solved.answer)
     return {
         "task": job.item.task,
         "id": job.item.id,
         "policy": label,
         "prompt_sha256": job.item.prompt_sha256,
-        "answer": solved.text,
+        "answer": solved.answer,
         "correct": judgement.correct,
         "reason": judgement.reason,
-        "finish_reason": solved.finish_reason,
-        "tokens": solved.tokens,
-        "steps": solved.steps,
-        "forwards": dict(solved.forwards),
-        "blocks": dict(solved.groups),
-        "unique_experts": dict(solved.unique_experts),
+        **asdict(solved),
     }
 
 
@@ -206,33 +213,6 @@ def _describe(
     }
 
 
-def _tell(dropped: int, done: int, total: int, out: Path, listener: NoticeListener) -> None:
-    if dropped:
-        listener(f"the last line of {out / ITEMS} was cut off ({dropped} bytes): dropped, and asked again")
-    if done:
-        listener(f"{done} of {total} answers are in {out} already; {total - done} to go")
-
-
-class _Progress:
-    """Lines done, by task."""
-
-    def __init__(self, keys: Sequence[Key], done: set[Key], listener: ProgressListener | None) -> None:
-        self._listener = listener
-        self._total = Counter(task for task, _, _ in keys)
-        self._done = Counter(task for task, _, _ in done)
-        for task in self._total:
-            self._tell(task)
-
-    def advance(self, task: str) -> None:
-        """One more line of `task`."""
-        self._done[task] += 1
-        self._tell(task)
-
-    def _tell(self, task: str) -> None:
-        if self._listener is not None:
-            self._listener(task, self._done[task], self._total[task])
-
-
 def check_task_names(names: Sequence[str]) -> tuple[str, ...]:
     """Each name once, in order; InputError for none, or one that is no task's."""
     known = [*ANSWER_RULES, *BENCHMARKS]
@@ -246,7 +226,9 @@ def check_task_names(names: Sequence[str]) -> tuple[str, ...]:
 
 def harness_version(names: Sequence[str]) -> str | None:
     """Version of lm-evaluation-harness where one of these tasks is asked through it; else nothing depends on it."""
-    return installed_version() if any(name in BENCHMARKS for name in names) else None
+    with suppress(PackageNotFoundError):
+        return version("lm_eval") if any(name in BENCHMARKS for name in names) else None
+    return None
 
 
 def make_sources(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 
 from expertshare.errors import InputError, nearest
 
@@ -22,26 +22,14 @@ class Preset:
     decoding: Mapping[str, DecodingValue]
     shots: int | None
     chat: bool | None
-    unknown: tuple[str, ...] = field(default=())
+    unknown: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         """The settings as plain values for JSON."""
-        return {
-            "name": self.name,
-            "source": self.source,
-            "decoding": dict(self.decoding),
-            "shots": self.shots,
-            "chat": self.chat,
-            "unknown": list(self.unknown),
-        }
+        return {**asdict(self), "unknown": list(self.unknown)}
 
 
-_BLOCKS_OF_32: dict[str, DecodingValue] = {
-    "block_length": 32,
-    "steps_per_block": 32,
-    "threshold": 0.95,
-    "temperature": 0.0,
-}
+_BLOCKS_OF_32 = {"block_length": 32, "steps_per_block": 32, "threshold": 0.95, "temperature": 0.0}
 
 PRESETS: dict[str, Preset] = {
     preset.name: preset

@@ -88,35 +88,17 @@ def _record(line: str, place: str) -> PromptRecord:
             raise InputError(f"{place}: expected only known keys, got {key!r}. {nearest(key, KEYS)}")
     if "prompt" not in value:
         raise InputError(f'{place}: expected the key "prompt", got {sorted(value)}; add it')
-    return PromptRecord(
-        prompt=_filled(value["prompt"], place),
-        reference=_optional_text(value, "reference", place),
-        task=_optional_text(value, "task", place),
-        tests=_tests(value.get("tests", []), place),
-    )
+    for key in ("prompt", "reference", "task"):
+        if not isinstance(value.get(key, ""), str):
+            raise InputError(f'{place}: expected "{key}" to be a string, got {_kind(value[key])}')
+    if not value["prompt"].strip():
+        raise InputError(f'{place}: expected a "prompt" with text, got an empty one; fill or remove it')
+    tests = value.get("tests", [])
+    if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
+        raise InputError(f'{place}: expected "tests" to be a list of strings, got {_kind(tests)}')
+    return PromptRecord(**{**value, "tests": tuple(tests)})
 
 
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
-
-
-def _filled(value: Any, place: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f'{place}: expected "prompt" to be a string, got {_kind(value)}')
-    if not value.strip():
-        raise InputError(f'{place}: expected a "prompt" with text, got an empty one; fill or remove it')
-    return value
-
-
-def _optional_text(record: dict[str, Any], key: str, place: str) -> str | None:
-    value = record.get(key)
-    if key in record and not isinstance(value, str):
-        raise InputError(f'{place}: expected "{key}" to be a string, got {_kind(value)}')
-    return value
-
-
-def _tests(value: Any, place: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(test, str) for test in value):
-        raise InputError(f'{place}: expected "tests" to be a list of strings, got {_kind(value)}')
-    return tuple(value)

@@ -1,25 +1,22 @@
-"""One model's answers to one set of prompts, under one policy after another, each beside vanilla's."""
+"""One model's answers to one set of prompts under one policy, and what they cost."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from typing import Any
 
 from expertshare.decoding import BlockDecoder, BlockResult, DecodingOptions, FinishReason, Generation
 from expertshare.decoding.decoder import BlockStream
 from expertshare.decoding.row import check_prompts
 from expertshare.errors import InputError
-from expertshare.evaluation.prompts import PromptRecord
-from expertshare.evaluation.scoring import judge
 from expertshare.experts import SlabStore, StoreOptions, StoreStatistics
 from expertshare.experts.recording import RoutingRecorder
 from expertshare.kernels import AUTO, choose_backend
 from expertshare.measure.cost import FORWARD_KINDS, Cost, ForwardKind
 from expertshare.measure.memory import storage_bytes_read
 from expertshare.models import LoadedModel, Runtime, decode_answer, describe, encode_prompt
-from expertshare.routing import POLICIES, RoutingPolicy, policy_label
+from expertshare.routing import POLICIES, RoutingPolicy
 
 VANILLA = POLICIES["vanilla"]()
 BlockListener = Callable[[BlockResult], None]
@@ -244,110 +241,3 @@ def _join_costs(costs: Sequence[Cost], first_rows: Sequence[int]) -> Cost:
         unique_experts_by_layer=by_layer,
         steps=tuple(steps),
     )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Agreement:
-    """tokens: share of answer positions with the same token, mean over prompts. exact: share of equal answers."""
-
-    tokens: float
-    exact: float
-
-
-def token_agreement(answer: Sequence[int], reference: Sequence[int]) -> float:
-    """Share of positions at which two answers have the same token; a position that only one has is a disagreement."""
-    length = max(len(answer), len(reference))
-    if length == 0:
-        return 1.0
-    return sum(mine == theirs for mine, theirs in zip(answer, reference, strict=False)) / length
-
-
-def agreement(answers: Sequence[Sequence[int]], references: Sequence[Sequence[int]]) -> Agreement:
-    """Compare the answers to the same prompts, at least one."""
-    pairs = list(zip(answers, references, strict=True))
-    return Agreement(
-        tokens=sum(token_agreement(mine, theirs) for mine, theirs in pairs) / len(pairs),
-        exact=sum(list(mine) == list(theirs) for mine, theirs in pairs) / len(pairs),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """One policy on the runner's prompts, beside vanilla's run on the same ones."""
-
-    label: str
-    records: Sequence[PromptRecord]
-    run: PolicyRun
-    vanilla: PolicyRun
-
-    @cached_property
-    def correct(self) -> tuple[bool | None, ...]:
-        """Whether each answer is right, None where it cannot be judged; judged when first asked for, as generated code
-        is then run in the sandbox. Raises SandboxError."""
-        return tuple(judge(self.records, self.run.texts))
-
-    @property
-    def same_as_vanilla(self) -> tuple[bool, ...]:
-        """Whether each answer is vanilla's, token for token."""
-        pairs = zip(self.run.answers, self.vanilla.answers, strict=True)
-        return tuple(mine.token_ids == theirs.token_ids for mine, theirs in pairs)
-
-    @property
-    def agreement(self) -> Agreement:
-        """Agreement of these answers with vanilla's."""
-        return agreement(*([answer.token_ids for answer in run.answers] for run in (self.run, self.vanilla)))
-
-
-class PolicyRunner:
-    """Answers the same prompts under any policy. Prompts are encoded once, and vanilla answers them once."""
-
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        records: Sequence[PromptRecord],
-        options: DecodingOptions,
-        setup: Setup,
-        on_progress: ProgressListener | None = None,
-    ) -> None:
-        """on_progress(label, done, total) hears of every finished prompt. Raises InputError, as encode_prompts."""
-        self.loaded, self.records, self.options, self.setup = loaded, tuple(records), options, setup
-        self.prompts = encode_prompts(loaded, [record.prompt for record in records], setup.chat)
-        self._on_progress = on_progress
-
-    @cached_property
-    def vanilla(self) -> Outcome:
-        """The model as it is."""
-        run = self.answer(VANILLA)
-        return Outcome(label=VANILLA.name, records=self.records, run=run, vanilla=run)
-
-    def run(self, policy: RoutingPolicy) -> Outcome:
-        """Answer all prompts under `policy`, and vanilla before. Raises PolicyError, InputError or NumericsError."""
-        vanilla = self.vanilla
-        if policy.bind(self.loaded.config.router) == VANILLA:
-            return vanilla
-        return Outcome(label=policy_label(policy), records=self.records, run=self.answer(policy), vanilla=vanilla.run)
-
-    def answer(self, policy: RoutingPolicy) -> PolicyRun:
-        """The answers by themselves, without what they cost."""
-        label, done = policy_label(policy), 0
-
-        def count(block: BlockResult) -> None:
-            nonlocal done
-            done += block.finish_reason is not None
-            if self._on_progress is not None and block.finish_reason is not None:
-                self._on_progress(label, done, len(self.prompts))
-
-        return answer_prompts(self.loaded, self.prompts, policy, self.options, setup=self.setup, on_block=count)
-
-    def seconds_per_block(self, policy: RoutingPolicy, num_prompts: int) -> float:
-        """Decoding time of the first `num_prompts` prompts, for each decoded block."""
-        blocks: list[BlockResult] = []
-        prompts = self.prompts[:num_prompts]
-        run = answer_prompts(self.loaded, prompts, policy, self.options, setup=self.setup, on_block=blocks.append)
-        return run.elapsed_s / len(blocks)
-
-    def warm_up(self) -> None:
-        """Decode one block that counts nowhere, so that the first policy does not pay for what happens only once."""
-        resolved = self.options.resolve(self.loaded.config)
-        one_block = replace(self.options, gen_length=min(resolved.gen_length, resolved.block_length or 1))
-        answer_prompts(self.loaded, self.prompts[:1], VANILLA, one_block, setup=self.setup)

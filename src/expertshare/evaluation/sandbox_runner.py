@@ -25,36 +25,13 @@ WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 MAX_REPORT_BYTES = 4096
 MAX_OPEN_FILES = 16
 BANNED_IMPORTS = frozenset({"ctypes", "_ctypes", "_posixsubprocess", "socket", "_socket"})
+_PROCESS_CALLS = "exec fork forkpty kill killpg posix_spawn spawn startfile system"
+_FILE_CALLS = (
+    "chflags chmod chown link mkdir mkfifo mknod remove removexattr rename rmdir setxattr symlink truncate utime"
+)
 BANNED_EVENTS = frozenset(
-    {
-        "os.fork",
-        "os.forkpty",
-        "os.exec",
-        "os.posix_spawn",
-        "os.spawn",
-        "os.startfile",
-        "os.system",
-        "os.kill",
-        "os.killpg",
-        "pty.spawn",
-        "subprocess.Popen",
-        "signal.pthread_kill",
-        "os.remove",
-        "os.rename",
-        "os.rmdir",
-        "os.mkdir",
-        "os.link",
-        "os.symlink",
-        "os.truncate",
-        "os.chmod",
-        "os.chown",
-        "os.utime",
-        "os.chflags",
-        "os.setxattr",
-        "os.removexattr",
-        "os.mkfifo",
-        "os.mknod",
-    }
+    {"pty.spawn", "signal.pthread_kill", "subprocess.Popen"}
+    | {f"os.{call}" for call in f"{_PROCESS_CALLS} {_FILE_CALLS}".split()}
 )
 BANNED_PREFIXES = ("socket.", "ctypes.", "shutil.")
 

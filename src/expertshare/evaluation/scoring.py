@@ -58,19 +58,21 @@ def judge(records: Sequence[PromptRecord], answers: Sequence[str]) -> list[bool 
     A record with a task or tests is judged by `score_many` (generated code runs in the sandbox); one with only a
     reference by equality, spaces at the ends aside.
     """
-    outcomes: list[bool | None] = [None] * len(records)
-    by_rule: list[int] = []
-    for index, (record, answer) in enumerate(zip(records, answers, strict=True)):
-        if not is_scorable(record):
-            continue
-        if record.task is None and not record.tests:
-            outcomes[index] = answer.strip() == (record.reference or "").strip()
-        else:
-            by_rule.append(index)
-    judged = score_many([records[i] for i in by_rule], [answers[i] for i in by_rule])
-    for index, outcome in zip(by_rule, judged, strict=True):
-        outcomes[index] = outcome
-    return outcomes
+    given = list(zip(records, answers, strict=True))
+    by_rule = [(record, answer) for record, answer in given if is_scorable(record) and _has_rule(record)]
+    outcomes = iter(score_many([record for record, _ in by_rule], [answer for _, answer in by_rule]))
+    return [
+        None
+        if not is_scorable(record)
+        else next(outcomes)
+        if _has_rule(record)
+        else answer.strip() == (record.reference or "").strip()
+        for record, answer in given
+    ]
+
+
+def _has_rule(record: PromptRecord) -> bool:
+    return record.task is not None or bool(record.tests)
 
 
 def score_many(records: Sequence[PromptRecord], answers: Sequence[str]) -> list[bool]:

@@ -13,6 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -41,6 +42,7 @@ AHEAD = 4
 """Jobs under way per process: enough that none idles while answers wait for an earlier one."""
 RESTARTS = 3
 """How often an actor whose process or machine has died is started again, before the evaluation is given up."""
+_AFTER_A_DEATH = "out of memory? Run the same command again, with fewer --processes; finished items are kept"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,18 +55,18 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Solved:
-    """An answer and what it cost. Mappings are by kind of forward.
+    """An answer and what it cost, by the names of a line of the evaluation. Mappings are by kind of forward.
 
-    groups: blocks that took part in those forwards. unique_experts: of one block in one layer, mean over them.
+    blocks: those that took part in the forwards. unique_experts: of one block in one layer, mean over them.
     """
 
-    text: str
+    answer: str
     finish_reason: str | None
     tokens: int
     steps: int
-    forwards: Mapping[str, int]
-    groups: Mapping[str, int]
-    unique_experts: Mapping[str, float]
+    forwards: dict[str, int]
+    blocks: dict[str, int]
+    unique_experts: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,13 +112,13 @@ class Solver:
         )
         [answer], cost = run.answers, run.cost
         return Solved(
-            text=answer.text,
+            answer=answer.text,
             finish_reason=answer.finish_reason,
             tokens=len(answer.token_ids),
             steps=answer.steps,
-            forwards={kind: cost.forwards[kind] for kind in FORWARD_KINDS},
-            groups={kind: sum(step.groups for step in cost.steps if step.kind == kind) for kind in FORWARD_KINDS},
-            unique_experts={kind: cost.unique_experts[kind] for kind in FORWARD_KINDS},
+            forwards={**cost.forwards},
+            blocks={kind: sum(step.groups for step in cost.steps if step.kind == kind) for kind in FORWARD_KINDS},
+            unique_experts={**cost.unique_experts},
         )
 
     def check(self, item: EvalItem) -> None:
@@ -212,6 +214,45 @@ def _answer_of(reply: object) -> Solved:
     return reply
 
 
+class RemoteSolver:
+    """What runs in another process or in an actor. Its errors are values: they go back like answers.
+
+    sha256, expected: of the model and the versions that must be found here too (None: those of this machine).
+    """
+
+    def __init__(
+        self, setup: SolverSetup, sha256: str | None = None, expected: Mapping[str, str] | None = None
+    ) -> None:
+        torch.set_num_threads(setup.threads)
+        self._setup, self._sha256, self._expected = setup, sha256, expected
+        self._solver: Solver | None = None
+
+    def solve(self, job: Job) -> Solved | ExpertShareError:
+        """One answer, or why there is none; the model is loaded for the first one."""
+        try:
+            if self._solver is None:
+                self._check()
+                self._solver = Solver.load(self._setup)
+            return self._solver.solve(job)
+        except ExpertShareError as error:
+            return error
+
+    def _check(self) -> None:
+        path, here = self._setup.model, versions()
+        wanted = here if self._expected is None else self._expected
+        if self._sha256 is not None and not (path.is_dir() and model_sha256(path) == self._sha256):
+            raise EvaluationError(
+                f"expected the same model in {path} on every machine, but on one it is another or missing: copy it "
+                "there, or put it where all see it"
+            )
+        for name in sorted({*here, *wanted}):
+            if here.get(name) != wanted.get(name):
+                raise EvaluationError(
+                    f"expected {name} {wanted.get(name)} on every machine, but on one it is {here.get(name)}: install "
+                    "the same versions everywhere"
+                )
+
+
 def solve_in_processes(setup: SolverSetup, jobs: Iterable[Job], processes: int) -> Iterator[Solved]:
     """Answer in `processes` others. Raises what a job raised there, or EvaluationError if a process died."""
     return solve_with([_Process(setup) for _ in range(processes)], jobs)
@@ -223,6 +264,7 @@ class _Process:
     def __init__(self, setup: SolverSetup) -> None:
         package = str(Path(expertshare.__file__).parents[1])
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+        self._setup = setup
         self._process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
             stdin=subprocess.PIPE,
@@ -230,59 +272,41 @@ class _Process:
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,  # an interrupt from the keyboard is for the parent, which ends this one
         )
-        self._setup: SolverSetup | None = setup
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._jobs, self._replies = self._process.stdin, self._process.stdout
 
     def ask(self, job: Job) -> Solved:
-        """Send one job and wait for its answer."""
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
         try:
-            if self._setup is not None:
-                pickle.dump(self._setup, process.stdin)
-                self._setup = None
-            pickle.dump(job, process.stdin)
-            process.stdin.flush()
-            reply = pickle.load(process.stdout)
+            pickle.dump((self._setup, job), self._jobs)
+            self._jobs.flush()
+            reply = pickle.load(self._replies)
         except (EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
             raise EvaluationError(
-                f"expected an answer from process {process.pid}, but it ended (status {process.poll()}): out of "
-                "memory? Run the same command again, with fewer --processes; finished items are kept"
+                f"expected an answer from process {self._process.pid}, but it ended (status {self._process.poll()}): "
+                f"{_AFTER_A_DEATH}"
             ) from error
         return _answer_of(reply)
 
     def end(self) -> None:
-        """Stop the process, whatever it is doing."""
         self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            try:
-                pipe.close()
-            except BrokenPipeError:
-                continue  # half a job was still to be sent
+        with suppress(BrokenPipeError):  # half a job was still to be sent
+            self._jobs.close()
+        self._replies.close()
 
 
 def serve() -> None:
-    """Answer jobs until stdin ends, so that no process outlives its parent, however that ends: a pickled SolverSetup,
-    then pickled Jobs on stdin; a pickled answer or error for each on stdout."""
-    with os.fdopen(os.dup(1), "wb") as replies:
+    """Answer jobs until stdin ends, so that no process outlives its parent, however that ends: pickled pairs of
+    SolverSetup (always the same) and Job on stdin; a pickled answer or error for each on stdout."""
+    with os.fdopen(os.dup(1), "wb") as replies, suppress(EOFError):
         os.dup2(2, 1)  # whatever prints must not get between the replies
-        try:
-            setup = pickle.load(sys.stdin.buffer)
-            torch.set_num_threads(setup.threads)
-            solver: Solver | None = None
-            while True:
-                job = pickle.load(sys.stdin.buffer)
-                try:
-                    solver = solver or Solver.load(setup)
-                    reply: object = solver.solve(job)
-                except ExpertShareError as error:
-                    reply = error
-                pickle.dump(reply, replies)
-                replies.flush()
-        except EOFError:
-            return
+        solver: RemoteSolver | None = None
+        while True:
+            setup, job = pickle.load(sys.stdin.buffer)
+            solver = solver or RemoteSolver(setup)
+            pickle.dump(solver.solve(job), replies)
+            replies.flush()
 
 
 def solve_on_ray(
@@ -303,42 +327,6 @@ def solve_on_ray(
         yield from solve_with([_Actor(actor.remote(setup, sha256, versions())) for _ in range(processes)], jobs)
 
 
-class RemoteSolver:
-    """What runs in an actor. Its errors are values: Ray would wrap what is raised."""
-
-    def __init__(self, setup: SolverSetup, sha256: str, expected: Mapping[str, str]) -> None:
-        torch.set_num_threads(setup.threads)
-        self._setup, self._wanted = setup, (sha256, expected)
-        self._solver: Solver | None = None
-
-    def solve(self, job: Job) -> Solved | ExpertShareError:
-        """One answer, or why there is none; the model is loaded for the first one."""
-        try:
-            if self._solver is None:
-                self._check()
-                self._solver = Solver.load(self._setup)
-            return self._solver.solve(job)
-        except ExpertShareError as error:
-            return error
-
-    def _check(self) -> None:
-        sha256, wanted = self._wanted
-        path = self._setup.model
-        if not path.is_dir() or model_sha256(path) != sha256:
-            raise EvaluationError(
-                f"expected the same model in {path} on every machine, but on one it is another or missing: copy it "
-                "there, or put it where all see it"
-            )
-        here = versions()
-        differing = sorted(name for name in {*here, *wanted} if here.get(name) != wanted.get(name))
-        if differing:
-            name = differing[0]
-            raise EvaluationError(
-                f"expected {name} {wanted.get(name)} on every machine, but on one it is {here.get(name)}: install the "
-                "same versions everywhere"
-            )
-
-
 class _Actor:
     """The conversation with an actor."""
 
@@ -346,7 +334,6 @@ class _Actor:
         self._handle = handle
 
     def ask(self, job: Job) -> Solved:
-        """Send one job and wait for its answer."""
         import ray
         from ray.exceptions import RayActorError
 
@@ -354,12 +341,11 @@ class _Actor:
             return _answer_of(ray.get(self._handle.solve.remote(job)))
         except RayActorError as error:
             raise EvaluationError(
-                f"expected an answer from an actor of Ray, but it died {RESTARTS + 1} times or was ended: out of "
-                "memory? Run the same command again, with fewer --processes; finished items are kept"
+                f"expected an answer from an actor of Ray, but it died {RESTARTS + 1} times or was ended: "
+                f"{_AFTER_A_DEATH}"
             ) from error
 
     def end(self) -> None:
-        """Stop the actor, whatever it is doing."""
         import ray
 
         ray.kill(self._handle)

@@ -24,14 +24,14 @@ _TOP_TOKENS = 32
 class Replayed:
     """One policy on the recorded steps.
 
-    divergence: KL(vanilla || policy) in nats, mean over the decisions that vanilla took, over vanilla's 32 likeliest
-    tokens and the rest as one (never more than the full divergence). flips: share of those decisions where the policy's
-    most probable token is another one. unique_experts: per block and layer, mean over steps; by_layer: the same.
+    unique_experts: per block and layer, mean over steps; by_layer: the same. divergence: KL(vanilla || policy) in nats,
+    mean over the decisions that vanilla took, over vanilla's 32 likeliest tokens and the rest as one (never more than
+    the full divergence). flips: share of those decisions where the policy's most probable token is another one.
     """
 
+    unique_experts: float
     divergence: float
     flips: float
-    unique_experts: float
     by_layer: tuple[float, ...]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from expertshare.evaluation.runner import Outcome, PolicyRunner
+from expertshare.evaluation.comparison import Outcome, PolicyRunner
 from expertshare.evaluation.statistics import UNNAMED_TASK, PairedCounts
 from expertshare.measure.environment import Environment
 from expertshare.routing import RoutingPolicy, policy_label
@@ -110,7 +110,7 @@ class Tuned:
                 for place, verified in enumerate(self.tested)
             ],
             "tried": [verified.to_json(**stated) for verified in self.tried],
-            "front": [_point_json(point) for point in self.front],
+            "front": [{"label": policy_label(point.policy), **asdict(point.replayed)} for point in self.front],
             "num_points": self.num_points,
             "num_prompts": {"search": self.num_search, "certify": self.num_certify},
             "needed_prompts": self.needed_prompts,
@@ -130,16 +130,6 @@ class Tuned:
 
 
 _NOUNS = {"experts": "unique experts", "bytes": "expert bytes", "latency": "time per block"}
-
-
-def _point_json(point: Point) -> dict[str, Any]:
-    return {
-        "label": policy_label(point.policy),
-        "unique_experts": point.replayed.unique_experts,
-        "divergence": point.replayed.divergence,
-        "flips": point.replayed.flips,
-        "by_layer": list(point.replayed.by_layer),
-    }
 
 
 # Of a measurement of latency.

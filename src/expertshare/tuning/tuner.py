@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError
+from expertshare.evaluation.comparison import PolicyRunner
 from expertshare.evaluation.prompts import PromptRecord
-from expertshare.evaluation.runner import VANILLA, PolicyRunner, ProgressListener, Setup, encode_prompts
+from expertshare.evaluation.runner import VANILLA, ProgressListener, Setup, encode_prompts
 from expertshare.evaluation.statistics import PairedCounts
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel

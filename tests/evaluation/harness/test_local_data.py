@@ -7,26 +7,26 @@ from pathlib import Path
 import pytest
 
 from expertshare.errors import InputError
-from expertshare.evaluation.harness.benchmarks import BENCHMARKS, splits
+from expertshare.evaluation.harness.benchmarks import BENCHMARKS
 
 
 def test_every_benchmark_can_be_read(data: Path) -> None:
     for benchmark in BENCHMARKS.values():
         if benchmark.name != "mmlu":
             for part in benchmark.parts:
-                assert all(splits(benchmark.data, part, data).values())
+                assert all(benchmark.read(data, part).values())
 
 
 def test_columns_are_the_hubs(data: Path) -> None:
-    arc = splits("arc_c", "", data)["test"][0]
+    arc = BENCHMARKS["arc_c"].read(data, "")["test"][0]
     assert arc["choices"] == {"text": ["sky", "blood", "grass", "coal"], "label": ["A", "B", "C", "D"]}
     assert arc["answerKey"] == "B"
-    mmlu = splits("mmlu", "college_mathematics", data)["test"][0]
+    mmlu = BENCHMARKS["mmlu"].read(data, "college_mathematics")["test"][0]
     assert (mmlu["question"], mmlu["choices"], mmlu["answer"]) == ("One, two?", ["a", "b", "c", "d"], 2)
 
 
 def test_mbpp_is_split_by_task_id(data: Path) -> None:
-    found = splits("mbpp", "", data)
+    found = BENCHMARKS["mbpp"].read(data, "")
     assert [record["task_id"] for record in found["prompt"]] == [1, 2, 3]
     assert [record["task_id"] for record in found["test"]] == [11, 12]
 
@@ -46,4 +46,4 @@ def test_what_is_wrong_with_a_file_is_said(data: Path, file: str, text: str | No
     else:
         (data / file).write_text(text)
     with pytest.raises(InputError, match=message):
-        splits("gsm8k", "", data)
+        BENCHMARKS["gsm8k"].read(data, "")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from evaluation.harness.conftest import HUMANEVAL, MBPP, PRO
-from expertshare.evaluation.harness import programs
-from expertshare.evaluation.harness.programs import program, verdict
+from expertshare.evaluation.harness import benchmarks
+from expertshare.evaluation.harness.benchmarks import program, verdict
 
 SOLUTION = HUMANEVAL[0]["canonical_solution"]
 WHOLE = HUMANEVAL[0]["prompt"] + SOLUTION
@@ -45,6 +45,6 @@ def test_right_and_wrong_are_told_apart(benchmark: str, record: dict[str, object
 
 @pytest.mark.parametrize("answer", ["", "```", "\0", "(" * 5000, "\ud800", "if:\n", "while True: pass"])
 def test_no_answer_breaks_anything(answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(benchmarks, "TIMEOUT_S", 0.5)
     assert isinstance(program("", answer), str)
     assert not verdict("mbpp", MBPP[3], answer).passed

@@ -1,15 +1,18 @@
-"""BENCHMARKS: which tasks of lm-evaluation-harness make up a benchmark, and which of their metrics is its accuracy."""
+"""BENCHMARKS: which tasks of lm-evaluation-harness make up a benchmark, which of their metrics is its accuracy, what
+its files hold, and how an answer that is code becomes a program."""
 
 from __future__ import annotations
 
 import csv
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from expertshare.errors import InputError
+from expertshare.evaluation.sandbox import Verdict, run_programs
 
 MATHS_SUBJECTS = (
     "abstract_algebra",
@@ -36,93 +39,80 @@ SUBJECTS = (
 # fmt: on
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Benchmark:
-    """parts: task of the harness by the name of the part ("" where there is one part only).
-
-    metric: (filter, metric) of the harness that says whether an answer is right; None for code, which is judged by
-    running it. folders: of the harness's tasks to search; none for task files of ours. data: what `local_data` reads.
-    """
-
-    name: str
-    parts: Mapping[str, str]
-    metric: tuple[str, str] | None
-    folders: tuple[str, ...] = field(default=())
-    data: str
-
-
-def _of_subjects(name: str, subjects: tuple[str, ...]) -> Benchmark:
-    return Benchmark(
-        name=name,
-        parts={subject: f"mmlu_{subject}_generative" for subject in subjects},
-        metric=("get_response", "exact_match"),
-        folders=("mmlu/generative",),
-        data="mmlu",
-    )
-
-
-def _code(name: str) -> Benchmark:
-    return Benchmark(name=name, parts={"": f"expertshare_{name}"}, metric=None, data=name)
-
-
-BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark
-    for benchmark in (
-        Benchmark(
-            name="gsm8k",
-            parts={"": "gsm8k"},
-            metric=("flexible-extract", "exact_match"),
-            folders=("gsm8k",),
-            data="gsm8k",
-        ),
-        Benchmark(
-            name="math500",
-            parts={"": "minerva_math500"},
-            metric=("none", "math_verify"),
-            folders=("minerva_math",),
-            data="math500",
-        ),
-        Benchmark(
-            name="arc_c",
-            parts={"": "arc_challenge_chat"},
-            metric=("remove_whitespace", "exact_match"),
-            folders=("arc",),
-            data="arc_c",
-        ),
-        _of_subjects("mmlu", SUBJECTS),
-        _of_subjects("mmlu_math", MATHS_SUBJECTS),
-        _of_subjects("mmlu_hs_math", ("high_school_mathematics",)),
-        _code("humaneval"),
-        _code("mbpp"),
-        _code("humaneval_pro"),
-        _code("mbpp_pro"),
-    )
-}
-
-
 Record = dict[str, Any]
+Splits = dict[str, list[Record]]
+TIMEOUT_S = 10.0
+"""Of the reference solutions of MBPP one takes more than three seconds."""
+FENCE = "```"
 MBPP_PROMPTS, MBPP_TEST = range(1, 11), range(11, 511)
 """Task ids of the examples and of the test split (google-research's README of MBPP)."""
 
 
-def splits(data: str, part: str, folder: Path) -> Mapping[str, list[Record]]:
-    """Records by split. Raises InputError for a file that is missing or not what its name says."""
-    return _READERS[data](folder, part)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Benchmark:
+    """parts: task of the harness by the name of the part ("" where there is one part only).
+
+    read: records by split, in the columns of the hub, from a folder of files, for a part; InputError for a file that is
+    missing or not what its name says. metric: (filter, metric) of the harness that says whether an answer is right.
+    folders: of the harness's tasks to search; none for task files of ours. code: what an answer continues, and the
+    tests that are run behind it; with it there is no metric.
+    """
+
+    name: str
+    parts: Mapping[str, str]
+    read: Callable[[Path, str], Splits]
+    metric: tuple[str, str] | None = None
+    folders: tuple[str, ...] = ()
+    code: Callable[[Mapping[str, Any]], tuple[str, str]] | None = None
 
 
-def _gsm8k(folder: Path, _: str) -> dict[str, list[Record]]:
-    return {split: _jsonl(folder / "gsm8k" / f"{split}.jsonl", "question", "answer") for split in ("train", "test")}
+def verdict(benchmark: str, record: Mapping[str, Any], answer: str) -> Verdict:
+    """Run the program of an answer to a code benchmark with the record's tests: pass@1 in the sandbox."""
+    code = BENCHMARKS[benchmark].code
+    assert code is not None
+    prefix, tests = code(record)
+    [found] = run_programs([f"{program(prefix, answer)}\n\n{tests}\n"], timeout_s=TIMEOUT_S)
+    return found
 
 
-def _math500(folder: Path, _: str) -> dict[str, list[Record]]:
-    return {"test": _jsonl(folder / "math500" / "test.jsonl", "problem", "solution", "answer")}
+def program(prefix: str, answer: str) -> str:
+    """The code of an answer that was to continue `prefix` inside a code fence.
+
+    Chat models also start afresh, in a fence of their own: whatever compiles is taken, the continuation first.
+    """
+    continued = answer.partition(FENCE)[0]
+    fresh = _first_block(answer)
+    bodies = [text for text in (continued, fresh) if text.strip()]
+    candidates = [*(prefix + body for body in bodies), *reversed(bodies), prefix + continued]
+    return next((text for text in candidates if _compiles(text)), candidates[0])
 
 
-def _arc(folder: Path, _: str) -> dict[str, list[Record]]:
-    read = {
-        split: _jsonl(folder / "arc_challenge" / f"{split}.jsonl", "question", "choices", "answer")
-        for split in ("train", "test")
-    }
+def _first_block(answer: str) -> str:
+    _, fence, rest = answer.partition(FENCE)
+    if not fence:
+        return answer
+    language, newline, body = rest.partition("\n")
+    block = body if newline and not language.strip().count(" ") else rest
+    return block.partition(FENCE)[0]
+
+
+def _compiles(text: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # about code that a model wrote
+            compile(text, "<answer>", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
+        return False
+    return True
+
+
+def _lines(pattern: str, splits: Iterable[str], *columns: str) -> Callable[[Path, str], Splits]:
+    """Reads one JSONL file for each split, whose name stands in the place of {}."""
+    return lambda folder, _: {split: _jsonl(folder / pattern.format(split), *columns) for split in splits}
+
+
+def _arc(folder: Path, part: str) -> Splits:
+    read = _lines("arc_challenge/{}.jsonl", ("train", "test"), "question", "choices", "answer")(folder, part)
     found = {split: [_arc_record(record) for record in records] for split, records in read.items()}
     return {**found, "validation": found["train"]}  # the harness names one, and asks nothing of it
 
@@ -134,7 +124,7 @@ def _arc_record(record: Record) -> Record:
     return {"question": record["question"], "choices": choices, "answerKey": labels[record["answer"]]}
 
 
-def _mmlu(folder: Path, subject: str) -> dict[str, list[Record]]:
+def _mmlu(folder: Path, subject: str) -> Splits:
     return {
         split: [
             {
@@ -149,41 +139,14 @@ def _mmlu(folder: Path, subject: str) -> dict[str, list[Record]]:
     }
 
 
-def _humaneval(folder: Path, _: str) -> dict[str, list[Record]]:
-    return {"test": _jsonl(folder / "humaneval" / "HumanEval.jsonl", "prompt", "entry_point", "test")}
-
-
-def _mbpp(folder: Path, _: str) -> dict[str, list[Record]]:
+def _mbpp(folder: Path, _: str) -> Splits:
     columns = ("text", "code", "task_id", "test_list", "test_setup_code")
     read = _jsonl(folder / "mbpp" / "mbpp.jsonl", *columns)
     records = [{name: record[name] for name in columns} for record in read]
     return {
-        "prompt": [record for record in records if record["task_id"] in MBPP_PROMPTS],
-        "test": [record for record in records if record["task_id"] in MBPP_TEST],
+        split: [record for record in records if record["task_id"] in ids]
+        for split, ids in (("prompt", MBPP_PROMPTS), ("test", MBPP_TEST))
     }
-
-
-def _pro(name: str) -> Callable[[Path, str], dict[str, list[Record]]]:
-    def read(folder: Path, _: str) -> dict[str, list[Record]]:
-        path = folder / "codeeval_pro" / f"{name}.json"
-        value = _parse(_text(path), f"{path}")
-        if not isinstance(value, list):
-            raise InputError(f"expected a list of problems in {path}, got {type(value).__name__}")
-        return {"train": _checked(value, path, "raw_problem", "new_problem", "test_code")}
-
-    return read
-
-
-_READERS: dict[str, Callable[[Path, str], dict[str, list[Record]]]] = {
-    "gsm8k": _gsm8k,
-    "math500": _math500,
-    "arc_c": _arc,
-    "mmlu": _mmlu,
-    "humaneval": _humaneval,
-    "mbpp": _mbpp,
-    "humaneval_pro": _pro("humaneval_pro"),
-    "mbpp_pro": _pro("mbpp_pro"),
-}
 
 
 def _jsonl(path: Path, *columns: str) -> list[Record]:
@@ -222,3 +185,76 @@ def _checked(records: Iterable[Any], path: Path, *columns: str) -> list[Any]:
     if not found:
         raise InputError(f"expected records in {path}, got none")
     return found
+
+
+def _of_subjects(name: str, subjects: Iterable[str]) -> Benchmark:
+    return Benchmark(
+        name=name,
+        parts={subject: f"mmlu_{subject}_generative" for subject in subjects},
+        read=_mmlu,
+        metric=("get_response", "exact_match"),
+        folders=("mmlu/generative",),
+    )
+
+
+def _pro(name: str) -> Benchmark:
+    """Self-invoking problems: an answer continues the first problem's head."""
+
+    def read(folder: Path, _: str) -> Splits:
+        path = folder / "codeeval_pro" / f"{name}.json"
+        value = _parse(_text(path), f"{path}")
+        if not isinstance(value, list):
+            raise InputError(f"expected a list of problems in {path}, got {type(value).__name__}")
+        return {"train": _checked(value, path, "raw_problem", "new_problem", "test_code")}
+
+    return Benchmark(
+        name=name,
+        parts={"": f"expertshare_{name}"},
+        read=read,
+        code=lambda record: (f"{record['raw_problem'].strip()}\n", record["test_code"]),
+    )
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark(
+            name="gsm8k",
+            parts={"": "gsm8k"},
+            read=_lines("gsm8k/{}.jsonl", ("train", "test"), "question", "answer"),
+            metric=("flexible-extract", "exact_match"),
+            folders=("gsm8k",),
+        ),
+        Benchmark(
+            name="math500",
+            parts={"": "minerva_math500"},
+            read=_lines("math500/{}.jsonl", ("test",), "problem", "solution", "answer"),
+            metric=("none", "math_verify"),
+            folders=("minerva_math",),
+        ),
+        Benchmark(
+            name="arc_c",
+            parts={"": "arc_challenge_chat"},
+            read=_arc,
+            metric=("remove_whitespace", "exact_match"),
+            folders=("arc",),
+        ),
+        _of_subjects("mmlu", SUBJECTS),
+        _of_subjects("mmlu_math", MATHS_SUBJECTS),
+        _of_subjects("mmlu_hs_math", ("high_school_mathematics",)),
+        Benchmark(
+            name="humaneval",
+            parts={"": "expertshare_humaneval"},
+            read=_lines("humaneval/HumanEval.jsonl", ("test",), "prompt", "entry_point", "test"),
+            code=lambda record: (record["prompt"], f"{record['test']}\ncheck({record['entry_point']})"),
+        ),
+        Benchmark(
+            name="mbpp",
+            parts={"": "expertshare_mbpp"},
+            read=_mbpp,
+            code=lambda record: ("", "\n".join([record.get("test_setup_code") or "", *record["test_list"]])),
+        ),
+        _pro("humaneval_pro"),
+        _pro("mbpp_pro"),
+    )
+}

@@ -87,7 +87,7 @@ class ExpertShareLM(LM):  # type: ignore[misc]
             content=sha256_text(context),
         )
         self.solver.check(item)
-        return cut(self.solver.solve(Job(item=item, policy=0)).text, stops(request))
+        return cut(self.solver.solve(Job(item=item, policy=0)).answer, stops(request))
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Refused: a diffusion model has no left-to-right likelihood."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -18,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from expertshare.errors import InputError
-from expertshare.evaluation.harness.benchmarks import Benchmark, splits
-from expertshare.evaluation.harness.programs import verdict
+from expertshare.evaluation.harness.benchmarks import Benchmark, verdict
 from expertshare.evaluation.items import CODE_NOT_ALLOWED, EvalItem, Judgement, SourceOptions, failure, sha256_text
 
 if TYPE_CHECKING:
@@ -127,22 +125,20 @@ def render_chat(
     Where the template knows no system turn, its text goes before the first question.
     """
 
-    def render(turns: Sequence[Mapping[str, str]]) -> str:
-        rendered = tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return str(rendered)
-
+    render = partial(
+        tokenizer.apply_chat_template,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=not add_generation_prompt,
+    )
     try:
-        return render(messages)
+        return str(render([dict(turn) for turn in messages]))
     except TemplateError as error:
         if len(messages) < 2 or messages[0]["role"] != "system":
             raise InputError(f"the model's chat template refuses this conversation ({error}): use --raw") from error
         system, question, *others = messages
-        return render([{**question, "content": system["content"] + question["content"]}, *others])
+        first = {**question, "content": system["content"] + question["content"]}
+        return str(render([first, *map(dict, others)]))
 
 
 def _questions(
@@ -165,21 +161,19 @@ def _questions(
             gen_prefix=task.doc_to_prefix(record),
         )
         instance = task.construct_requests(doc=record, ctx=context, metadata=(task.task_name, number, 1))
-        content = sha256_text(json.dumps([context, record], default=str, sort_keys=True))
         item = EvalItem(
             task=name,
             id=f"{part}/{number}" if part else str(number),
             prompt=context,
             chat=False,
             gen_length=options.gen_length or int(instance.args[1].get("max_gen_toks") or DEFAULT_GEN_LENGTH),
-            content=content,
+            content=sha256_text(json.dumps([context, record], default=str, sort_keys=True)),
         )
         questions.append(_Question(item=item, task=task, instance=instance))
     return questions
 
 
 OUR_TASKS = Path(__file__).parent / "tasks"
-EXTRA = "expertshare[eval]"
 NO_LIKELIHOOD = (
     "a masked diffusion model has no left-to-right likelihood of a given text. Choose a task that generates its answer "
     "(generate_until)"
@@ -191,17 +185,9 @@ def check_installed() -> None:
     for module in ("lm_eval", "math_verify"):
         if importlib.util.find_spec(module) is None:
             raise InputError(
-                f"this benchmark needs lm-evaluation-harness, and {module} is not installed: pip install '{EXTRA}'. "
-                "The generated tasks (arith, math, code, code_pro, choice) need nothing more"
+                f"this benchmark needs lm-evaluation-harness, and {module} is not installed: pip install "
+                "'expertshare[eval]'. The generated tasks (arith, math, code, code_pro, choice) need nothing more"
             )
-
-
-def installed_version() -> str | None:
-    """Version of lm-evaluation-harness, None where it is not installed."""
-    try:
-        return importlib.metadata.version("lm_eval")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def load_task(benchmark: Benchmark, part: str, data: Path | None, cache: Path) -> Task:
@@ -244,7 +230,7 @@ def _local(benchmark: Benchmark, part: str, data: Path, cache: Path) -> dict[str
     folder = cache / (part or benchmark.name)
     folder.mkdir(parents=True, exist_ok=True)
     files: dict[str, str] = {}
-    for split, records in splits(benchmark.data, part, data).items():
+    for split, records in benchmark.read(data, part).items():
         path = folder / f"{split}.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
         files[split] = str(path)

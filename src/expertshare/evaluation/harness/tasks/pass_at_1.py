@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from expertshare.evaluation.harness.programs import verdict
+from expertshare.evaluation.harness.benchmarks import verdict
 
 
 def _score(benchmark: str, doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
