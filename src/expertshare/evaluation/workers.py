@@ -30,7 +30,7 @@ from expertshare.evaluation.items import EvalItem
 from expertshare.evaluation.run_directory import model_sha256
 from expertshare.evaluation.runner import Setup, answer_prompts, encode_prompts
 from expertshare.experts import SlabStore, StoreOptions, open_store
-from expertshare.measure.cost import FORWARD_KINDS
+from expertshare.measure.cost import FORWARD_KINDS, ForwardKind
 from expertshare.measure.environment import versions
 from expertshare.models import LoadedModel, load_model
 from expertshare.ray_connection import connected
@@ -64,9 +64,9 @@ class Solved:
     finish_reason: str | None
     tokens: int
     steps: int
-    forwards: dict[str, int]
-    blocks: dict[str, int]
-    unique_experts: dict[str, float]
+    forwards: dict[ForwardKind, int]
+    blocks: dict[ForwardKind, int]
+    unique_experts: dict[ForwardKind, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,9 +116,9 @@ class Solver:
             finish_reason=answer.finish_reason,
             tokens=len(answer.token_ids),
             steps=answer.steps,
-            forwards={**cost.forwards},
+            forwards=dict(cost.forwards),
             blocks={kind: sum(step.groups for step in cost.steps if step.kind == kind) for kind in FORWARD_KINDS},
-            unique_experts={**cost.unique_experts},
+            unique_experts=dict(cost.unique_experts),
         )
 
     def check(self, item: EvalItem) -> None:
