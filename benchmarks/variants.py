@@ -32,7 +32,6 @@ from expertshare.evaluation.statistics import paired_difference, retained, task_
 from expertshare.experts import ResidentExperts
 from expertshare.measure.environment import capture_environment
 from expertshare.models import LoadedModel, load_model
-from expertshare.models.moe import MoE
 from expertshare.routing import Layerwise, RoutingPolicy, parse_policies
 from expertshare.types import Loan
 
@@ -79,7 +78,7 @@ class _Steps:
 
 def fetched(model: LoadedModel, prompts: Sequence[Sequence[int]], policy: str, options: DecodingOptions) -> float:
     """Experts of a step and layer that the block's step before did not use; all of them in its first step."""
-    own = [module.experts for module in model.model.modules() if isinstance(module, MoE) and module.experts is not None]
+    own = [module for module in model.model.modules() if isinstance(module, ResidentExperts)]
     fresh: list[int] = []
     for prompt in prompts:
         steps = _Steps(own)

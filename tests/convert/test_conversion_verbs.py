@@ -97,7 +97,7 @@ def test_plan_of_shapes_alone_and_of_what_does_not_fit(run: Run) -> None:
 def test_without_memory_generate_says_what_to_do(
     source: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("expertshare.models.loading.usable_memory_bytes", lambda: 100_000)
+    monkeypatch.setattr("expertshare.measure.memory.usable_memory_bytes", lambda: 100_000)
     code, _, err = run("generate", source, "--prompt", "Hello")
     assert code == 2
     assert "expertshare convert" in err

@@ -201,7 +201,8 @@ def test_all_experts_on_a_card_that_is_too_small_name_what_to_give(
 
 def test_what_does_not_fit_on_the_card_or_beside_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     converted = convert(REFERENCE, tmp_path / "model")
-    monkeypatch.setattr("expertshare.models.loading.free_device_bytes", lambda device: 1 << 20)
+    left = {CUDA: 1 << 20}
+    monkeypatch.setattr("expertshare.models.loading.free_memory_bytes", left.get)
     budget = ExpertMemory.parse("2MiB")
     with pytest.raises(ExpertMemoryError, match=r"need 2MiB of memory of cuda:0, but 1MiB can be had"):
         check_fits(converted, budget, dense_is_loaded=True, device=CUDA)

@@ -62,7 +62,7 @@ def test_a_loaded_model_has_to_be_where_it_is_asked_for() -> None:
 
 @pytest.mark.usefixtures("one_gpu")
 def test_a_model_is_held_against_the_memory_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("expertshare.models.loading.free_device_bytes", lambda device: 2**20)
+    monkeypatch.setattr("expertshare.models.loading.free_memory_bytes", lambda device: 2**20)
     with pytest.raises(ExpertMemoryError, match="of memory of cuda, but 1MiB can be had"):
         api.load(REFERENCE, device="cuda")
 

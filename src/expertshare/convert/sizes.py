@@ -18,7 +18,7 @@ from expertshare.experts.layout import DENSE, has_expert_layout, read_manifest
 from expertshare.experts.slab import SlabFormat
 from expertshare.models.checkpoint import StoredTensor, check_names, choose_targets, read_headers, resolve_source
 from expertshare.models.family import Target, family_named, quantised_targets
-from expertshare.models.loading import stored_in_bfloat16
+from expertshare.models.loading import own_dtype
 from expertshare.models.transformer import MoETransformer
 
 
@@ -62,11 +62,10 @@ def sizes_of(model: str | os.PathLike[str]) -> ModelSizes:
         slab, probe = None, max((tensor.file for tensor in stored.values()), key=lambda file: file.stat().st_size)
     experts = {place.name for place in every if is_expert(place)}
     places = [place for place in every if not is_expert(place)]
-    bfloat16 = stored_in_bfloat16(stored, places)
+    width = own_dtype(stored, places).itemsize
     if layout is not None and layout.embeddings != "none":
         places = [part for place in places for part in quantised_targets(place)]
     check_names({name: tensor for name, tensor in stored.items() if name not in experts}, places, path)
-    width = 2 if bfloat16 else 4
     if slab is not None and slab.scheme == "none":
         width = 2 if slab.dtype == "bfloat16" else 4
     in_memory = {place: _count(stored[place.name]) * _width(place, width) for place in places}

@@ -60,6 +60,15 @@ def usable_memory_bytes(
     return min((value for value in known if value is not None), default=None)
 
 
+def free_memory_bytes(device: torch.device) -> int | None:
+    """Memory that can be had on a device: of the host as `usable_memory_bytes` says it; of a GPU what is free, and what
+    torch holds of it without using it."""
+    if device.type == "cpu":
+        return usable_memory_bytes()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
+
+
 class MemoryWatch:
     """Samples RssAnon every 20 ms in a thread, inside a `with`, because the kernel keeps no peak of it.
 

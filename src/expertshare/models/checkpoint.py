@@ -19,8 +19,9 @@ from torch import Tensor
 
 from expertshare.config import ModelConfig
 from expertshare.errors import CheckpointError, ConfigError, InputError
+from expertshare.measure.report import write_json
 from expertshare.models.family import Family, Target, family_named, special_ids
-from expertshare.models.layers import refuse_quantised_vocabulary
+from expertshare.types import QuantisedTable
 
 if TYPE_CHECKING:
     from expertshare.models.transformer import MoETransformer
@@ -70,7 +71,7 @@ def _read_shards(directory: Path, index: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{index} names the file {shard!r}, which is not in {directory}: download it again")
         for name, stored in _read_file(path).items():
             if listed.get(name) != shard:
-                raise CheckpointError(f"{path} holds {name}, which {index.name} targets elsewhere: download both again")
+                raise CheckpointError(f"{path} holds {name}, which {index.name} places elsewhere: download both again")
             found[name] = stored
     _complain("are listed in the index but absent from their files", set(listed) - set(found), index)
     return found
@@ -220,7 +221,11 @@ def save_model(
     Each file is written beside its place and moved there whole, the weights last. Returns the directory. Raises
     CheckpointError where the directory holds a sharded checkpoint, which two layouts side by side would make ambiguous.
     """
-    refuse_quantised_vocabulary(model, "a checkpoint in the Hugging Face layout")
+    if isinstance(model.embed.weight, QuantisedTable):
+        raise ConfigError(
+            "a checkpoint in the Hugging Face layout needs float weights, but this model's embedding and head are in "
+            "int8: take the checkpoint that it was converted from"
+        )
     folder = Path(directory)
     dtype = dtype or model.dtype
     if dtype not in _DTYPE_NAMES:
@@ -232,8 +237,8 @@ def save_model(
         if path.resolve() != (folder / path.name).resolve():
             shutil.copyfile(path, folder / path.name)
     family = family_named(model.config.family)
-    _write_json(folder / "config.json", {**family.to_config(model.config), "dtype": _DTYPE_NAMES[dtype]})
-    _write_json(folder / "generation_config.json", generation_config(model.config))
+    write_json(folder / "config.json", {**family.to_config(model.config), "dtype": _DTYPE_NAMES[dtype]})
+    write_json(folder / "generation_config.json", generation_config(model.config))
     _write_tensors(folder / WEIGHTS, _tensors(model, dtype), like=folder / "config.json")
     return folder
 
@@ -262,12 +267,6 @@ def _tokenizer_files(directory: str | os.PathLike[str] | None) -> list[Path]:
     if not found or found[0].name != "tokenizer.json":
         raise CheckpointError(f"{directory} has no tokenizer.json: name the directory of a tokenizer")
     return found
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor], *, like: Path) -> None:

@@ -1,21 +1,17 @@
-"""Dense building blocks shared by all families: norm, attention, MLP. Shapes: B rows, S new positions, P positions that
-are attended to, H heads, D features."""
+"""Dense building blocks shared by all families: norm, attention, MLP, and an embedding or head in int8.
+
+Shapes: B rows, S new positions, P positions that are attended to, H heads, D features.
+"""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from expertshare.config import ModelConfig
-from expertshare.errors import ConfigError
 from expertshare.kernels import Backend, LayerKeyValues, Past
 from expertshare.kernels.quantise import table_shapes
 from expertshare.types import QuantisedTable
-
-if TYPE_CHECKING:
-    from expertshare.models.transformer import MoETransformer
 
 
 class RMSNorm(nn.Module):
@@ -102,12 +98,3 @@ class QuantisedVocabulary(nn.Module):
     def weight(self) -> QuantisedTable:
         """What a backend takes in the place of float weights."""
         return QuantisedTable(self.codes, self.scales, self.num_rows)
-
-
-def refuse_quantised_vocabulary(model: MoETransformer, purpose: str) -> None:
-    """Raise ConfigError for a model whose embedding or head is quantised: its own weights are gone."""
-    if isinstance(model.embed, QuantisedVocabulary):
-        raise ConfigError(
-            f"{purpose} needs float weights, but this model's embedding and head are in int8: take the checkpoint that "
-            "it was converted from"
-        )

@@ -17,7 +17,7 @@ from expertshare.experts import ExpertLayout, ExpertMemory, has_expert_layout, r
 from expertshare.experts.layout import DENSE
 from expertshare.experts.opening import StoreOptions, num_kept
 from expertshare.experts.slab import format_size
-from expertshare.measure.memory import usable_memory_bytes
+from expertshare.measure.memory import free_memory_bytes, usable_memory_bytes
 from expertshare.models.checkpoint import (
     WEIGHTS,
     StoredTensor,
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEVICES = ("cpu", "cuda")
-_CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +84,11 @@ def load_model(
     tokenizer = load_tokenizer(path)
     generation = read_optional_json(path / "generation_config.json")
     config = family.parse_config(raw, generation, token_ids(tokenizer))
-    _check_vocabulary(tokenizer, config)
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the model embeds {config.vocab_size} (vocab_size in "
+            "config.json): they do not belong together"
+        )
     layout = read_manifest(path) if has_expert_layout(path) else None
     stored = read_headers(path) if layout is None else read_headers(path, DENSE)
     check_fits(path, expert_memory, dtype=dtype, device=device, stored=stored)
@@ -95,13 +99,13 @@ def load_model(
         check_layout(layout, config, dtype)
         leave_out_experts(model)
         targets = [target for target in targets if ".experts." not in target.entry]
-        dtype = dtype or layout.format.float_dtype or _own_dtype(stored, targets)
+        dtype = dtype or layout.format.float_dtype or own_dtype(stored, targets)
         if layout.embeddings != "none":
             targets = [part for target in targets for part in quantised_targets(target)]
             quantise_vocabulary(model)
     check_names(stored, targets, path)
     check_tensors(stored, targets, model.state_dict())
-    model = _allocate(model, dtype or _own_dtype(stored, targets), device)
+    model = _allocate(model, dtype or own_dtype(stored, targets), device)
     _fill(model, stored, targets)
     if model.dtype is torch.bfloat16:
         narrow(_routers(model))
@@ -158,22 +162,12 @@ def _fill(model: MoETransformer, stored: Mapping[str, StoredTensor], targets: Se
             target.of(state[target.entry]).copy_(tensor)
 
 
-def _own_dtype(stored: Mapping[str, StoredTensor], targets: Sequence[Target]) -> torch.dtype:
-    return torch.bfloat16 if stored_in_bfloat16(stored, targets) else torch.float32
-
-
-def stored_in_bfloat16(stored: Mapping[str, StoredTensor], targets: Sequence[Target]) -> bool:
-    """Whether a checkpoint's own dtype is bfloat16: by the embedding, or where that is quantised by the final norm."""
+def own_dtype(stored: Mapping[str, StoredTensor], targets: Sequence[Target]) -> torch.dtype:
+    """The dtype to compute a checkpoint in by default: bfloat16 if its embedding (the final norm where that is
+    quantised) is stored so, else float32."""
     names = (target.name for entry in ("embed.weight", "norm.weight") for target in targets if target.entry == entry)
-    return next((stored[name].dtype == "BF16" for name in names if name in stored), False)
-
-
-def _check_vocabulary(tokenizer: PreTrainedTokenizerBase | None, config: ModelConfig) -> None:
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        raise CheckpointError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model embeds {config.vocab_size} (vocab_size in "
-            "config.json): they do not belong together"
-        )
+    in_bfloat16 = next((stored[name].dtype == "BF16" for name in names if name in stored), False)
+    return torch.bfloat16 if in_bfloat16 else torch.float32
 
 
 def usable_device(device: str | torch.device) -> torch.device:
@@ -215,7 +209,7 @@ def check_fits(
     default what the system and the control group, or a GPU, have left; nothing is refused where nobody says. Reads
     headers only, unless they are given (stored); raises CheckpointError for a directory that is no model.
     """
-    available = _left_on(device) if available_bytes is None else available_bytes
+    available = free_memory_bytes(device) if available_bytes is None else available_bytes
     converted = has_expert_layout(path)
     own = 0
     if not dense_is_loaded:
@@ -225,8 +219,9 @@ def check_fits(
     if available is None or own + experts <= available:
         return
     advice = _advice(path, converted=converted, left=available - own, experts=experts)
+    where = "" if device == _CPU else f" of {device}"
     raise ExpertMemoryError(
-        f"the weights of {path} need {format_size(own + experts)} of {_memory_of(device)}, but "
+        f"the weights of {path} need {format_size(own + experts)} of memory{where}, but "
         f"{_rounded_down(available)} can be had. {advice}"
     )
 
@@ -242,20 +237,6 @@ def check_pinned_fits(path: Path, options: StoreOptions, available_bytes: int | 
             f"--host-memory would pin {format_size(needed)} of the host's memory, but {_rounded_down(available)} can "
             "be had: lower it"
         )
-
-
-def free_device_bytes(device: torch.device) -> int:
-    """Memory of a GPU that torch can still have: what is free, and what it holds without using it."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + unused
-
-
-def _left_on(device: torch.device) -> int | None:
-    return usable_memory_bytes() if device.type == "cpu" else free_device_bytes(device)
-
-
-def _memory_of(device: torch.device) -> str:
-    return "memory" if device.type == "cpu" else f"memory of {device}"
 
 
 def _expert_bytes(path: Path, memory: ExpertMemory) -> int:

@@ -6,6 +6,7 @@ Shapes: G sharing groups of L tokens, T = G * L tokens, D features, E experts, K
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from expertshare.errors import ConfigError
 from expertshare.experts import ResidentExperts
 from expertshare.models.layers import SwiGLU
 from expertshare.models.runtime import Runtime
+from expertshare.routing import policy_at
 from expertshare.types import Coreset, ExpertBank, Loan, Routed, RoutingPlan
 
 
@@ -83,18 +85,27 @@ def _is_bfloat16(weight: Tensor) -> bool:
     return torch.equal(weight.bfloat16().float(), weight)
 
 
-class MoE(nn.Module):
-    """Routes each sharing group under the runtime's policy and runs the experts of its plan.
+class AbsentExperts(nn.Module):
+    """In the place of experts that are in files of their own: the runtime must have a store."""
 
-    experts: None where they are not the model's own; the runtime must then have a store.
-    """
+    def borrow(self, *_: object, **__: object) -> AbstractContextManager[Loan]:
+        """Lends nothing: raises ConfigError."""
+        raise ConfigError(
+            "expected a runtime with a store, because this model's experts are in files of their own, got none: open "
+            "one with expertshare.experts.open_store and pass it as Runtime(store=...)"
+        )
+
+
+class MoE(nn.Module):
+    """Routes each sharing group under the runtime's policy and runs the experts of its plan: those of the runtime's
+    store, or the layer's own."""
 
     def __init__(self, config: ModelConfig, moe_layer: int) -> None:
         super().__init__()
         self.spec = config.router
         self.moe_layer, self.num_layers = moe_layer, config.num_moe_layers
         self.router = Router(config)
-        self.experts: ResidentExperts | None = ResidentExperts(
+        self.experts: ResidentExperts | AbsentExperts = ResidentExperts(
             config.router.num_experts, config.hidden_size, config.expert_hidden
         )
         self.shared = SwiGLU(config.hidden_size, config.shared_hidden) if config.shared_hidden else None
@@ -113,7 +124,7 @@ class MoE(nn.Module):
         """
         backend, router = runtime.backend, self.router
         with runtime.timed("router"):
-            policy = runtime.policy_for(self.moe_layer, self.num_layers)
+            policy = policy_at(runtime.policy, self.moe_layer, self.num_layers)
             routed = backend.route(
                 x_GLD, router.weight, router.bias, policy, self.spec, live_GL, masked_GL=masked_GL, previous=previous
             )
@@ -122,12 +133,7 @@ class MoE(nn.Module):
             runtime.on_plan(self.moe_layer, plan)
         x_TD = x_GLD.flatten(0, 1)
         with runtime.timed("experts"):
-            store = self.experts if runtime.store is None else runtime.store
-            if store is None:
-                raise ConfigError(
-                    "expected a runtime with a store, because this model's experts are in files of their own, got "
-                    "none: open one with expertshare.experts.open_store and pass it as Runtime(store=...)"
-                )
+            store = runtime.store or self.experts
             with store.borrow(self.moe_layer, plan.active_E, early=backend.takes_arrivals) as loan:
                 y_TD = backend.moe_ffn(x_TD, in_slots(plan, loan), loan.bank, loan.arrivals)
             if self.shared is not None:

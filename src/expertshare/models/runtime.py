@@ -10,7 +10,7 @@ from torch import Tensor
 
 from expertshare.kernels import Backend, LayerKeyValues, TorchBackend
 from expertshare.measure.cost import PartClock
-from expertshare.routing import RoutingPolicy, policy_at
+from expertshare.routing import RoutingPolicy
 from expertshare.types import Coreset, ExpertStore, RoutingPlan
 
 PlanListener = Callable[[int, RoutingPlan], None]
@@ -36,10 +36,6 @@ class Runtime:
     clock: PartClock | None = None
     on_plan: PlanListener | None = None
     graphs: bool = True
-
-    def policy_for(self, layer: int, num_layers: int) -> RoutingPolicy:
-        """What decides in MoE layer `layer` of `num_layers`."""
-        return policy_at(self.policy, layer, num_layers)
 
     def timed(self, part: str) -> AbstractContextManager[None]:
         """Charge the body to `part`, where there is a clock."""

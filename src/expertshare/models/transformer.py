@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from expertshare.config import ModelConfig
 from expertshare.kernels import Backend, LayerKeyValues, Past, TorchBackend
 from expertshare.models.layers import Attention, QuantisedVocabulary, RMSNorm, SwiGLU, rotary_tables
-from expertshare.models.moe import MoE
+from expertshare.models.moe import AbsentExperts, MoE
 from expertshare.models.runtime import ForwardInput, ForwardOutput, RoutingTrace, Runtime
 from expertshare.types import Routed
 
@@ -101,7 +101,12 @@ class MoETransformer(nn.Module):
                 routings.append(routing)
         assert delta_BSD is not None  # a model has layers
         _, hidden_BSD = self.norm.of_sum(x_BSD, delta_BSD, runtime.backend)
-        return ForwardOutput(hidden_BSD, tuple(key_values), _trace(routings))
+        trace = RoutingTrace(
+            torch.stack([routed.load_E for routed in routings]),
+            torch.stack([routed.group_experts_G for routed in routings]),
+            tuple(routed.coreset for routed in routings),
+        )
+        return ForwardOutput(hidden_BSD, tuple(key_values), trace)
 
     def logits(self, hidden_RD: Tensor, *, backend: Backend = TORCH) -> Tensor:
         """Vocabulary scores of chosen rows: [R, V] in the model's dtype."""
@@ -112,19 +117,11 @@ class MoETransformer(nn.Module):
         return backend.best_token(hidden_RD, self.head.weight, excluded)
 
 
-def _trace(routings: list[Routed]) -> RoutingTrace:
-    return RoutingTrace(
-        torch.stack([r.load_E for r in routings]),
-        torch.stack([r.group_experts_G for r in routings]),
-        tuple(r.coreset for r in routings),
-    )
-
-
 def leave_out_experts(model: MoETransformer) -> None:
     """Make a model whose experts come from the runtime's store."""
     for module in model.modules():
         if isinstance(module, MoE):
-            module.experts = None
+            module.experts = AbsentExperts()
 
 
 def quantise_vocabulary(model: MoETransformer) -> None:
