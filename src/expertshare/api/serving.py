@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging.config
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -56,19 +56,10 @@ def opened_engine(
     loaded = load(model, dtype=dtype, store=store, device=device)
     offered = OfferedPolicies.read(loaded.config.router, for_model(wanted, loaded), policies)
     with opened(loaded, store, Setup(backend=backend, chat=chat)) as setup:
-        engine = Engine(
-            loaded,
-            setup.runtime(loaded, offered.default),
-            store=setup.store,
-            limits=limits,
-            options=options,
-            offered=offered,
-            chat=chat,
-        )
-        try:
+        runtime = setup.runtime(loaded, offered.default)
+        made = Engine(loaded, runtime, store=setup.store, limits=limits, options=options, offered=offered, chat=chat)
+        with closing(made) as engine:  # before its store
             yield engine
-        finally:
-            engine.close()  # before its store
 
 
 @contextmanager

@@ -22,11 +22,7 @@ require_extra()
 from expertshare.serving.app import create_app  # noqa: E402
 from expertshare.serving.engine import Engine  # noqa: E402
 from expertshare.serving.live.routes import page_routes  # noqa: E402
-from expertshare.serving.settings import (  # noqa: E402
-    EngineLimits,
-    OfferedPolicies,
-    ServerSettings,
-)
+from expertshare.serving.settings import EngineLimits, OfferedPolicies, ServerSettings  # noqa: E402
 from expertshare.serving.uvicorn_server import serve  # noqa: E402
 
 __all__ = ["Engine", "EngineLimits", "OfferedPolicies", "ServerSettings", "create_app", "page_routes", "serve"]

@@ -86,11 +86,6 @@ class Engine(Drainable):
         return 1 if statistics.slots < self.loaded.config.router.num_experts else self.limits.max_batch
 
     @property
-    def most_at_once(self) -> int:
-        """Rows that one call of `submit` can order: more would not even fit where nobody else is."""
-        return self.max_rows + self.limits.max_queue
-
-    @property
     def num_waiting(self) -> int:
         """Number of rows that wait in the queue."""
         return len(self._waiting)

@@ -37,6 +37,8 @@ async def answer_call(app: ASGIApp, call: Call) -> AsyncGenerator[Message]:
     """
     sent: asyncio.Queue[Message | None] = asyncio.Queue()
     left = asyncio.Event()
+    named = {"method": call.method, "path": call.path, "query_string": call.query}
+    scope = {"type": "http", "http_version": "1.1", **named, "headers": list(call.headers)}
 
     async def receive() -> Message:
         await left.wait()
@@ -44,7 +46,7 @@ async def answer_call(app: ASGIApp, call: Call) -> AsyncGenerator[Message]:
 
     async def run() -> None:
         try:
-            await app(_scope(call), replay(call.body, receive), sent.put)
+            await app(scope, replay(call.body, receive), sent.put)
         finally:
             sent.put_nowait(None)
 
@@ -61,23 +63,6 @@ async def answer_call(app: ASGIApp, call: Call) -> AsyncGenerator[Message]:
         if not complete:
             running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-
-
-def _scope(call: Call) -> dict[str, object]:
-    return {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": call.method,
-        "scheme": "http",
-        "path": call.path,
-        "raw_path": call.path.encode(),
-        "query_string": call.query,
-        "root_path": "",
-        "headers": list(call.headers),
-        "client": None,
-        "server": None,
-    }
 
 
 Attempt = Callable[[], AsyncGenerator[Message]]

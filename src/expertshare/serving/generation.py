@@ -133,7 +133,7 @@ class Generator:
     @property
     def max_choices(self) -> int:
         """Answers of one request: as the operator says, and never more than could be queued."""
-        return min(self.settings.max_choices, self.engine.most_at_once)
+        return min(self.settings.max_choices, self.engine.max_rows + self.engine.limits.max_queue)
 
     def begin(self, asked: GenerationRequest) -> Generation:
         """Order all answers. Raises Refusal for what cannot be answered, or not now."""

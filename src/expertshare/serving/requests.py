@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -98,13 +98,8 @@ class _Sampling(_Strict):
                 )
         return kept
 
-    @property
-    def answer_tokens(self) -> int | None:
-        """Most tokens to generate; None: the server's default."""
-        return self.max_tokens
-
     def generation(self, prompts: Sequence[Sequence[int]]) -> GenerationRequest:
-        """What is asked of the engine. prompts: token ids. Raises Refusal for parameters that contradict each other."""
+        """What is asked of the engine. prompts: token ids."""
         given = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "threshold", "seed")}
         return GenerationRequest(
             prompts=prompts,
@@ -112,7 +107,7 @@ class _Sampling(_Strict):
             decoding={name: value for name, value in given.items() if value is not None},
             policy=self.expert_policy,
             stops=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            max_tokens=self.answer_tokens,
+            max_tokens=self.max_tokens,
             param=self.prompt_param,
         )
 
@@ -161,15 +156,15 @@ class ChatRequest(_Sampling):
         """The texts of the prompt, for the log."""
         return [message.text for message in self.messages]
 
-    @property
-    def answer_tokens(self) -> int | None:
-        """Most tokens to generate; None: the server's default. Raises Refusal for two that differ."""
+    @model_validator(mode="after")
+    def _have_one_length(self) -> Self:
+        """max_tokens is the older name. Raises Refusal for two that differ."""
         given = {count for count in (self.max_tokens, self.max_completion_tokens) if count is not None}
         if len(given) > 1:
-            raise Refusal(
-                400, "expected max_completion_tokens or max_tokens, got both: leave one out", param="max_tokens"
-            )
-        return next(iter(given), None)
+            text = "expected max_completion_tokens or max_tokens, got both: leave one out"
+            raise Refusal(400, text, param="max_tokens")
+        self.max_tokens = next(iter(given), None)
+        return self
 
 
 _Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]

@@ -148,9 +148,6 @@ class UsageLedger:
         self._blocks.pop(row, None)
 
 
-Tell = Callable[[Ticket, Event], None]
-
-
 @dataclass(slots=True)
 class PolicyGroup:
     """A session, whose rows are whose, and who joins at the next end of a block. key: what its rows have in common."""
@@ -158,7 +155,7 @@ class PolicyGroup:
     key: Hashable
     session: BlockSession
     ledger: UsageLedger
-    tell: Tell
+    tell: Callable[[Ticket, Event], None]
     joining: list[Ticket] = field(default_factory=list)
     _rows: dict[int, Ticket] = field(default_factory=dict)
     _at_block_end: bool = True
@@ -181,13 +178,12 @@ class PolicyGroup:
             self._at_block_end = bool(blocks)
             for block in blocks:
                 self._deliver(block)
-        except NumericsError as error:
-            failed = [error.row] if error.row in self._rows else list(self._rows)
-            self._fail(failed, Failure(kind="numerics", message=str(error)))
-        except ExpertMemoryError as error:
-            self._fail(list(self._rows), Failure(kind="memory", message=str(error)))
         except ExpertShareError as error:
-            self._fail(list(self._rows), Failure(kind="broken", message=str(error)))
+            one = error.row if isinstance(error, NumericsError) else None
+            for number in [one] if one in self._rows else list(self._rows):
+                ticket = self._rows[number]
+                self._leave(number)
+                self.tell(ticket, _failure(error))
 
     def drop(self, ticket: Ticket) -> None:
         """Do no more work for it."""
@@ -204,9 +200,8 @@ class PolicyGroup:
         try:
             numbers = self.session.join(entries)
         except ExpertShareError as error:
-            kind: FailureKind = "memory" if isinstance(error, ExpertMemoryError) else "broken"
             for ticket in tickets:
-                self.tell(ticket, Failure(kind=kind, message=str(error)))
+                self.tell(ticket, _failure(error))
             return
         for number, ticket in zip(numbers, tickets, strict=True):
             ticket.number, self._rows[number] = number, ticket
@@ -224,16 +219,15 @@ class PolicyGroup:
             self.ledger.forget(block.row)
         self.tell(ticket, Progress(token_ids=block.token_ids, finish_reason=block.finish_reason, usage=usage))
 
-    def _fail(self, rows: list[int], failure: Failure) -> None:
-        for number in rows:
-            ticket = self._rows[number]
-            self._leave(number)
-            self.tell(ticket, failure)
-
     def _leave(self, number: int) -> None:
         del self._rows[number]
         self.session.leave(number)
         self.ledger.forget(number)
+
+
+def _failure(error: ExpertShareError) -> Failure:
+    kind: FailureKind = "memory" if isinstance(error, ExpertMemoryError) else "broken"
+    return Failure(kind="numerics" if isinstance(error, NumericsError) else kind, message=str(error))
 
 
 class FairLock:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from expertshare.errors import ConfigError, PolicyError
 from expertshare.integrations.transformers.calls import Call, block_length_of
 from expertshare.integrations.transformers.experts import NAME, OBSERVERS, register_experts
-from expertshare.integrations.transformers.sharing import RouterHook, SharedChoice, StackWatch, verify
+from expertshare.integrations.transformers.sharing import Recorder, RouterHook, SharedChoice, StackWatch, verify
 from expertshare.integrations.transformers.sites import RouterSite, find_sites
 from expertshare.routing import RoutingPolicy, count_load, parse_policy, policy_at
 from expertshare.types import RoutingPlan
@@ -80,12 +80,12 @@ class Handle(AbstractContextManager["Handle"]):
         """undo: what `remove` does beside taking the policy off."""
         self.policies, self.block_length = tuple(policies), block_length
         self._sites, self._undo = tuple(sites), undo
-        self._listeners: list[RoutingMetrics] = []
+        self._recorders: list[Recorder] = []
         stacks = {id(site.stack): site.stack for site in sites}
         watches = {key: StackWatch(stack, block_length) for key, stack in stacks.items()}
         removals = [watch.removal for watch in watches.values()]
         for index, (site, bound) in enumerate(zip(sites, policies, strict=True)):
-            removals += RouterHook(index, site, bound, watches[id(site.stack)], self._record).removals
+            removals += RouterHook(index, site, bound, watches[id(site.stack)], self._recorders).removals
             _SHARED.add(site.router)
             undo.callback(_SHARED.discard, site.router)
         for removal in removals:
@@ -103,19 +103,15 @@ class Handle(AbstractContextManager["Handle"]):
         """Count what the model asks of its experts inside the context."""
         metrics = RoutingMetrics(self._sites)
         observers = [partial(metrics.record_multiplied, index) for index in range(len(self._sites))]
-        self._listeners.append(metrics)
+        self._recorders.append(metrics.record)
         for site, observer in zip(self._sites, observers, strict=True):
             OBSERVERS.setdefault(site.experts, []).append(observer)
         try:
             yield metrics
         finally:
-            self._listeners.remove(metrics)
+            self._recorders.remove(metrics.record)
             for site, observer in zip(self._sites, observers, strict=True):
                 OBSERVERS[site.experts].remove(observer)
-
-    def _record(self, index: int, call: Call, choice: SharedChoice) -> None:
-        for metrics in self._listeners:
-            metrics.record(index, call, choice)
 
 
 def _set_experts(model: Any, sites: Sequence[RouterSite], implementation: str | None, undo: ExitStack) -> None:

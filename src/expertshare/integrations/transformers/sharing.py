@@ -120,6 +120,7 @@ def share_of_mass(rule: RouterRule, choice: SharedChoice) -> Tensor:
 
 
 Recorder = Callable[[int, Call, SharedChoice], None]
+"""Hears of one forward of the layer at an index."""
 
 
 class StackWatch:
@@ -136,13 +137,12 @@ class StackWatch:
 
 
 class RouterHook:
-    """Replaces the output of one router. index: of its site; policy: bound to its rule."""
+    """Replaces the output of one router. index: of its site; policy: bound to its rule; recorders: hear of calls."""
 
     def __init__(
-        self, index: int, site: RouterSite, policy: RoutingPolicy, watch: StackWatch, record: Recorder
+        self, index: int, site: RouterSite, policy: RoutingPolicy, watch: StackWatch, recorders: list[Recorder]
     ) -> None:
-        self._index, self._site, self._policy = index, site, policy
-        self._watch, self._record = watch, record
+        self._index, self._site, self._policy, self._watch, self._recorders = index, site, policy, watch, recorders
         self._mass_T: Tensor | None = None
         hook = self._on_logits if site.rule.output == "logits" else self._on_triple
         self.removals = [site.router.register_forward_hook(hook)]
@@ -182,7 +182,8 @@ class RouterHook:
                 f"{len(logits_TE)} tokens after {known}: call the whole model, or remove the policy first."
             )
         choice = share(self._site.rule, self._site.router, self._policy, call, logits_TE, own_ids_TK)
-        self._record(self._index, call, choice)
+        for record in self._recorders:
+            record(self._index, call, choice)
         return choice
 
 

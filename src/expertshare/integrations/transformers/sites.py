@@ -157,11 +157,15 @@ class RouterSite:
     name: str
     router: nn.Module
     block: nn.Module
-    experts: nn.Module
     stack: nn.Module
     layer: int
     num_layers: int
     rule: RouterRule
+
+    @property
+    def experts(self) -> Any:
+        """The module that the block gives its tokens to: fused tensors, or a list of modules (remote code)."""
+        return self.block.experts
 
     @property
     def separate_experts(self) -> bool:
@@ -186,22 +190,11 @@ def find_sites(model: nn.Module) -> tuple[RouterSite, ...]:
         raise ConfigError(f"expected one of: {SUPPORTED}; got {type(model).__name__} with {routers}.")
     stacks = [_stack(model, name) for name, *_ in found]
     sites = []
-    for number, (name, block, router, rule) in enumerate(found):
+    for number, ((name, block, router, rule), stack) in enumerate(zip(found, stacks, strict=True)):
         assert rule is not None
-        experts: Any = block.experts
-        stack = stacks[number]
-        layer, num_layers = (sum(other is stack for other in some) for some in (stacks[:number], stacks))
+        layer, depth = (sum(other is stack for other in some) for some in (stacks[:number], stacks))
         sites.append(
-            RouterSite(
-                name=name,
-                router=router,
-                block=block,
-                experts=experts,
-                stack=stack,
-                layer=layer,
-                num_layers=num_layers,
-                rule=rule,
-            )
+            RouterSite(name=name, router=router, block=block, stack=stack, layer=layer, num_layers=depth, rule=rule)
         )
     return tuple(sites)
 

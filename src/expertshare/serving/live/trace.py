@@ -99,7 +99,7 @@ class ModelTraceSource:
         options = self._decoding(asked)
         runs = [self._run(index, policy, options, ids) for index, policy in enumerate(asked.policies)]
         told = {name: value for name, value in asdict(asked).items() if name not in ("prompt", "policies")}
-        described = [run.describe() for run in runs]
+        described = [run.described for run in runs]
         yield {"type": "start", "model": dict(self.facts()), "runs": described, "prompt_tokens": len(ids), **told}
         waiting = runs
         while waiting:
@@ -130,7 +130,7 @@ class ModelTraceSource:
             if not self._take_turn(stop):
                 return
             try:
-                complete = run.advance()
+                complete = run.stream.advance()
             finally:
                 self._lock.release()
             yield run.step_event()
@@ -145,8 +145,8 @@ class ModelTraceSource:
 
 
 class WatchedRun:
-    """A prompt being decoded under one policy, watched by this object. `advance` is the work; the events are put
-    together outside of it."""
+    """A prompt being decoded under one policy, watched by this object. `stream.advance` is the work, after which it has
+    its step's event and, where it says so, a block's. described: the run in the start event."""
 
     _routing: RoutingTrace
     _window: Window
@@ -157,8 +157,8 @@ class WatchedRun:
     ) -> None:
         """Raises InputError for a prompt that the model cannot take."""
         self.index, self.policy, self.finished = index, policy, False
-        self._stream = decoder.blocks([prompt], watcher=self)
-        self._record = policy_record(decoder.runtime.policy)
+        self.stream = decoder.blocks([prompt], watcher=self)
+        self.described = {**policy_record(decoder.runtime.policy), "run": index, "policy": policy}
         own_bytes = decoder.model.config.num_expert_parameters * decoder.model.dtype.itemsize
         self._bytes_per_expert = decoder.runtime.bytes_per_expert or own_bytes
         self._eos_ids, self._texts = decoder.model.config.eos_ids, texts
@@ -177,14 +177,6 @@ class WatchedRun:
         self._block, self._step, self._group = row.answer_block, row.steps, row.block if whole_canvas else 0
         self._window, self._confidence_L = window, confidence_RL[0]
 
-    def describe(self) -> Event:
-        """The run in the start event."""
-        return {**self._record, "run": self.index, "policy": self.policy}
-
-    def advance(self) -> bool:
-        """One denoising step; returns whether it completed the block. Raises NumericsError or ExpertMemoryError."""
-        return self._stream.advance()
-
     def step_event(self) -> Event:
         """What the last step looked like."""
         self._steps += 1
@@ -202,14 +194,14 @@ class WatchedRun:
             "unique_by_layer": unique_N,
             "unique_experts": sum(unique_N) / len(unique_N),
             "expert_bytes": sum(map(len, layers)) * self._bytes_per_expert,
-            "expert_bytes_so_far": sum(self._stream.cost().expert_bytes.values()),
-            "elapsed_s": self._stream.elapsed_s,
+            "expert_bytes_so_far": sum(self.stream.cost().expert_bytes.values()),
+            "elapsed_s": self.stream.elapsed_s,
             "tokens_so_far": len(self._answer) + decided,
         }
 
     def block_event(self) -> Event:
         """The block that the last step completed."""
-        block = next(self._stream)
+        block = next(self.stream)
         self._answer.extend(block.token_ids)
         self.finished = block.finish_reason is not None
         return {
@@ -224,7 +216,7 @@ class WatchedRun:
 
     def totals(self) -> Event:
         """The run as a whole, by the names of `generate --json`; expert_bytes in all, not by kind of forward."""
-        generation = self._stream.generation()
+        generation = self.stream.generation()
         cost, row = generation.cost, generation.rows[0]
         return {
             "run": self.index,
