@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ def route_batch(
 @lru_cache(maxsize=64)
 def _plain_router(num_experts: int, top_k: int, activation: str, renormalise: bool) -> RouterSpec:
     assert activation in ("softmax", "sigmoid")
-    chosen: Literal["softmax", "sigmoid"] = "softmax" if activation == "softmax" else "sigmoid"
+    chosen = cast(Literal["softmax", "sigmoid"], activation)
     return RouterSpec(num_experts=num_experts, top_k=top_k, activation=chosen, renormalise=renormalise)
 
 

@@ -65,18 +65,15 @@ async def answer_call(app: ASGIApp, call: Call) -> AsyncGenerator[Message]:
         await asyncio.gather(running, return_exceptions=True)
 
 
-Attempt = Callable[[], AsyncGenerator[Message]]
-"""Asks some replica, from the beginning."""
-
-
 class ReplicaLostError(ExpertShareError):
     """The process that was answering has ended."""
 
 
 class Forwarding:
-    """One response. retried: whether a second replica was asked; lost: whether the client was told of a loss."""
+    """One response. attempt: asks some replica, from the beginning. retried: whether a second one was asked; lost:
+    whether the client was told of a loss."""
 
-    def __init__(self, attempt: Attempt) -> None:
+    def __init__(self, attempt: Callable[[], AsyncGenerator[Message]]) -> None:
         self._attempt = attempt
         self._head: Message | None = None
         self._head_sent = self._told = self._refused_late = False
@@ -139,13 +136,8 @@ class Forwarding:
         return holds_answer(body) if self._streams() else bool(body)
 
     def _loss(self) -> Iterator[Message]:
-        refusal = Refusal(
-            503,
-            "the replica that was answering has ended: ask again",
-            kind=UNAVAILABLE,
-            code="replica_lost",
-            headers={"Retry-After": "1"},
-        )
+        text, headers = "the replica that was answering has ended: ask again", {"Retry-After": "1"}
+        refusal = Refusal(503, text, kind=UNAVAILABLE, code="replica_lost", headers=headers)
         if not self._head_sent:
             response = refusal.response()
             yield {"type": "http.response.start", "status": refusal.status, "headers": response.raw_headers}

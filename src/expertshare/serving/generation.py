@@ -59,9 +59,8 @@ class Choice:
     def take(self, progress: Progress) -> str:
         """The text that a block adds."""
         ids, finish, self.usage = progress.token_ids, progress.finish_reason, progress.usage
-        cut = self.most is not None and self.tokens + len(ids) > self.most
-        if cut and self.most is not None:
-            ids = ids[: self.most - self.tokens]
+        room = len(ids) if self.most is None else self.most - self.tokens
+        ids, cut = ids[:room], room < len(ids)
         self.tokens += len(ids)
         text = self.text.feed(ids, last=cut or finish is not None)
         self.answer += text

@@ -146,16 +146,6 @@ def replicas_on_ray(
 
 def _options(plan: ReplicaPlan, scale: ReplicaScale, limits: EngineLimits, drain_timeout_s: float) -> dict[str, Any]:
     """Of the deployment. A replica takes as many requests as its engine has places and its queue is long."""
-    options: dict[str, Any] = {
-        "ray_actor_options": {"num_cpus": plan.threads},
-        "max_ongoing_requests": limits.max_batch + limits.max_queue,
-        "max_queued_requests": max(1, limits.max_queue),
-        "graceful_shutdown_timeout_s": drain_timeout_s,
-        "graceful_shutdown_wait_loop_s": 0.2,
-        "health_check_period_s": 5.0,
-    }
-    if not scale.grows:
-        return {**options, "num_replicas": scale.replicas}
     autoscaling = {
         "min_replicas": scale.replicas,
         "max_replicas": scale.most,
@@ -163,7 +153,15 @@ def _options(plan: ReplicaPlan, scale: ReplicaScale, limits: EngineLimits, drain
         "upscale_delay_s": _UPSCALE_S,
         "downscale_delay_s": _DOWNSCALE_S,
     }
-    return {**options, "autoscaling_config": autoscaling}
+    return {
+        "ray_actor_options": {"num_cpus": plan.threads},
+        "max_ongoing_requests": limits.max_batch + limits.max_queue,
+        "max_queued_requests": max(1, limits.max_queue),
+        "graceful_shutdown_timeout_s": drain_timeout_s,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "health_check_period_s": 5.0,
+        **({"autoscaling_config": autoscaling} if scale.grows else {"num_replicas": scale.replicas}),
+    }
 
 
 def reason_of(report: str) -> str:

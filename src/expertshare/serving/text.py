@@ -34,7 +34,9 @@ class Codec:
         if isinstance(prompt, str):
             return await asyncio.to_thread(self._locked, encode_prompt, _checked(prompt), chat=False)
         turns = [{**turn, "content": _checked(turn["content"])} for turn in prompt if not isinstance(turn, int)]
-        return await asyncio.to_thread(self._locked, encode_chat, turns) if turns else cast("list[int]", prompt)
+        if not turns:
+            return cast("list[int]", prompt)
+        return await asyncio.to_thread(self._locked, encode_chat, turns)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of an answer. Not behind the lock: it changes nothing in a tokenizer, and may not wait for a long prompt
