@@ -1,12 +1,8 @@
 """Expert sharing: a policy is a rule; the rule chooses a coreset (`select`), the model routes inside it (`assign`)."""
 
 from expertshare.routing.assign import assign
-from expertshare.routing.policies import POLICIES
-from expertshare.routing.policy import Layerwise, RoutingPolicy, default_budget, policy_at, runs_on_torch
-from expertshare.routing.route import count_load, route, route_layer, router_scores
-from expertshare.routing.rule import SharingRule
-from expertshare.routing.select import everything, select
-from expertshare.routing.table import (
+from expertshare.routing.policies import (
+    POLICIES,
     knobs,
     make_policy,
     native_policy,
@@ -17,6 +13,10 @@ from expertshare.routing.table import (
     policy_record,
     split_policies,
 )
+from expertshare.routing.policy import Layerwise, RoutingPolicy, default_budget, policy_at, runs_on_torch
+from expertshare.routing.route import count_load, route, route_layer, router_scores
+from expertshare.routing.rule import SharingRule
+from expertshare.routing.select import everything, select
 
 __all__ = [
     "POLICIES",

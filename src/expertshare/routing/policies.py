@@ -1,23 +1,29 @@
-"""The built-in policies, each a name, its source, its knobs and the rule that they make; and POLICIES, all of them.
+"""The built-in policies, each a name, its source, its knobs and the rule that they make; then the table of them, and
+how policies are read from text, written as it and described in reports.
 
 Vanilla, TopKCap and Skip have no coreset: every expert stays available, and a token may run fewer of its K.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-from expertshare.config import GroupLimit, RouterSpec
+from expertshare.config import GroupLimit, ModelConfig, RouterSpec
+from expertshare.errors import PolicyError, nearest
 from expertshare.routing.policy import (
     BALLOTS,
     BUDGET,
     GROUP_LIMIT,
     Budget,
     CoresetPolicy,
+    Layerwise,
     RoutingPolicy,
     coreset_sizes,
     knob,
+    runs_on_torch,
 )
 from expertshare.routing.rule import Ballots, SharingRule
 
@@ -212,3 +218,105 @@ BUILT_IN: tuple[type[RoutingPolicy], ...] = (
 )
 POLICIES: dict[str, type[RoutingPolicy]] = {policy.name: policy for policy in BUILT_IN}
 """Every policy by its name."""
+
+Knob = int | float | str
+
+
+def knobs(policy: RoutingPolicy) -> dict[str, Any]:
+    """The knobs of a policy by name, for reports; of a layerwise one, name and knobs of every layer's policy."""
+    if isinstance(policy, Layerwise):
+        return {"layers": [{"policy": layer.name, "knobs": knobs(layer)} for layer in policy.layers]}
+    return {f.name: getattr(policy, f.name) for f in fields(policy)}
+
+
+def policy_record(policy: RoutingPolicy) -> dict[str, Any]:
+    """Name and knobs for reports; where no rule expresses the policy, that torch routed it whatever the backend."""
+    layers = policy.layers if isinstance(policy, Layerwise) else (policy,)
+    record = {"policy": policy.name, "knobs": knobs(policy)}
+    return {**record, "routed_by": "torch"} if any(map(runs_on_torch, layers)) else record
+
+
+def make_policy(name: str, settings: Mapping[str, Knob] | None = None) -> RoutingPolicy:
+    """The policy called `name` with the given knobs; the others keep their defaults.
+
+    Raises PolicyError for an unknown name, a knob of another policy, or a value of the wrong kind.
+    """
+    if name not in POLICIES:
+        raise PolicyError(f"unknown policy {name!r}. {nearest(name, POLICIES)}")
+    kind = POLICIES[name]
+    known, hints = {f.name for f in fields(kind)}, get_type_hints(kind)
+    for key, value in (settings or {}).items():
+        if key not in known:
+            owners = sorted(n for n, k in POLICIES.items() if key in {f.name for f in fields(k)})
+            hint = f"it belongs to {', '.join(owners)}. " if owners else ""
+            raise PolicyError(
+                f"{name} has no knob {key!r}: {hint}{name} takes: {', '.join(sorted(known)) or 'no knobs'}."
+            )
+        whole = float not in (hints[key], *get_args(hints[key]))
+        is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        if get_origin(hints[key]) is not Literal and not is_number:  # words are checked by the policy itself
+            raise PolicyError(f"{name}: {key} must be {'a whole number' if whole else 'a number'}, got {value!r}")
+    return kind(**(settings or {}))
+
+
+def parse_policy(text: str) -> RoutingPolicy:
+    """Read a policy written as `name` or `name:knob=value,knob=value`, e.g. `des-vote:budget=16`."""
+    name, _, rest = text.partition(":")
+    settings: dict[str, Knob] = {}
+    for part in filter(None, (p.strip() for p in rest.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise PolicyError(f"expected knob=value in {text!r}, got {part!r}. Example: des-vote:budget=16")
+        key = key.strip().replace("-", "_")
+        if key in settings:
+            raise PolicyError(f"expected each knob once in {text!r}, got {key} again: give one value")
+        settings[key] = parse_knob(value.strip())
+    return make_policy(name.strip(), settings)
+
+
+def parse_knob(text: str) -> Knob:
+    """A knob's value from text: a whole number, a number, or else a word."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def native_policy(config: ModelConfig) -> RoutingPolicy:
+    """The policy that a checkpoint was trained with: block max at its expert capacity (LLaDA2.2), else vanilla."""
+    if config.expert_capacity is None:
+        return Vanilla()
+    return BlockMax(budget=config.expert_capacity)
+
+
+def policy_label(policy: RoutingPolicy) -> str:
+    """`name:knob=value,...` with every number that is set and the words that differ; parse_policy reads it back."""
+    if isinstance(policy, Layerwise):  # has no short form that parse_policy could read: its home is a policy file
+        return f"{policy.name}({'; '.join(policy_label(layer) for layer in policy.layers)})"
+    values = [(f, getattr(policy, f.name)) for f in fields(policy)]
+    told = [f"{f.name}={v}" for f, v in values if v is not None and (not isinstance(v, str) or v != f.default)]
+    return f"{policy.name}:{','.join(told)}" if told else policy.name
+
+
+def parse_policies(texts: Sequence[str]) -> list[RoutingPolicy]:
+    """Policies from lists such as "vanilla,skip:skip_share=0.3,des-vote:budget=16,group_limit=ignore".
+
+    Commas part policies as well as knobs: a part with "=" and without ":" belongs to the policy before it. Raises
+    PolicyError for a list that cannot be read.
+    """
+    return [parse_policy(text) for listed in texts for text in split_policies(listed)]
+
+
+def split_policies(listed: str) -> list[str]:
+    """One text per policy of a list."""
+    policies: list[str] = []
+    for part in (part.strip() for part in listed.split(",")):
+        if not part:
+            continue
+        if "=" in part and ":" not in part:
+            if not policies:
+                raise PolicyError(f"expected a policy before the knob {part!r} in {listed!r}, e.g. des-vote:{part}")
+            policies[-1] += ("," if ":" in policies[-1] else ":") + part
+        else:
+            policies.append(part)
+    return policies
