@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from expertshare.convert.shapes import likeness
-from expertshare.convert.sizes import sizes_like
+from expertshare.convert.sizes import likeness, sizes_like
 from expertshare.experts import parse_size
 from expertshare.lab.simulate.capacity import Replica, simulate_replica
 from expertshare.lab.simulate.deployment import Card, Cluster, Demand, find_card

@@ -31,11 +31,12 @@ GROWTH = 1.02
 def slots_for(record: RoutingRecord, rate: float) -> int | None:
     """The fewest slots that reach the hit rate; None where all experts at once do not, because each is read once."""
     low, high = most_at_once(record), record.num_layers * record.num_experts
-    if replay(record, high).hit_rate < rate:
+    if (replay(record, high).total.hit_rate or 0.0) < rate:
         return None
     while low < high:  # the eviction is near enough to monotonic in the number of slots for a bisection
         middle = (low + high) // 2
-        low, high = (low, middle) if replay(record, middle).hit_rate >= rate else (middle + 1, high)
+        enough = (replay(record, middle).total.hit_rate or 0.0) >= rate
+        low, high = (low, middle) if enough else (middle + 1, high)
     return low
 
 

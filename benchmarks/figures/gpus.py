@@ -7,8 +7,7 @@ from typing import Any
 
 from writing import ROOT, bullets, pick, spanning, stored, table
 
-from expertshare.convert.shapes import likeness
-from expertshare.convert.sizes import sizes_like
+from expertshare.convert.sizes import likeness, sizes_like
 from expertshare.experts.recording import read_record
 from expertshare.lab.simulate.capacity import Capacity, Simulation
 from expertshare.lab.simulate.deployment import CARDS, Cluster, Demand

@@ -6,8 +6,7 @@ from typing import Any
 
 from writing import GIB, each, paragraph, percent, pick, spanning, stored, table
 
-from expertshare.convert.shapes import likeness
-from expertshare.convert.sizes import sizes_like
+from expertshare.convert.sizes import likeness, sizes_like
 
 BLOCKS = (
     *("memory_savings", "memory_savings_said", "mini_size", "expert_files", "full_size", "small_budget"),

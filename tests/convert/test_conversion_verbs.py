@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from expertshare.cli import main
-from expertshare.convert import shapes
+from expertshare.convert import sizes
 from expertshare.lab.random_checkpoint.characters import tokenizer_files
 
 from .models import LLADA2, directory_bytes, read_all, same_bits, save_random
@@ -32,7 +32,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture
 def tiny_case(monkeypatch: pytest.MonkeyPatch) -> None:
     """`--like llada2.0-mini` of a size that a test can write."""
-    monkeypatch.setitem(shapes.SHAPES, "llada2.0-mini", replace(shapes.SHAPES["tiny"], vocab_size=400))
+    monkeypatch.setitem(sizes.SHAPES, "llada2.0-mini", replace(sizes.SHAPES["tiny"], vocab_size=400))
 
 
 @pytest.fixture

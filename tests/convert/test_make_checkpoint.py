@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from backends import moe_ffn_loop
 from expertshare.config import ModelConfig
 from expertshare.convert import convert, restore, verify
-from expertshare.convert.shapes import default_unique, likeness
+from expertshare.convert.sizes import default_unique, likeness
 from expertshare.decoding import DecodingOptions, generate
 from expertshare.errors import CheckpointError, ConfigError, InputError
 from expertshare.experts.layout import open_layers, read_manifest

@@ -24,14 +24,13 @@ from expertshare.convert.plan import (
     tokens_per_s,
 )
 from expertshare.convert.rates import Rates, storage_speed
-from expertshare.convert.shapes import likeness
-from expertshare.convert.sizes import cache_bytes, sizes_like, sizes_of
+from expertshare.convert.sizes import cache_bytes, likeness, sizes_like, sizes_of
 from expertshare.errors import ExpertMemoryError, InputError
 from expertshare.experts import ExpertMemory, StoreOptions
 from expertshare.experts.recording import RoutingRecord, read_record
 from expertshare.lab.random_checkpoint.make_checkpoint import make_checkpoint
 from expertshare.models.loading import check_fits
-from expertshare.routing import parse_policy
+from expertshare.routing import Layerwise, parse_policy
 
 from .models import LLADA2, save_random
 
@@ -111,10 +110,18 @@ def test_figures_say_where_they_come_from_and_the_range_is_open_without_a_record
 
 @pytest.mark.parametrize(
     ("policy", "expected"),
-    [("vanilla", 256), ("des-vote:budget=20", 20), ("top-k-cap:experts_per_token=2", 64), ("des-seq", 32)],
+    [
+        ("vanilla", 256),
+        ("des-vote:budget=20", 20),
+        ("top-k-cap:experts_per_token=2", 64),
+        ("des-seq", 32),
+        ("block-top-p", 256),
+    ],
 )
 def test_most_experts_of_a_block(policy: str, expected: int) -> None:
     assert experts_per_block(parse_policy(policy).bind(MINI.router), MINI.router, 32) == expected
+    layers = Layerwise(layers=(parse_policy("des-vote:budget=18"), parse_policy(policy))).bind(MINI.router)
+    assert experts_per_block(layers, MINI.router, 32) == expected
 
 
 def test_the_formula_by_hand() -> None:
@@ -143,14 +150,14 @@ def test_a_record_replayed_by_hand() -> None:
     forwards = (((0, 1), (2,)), ((0, 1), (2,)), ((0, 1), (3,)), ((0, 1), (2,)))
     record = RoutingRecord(2, 4, forwards)
     everything = replay(record, 8)
-    assert everything.hit_rate == pytest.approx(8 / 12)
-    assert everything.hit_rate_by_layer == pytest.approx((6 / 8, 2 / 4))
+    assert everything.total.hit_rate == pytest.approx(8 / 12)
+    assert [layer.hit_rate for layer in everything.layers] == pytest.approx([6 / 8, 2 / 4])
     assert most_at_once(record) == 2
     assert mean_at_once(record) == pytest.approx(1.5)
     # two slots hold one layer's experts at a time: layer 1 takes a slot of layer 0, which then misses one of two
     tight = replay(record, 2)
-    assert tight.hit_rate_by_layer[1] == 0.0
-    assert tight.hit_rate < everything.hit_rate
+    assert tight.layers[1].hit_rate == 0.0
+    assert tight.total.hit_rate < everything.total.hit_rate
 
 
 def test_a_recorded_generation_is_replayed(tmp_path: Path) -> None:
@@ -174,7 +181,7 @@ def test_a_recorded_generation_is_replayed(tmp_path: Path) -> None:
     memory = int((base + 24 * slab) / 0.95) + slab // 2
     made = make_plan(sizes, memory, bound, RATES, workload=work, record=record, process_bytes=0)
     assert (made.store, made.expert_memory) == ("budget", str(24 * slab))
-    assert value(made, "hit rate") == replay(record, 24).hit_rate
+    assert value(made, "hit rate") == replay(record, 24).total.hit_rate
     assert value(made, "experts at once (record)") == max(max(row) for row in active)
     store = generate(
         made_path,
@@ -216,6 +223,7 @@ def test_sizes_of_a_directory_are_those_of_its_tensors(tmp_path: Path) -> None:
     dense = sum(t.nbytes for name, t in tensors.items() if ".mlp.experts." not in name)
     plain, converted = sizes_of(source), sizes_of(tmp_path / "experts")
     assert plain.dense_bytes == converted.dense_bytes == dense
+    assert plain.dense_parameters == converted.dense_parameters == sizes_like(LLADA2).dense_parameters
     assert (plain.stored, converted.stored) == (None, "int8")
     assert plain.slabs["int8"] == converted.slabs["int8"]
     file = tmp_path / "experts" / "experts-00000.safetensors"

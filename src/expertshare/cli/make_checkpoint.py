@@ -8,7 +8,7 @@ from expertshare.cli import flags
 from expertshare.cli.console import bytes_progress, megabytes, people, print_json
 from expertshare.cli.convert import QuantisationOptions
 from expertshare.cli.options import option
-from expertshare.convert.shapes import VANILLA_UNIQUE, default_unique, likeness
+from expertshare.convert.sizes import VANILLA_UNIQUE, default_unique, likeness
 from expertshare.lab.random_checkpoint.make_checkpoint import make_checkpoint as make
 
 EXAMPLE = "Example: expertshare make-checkpoint --like llada2.0-mini --layers 4 --quantise int4 --out checkpoints/mini"

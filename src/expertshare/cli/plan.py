@@ -14,8 +14,7 @@ from expertshare.cli.console import people, print_json, table
 from expertshare.cli.options import option
 from expertshare.convert.plan import Figure, Plan, Workload, make_plan
 from expertshare.convert.rates import measure_rates
-from expertshare.convert.shapes import VANILLA_UNIQUE, likeness
-from expertshare.convert.sizes import ModelSizes, sizes_like, sizes_of
+from expertshare.convert.sizes import VANILLA_UNIQUE, ModelSizes, likeness, sizes_like, sizes_of
 from expertshare.errors import InputError
 from expertshare.experts import format_size, parse_size
 from expertshare.experts.recording import read_record

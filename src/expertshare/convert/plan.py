@@ -16,8 +16,9 @@ from expertshare.errors import InputError
 from expertshare.experts.recording import RoutingRecord
 from expertshare.experts.slab import format_size
 from expertshare.experts.slots import Bools, simulate
+from expertshare.experts.store import StoreStatistics
 from expertshare.measure.memory import anonymous_bytes
-from expertshare.routing import RoutingPolicy, knobs
+from expertshare.routing import Layerwise, RoutingPolicy, runs_on_torch
 
 Origin = Literal["given", "measured", "derived"]
 StoreKind = Literal["all", "budget", "none"]
@@ -32,8 +33,8 @@ class Figure:
 
     value: float
     unit: str
-    origin: Origin
     how: str
+    origin: Origin = "derived"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +52,11 @@ class Workload:
             if not value >= 1:  # nor is nan
                 raise InputError(f"{name.replace('_', ' ')} must be at least 1, got {value}")
 
+    @property
+    def positions(self) -> int:
+        """Of one sequence, when all of it is generated."""
+        return self.prompt_length + self.gen_length
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -65,13 +71,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values by the names of the fields."""
-        return {
-            "store": self.store,
-            "scheme": self.scheme,
-            "expert_memory": self.expert_memory,
-            "advice": list(self.advice),
-            "figures": {name: asdict(figure) for name, figure in self.figures.items()},
-        }
+        return {**asdict(self), "advice": list(self.advice)}
 
 
 def make_plan(
@@ -96,36 +96,48 @@ def make_plan(
             f"the routing record has {record.num_layers} layers of {record.num_experts} experts, expected "
             f"{config.num_moe_layers} of {spec.num_experts}: record this model"
         )
-    figures: dict[str, Figure] = {"memory": Figure(memory_bytes, "bytes", "given", "--memory, or what is free")}
-    figures["headroom"] = Figure(HEADROOM * memory_bytes, "bytes", "derived", f"{HEADROOM:.0%} of it, for activations")
-    figures |= _base(sizes, workload, process_bytes)
-    base = int(sum(figure.value for name, figure in figures.items() if name != "memory"))
+    used_by_process = anonymous_bytes() if process_bytes is None else process_bytes
+    beside_experts = {
+        "headroom": Figure(HEADROOM * memory_bytes, "bytes", f"{HEADROOM:.0%} of it, for activations"),
+        "process": Figure(
+            used_by_process or 0, "bytes", "interpreter and libraries, without pages of files", "measured"
+        ),
+        **_model_memory(sizes, workload),
+    }
+    base = int(sum(figure.value for figure in beside_experts.values()))
     left = memory_bytes - base
+    figures = {"memory": Figure(memory_bytes, "bytes", "--memory, or what is free", "given"), **beside_experts}
     for scheme, slab in sizes.slabs.items():
-        figures[f"expert ({scheme})"] = Figure(slab, "bytes", "derived", "weights of one expert, padded to pages")
-        figures[f"all experts ({scheme})"] = Figure(
-            slab * sizes.num_experts, "bytes", "derived", f"{sizes.num_experts} of them"
-        )
+        figures[f"expert ({scheme})"] = Figure(slab, "bytes", "weights of one expert, padded to pages")
+        figures[f"all experts ({scheme})"] = Figure(slab * sizes.num_experts, "bytes", f"{sizes.num_experts} of them")
     scheme = _scheme(sizes, left)
     slab, whole = sizes.slabs[scheme], sizes.slabs[scheme] * sizes.num_experts
-    least = _least(config, policy, workload)
-    figures["experts at once (vanilla)"] = _at_once(config, spec.top_k * config.block_length, workload)
-    figures["experts at once (policy)"] = least
+    at_once = {
+        "vanilla": _at_once(config, spec.top_k * config.block_length, workload),
+        "policy": _at_once(config, experts_per_block(policy, spec, config.block_length), workload),
+    }
     if record is not None:
-        figures["experts at once (record)"] = Figure(
-            most_at_once(record), "experts", "measured", "most that a layer of a forward in the record used"
-        )
-    for name in ("vanilla", "policy", "record"):
-        if (at_once := figures.get(f"experts at once ({name})")) is not None:
-            figures[f"smallest budget ({name})"] = Figure(
-                at_once.value * slab, "bytes", at_once.origin, f"those experts in {scheme}"
-            )
-    needed = int(least.value if record is None else figures["experts at once (record)"].value)
+        how = "most that a layer of a forward in the record used"
+        at_once["record"] = Figure(most_at_once(record), "experts", how, "measured")
+    figures |= {f"experts at once ({name})": figure for name, figure in at_once.items()}
+    for name, figure in at_once.items():
+        smallest = Figure(figure.value * slab, "bytes", f"those experts in {scheme}", figure.origin)
+        figures[f"smallest budget ({name})"] = smallest
+    needed = int(at_once["policy" if record is None else "record"].value)
     store: StoreKind = "all" if left >= whole else "budget" if left >= needed * slab else "none"
     slots = sizes.num_experts if store == "all" else max(0, left) // slab
-    figures["room for experts"] = Figure(max(0, left), "bytes", "derived", "memory less all the above but experts")
+    figures["room for experts"] = Figure(max(0, left), "bytes", "memory less all the above but experts")
     if store != "none":
-        figures |= _speed(sizes, policy, rates, workload, record, slab=slab, slots=slots, store=store)
+        used = _experts_used(config, policy, workload, record)
+        figures["experts per layer and forward"] = used
+        low, high, how = (1.0, 1.0, "all experts are in memory") if store == "all" else (0.0, 1.0, "nothing on record")
+        if store == "budget" and record is not None:
+            low = high = replay(record, slots).total.hit_rate or 0.0
+            how = f"the record replayed on {slots} slots, empty at first, nothing read ahead"
+        if low == high:
+            figures["hit rate"] = Figure(low, "share", how)
+        cases = {"": low} if low == high else {" (no hits)": low, " (all hits)": high}
+        figures |= _speed(_step(sizes, workload, used.value, slab), config, rates, workload, cases)
     return Plan(
         store=store,
         scheme=scheme,
@@ -135,25 +147,19 @@ def make_plan(
     )
 
 
-def _base(sizes: ModelSizes, workload: Workload, process_bytes: int | None) -> dict[str, Figure]:
-    """What is needed beside experts."""
-    config = sizes.config
-    positions = workload.prompt_length + workload.gen_length
-    rows = workload.batch_size * config.block_length
-    process = anonymous_bytes() if process_bytes is None else process_bytes
+def _model_memory(sizes: ModelSizes, workload: Workload) -> dict[str, Figure]:
+    """What a model needs beside its experts."""
+    config, rows = sizes.config, workload.batch_size * sizes.config.block_length
     return {
-        "process": Figure(process or 0, "bytes", "measured", "interpreter and libraries, without pages of files"),
-        "dense weights": Figure(sizes.dense_bytes, "bytes", "derived", "everything but routed experts, as loaded"),
+        "dense weights": Figure(sizes.dense_bytes, "bytes", "everything but routed experts, as loaded"),
         "key-value cache": Figure(
-            cache_bytes(sizes, positions=positions, batch_size=workload.batch_size),
+            cache_bytes(sizes, positions=workload.positions, batch_size=workload.batch_size),
             "bytes",
-            "derived",
-            f"{workload.batch_size} x {positions} positions, {config.num_layers} layers",
+            f"{workload.batch_size} x {workload.positions} positions, {config.num_layers} layers",
         ),
         "logits": Figure(
             rows * config.vocab_size * (sizes.float_bytes + 4 * LOGIT_COPIES),
             "bytes",
-            "derived",
             f"{rows} rows of {config.vocab_size}, and {LOGIT_COPIES} copies in float32",
         ),
     }
@@ -168,103 +174,68 @@ def _scheme(sizes: ModelSizes, left: int) -> str:
 
 
 def experts_per_block(policy: RoutingPolicy, spec: RouterSpec, block_length: int) -> int:
-    """Most experts that one block can use under a bound policy: its coreset, or what its tokens can choose."""
-    values = knobs(policy)
-    budget, per_vote, per_token = (values.get(k) for k in ("budget", "experts_per_vote", "experts_per_token"))
-    for each in (per_vote, per_token):
-        if isinstance(each, int):
-            return min(spec.num_experts, max(each * block_length, spec.top_k if each is per_vote else 1))
-    most = int(budget) if isinstance(budget, int) else spec.top_k * block_length
-    return min(spec.num_experts, most)
-
-
-def _least(config: ModelConfig, policy: RoutingPolicy, workload: Workload) -> Figure:
-    return _at_once(config, experts_per_block(policy, config.router, config.block_length), workload)
+    """Most experts that one block can use in a layer under a bound policy, as far as its rule says: those that its
+    tokens can choose, inside the coreset."""
+    if isinstance(policy, Layerwise):
+        return max(experts_per_block(layer, spec, block_length) for layer in policy.layers)
+    chosen = spec.top_k * block_length
+    if not runs_on_torch(policy):  # else no rule expresses it
+        rule = policy.rule(spec)
+        coreset = chosen if rule.ranking == "all" or rule.prefix_share is not None else rule.size
+        if rule.keep_protected:
+            coreset = max(coreset, rule.protected * block_length)
+        chosen = min(coreset, (rule.experts_per_token or spec.top_k) * block_length)
+    return min(spec.num_experts, chosen)
 
 
 def _at_once(config: ModelConfig, per_block: int, workload: Workload) -> Figure:
     """Most experts that one forward can ask of a layer: every block of it brings others."""
-    per_block = min(per_block, config.router.num_experts)
-    prompt_blocks = workload.prompt_length // config.block_length
+    num_experts = config.router.num_experts
+    per_block = min(per_block, num_experts)
     if config.attention == "full":
-        blocks = math.ceil((workload.prompt_length + workload.gen_length) / config.block_length)
+        blocks = math.ceil(workload.positions / config.block_length)
     else:
-        blocks = max(1, prompt_blocks)
+        blocks = max(1, workload.prompt_length // config.block_length)
     blocks *= workload.batch_size
-    most = min(config.router.num_experts, blocks * per_block)
-    how = f"{blocks} blocks in the largest forward, at most {per_block} experts each, of {config.router.num_experts}"
-    return Figure(most, "experts", "derived", how)
-
-
-def _speed(
-    sizes: ModelSizes,
-    policy: RoutingPolicy,
-    rates: Rates,
-    workload: Workload,
-    record: RoutingRecord | None,
-    *,
-    slab: int,
-    slots: int,
-    store: StoreKind,
-) -> dict[str, Figure]:
-    """Hit rate and tokens per second, or their range where nothing is on record."""
-    config = sizes.config
-    used = _experts_used(config, policy, workload, record)
-    found: dict[str, Figure] = {"experts per layer and forward": used}
-    low, high, how = (1.0, 1.0, "all experts are in memory") if store == "all" else (0.0, 1.0, "nothing on record")
-    if store == "budget" and record is not None:
-        low = high = replay(record, slots).hit_rate
-        how = f"the record replayed on {slots} slots, empty at first, nothing read ahead"
-    if low == high:
-        found["hit rate"] = Figure(low, "share", "derived", how)
-    found["memory bandwidth"] = Figure(rates.memory_bytes_per_s, "bytes/s", "measured", "best pass over a large buffer")
-    found["arithmetic"] = Figure(rates.macs_per_s, "MAC/s", "measured", "bfloat16 product of large matrices")
-    if rates.storage_bytes_per_s is not None:
-        how = "direct reads" if rates.storage_direct else "reads that the page cache may have served"
-        found["storage"] = Figure(rates.storage_bytes_per_s, "bytes/s", "measured", f"{how} of this checkpoint's file")
-    cases = {"": low} if low == high else {" (no hits)": low, " (all hits)": high}
-    for label, rate in cases.items():
-        seconds = seconds_per_forward(_step(sizes, workload, used.value, slab), rates, hit_rate=rate)
-        if seconds is None:
-            continue
-        found[f"forward{label}"] = Figure(seconds, "s", "derived", "the formula of docs/memory.md")
-        found[f"tokens per second{label}"] = Figure(
-            tokens_per_s(seconds, config, batch_size=workload.batch_size, per_step=workload.tokens_per_step),
-            "tokens/s",
-            "derived",
-            f"decoding, {workload.tokens_per_step:g} tokens a step",
-        )
-    return found
+    how = f"{blocks} blocks in the largest forward, at most {per_block} experts each, of {num_experts}"
+    return Figure(min(num_experts, blocks * per_block), "experts", how)
 
 
 def _experts_used(
     config: ModelConfig, policy: RoutingPolicy, workload: Workload, record: RoutingRecord | None
 ) -> Figure:
+    """Of a layer by a decoding step."""
     if record is not None:
-        return Figure(mean_at_once(record), "experts", "measured", "mean of the record")
+        return Figure(mean_at_once(record), "experts", "mean of the record", "measured")
     spec = config.router
     each = experts_per_block(policy, spec, config.block_length)
     tokens = config.block_length * workload.batch_size
     if each >= min(spec.num_experts, spec.top_k * config.block_length):
         expected = spec.num_experts * (1.0 - (1.0 - spec.top_k / spec.num_experts) ** tokens)
-        return Figure(expected, "experts", "derived", "tokens that choose independently; trained models use fewer")
+        return Figure(expected, "experts", "tokens that choose independently; trained models use fewer")
     most = min(spec.num_experts, each * workload.batch_size)
-    return Figure(most, "experts", "derived", "full coresets, without overlap between sequences")
+    return Figure(most, "experts", "full coresets, without overlap between sequences")
 
 
-def _step(sizes: ModelSizes, workload: Workload, used: float, slab: int) -> Step:
-    config = sizes.config
-    positions = config.block_length
-    if config.attention == "full":
-        positions = workload.prompt_length + workload.gen_length
-    return Step(
-        dense_bytes=sizes.dense_bytes - sizes.embedding_bytes,
-        dense_parameters=sizes.dense_parameters,
-        experts=used * config.num_moe_layers,
-        slab_bytes=slab,
-        pair_parameters=config.num_moe_layers * config.router.top_k * config.num_expert_parameters,
-        positions=positions * workload.batch_size,
-    )
+def _speed(
+    step: Step, config: ModelConfig, rates: Rates, workload: Workload, hit_rates: Mapping[str, float]
+) -> dict[str, Figure]:
+    """Rates of the machine, and seconds and tokens per second at each hit rate, by the label that it has."""
+    found = {
+        "memory bandwidth": Figure(rates.memory_bytes_per_s, "bytes/s", "best pass over a large buffer", "measured"),
+        "arithmetic": Figure(rates.macs_per_s, "MAC/s", "bfloat16 product of large matrices", "measured"),
+    }
+    if rates.storage_bytes_per_s is not None:
+        how = "direct reads" if rates.storage_direct else "reads that the page cache may have served"
+        found["storage"] = Figure(rates.storage_bytes_per_s, "bytes/s", f"{how} of this checkpoint's file", "measured")
+    for label, hit_rate in hit_rates.items():
+        seconds = seconds_per_forward(step, rates, hit_rate=hit_rate)
+        if seconds is not None:
+            speed = tokens_per_s(seconds, config, batch_size=workload.batch_size, per_step=workload.tokens_per_step)
+            found[f"forward{label}"] = Figure(seconds, "s", "the formula of docs/memory.md")
+            how = f"decoding, {workload.tokens_per_step:g} tokens a step"
+            found[f"tokens per second{label}"] = Figure(speed, "tokens/s", how)
+    return found
 
 
 def _advice(sizes: ModelSizes, store: StoreKind, scheme: str, budget: int, least: int) -> tuple[str, ...]:
@@ -297,6 +268,18 @@ class Step:
     positions: int
 
 
+def _step(sizes: ModelSizes, workload: Workload, used: float, slab: int) -> Step:
+    config = sizes.config
+    return Step(
+        dense_bytes=sizes.dense_bytes - sizes.embedding_bytes,
+        dense_parameters=sizes.dense_parameters,
+        experts=used * config.num_moe_layers,
+        slab_bytes=slab,
+        pair_parameters=config.num_moe_layers * config.router.top_k * config.num_expert_parameters,
+        positions=workload.batch_size * (workload.positions if config.attention == "full" else config.block_length),
+    )
+
+
 def seconds_per_forward(step: Step, rates: Rates, *, hit_rate: float) -> float | None:
     """The larger of reading all weights from memory and computing, and then the reads of what was not there.
 
@@ -319,16 +302,9 @@ def tokens_per_s(seconds: float, config: ModelConfig, *, batch_size: int, per_st
     return batch_size * config.block_length / (forwards * seconds)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Replay:
-    """hit_rate: share of requests that were in a slot already; by layer and of all. Slots are empty at the start."""
-
-    hit_rate: float
-    hit_rate_by_layer: tuple[float, ...]
-
-
-def replay(record: RoutingRecord, num_slots: int) -> Replay:
-    """Serve the record's requests from `num_slots` slots with the store's own eviction, without reading ahead.
+def replay(record: RoutingRecord, num_slots: int) -> StoreStatistics:
+    """What serving the record's requests from `num_slots` slots, empty at the start, would count: with the store's own
+    eviction, without reading ahead.
 
     What is read ahead turns part of the misses into shorter waits, so a real store does not do worse. Raises
     ExpertMemoryError where a layer's experts exceed the slots.
@@ -336,11 +312,7 @@ def replay(record: RoutingRecord, num_slots: int) -> Replay:
     layers = simulate(
         _visits(record), num_slots=num_slots, num_layers=record.num_layers, num_experts=record.num_experts
     )
-    requests = sum(layer.requests for layer in layers)
-    return Replay(
-        hit_rate=sum(layer.hits or 0 for layer in layers) / max(1, requests),
-        hit_rate_by_layer=tuple(layer.hit_rate or 0.0 for layer in layers),
-    )
+    return StoreStatistics(kind="budget", slots=num_slots, slot_bytes=0, layers=tuple(layers))
 
 
 def _visits(record: RoutingRecord) -> Iterator[tuple[int, Bools]]:

@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertshare.convert.shapes import likeness
-from expertshare.convert.sizes import sizes_like
+from expertshare.convert.sizes import likeness, sizes_like
 from expertshare.errors import ConfigError, InputError
 from expertshare.experts.recording import RoutingRecord
 from expertshare.lab.simulate.capacity import Simulation, part_seconds, simulate_replica

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from expertshare.config import ModelConfig
-from expertshare.convert.shapes import SHAPES
+from expertshare.convert.sizes import SHAPES
 from expertshare.errors import ConfigError, InputError, nearest
 
 PeerClass = Literal["glm4_moe", "qwen3_moe"]
