@@ -167,12 +167,12 @@ def test_rolling_commutes_with_quantising(expert: int, scheme: str) -> None:
 def test_every_released_model_has_its_released_size() -> None:
     """Parameters from the names and shapes that are public: 16.26 B for mini, 102.9 B for flash, 30.5 B for SDAR."""
     sizes = {"llada2.0-mini": 16.26e9, "llada2.0-flash": 102.9e9, "sdar-30b-a3b": 30.5e9, "llada-moe": 7.4e9}
-    from expertshare.lab.random_checkpoint.random_tensors import RandomTensors, Recipe
+    from expertshare.lab.random_checkpoint.random_tensors import RandomModel, RandomTensors
 
     for name, expected in sizes.items():
         config = likeness(name)
-        tensors = RandomTensors(Recipe(config=config, unique=50, seed=0), printable_ids(config))
-        dense = sum(torch.Size(entry.shape).numel() for entry in tensors.entries)
+        tensors = RandomTensors(RandomModel(config=config, unique=50, seed=0), printable_ids(config))
+        dense = sum(torch.Size(entry.shape).numel() for entry in tensors.entries.values())
         experts = config.num_moe_layers * config.router.num_experts * config.num_expert_parameters
         assert abs((dense + experts) / expected - 1) < 0.01, name
 

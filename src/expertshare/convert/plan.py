@@ -112,9 +112,10 @@ def make_plan(
         figures[f"all experts ({scheme})"] = Figure(slab * sizes.num_experts, "bytes", f"{sizes.num_experts} of them")
     scheme = _scheme(sizes, left)
     slab, whole = sizes.slabs[scheme], sizes.slabs[scheme] * sizes.num_experts
+    per_block = experts_per_block(policy, spec, config.block_length)
     at_once = {
         "vanilla": _at_once(config, spec.top_k * config.block_length, workload),
-        "policy": _at_once(config, experts_per_block(policy, spec, config.block_length), workload),
+        "policy": _at_once(config, per_block, workload),
     }
     if record is not None:
         how = "most that a layer of a forward in the record used"
@@ -128,16 +129,12 @@ def make_plan(
     slots = sizes.num_experts if store == "all" else max(0, left) // slab
     figures["room for experts"] = Figure(max(0, left), "bytes", "memory less all the above but experts")
     if store != "none":
-        used = _experts_used(config, policy, workload, record)
+        used = _experts_used(config, per_block, workload, record)
         figures["experts per layer and forward"] = used
-        low, high, how = (1.0, 1.0, "all experts are in memory") if store == "all" else (0.0, 1.0, "nothing on record")
-        if store == "budget" and record is not None:
-            low = high = replay(record, slots).total.hit_rate or 0.0
-            how = f"the record replayed on {slots} slots, empty at first, nothing read ahead"
-        if low == high:
-            figures["hit rate"] = Figure(low, "share", how)
-        cases = {"": low} if low == high else {" (no hits)": low, " (all hits)": high}
-        figures |= _speed(_step(sizes, workload, used.value, slab), config, rates, workload, cases)
+        hit_rates, how = _hit_rates(store, record, slots)
+        if "" in hit_rates:
+            figures["hit rate"] = Figure(hit_rates[""], "share", how)
+        figures |= _speed(_step(sizes, workload, used.value, slab), config, rates, workload, hit_rates)
     return Plan(
         store=store,
         scheme=scheme,
@@ -150,18 +147,14 @@ def make_plan(
 def _model_memory(sizes: ModelSizes, workload: Workload) -> dict[str, Figure]:
     """What a model needs beside its experts."""
     config, rows = sizes.config, workload.batch_size * sizes.config.block_length
+    cache = cache_bytes(sizes, positions=workload.positions, batch_size=workload.batch_size)
+    sequences = f"{workload.batch_size} x {workload.positions} positions, {config.num_layers} layers"
+    logits = rows * config.vocab_size * (sizes.float_bytes + 4 * LOGIT_COPIES)
+    copies = f"{rows} rows of {config.vocab_size}, and {LOGIT_COPIES} copies in float32"
     return {
         "dense weights": Figure(sizes.dense_bytes, "bytes", "everything but routed experts, as loaded"),
-        "key-value cache": Figure(
-            cache_bytes(sizes, positions=workload.positions, batch_size=workload.batch_size),
-            "bytes",
-            f"{workload.batch_size} x {workload.positions} positions, {config.num_layers} layers",
-        ),
-        "logits": Figure(
-            rows * config.vocab_size * (sizes.float_bytes + 4 * LOGIT_COPIES),
-            "bytes",
-            f"{rows} rows of {config.vocab_size}, and {LOGIT_COPIES} copies in float32",
-        ),
+        "key-value cache": Figure(cache, "bytes", sequences),
+        "logits": Figure(logits, "bytes", copies),
     }
 
 
@@ -201,20 +194,26 @@ def _at_once(config: ModelConfig, per_block: int, workload: Workload) -> Figure:
     return Figure(min(num_experts, blocks * per_block), "experts", how)
 
 
-def _experts_used(
-    config: ModelConfig, policy: RoutingPolicy, workload: Workload, record: RoutingRecord | None
-) -> Figure:
+def _experts_used(config: ModelConfig, per_block: int, workload: Workload, record: RoutingRecord | None) -> Figure:
     """Of a layer by a decoding step."""
     if record is not None:
         return Figure(mean_at_once(record), "experts", "mean of the record", "measured")
-    spec = config.router
-    each = experts_per_block(policy, spec, config.block_length)
-    tokens = config.block_length * workload.batch_size
-    if each >= min(spec.num_experts, spec.top_k * config.block_length):
+    spec, tokens = config.router, config.block_length * workload.batch_size
+    if per_block >= min(spec.num_experts, spec.top_k * config.block_length):
         expected = spec.num_experts * (1.0 - (1.0 - spec.top_k / spec.num_experts) ** tokens)
         return Figure(expected, "experts", "tokens that choose independently; trained models use fewer")
-    most = min(spec.num_experts, each * workload.batch_size)
+    most = min(spec.num_experts, per_block * workload.batch_size)
     return Figure(most, "experts", "full coresets, without overlap between sequences")
+
+
+def _hit_rates(store: StoreKind, record: RoutingRecord | None, slots: int) -> tuple[dict[str, float], str]:
+    """The hit rate under an empty label, and how it is known; where it is not, the range that it lies in."""
+    if store == "all":
+        return {"": 1.0}, "all experts are in memory"
+    if record is None:
+        return {" (no hits)": 0.0, " (all hits)": 1.0}, "nothing on record"
+    how = f"the record replayed on {slots} slots, empty at first, nothing read ahead"
+    return {"": replay(record, slots).total.hit_rate or 0.0}, how
 
 
 def _speed(

@@ -41,12 +41,12 @@ class Rates:
 
 def measure_rates(file: Path | None) -> Rates:
     """Memory bandwidth, rate of bfloat16 products, and reads of a large file of the checkpoint; a few seconds."""
-    storage = storage_speed(file) if file is not None else None
+    bytes_per_s, direct = storage_speed(file) if file is not None else (None, False)
     return Rates(
         memory_bytes_per_s=read_bandwidth(2 * CACHE_FACTOR * last_level_cache_bytes(), repeats=3),
         macs_per_s=gemm_rate(torch.bfloat16, GEMM_SHAPES),
-        storage_bytes_per_s=storage.bytes_per_s if storage else None,
-        storage_direct=storage.direct if storage else False,
+        storage_bytes_per_s=bytes_per_s,
+        storage_direct=direct,
     )
 
 
@@ -55,11 +55,7 @@ def read_bandwidth(num_bytes: int, repeats: int = 7) -> float:
     buffer = ones(num_bytes // 4)
     rows = buffer[: len(buffer) // 4096 * 4096].view(-1, 4096) if len(buffer) >= 4096 else buffer.view(1, -1)
     one = torch.ones(rows.shape[1])
-    readers: tuple[Callable[[], object], ...] = (
-        buffer.sum,
-        buffer.amax,
-        lambda: torch.mv(rows, one),
-    )
+    readers: tuple[Callable[[], object], ...] = (buffer.sum, buffer.amax, lambda: torch.mv(rows, one))
     best = min(_seconds(reader) for _ in range(repeats) for reader in readers)
     return buffer.numel() * 4 / best
 
@@ -101,19 +97,12 @@ def last_level_cache_bytes(root: Path = Path("/sys/devices/system/cpu")) -> int:
     return sum(size for (level, _), size in caches.items() if level == last)
 
 
-@dataclass(frozen=True, slots=True)
-class StorageSpeed:
-    """direct: whether reads went past the page cache; where the file system cannot, they may have been served by it."""
-
-    bytes_per_s: float
-    direct: bool
-
-
-def storage_speed(path: Path) -> StorageSpeed | None:
-    """Timed reads of READ_BYTES at random places by NUM_READERS threads. None for a file too small to time."""
+def storage_speed(path: Path) -> tuple[float | None, bool]:
+    """Bytes per second of reads of READ_BYTES at random places by NUM_READERS threads, None for a file too small to
+    time; and whether they went past the page cache. Where the file system cannot, it may have served them."""
     places = os.stat(path).st_size // READ_BYTES
     if places < NUM_READERS:
-        return None
+        return None, False
     direct = True
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
@@ -127,7 +116,7 @@ def storage_speed(path: Path) -> StorageSpeed | None:
         with ThreadPoolExecutor(NUM_READERS) as readers:
             shares = [order[reader::NUM_READERS] for reader in range(NUM_READERS)]
             done = sum(readers.map(lambda share: _read(descriptor, share, start + TIME_LIMIT_S), shares))
-        return StorageSpeed(done / (time.perf_counter() - start), direct)
+        return done / (time.perf_counter() - start), direct
     finally:
         os.close(descriptor)
 

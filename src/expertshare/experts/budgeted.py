@@ -96,7 +96,10 @@ class BudgetedStore(SlabStore):
     def borrow(self, layer: int, active_E: Tensor, *, early: bool = False) -> Iterator[Loan]:
         """The active experts of a layer, in slots. Waits for active_E where that is on a device. early: those that
         have to be read may come while the loan is used. Raises ExpertMemoryError or CheckpointError."""
-        self._check_usable()
+        if self._closed:
+            raise ConfigError("expected an open expert store, got one that was closed: open it again")
+        if os.getpid() != self._pid:
+            raise ConfigError("this expert store was opened before the process forked: open one in the new process")
         active_E = active_E.cpu()
         member_E = active_E.numpy()
         lease = _Lease()
@@ -133,12 +136,6 @@ class BudgetedStore(SlabStore):
             file.close()
         self._pending.clear()
         self._slots.close()
-
-    def _check_usable(self) -> None:
-        if self._closed:
-            raise ConfigError("expected an open expert store, got one that was closed: open it again")
-        if os.getpid() != self._pid:
-            raise ConfigError("this expert store was opened before the process forked: open one in the new process")
 
     def _request(self, layer: int, active: Ints, lease: _Lease) -> None:
         """Lend the slots of these experts, and start reading those that are in none."""
@@ -178,17 +175,14 @@ class BudgetedStore(SlabStore):
                 self._finish(slot)
             slots = self._candidates(layer)
         if len(slots) < count:
-            self._refuse(layer, needed)
+            slab_bytes, have = self._layout.format.slab_bytes, self._num_slots
+            raise ExpertMemoryError(
+                f"MoE layer {layer} needs {needed} experts at once: expected an expert memory of at least "
+                f"{format_size(needed * slab_bytes)}, got {format_size(have * slab_bytes)}, which holds {have}. Raise "
+                "--expert-memory (expertshare plan says what is enough for every step under a policy), or let blocks "
+                f"share fewer experts (e.g. --policy des-vote --budget {have}), or decode fewer prompts together"
+            )
         return slots[:count]
-
-    def _refuse(self, layer: int, needed: int) -> None:
-        slab_bytes, have = self._layout.format.slab_bytes, self._table.num_slots
-        raise ExpertMemoryError(
-            f"MoE layer {layer} needs {needed} experts at once: expected an expert memory of at least "
-            f"{format_size(needed * slab_bytes)}, got {format_size(have * slab_bytes)}, which holds {have}. Raise "
-            "--expert-memory (expertshare plan says what is enough for every step under a policy), or let blocks share "
-            f"fewer experts (e.g. --policy des-vote --budget {have}), or decode fewer prompts together"
-        )
 
     def _candidates(self, layer: int, *, spare: Ints = _NONE) -> Ints:
         """Slots that may be filled, best first. spare: slots that may not, beside those lent or being filled."""

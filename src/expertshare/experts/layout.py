@@ -192,13 +192,15 @@ class LayerHeader:
         return padded.to_bytes(8, "little") + text.ljust(padded)
 
     @staticmethod
-    def parse(raw: Any, path: Path) -> LayerHeader:
+    def parse(text: bytes, path: Path) -> LayerHeader:
         """From the JSON of a header; CheckpointError, which names the file, for one that `to_bytes` did not make."""
-        metadata = raw.get("__metadata__", {}) if isinstance(raw, Mapping) else {}
-        version = metadata.get("expertshare_experts")
-        if version is None:
-            raise CheckpointError(f"{path} holds no experts in slabs: expected a file that `expertshare convert` wrote")
         try:
+            raw = json.loads(text)
+            metadata = raw.get("__metadata__", {}) if isinstance(raw, dict) else {}
+            if (version := metadata.get("expertshare_experts")) is None:
+                raise CheckpointError(
+                    f"{path} holds no experts in slabs: expected a file that `expertshare convert` wrote"
+                )
             form = SlabFormat.from_json(json.loads(metadata["slab"]), str(path))
             experts, slab_bytes = raw["slabs"]["shape"]
             header = LayerHeader(moe_layer=int(metadata["moe_layer"]), num_experts=int(experts), format=form)
@@ -228,11 +230,7 @@ class LayerFile:
         self._fd = _open(path, direct=False)
         try:
             text, self.data_start = read_header(self._fd, path, advice="copy or convert it again")
-            try:
-                raw = json.loads(text)
-            except ValueError as error:
-                raise CheckpointError(f"{path} has a damaged header ({error}): copy or convert it again") from error
-            self.header = LayerHeader.parse(raw, path)
+            self.header = LayerHeader.parse(text, path)
             size = os.fstat(self._fd).st_size
             expected = self.data_start + self.header.slabs_bytes + 4 * self.header.num_experts
             if self.data_start % PAGE_BYTES or size != expected:

@@ -42,7 +42,7 @@ class RoutingRecorder:
 
     def __init__(self, path: Path, *, num_layers: int, num_experts: int) -> None:
         self._path, self._num_layers, self._num_experts = path, num_layers, num_experts
-        self._file: TextIO | None = None
+        self._file: TextIO  # while it is entered
         self._layers: list[list[int]] = []
         self._tokens: list[list[list[int]]] = []
 
@@ -65,11 +65,9 @@ class RoutingRecorder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
     def _write(self, value: dict[str, Any]) -> None:
-        assert self._file is not None  # entered
         self._file.write(json.dumps(value, separators=(",", ":")) + "\n")
 
 

@@ -86,7 +86,13 @@ class HostSlots(SlotMemory):
     def bringing(self, slot: int, layer: int, expert: int, read: ReadInto) -> Callable[[], Moved]:
         """The read of an expert straight into its slot."""
         size = self._slab_bytes
-        return partial(_read, read, self._memory[slot * size : (slot + 1) * size])
+        memory = self._memory[slot * size : (slot + 1) * size]
+
+        def bring() -> Moved:
+            read(memory)
+            return Moved(read=True, copied=False)
+
+        return bring
 
     def lend(self, slots: Ints) -> None:
         """Nothing has to be waited for."""
@@ -94,11 +100,6 @@ class HostSlots(SlotMemory):
     def close(self) -> None:
         """See SlotMemory."""
         del self.bank, self._memory
-
-
-def _read(read: ReadInto, memory: memoryview) -> Moved:
-    read(memory)
-    return Moved(read=True, copied=False)
 
 
 class CudaTransfer:

@@ -130,21 +130,17 @@ def simulate(
     counts = tuple(LayerStatistics() for _ in range(num_layers))
     for layer, member_E in trace:
         forecast.observe(layer, member_E)
-        _bring(table, forecast, layer, np.flatnonzero(member_E), counts[layer])
-    return counts
-
-
-def _bring(table: SlotTable, forecast: ReuseForecast, layer: int, active: Ints, count: LayerStatistics) -> None:
-    present = table.slot_of_NE[layer, active]
-    missing = active[present < 0]
-    if len(active) > table.num_slots:
-        raise ExpertMemoryError(
-            f"MoE layer {layer} needs {len(active)} experts at once: expected at least as many slots, got "
-            f"{table.num_slots}: simulate with more"
-        )
-    if len(missing):
-        slots = needed_last(table, forecast, layer, present[present >= 0])
+        active = np.flatnonzero(member_E)
+        if len(active) > num_slots:
+            raise ExpertMemoryError(
+                f"MoE layer {layer} needs {len(active)} experts at once: expected at least as many slots, got "
+                f"{num_slots}: simulate with more"
+            )
+        present = table.slot_of_NE[layer, active]
+        missing = active[present < 0]
+        slots = needed_last(table, forecast, layer, present[present >= 0]) if len(missing) else missing
         for slot, expert in zip(slots.tolist(), missing.tolist(), strict=False):
             table.place(slot, layer, expert, ahead=False)
-    count.count(len(active), len(active) - len(missing))
-    count.reads += len(missing)
+        counts[layer].count(len(active), len(active) - len(missing))
+        counts[layer].reads += len(missing)
+    return counts

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from expertshare.config import ModelConfig
 from expertshare.convert.convert import MAX_SHARD_BYTES
-from expertshare.convert.storage import check_embeddings, settings_of, slab_format
+from expertshare.convert.storage import FLOAT_NAMES, check_embeddings, settings_of, slab_format
 from expertshare.convert.workspace import is_complete, open_workspace
-from expertshare.convert.writing import (
-    Progress,
-    SmallFile,
-    json_bytes,
-    silent,
-    write_expert_layout,
-    write_huggingface,
-)
+from expertshare.convert.writing import Progress, SmallFile, json_bytes, silent, write_expert_layout, write_huggingface
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.lab.random_checkpoint.characters import tokenizer_files
 from expertshare.lab.random_checkpoint.random_source import RandomSource
-from expertshare.lab.random_checkpoint.random_tensors import Recipe
+from expertshare.lab.random_checkpoint.random_tensors import RandomModel
 from expertshare.models.checkpoint import generation_config, read_json
 from expertshare.models.family import family_named
 
@@ -71,37 +63,38 @@ def make_checkpoint(
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown layout {layout!r}. {nearest(layout, LAYOUTS)}")
-    if layout == "huggingface" and quantise != "none":
-        raise InputError(
-            f"the Hugging Face layout holds no {quantise} experts: use --layout experts, or --quantise none"
-        )
     check_embeddings(quantise_embeddings)
-    if layout == "huggingface" and quantise_embeddings != "none":
-        raise InputError(
-            f"the Hugging Face layout holds no {quantise_embeddings} embeddings: use --layout experts, or leave "
-            "--quantise-embeddings out"
-        )
+    for what, stored, advice in (
+        ("experts", quantise, "--quantise none"),
+        ("embeddings", quantise_embeddings, "leave --quantise-embeddings out"),
+    ):
+        if layout == "huggingface" and stored != "none":
+            raise InputError(f"the Hugging Face layout holds no {stored} {what}: use --layout experts, or {advice}")
     least, most = config.router.top_k, config.router.num_experts
     if not least <= unique <= most:
         raise InputError(f"--unique must lie in {least}..{most}, from experts per token to all, got {unique}")
     form = slab_format(config, quantise, group_size=group_size, expert_dtype=dtype)
-    recipe = Recipe(config=config, unique=unique, seed=seed, dtype=dtype)
-    described = {"kind": "random", "method": METHOD, **asdict(recipe)}
-    settings = settings_of(layout, form, quantise_embeddings, recipe=described)
+    model = RandomModel(config=config, unique=unique, seed=seed, dtype=dtype)
+    recipe = {"kind": "random", "method": METHOD, **asdict(model)}
+    settings = settings_of(layout, form, quantise_embeddings, recipe=recipe)
     target = Path(out).expanduser()
     complete = is_complete(target, settings)
     if not complete:
-        source = RandomSource(recipe, form)
+        source = RandomSource(model, form)
+        files: dict[str, SmallFile] = {
+            "config.json": json_bytes({**family_named(config.family).to_config(config), "dtype": FLOAT_NAMES[dtype]}),
+            "generation_config.json": json_bytes(generation_config(config)),
+            **tokenizer_files(config),
+            MEASURED: lambda: json_bytes({"recipe": asdict(model), **source.measured()}),
+        }
         with open_workspace(target, settings) as work:
             if layout == "experts":
-                provenance = {**described, "expert_dtype": dtype}
-                files = _files(recipe, source)
                 write_expert_layout(
                     source,
                     work,
                     form,
                     files=files,
-                    provenance=provenance,
+                    provenance={**recipe, "expert_dtype": dtype},
                     embeddings=quantise_embeddings,
                     on_progress=on_progress,
                 )
@@ -112,7 +105,7 @@ def make_checkpoint(
                     expert_dtype=dtype,
                     merged=False,
                     max_shard_bytes=MAX_SHARD_BYTES,
-                    files=_files(recipe, source),
+                    files=files,
                     on_progress=on_progress,
                 )
     measured = read_json(target / MEASURED)
@@ -122,25 +115,3 @@ def make_checkpoint(
         unique_by_layer=tuple(measured["unique_by_layer"]),
         activations=tuple(measured["activations"]),
     )
-
-
-def _files(recipe: Recipe, source: RandomSource) -> Mapping[str, SmallFile]:
-    config = recipe.config
-
-    def measured() -> bytes:
-        uses = source.uses()
-        return json_bytes(
-            {
-                "recipe": asdict(recipe),
-                "unique_by_layer": [use.unique for use in uses],
-                "activations": [use.activation for use in uses],
-            }
-        )
-
-    kept = {"BF16": "bfloat16", "F32": "float32"}[recipe.dtype]
-    return {
-        "config.json": json_bytes({**family_named(config.family).to_config(config), "dtype": kept}),
-        "generation_config.json": json_bytes(generation_config(config)),
-        **tokenizer_files(config),
-        MEASURED: measured,
-    }

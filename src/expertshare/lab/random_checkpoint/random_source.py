@@ -7,18 +7,18 @@ still masked. Decoding visits all of these in equal measure, so the mean over th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from expertshare.config import ModelConfig
 from expertshare.convert.storage import as_stored
+from expertshare.decoding.forwards import block_causal_mask
 from expertshare.experts.slab import SlabFormat
 from expertshare.lab.bench.weights import concentrated, mean_unique
 from expertshare.lab.random_checkpoint.characters import printable_ids
-from expertshare.lab.random_checkpoint.random_tensors import ExpertPool, RandomTensors, Recipe
+from expertshare.lab.random_checkpoint.random_tensors import ExpertPool, RandomModel, RandomTensors
 from expertshare.models.layers import rotary_tables
+from expertshare.models.moe import MoE
 from expertshare.models.runtime import ForwardInput, Runtime
 from expertshare.models.transformer import Layer
 from expertshare.routing import make_policy, route, router_scores
@@ -26,145 +26,41 @@ from expertshare.types import ExpertBank, QuantisedBank
 
 MASKED_SHARES = (0.9, 0.7, 0.5, 0.3, 0.1)
 PROMPT_BLOCKS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class LayerUse:
-    """What a layer's vanilla routing does with the answer blocks: unique experts, mean over blocks; the root mean
-    square of the residual stream behind it."""
-
-    unique: float
-    activation: float
-
-
-class Calibration:
-    """The hidden states between two layers. Layers must be run in order, each once."""
-
-    def __init__(self, tensors: RandomTensors, text_ids: range) -> None:
-        self._tensors, self._config = tensors, tensors.recipe.config
-        generator = torch.Generator().manual_seed(tensors.recipe.seed)
-        self._preferences = generator
-        self._inputs = _blocks(self._config, text_ids, generator)
-        embedding = next(name for name, place in tensors.places.items() if place.entry == "embed.weight")
-        self._x_BSD = tensors.draw(embedding)[self._inputs.tokens_BS].float()
-        self._tables = rotary_tables(self._inputs.positions_BS, self._config)
-        self.routers: dict[str, Tensor] = {}
-
-    def run(self, index: int, pool: ExpertPool | None) -> LayerUse:
-        """Concentrate layer `index`'s router (its weights are then in `routers` by name) and carry on behind it."""
-        layer, config = self._layer(index), self._config
-        runtime = Runtime(policy=make_policy("vanilla").bind(config.router))
-        x_BSD, backend = self._x_BSD, runtime.backend
-        normed_BSD = layer.attention_norm(x_BSD, backend)
-        y_BSD, _ = layer.attention(normed_BSD, self._tables, self._inputs.mask_BSP, None, backend)
-        x_BSD = x_BSD + y_BSD
-        h_BSD = layer.mlp_norm(x_BSD, backend)
-        if layer.mlp is not None:
-            self._x_BSD = x_BSD + layer.mlp(h_BSD, backend)
-            return LayerUse(0.0, float(self._x_BSD.square().mean().sqrt()))
-        assert layer.moe is not None
-        assert pool is not None
-        moe, answers_GLD = layer.moe, h_BSD[:, -config.block_length :]
-        preference_E = torch.randn(config.router.num_experts, generator=self._preferences)
-        weight_ED = concentrated(
-            moe.router.weight, preference_E, answers_GLD, moe.router.bias, config.router, self._tensors.recipe.unique
-        )
-        moe.router.weight.copy_(weight_ED)
-        self.routers[self._router_name(index)] = weight_ED
-        h_GLD = h_BSD.reshape(-1, config.block_length, h_BSD.shape[-1])
-        live_GL = torch.ones(h_GLD.shape[:2], dtype=torch.bool)
-        scores = router_scores(moe.router(h_GLD), live_GL, config.router, moe.router.bias)
-        _, plan = route(scores, runtime.policy, config.router)
-        y_TD = pool.compute(h_BSD.flatten(0, 1), plan)
-        if moe.shared is not None:
-            y_TD = y_TD + moe.shared(h_BSD.flatten(0, 1), backend)
-        self._x_BSD = x_BSD + y_TD.view(x_BSD.shape)
-        ids_BSK = plan.expert_ids_TK.view(*x_BSD.shape[:2], -1)[:, -config.block_length :]
-        unique = mean_unique(ids_BSK.flatten(0, 1), len(x_BSD), config.router)
-        return LayerUse(unique, float(self._x_BSD.square().mean().sqrt()))
-
-    def common_direction(self) -> Tensor:
-        """Unit vector [D] along the mean of the answers' final hidden states."""
-        x_LD = self._x_BSD[:, -self._config.block_length :].flatten(0, 1)
-        mean_D = (x_LD * torch.rsqrt(x_LD.square().mean(dim=-1, keepdim=True) + self._config.rms_norm_eps)).mean(dim=0)
-        return torch.nn.functional.normalize(mean_D, dim=0)
-
-    def _router_name(self, index: int) -> str:
-        wanted = f"layers.{index}.moe.router.weight"
-        return next(name for name, place in self._tensors.places.items() if place.entry == wanted)
-
-    def _layer(self, index: int) -> Layer:
-        """The layer's dense weights in float32; its experts stay without memory."""
-        with torch.device("meta"):
-            layer = Layer(self._config, index)
-        if layer.moe is not None:
-            del layer.moe.experts
-        layer = layer.to_empty(device="cpu").requires_grad_(False).eval()
-        state, prefix = layer.state_dict(), f"layers.{index}."
-        for name, place in self._tensors.places.items():
-            if place.entry.startswith(prefix):
-                whole = state[place.entry.removeprefix(prefix)]
-                place.of(whole).copy_(self._tensors.draw(name))
-        return layer
-
-
-def _blocks(config: ModelConfig, text_ids: range, generator: torch.Generator) -> ForwardInput:
-    """One sequence for each masked share, all of the same prompt: tokens [B, S]."""
-    length = config.block_length
-    size = (len(MASKED_SHARES), (PROMPT_BLOCKS + 1) * length)
-    tokens_BS = torch.randint(text_ids.start, text_ids.stop, size, generator=generator)
-    tokens_BS[:, :-length] = tokens_BS[0, :-length]
-    for row, share in enumerate(MASKED_SHARES):
-        masked = torch.randperm(length, generator=generator)[: max(1, round(share * length))]
-        tokens_BS[row, size[1] - length + masked] = config.mask_id
-    positions_S = torch.arange(size[1])
-    block_S = positions_S // length
-    sees_SS = block_S.unsqueeze(1) >= block_S
-    if config.attention == "full":
-        sees_SS = torch.ones_like(sees_SS)
-    return ForwardInput(
-        tokens_BS=tokens_BS,
-        positions_BS=positions_S.expand(size),
-        live_BS=torch.ones(size, dtype=torch.bool),
-        mask_BSP=sees_SS.expand(size[0], -1, -1),
-        block_length=length,
-    )
-
-
 _ROWS_AT_A_TIME = 4096
 
 
 class RandomSource:
-    """An ExpertSource. form: of the slabs that experts are stored in; the pool is quantised once per layer.
+    """An ExpertSource. form: of the slabs that experts are stored in; a layer's pool is quantised once.
 
     Memory: one layer's pool (8 experts), one dense tensor, all routers, and a few blocks of hidden states.
     """
 
-    def __init__(self, recipe: Recipe, form: SlabFormat) -> None:
-        self._form = form
-        text_ids = printable_ids(recipe.config)
-        self._tensors = RandomTensors(recipe, text_ids)
-        self.config, self.dense = recipe.config, self._tensors.entries
-        self._calibration = Calibration(self._tensors, text_ids)
-        self._uses: list[LayerUse] = []
+    def __init__(self, model: RandomModel, form: SlabFormat) -> None:
+        text_ids = printable_ids(model.config)
+        self._model, self._form, self._tensors = (model, form, RandomTensors(model, text_ids))
+        self.config, self.dense = model.config, tuple(self._tensors.entries.values())
+        self._preferences = torch.Generator().manual_seed(model.seed)
+        self._inputs = _blocks(model.config, text_ids, self._preferences)
+        embedding = next(name for name, target in self._tensors.targets.items() if target.entry == "embed.weight")
+        self._x_BSD = self._tensors.draw(embedding)[self._inputs.tokens_BS].float()
+        self._tables = rotary_tables(self._inputs.positions_BS, model.config)
+        self._routers: dict[int, Tensor] = {}
+        self._unique: list[float] = []
+        self._activations: list[float] = []
         self._pool: tuple[int, ExpertPool, ExpertBank | QuantisedBank] | None = None
-
-    def uses(self) -> tuple[LayerUse, ...]:
-        """What the calibration blocks did in each MoE layer."""
-        self._advance(self.config.num_layers)
-        return tuple(self._uses[self.config.num_dense_layers :])
 
     @torch.no_grad()
     def tensor(self, name: str) -> Tensor:
         """One dense tensor; a router once the layers before it have run."""
-        entry = self._tensors.places[name].entry
+        entry = self._tensors.targets[name].entry
         if entry.endswith("moe.router.weight"):
-            self._advance(int(entry.split(".")[1]) + 1)
-            return self._calibration.routers[name]
+            index = int(entry.split(".")[1])
+            self._advance(index + 1)
+            return self._routers[index]
         tensor = self._tensors.draw(name)
         if entry == "head.weight":
             self._advance(self.config.num_layers)
-            _make_blind(tensor, self._calibration.common_direction())
+            _make_blind(tensor, self._common_direction())
         return tensor
 
     @torch.no_grad()
@@ -177,13 +73,89 @@ class RandomSource:
         _, pool, stored = self._pool
         return pool.expert(expert, stored)
 
+    def measured(self) -> dict[str, list[float]]:
+        """What vanilla routing does with the answer blocks in each MoE layer: unique experts, mean over blocks; and the
+        root mean square of the residual stream behind the layer."""
+        self._advance(self.config.num_layers)
+        first = self.config.num_dense_layers
+        return {"unique_by_layer": self._unique, "activations": self._activations[first:]}
+
     @torch.no_grad()
     def _advance(self, num_layers: int) -> None:
-        """Carry the calibration blocks behind layer `num_layers` - 1."""
-        for index in range(len(self._uses), num_layers):
-            moe_layer = index - self.config.num_dense_layers
-            pool = self._tensors.pool(moe_layer) if moe_layer >= 0 else None
-            self._uses.append(self._calibration.run(index, pool))
+        """Carry the blocks behind layer `num_layers` - 1. The routers of the layers are concentrated on them."""
+        runtime = Runtime(policy=make_policy("vanilla").bind(self.config.router))
+        for index in range(len(self._activations), num_layers):
+            layer, backend = self._layer(index), runtime.backend
+            normed_BSD = layer.attention_norm(self._x_BSD, backend)
+            y_BSD, _ = layer.attention(normed_BSD, self._tables, self._inputs.mask_BSP, None, backend)
+            x_BSD = self._x_BSD + y_BSD
+            h_BSD = layer.mlp_norm(x_BSD, backend)
+            if layer.mlp is not None:
+                self._x_BSD = x_BSD + layer.mlp(h_BSD, backend)
+            else:
+                assert layer.moe is not None
+                self._x_BSD = x_BSD + self._run_experts(index, layer.moe, h_BSD, runtime)
+            self._activations.append(float(self._x_BSD.square().mean().sqrt()))
+
+    def _run_experts(self, index: int, moe: MoE, h_BSD: Tensor, runtime: Runtime) -> Tensor:
+        """What the experts of a layer add, once its router is concentrated."""
+        config, spec = self.config, self.config.router
+        preference_E = torch.randn(spec.num_experts, generator=self._preferences)
+        answers_GLD = h_BSD[:, -config.block_length :]
+        weight_ED = concentrated(
+            moe.router.weight, preference_E, answers_GLD, moe.router.bias, spec, self._model.unique
+        )
+        moe.router.weight.copy_(weight_ED)
+        self._routers[index] = weight_ED
+        h_GLD = h_BSD.reshape(-1, config.block_length, h_BSD.shape[-1])
+        live_GL = torch.ones(h_GLD.shape[:2], dtype=torch.bool)
+        _, plan = route(router_scores(moe.router(h_GLD), live_GL, spec, moe.router.bias), runtime.policy, spec)
+        pool = self._tensors.pool(index - config.num_dense_layers)
+        y_TD = pool.compute(h_BSD.flatten(0, 1), plan)
+        if moe.shared is not None:
+            y_TD = y_TD + moe.shared(h_BSD.flatten(0, 1), runtime.backend)
+        ids_BSK = plan.expert_ids_TK.view(*h_BSD.shape[:2], -1)[:, -config.block_length :]
+        self._unique.append(mean_unique(ids_BSK.flatten(0, 1), len(h_BSD), spec))
+        return y_TD.view(h_BSD.shape)
+
+    def _common_direction(self) -> Tensor:
+        """Unit vector [D] along the mean of the answers' final hidden states."""
+        x_LD = self._x_BSD[:, -self.config.block_length :].flatten(0, 1)
+        mean_D = (x_LD * torch.rsqrt(x_LD.square().mean(dim=-1, keepdim=True) + self.config.rms_norm_eps)).mean(dim=0)
+        return torch.nn.functional.normalize(mean_D, dim=0)
+
+    def _layer(self, index: int) -> Layer:
+        """The layer's dense weights in float32; its experts stay without memory."""
+        with torch.device("meta"):
+            layer = Layer(self.config, index)
+        if layer.moe is not None:
+            del layer.moe.experts
+        layer = layer.to_empty(device="cpu").requires_grad_(False).eval()
+        state, prefix = layer.state_dict(), f"layers.{index}."
+        for name, target in self._tensors.targets.items():
+            if target.entry.startswith(prefix):
+                whole = state[target.entry.removeprefix(prefix)]
+                target.of(whole).copy_(self._tensors.draw(name))
+        return layer
+
+
+def _blocks(config: ModelConfig, text_ids: range, generator: torch.Generator) -> ForwardInput:
+    """One sequence for each masked share, all of the same prompt: tokens [B, S]."""
+    length = config.block_length
+    size = (len(MASKED_SHARES), (PROMPT_BLOCKS + 1) * length)
+    tokens_BS = torch.randint(text_ids.start, text_ids.stop, size, generator=generator)
+    tokens_BS[:, :-length] = tokens_BS[0, :-length]
+    for row, share in enumerate(MASKED_SHARES):
+        masked = torch.randperm(length, generator=generator)[: max(1, round(share * length))]
+        tokens_BS[row, size[1] - length + masked] = config.mask_id
+    live_BS = torch.ones(size, dtype=torch.bool)
+    return ForwardInput(
+        tokens_BS=tokens_BS,
+        positions_BS=torch.arange(size[1]).expand(size),
+        live_BS=live_BS,
+        mask_BSP=block_causal_mask(live_BS, size[1] if config.attention == "full" else length),
+        block_length=length,
+    )
 
 
 def _make_blind(head_VD: Tensor, direction_D: Tensor) -> None:
