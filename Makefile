@@ -49,7 +49,7 @@ test: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 # Every policy at two or more settings on 500 unseen prompts of each kind: the figures of README.
 QUALITY := benchmarks/results/policies.json

@@ -37,11 +37,11 @@ QUICK_FIRST = ("routing", "kernels", "measure", "tasks", "models", "decoding", "
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the rooms from the bottom up, so that the first failure is the nearest to its cause; slow tests last."""
-    items.sort(key=_place)
+    """Run packages from the bottom up, so that the first failure is the nearest to its cause; slow tests last."""
+    items.sort(key=_order)
 
 
-def _place(item: pytest.Item) -> tuple[bool, int]:
-    room = item.path.parent.name
+def _order(item: pytest.Item) -> tuple[bool, int]:
+    package = item.path.parent.name
     slow = item.get_closest_marker("slow") is not None
-    return slow, QUICK_FIRST.index(room) if room in QUICK_FIRST else len(QUICK_FIRST)
+    return slow, QUICK_FIRST.index(package) if package in QUICK_FIRST else len(QUICK_FIRST)
