@@ -16,6 +16,11 @@ PASSING = {
     "prints": "print('x' * 10**6)\nimport sys\nsys.stderr.write('y')",
     "imports": "import math, re, collections, itertools, typing, heapq",
     "empty environment": "import os\nassert not os.environ and not os.listdir('.')",
+    "imports numpy": "import numpy as np\nassert np.linalg.inv(2 * np.eye(2)).sum() == 1",
+    "asyncio": "import asyncio\nasync def f(): await asyncio.sleep(0); return 1\nassert asyncio.run(f()) == 1",
+    "not a script": "if __name__ == '__main__':\n    import sys\n    input()\n    sys.exit(0)",
+    "dataclass with postponed annotations": "from __future__ import annotations\n"
+    "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\nassert A(1).x == 1",
     "no paths but the library": "import sys\nassert not any('site-packages' in p for p in sys.path)",
 }
 FAILING = {
@@ -36,6 +41,10 @@ FAILING = {
     "process": ("import subprocess\nsubprocess.run(['true'])", "PermissionError"),
     "shell": ("import os\nos.system('true')", "PermissionError"),
     "kill": ("import os\nos.kill(os.getppid(), 9)", "PermissionError"),
+    "other libraries": ("import torch", "ModuleNotFoundError"),
+    "ctypes": ("import ctypes", "ImportError"),
+    "network socket": ("import socket\nsocket.socket()", "PermissionError"),
+    "bound socket": ("import socket\nsocket.socket(socket.AF_UNIX).bind('x')", "PermissionError"),
     "socket": ("import socket\nsocket.create_connection(('127.0.0.1', 9))", "PermissionError"),
     "memory at once": ("x = [0] * 10**9", "MemoryError"),
     "memory by and by": ("x = []\nwhile True: x.append('x' * 10**6)", "MemoryError"),

@@ -8,7 +8,7 @@ import pytest
 
 from expertshare.errors import InputError
 from expertshare.evaluation.prompts import PromptRecord
-from expertshare.evaluation.scoring import score, score_many
+from expertshare.evaluation.scoring import last_number, score, score_many
 from expertshare.lab.tasks.generation import generate_items, iterate_items
 from expertshare.lab.tasks.types import TaskItem
 
@@ -72,6 +72,7 @@ def test_the_second_function_must_call_the_first() -> None:
 
 
 ARITH = TaskItem(task="arith", prompt="p", reference="12 + 7 = 19\n#### 19", level=1)
+THOUSANDS = TaskItem(task="arith", prompt="p", reference="#### 1,234", level=1)
 MATH = TaskItem(task="math", prompt="p", reference="2 * 3 = 6\n#### 6x + 5", level=2)
 CHOICE = TaskItem(task="choice", prompt="p", reference="#### iron", level=1)
 
@@ -85,6 +86,16 @@ CHOICE = TaskItem(task="choice", prompt="p", reference="#### iron", level=1)
         (ARITH, "#### 019", True),
         (ARITH, "#### 19\n#### 3", False),
         (ARITH, "#### 19.5", False),
+        (ARITH, "#### 19...", True),
+        (ARITH, "#### $19.00", True),
+        (ARITH, "#### 19/2", False),
+        (ARITH, "#### 38/2", True),
+        (ARITH, "#### 19/0", False),
+        (ARITH, "#### -19", False),
+        (ARITH, "#### 1,9", False),
+        (THOUSANDS, "#### 1234", True),
+        (THOUSANDS, "#### $1,234.00.", True),
+        (THOUSANDS, "#### 1,2345", False),
         (ARITH, "#### 190", False),
         (ARITH, "19", False),
         (MATH, "####6x+5\n", True),
@@ -132,3 +143,20 @@ def test_a_number_too_long_to_read_is_wrong() -> None:
     """A model that repeats itself must not stop an evaluation."""
     item = PromptRecord(prompt="1 + 1", reference="#### 2", task="arith")
     assert score_many([item, item], ["#### " + "1" * 5000, "#### 2"]) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        ("She earns 5 * 9 = 45.\n#### 72...", 72),
+        ("#### $29.00", 29),
+        ("The answer is 72.00", 72),
+        ("costs $70,000.00 in all.", 70_000),
+        ("so 7/2 of 10", 10),
+        ("none", None),
+        ("#### none, but 3", 3),
+        ("it falls to -4", -4),
+    ],
+)
+def test_the_value_of_a_free_answer(answer: str, value: int | None) -> None:
+    assert last_number(answer) == value

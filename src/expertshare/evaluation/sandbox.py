@@ -2,7 +2,7 @@
 
 Guaranteed on Linux, for programs that go wrong by accident: each runs in a process of its own with limits on
 processor time, wall-clock time, address space, open files and file size; an audit hook refuses new processes,
-sockets, signals and every change to a file; the environment and the working directory are empty; nothing is
+connections, signals and every change to a file; the environment and the working directory are empty; nothing is
 left running. Where the kernel permits, a network namespace without interfaces backs the hook. A program
 counts as passed only if it ran to its end: leaving early, in whatever way, is a failure.
 
@@ -14,6 +14,7 @@ systems other than Linux the limits hold as far as `setrlimit` does.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import logging
 import subprocess
@@ -26,6 +27,8 @@ from pathlib import Path
 from expertshare.errors import SandboxError
 
 DEFAULT_MEMORY_BYTES = 256 * 1024 * 1024
+LIBRARIES = ("numpy",)
+"""What a program may import beside the standard library."""
 RUNNER = Path(__file__).with_name("sandbox_runner.py")
 # Beside the programs' own time: starting the supervisor, forking, a busy machine.
 STARTUP_ALLOWANCE_S = 60.0
@@ -76,6 +79,13 @@ def _converse(lines: Sequence[str], limit_s: float) -> list[str]:
     return done.stdout.splitlines()
 
 
+@functools.cache
+def _libraries() -> dict[str, str]:
+    """Where each of LIBRARIES lies, of those that are installed."""
+    specs = {name: importlib.util.find_spec(name) for name in LIBRARIES}
+    return {name: str(Path(spec.origin).parents[1]) for name, spec in specs.items() if spec is not None and spec.origin}
+
+
 def run_programs(
     programs: Sequence[str], *, timeout_s: float = 2.0, memory_bytes: int = DEFAULT_MEMORY_BYTES
 ) -> list[Verdict]:
@@ -87,7 +97,7 @@ def run_programs(
         raise SandboxError(f"expected positive limits, got timeout_s={timeout_s}, memory_bytes={memory_bytes}")
     if not programs:
         return []
-    limits = json.dumps({"timeout_s": timeout_s, "memory_bytes": memory_bytes})
+    limits = json.dumps({"timeout_s": timeout_s, "memory_bytes": memory_bytes, "libraries": _libraries()})
     limit_s = STARTUP_ALLOWANCE_S + len(programs) * (timeout_s + ALLOWANCE_PER_PROGRAM_S)
     isolation, *answers = _converse([limits, *map(json.dumps, programs)], limit_s) or [""]
     if len(answers) != len(programs):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Literal
 
 from expertshare.errors import InputError, nearest
@@ -19,12 +21,15 @@ ANSWER_RULES: dict[str, AnswerRule] = {
     "choice": "text",
 }
 """How the answers to a task are judged. `number` and `text` compare what follows the last "####" of answer and
-reference (as an integer, or without spaces); `program` runs the prompt's tests after the answer."""
+reference (by value, or without spaces); `program` runs the prompt's tests after the answer."""
 
 FINAL_MARK = "####"
 _MOST_DIGITS = 4000
 """Of a number that Python reads: a model may repeat a digit for as long as it is let."""
-_INTEGER = re.compile(r"[+-]?\d+(?!\w|\.\d)")
+_NUMBER = re.compile(
+    r"(?P<sign>[+-]?)[$€£]?(?P<whole>\d{1,3}(?:,\d{3})+|\d+)(?P<fraction>\.\d+)?(?:\s*/\s*(?P<divisor>\d+))?(?!\w|[.,/]\d)"
+)
+"""An integer, with thousands parted by commas or not, a decimal or a quotient; a currency may stand before it."""
 
 
 def find_rule(task: str) -> AnswerRule:
@@ -125,8 +130,21 @@ def final_answer(text: str) -> str | None:
 
 def _equal(rule: AnswerRule, gold: str, answer: str) -> bool:
     if rule == "number":
-        wanted, found = _INTEGER.match(gold), _INTEGER.match(answer)
-        if wanted is None or found is None or len(found[0]) > _MOST_DIGITS:
-            return False
-        return int(wanted[0]) == int(found[0])
+        wanted, found = _value(_NUMBER.match(gold)), _value(_NUMBER.match(answer))
+        return wanted is not None and wanted == found
     return "".join(gold.split()) == "".join(answer.split())
+
+
+def last_number(text: str) -> Fraction | None:
+    """The value of a free answer: the number behind its last "####", else the last number in it; None for none."""
+    final = final_answer(text)
+    if final is not None and (value := _value(_NUMBER.match(final))) is not None:
+        return value
+    return _value(next(iter(deque(_NUMBER.finditer(text), maxlen=1)), None))
+
+
+def _value(number: re.Match[str] | None) -> Fraction | None:
+    if number is None or len(number[0]) > _MOST_DIGITS or int(number["divisor"] or 1) == 0:
+        return None
+    value = Fraction(number["whole"].replace(",", "") + (number["fraction"] or "")) / int(number["divisor"] or 1)
+    return -value if number["sign"] == "-" else value

@@ -21,8 +21,22 @@ BOTH = PRO[0]["raw_solution"] + "\n" + PRO[0]["new_problem"] + PRO[0]["new_solut
         f"Here it is:\n```python\n{WHOLE}```\nDone.",
         f"```\n{WHOLE}",
         WHOLE,
+        SOLUTION + "\n\nif __name__ == '__main__':\n    import sys, unittest\n    input()\n    unittest.main()\n",
+        SOLUTION + "\n\nif __name__ == '__main__':\n    import sys\n    sys.exit(0)\n",
+        f"Solution\n```python\n{WHOLE}```",
+        f"'A'\n```python\nimport numpy as np\nimport asyncio\n{WHOLE}```",
     ],
-    ids=["continued", "continued, fence closed", "afresh in a fence", "fence left open", "afresh"],
+    ids=[
+        "continued",
+        "continued, fence closed",
+        "afresh in a fence",
+        "fence left open",
+        "afresh",
+        "with a script's part",
+        "with an exit",
+        "under a heading",
+        "with libraries",
+    ],
 )
 def test_right_answers_pass(answer: str) -> None:
     assert verdict("humaneval", HUMANEVAL[0], answer).reason == ""
@@ -48,3 +62,9 @@ def test_no_answer_breaks_anything(answer: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(benchmarks, "TIMEOUT_S", 0.5)
     assert isinstance(program("", answer), str)
     assert not verdict("mbpp", MBPP[3], answer).passed
+
+
+@pytest.mark.parametrize("end", ["import sys\nsys.exit(0)", "import os\nos._exit(0)", "raise SystemExit"])
+def test_leaving_early_is_no_pass(end: str) -> None:
+    assert not verdict("mbpp", MBPP[3], f"def add(x): return x\n{end}").passed
+    assert not verdict("humaneval", HUMANEVAL[0], f"    return x\n{end}").passed

@@ -3,6 +3,7 @@ its files hold, and how an answer that is code becomes a program."""
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
 import warnings
@@ -78,13 +79,15 @@ def verdict(benchmark: str, record: Mapping[str, Any], answer: str) -> Verdict:
 def program(prefix: str, answer: str) -> str:
     """The code of an answer that was to continue `prefix` inside a code fence.
 
-    Chat models also start afresh, in a fence of their own: whatever compiles is taken, the continuation first.
+    Chat models also start afresh, in a fence of their own: whatever compiles and does something is taken, the
+    continuation first. A heading before the fence may well compile, as a name, but it does nothing.
     """
     continued = answer.partition(FENCE)[0]
     fresh = _first_block(answer)
     bodies = [text for text in (continued, fresh) if text.strip()]
     candidates = [*(prefix + body for body in bodies), *reversed(bodies), prefix + continued]
-    return next((text for text in candidates if _compiles(text)), candidates[0])
+    idle = _statements(prefix) or 0
+    return next((text for text in candidates if (_statements(text) or 0) > idle), candidates[0])
 
 
 def _first_block(answer: str) -> str:
@@ -96,14 +99,21 @@ def _first_block(answer: str) -> str:
     return block.partition(FENCE)[0]
 
 
-def _compiles(text: str) -> bool:
+def _statements(text: str) -> int | None:
+    """Statements of a program that do something: bare names and constants do not. None where it does not compile."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)  # about code that a model wrote
             compile(text, "<answer>", "exec", dont_inherit=True)
+            nodes = list(ast.walk(ast.parse(text)))
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
-        return False
-    return True
+        return None
+    idle = [node for node in nodes if isinstance(node, ast.Expr) and not any(map(_acts, ast.walk(node)))]
+    return sum(isinstance(node, ast.stmt) for node in nodes) - len(idle)
+
+
+def _acts(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call | ast.Await | ast.Yield | ast.YieldFrom | ast.NamedExpr)
 
 
 def _lines(pattern: str, splits: Iterable[str], *columns: str) -> Callable[[Path, str], Splits]:
