@@ -144,7 +144,8 @@ def _awq(settings: Mapping[str, Any]) -> _Format:
         return _weight(_in_order(parts["qweight"]), parts["scales"].T, middle if zeros is None else _in_order(zeros))
 
     def _in_order(packed: Tensor) -> Tensor:
-        return _codes(packed, bits).unflatten(1, (-1, len(AWQ_PLACES)))[:, :, AWQ_PLACES].flatten(1).T
+        codes = _codes(packed, bits)
+        return codes.view(len(codes), -1, len(AWQ_PLACES))[:, :, AWQ_PLACES].flatten(1).T
 
     return _Format(
         codes="qweight",
@@ -249,4 +250,5 @@ def _weight(
             return values[:, groups_I.long()]
         return values.repeat_interleave(codes_OI.shape[1] // values.shape[1], 1)
 
-    return (codes_OI.float() - spread(zero)) * spread(scale)
+    weight_OI: Tensor = (codes_OI.float() - spread(zero)) * spread(scale)
+    return weight_OI

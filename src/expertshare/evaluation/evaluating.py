@@ -177,6 +177,7 @@ def _line(source: TaskSource, job: Job, solved: Solved, label: str) -> dict[str,
         "answer": solved.answer,
         "correct": judgement.correct,
         "reason": judgement.reason,
+        "harness_correct": judgement.harness,
         **asdict(solved),
     }
 

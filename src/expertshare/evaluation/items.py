@@ -43,10 +43,14 @@ class EvalItem:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
-    """correct: None where the answer was not judged. reason: why not, or why a program failed; None where right."""
+    """correct: None where the answer was not judged. reason: why not, or why a program failed; None where right.
+
+    harness: what lm-evaluation-harness says, where we judge in another way.
+    """
 
     correct: bool | None
     reason: str | None = None
+    harness: bool | None = None
 
 
 class TaskSource(Protocol):

@@ -55,6 +55,7 @@ def _paired(cell: Sequence[Line], base: Sequence[Line]) -> tuple[list[bool], lis
 def _row(task: str, policy: str, cell: Sequence[Line], base: Sequence[Line]) -> dict[str, Any]:
     judged = list(_outcomes(cell).values())
     share = proportion(judged) if judged else None
+    by_harness = [line["harness_correct"] for line in cell if line.get("harness_correct") is not None]
     mine, theirs = _paired(cell, base)
     difference = paired_difference(mine, theirs) if mine and policy != VANILLA else None
     ratio = sum(mine) / sum(theirs) if any(theirs) else None
@@ -67,6 +68,7 @@ def _row(task: str, policy: str, cell: Sequence[Line], base: Sequence[Line]) -> 
         "correct": sum(judged),
         "accuracy": share.value if share else None,
         "interval": [share.low, share.high] if share else None,
+        "harness_accuracy": sum(by_harness) / len(by_harness) if by_harness else None,
         "difference": asdict(difference) if difference else None,
         "retained": ratio,
         "retained_capped": min(1.0, ratio) if ratio is not None else None,

@@ -154,3 +154,59 @@ def test_likelihoods_are_refused(data: Path) -> None:
     for ask in (model.loglikelihood, model.loglikelihood_rolling):
         with pytest.raises(InputError, match="no left-to-right likelihood"):
             ask([])
+
+
+def test_numbers_are_judged_by_value_and_the_harness_is_told_beside(data: Path) -> None:
+    source = load("gsm8k", data)
+    item = source.items()[0]
+    for answer, ours, theirs in (
+        ("#### 1", True, True),
+        ("That makes 1...", True, False),
+        ("It costs $1.00", True, False),
+        ("#### 2", False, False),
+        ("nothing", False, False),
+    ):
+        judged = source.judge(item, answer)
+        assert (judged.correct, judged.harness) == (ours, theirs), answer
+    assert load("math500", data).judge(load("math500", data).items()[0], ANSWERS["math500"][0]).harness is None
+
+
+def test_generation_settings_are_used_or_refused() -> None:
+    from expertshare.decoding import DecodingOptions
+    from expertshare.evaluation.harness.model import generation
+
+    plain = DecodingOptions(temperature=0.5)
+    for settings, temperature, length in (
+        ({"until": ["x"], "do_sample": False, "temperature": 3}, 0.0, None),
+        ({"do_sample": True, "temperature": 3, "max_tokens": 7}, 3.0, 7),
+        ({"do_sample": True}, 0.5, None),
+        ({"temperature": 0.0, "max_new_tokens": 9, "num_beams": 1, "repetition_penalty": 1.0}, 0.0, 9),
+        ({"max_gen_toks": 5, "max_tokens": 5}, 0.5, 5),
+    ):
+        options, found = generation(settings, plain)
+        assert (options.temperature, found) == (temperature, length), settings
+    options, _ = generation({"do_sample": True, "top_k": 5, "top_p": 0.9, "seed": 3}, DecodingOptions())
+    assert (options.temperature, options.top_k, options.top_p, options.seed) == (1.0, 5, 0.9, 3)
+    assert generation({"top_k": 0, "top_p": 1.0}, plain)[0] == plain
+    for settings, named in (({"num_beams": 4}, "num_beams=4"), ({"max_tokens": 5, "max_new_tokens": 6}, r"\[5, 6\]")):
+        with pytest.raises(InputError, match=named):
+            generation(settings, plain)
+
+
+def test_repeats_of_a_request_are_other_samples_and_a_dtype_is_taken() -> None:
+    from lm_eval.api.instance import Instance
+
+    from expertshare.evaluation.harness.model import ExpertShareLM
+
+    model = ExpertShareLM(pretrained=str(REFERENCE), dtype="float32")
+    assert str(model.solver.loaded.model.dtype) == "torch.float32"
+    settings = {"do_sample": True, "temperature": 9.0, "max_gen_toks": 32, "until": []}
+    asked = model.apply_chat_template([{"role": "user", "content": "Solve x + 5 = 12."}])
+    request = Instance("generate_until", {}, (asked, settings), 0, ("task", 3, 4))
+    sampled = model.generate_until([request] * 4)
+    assert len(set(sampled)) > 1
+    assert model.generate_until([request] * 4) == sampled
+    greedy = Instance("generate_until", {}, (asked, {**settings, "do_sample": False}), 0, ("task", 3, 2))
+    assert len(set(model.generate_until([greedy] * 2))) == 1
+    with pytest.raises(InputError, match="float64"):
+        ExpertShareLM(pretrained=str(REFERENCE), dtype="float64")

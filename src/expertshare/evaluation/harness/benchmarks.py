@@ -55,14 +55,16 @@ class Benchmark:
 
     read: records by split, in the columns of the hub, from a folder of files, for a part; InputError for a file that is
     missing or not what its name says. metric: (filter, metric) of the harness that says whether an answer is right.
-    folders: of the harness's tasks to search; none for task files of ours. code: what an answer continues, and the
-    tests that are run behind it; with it there is no metric.
+    number: the column with the right number, by whose value answers are judged instead; the harness's verdict is told
+    beside it. folders: of the harness's tasks to search; none for task files of ours. code: what an answer continues,
+    and the tests that are run behind it; with it there is no metric.
     """
 
     name: str
     parts: Mapping[str, str]
     read: Callable[[Path, str], Splits]
     metric: tuple[str, str] | None = None
+    number: str | None = None
     folders: tuple[str, ...] = ()
     code: Callable[[Mapping[str, Any]], tuple[str, str]] | None = None
 
@@ -233,6 +235,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             parts={"": "gsm8k"},
             read=_lines("gsm8k/{}.jsonl", ("train", "test"), "question", "answer"),
             metric=("flexible-extract", "exact_match"),
+            number="answer",
             folders=("gsm8k",),
         ),
         Benchmark(

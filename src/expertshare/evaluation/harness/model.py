@@ -9,13 +9,15 @@ Importing this module registers it:
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from expertshare.decoding import DecodingOptions
-from expertshare.errors import InputError
+from expertshare.errors import InputError, nearest
 from expertshare.evaluation.harness.source import (
     DEFAULT_GEN_LENGTH,
     NO_LIKELIHOOD,
@@ -36,13 +38,29 @@ from lm_eval.api.model import LM  # noqa: E402
 from lm_eval.api.registry import register_model  # noqa: E402
 
 _log = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens")
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "top_k": (0, -1),
+    "top_p": (1.0,),
+    "min_p": (0.0,),
+    "typical_p": (1.0,),
+    "num_beams": (1,),
+    "num_return_sequences": (1,),
+    "repetition_penalty": (1.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "use_cache": (True, False),
+}
+"""Values of a setting under which answers are as without it."""
 
 
 class ExpertShareLM(LM):  # type: ignore[misc]
     """Generates under an expert-sharing policy. Likelihoods are refused: masked diffusion has none, left to right.
 
     policy: by default the one that the checkpoint was trained with; `;` may stand for `,` between its knobs, because
-    model_args are parted by commas. decoding: fields of DecodingOptions. max_gen_toks of a task wins over gen_length.
+    model_args are parted by commas. dtype: float32 or bfloat16, by default the checkpoint's. decoding: fields of
+    DecodingOptions. A task's own settings (gen_kwargs) win over these, the length of an answer among them.
     """
 
     def __init__(
@@ -52,18 +70,21 @@ class ExpertShareLM(LM):  # type: ignore[misc]
         backend: str = AUTO,
         batch_size: int | str = 1,
         device: str | None = None,
+        dtype: str | None = None,
         **decoding: Any,
     ) -> None:
         super().__init__()
         if str(batch_size) not in ("1", "auto"):
             raise InputError(f"this model answers one prompt at a time, got batch_size={batch_size}: leave it at 1")
-        loaded = load_model(pretrained, device=_device(device))
+        if dtype not in (None, "auto", *DTYPES):
+            raise InputError(f"expected a dtype, got {dtype!r}. {nearest(str(dtype), DTYPES)}")
+        loaded = load_model(pretrained, DTYPES.get(dtype or "auto"), device=_device(device))
         wanted = parse_policy(policy.replace(";", ",")) if policy else native_policy(loaded.config)
         self._length = int(decoding.pop("gen_length", DEFAULT_GEN_LENGTH))
         decoding.pop("max_batch_size", None)
         setup = SolverSetup(
             model=loaded.path,
-            dtype=None,
+            dtype=loaded.model.dtype,
             policies=(wanted.bind(loaded.config.router),),
             options=DecodingOptions(**decoding),
             backend=backend,
@@ -74,20 +95,29 @@ class ExpertShareLM(LM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """One answer each, cut at the task's stop texts."""
         del disable_tqdm
-        return [self._answer(number, request) for number, request in enumerate(requests)]
+        seen: Counter[int] = Counter()
+        answers = []
+        for number, request in enumerate(requests):
+            answers.append(self._answer(number, request, repeat=seen[id(request)]))
+            seen[id(request)] += 1
+        return answers
 
-    def _answer(self, number: int, request: Any) -> str:
-        context, settings = request.args[0], request.args[1]
+    def _answer(self, number: int, request: Any, *, repeat: int) -> str:
+        """repeat: how often this very request was asked before; every time has a seed of its own."""
+        context, solver = request.args[0], self.solver
+        options, length = generation(request.args[1], solver.setup.options)
+        name = str(request.doc_id if request.doc_id is not None else number)
         item = EvalItem(
             task=request.task_name or "lm-eval",
-            id=str(request.doc_id if request.doc_id is not None else number),
+            id=f"{name}#{repeat}" if repeat else name,
             prompt=context,
             chat=False,
-            gen_length=int(settings.get("max_gen_toks") or self._length),
+            gen_length=length or self._length,
             content=sha256_text(context),
         )
-        self.solver.check(item)
-        return cut(self.solver.solve(Job(item=item, policy=0)).answer, stops(request))
+        solver = replace(solver, setup=replace(solver.setup, options=options))
+        solver.check(item)
+        return cut(solver.solve(Job(item=item, policy=0)).answer, stops(request))
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Refused: a diffusion model has no left-to-right likelihood."""
@@ -110,6 +140,35 @@ class ExpertShareLM(LM):  # type: ignore[misc]
     def tokenizer_name(self) -> str:
         """What the harness names its cache of prompts by."""
         return str(self.solver.loaded.path).replace("/", "__")
+
+
+def generation(settings: Mapping[str, Any], options: DecodingOptions) -> tuple[DecodingOptions, int | None]:
+    """A request's generation settings (Hugging Face's names) as options of decoding, and its length where it has one.
+
+    Raises InputError for settings that contradict each other, or that decoding does not have.
+    """
+    left = {name: value for name, value in settings.items() if name != "until" and value is not None}
+    lengths = {int(left.pop(name)) for name in LENGTHS if name in left}
+    if len(lengths) > 1:
+        raise InputError(f"expected one length of answers in gen_kwargs, got {sorted(lengths)}: leave out the others")
+    sampled, temperature = left.pop("do_sample", None), left.pop("temperature", options.temperature)
+    if sampled is not None:
+        temperature = (temperature or 1.0) if sampled else 0.0
+    changes = {
+        "temperature": float(temperature),
+        "top_k": left.pop("top_k", options.top_k),
+        "top_p": left.pop("top_p", options.top_p),
+        "seed": int(left.pop("seed", options.seed)),
+    }
+    changes = {name: None if name in NEUTRAL and value in NEUTRAL[name] else value for name, value in changes.items()}
+    for name, value in left.items():
+        if value not in NEUTRAL.get(name, ()):
+            known = [*LENGTHS, "until", "do_sample", "temperature", "top_k", "top_p", "seed"]
+            raise InputError(
+                f"{name}={value!r} in gen_kwargs changes answers in a way that we have not: leave it out. "
+                f"{nearest(name, known)}"
+            )
+    return replace(options, **changes), lengths.pop() if lengths else None
 
 
 def _device(asked: str | None) -> str:

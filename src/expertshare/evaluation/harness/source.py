@@ -19,6 +19,7 @@ from jinja2 import TemplateError
 from expertshare.errors import InputError
 from expertshare.evaluation.harness.benchmarks import Benchmark, verdict
 from expertshare.evaluation.items import CODE_NOT_ALLOWED, EvalItem, Judgement, SourceOptions, failure, sha256_text
+from expertshare.evaluation.scoring import last_number
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -79,7 +80,7 @@ class HarnessSource:
         return [question.item for question in self.questions.values()]
 
     def judge(self, item: EvalItem, answer: str) -> Judgement:
-        """By the harness's filters and metric; code by running it, if that is allowed."""
+        """By the harness's filters and metric, numbers by their value; code by running it, if that is allowed."""
         question = self.questions[item.id]
         text = cut(answer, stops(question.instance))
         if self.benchmark.metric is None:
@@ -93,7 +94,12 @@ class HarnessSource:
         for ensemble in question.task._filters:
             ensemble.apply([instance])
         scores = question.task.process_results(instance.doc, [instance.filtered_resps[wanted]])
-        return Judgement(correct=bool(scores[metric]))
+        verdict_there = bool(scores[metric])
+        if self.benchmark.number is None:
+            return Judgement(correct=verdict_there)
+        value = last_number(text)
+        right = value is not None and value == last_number(instance.doc[self.benchmark.number])
+        return Judgement(correct=right, harness=verdict_there)
 
 
 def stops(instance: Instance) -> tuple[str, ...]:
