@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expertshare.convert.source import open_checkpoint, open_expert_layout, read_checkpoint
+from expertshare.convert.gguf_file import GGUF_SUFFIX
+from expertshare.convert.source import open_checkpoint, open_expert_layout, plain_config, read_checkpoint
 from expertshare.convert.storage import FLOAT_NAMES, check_embeddings, settings_of, slab_format
 from expertshare.convert.workspace import CHECKSUMS, JOURNAL, is_complete, open_workspace, read_records
-from expertshare.convert.writing import Progress, silent, write_expert_layout, write_huggingface
+from expertshare.convert.writing import Progress, SmallFile, json_bytes, silent, write_expert_layout, write_huggingface
 from expertshare.errors import CheckpointError, InputError
 from expertshare.experts.layout import (
     DENSE,
@@ -51,18 +52,20 @@ def convert(
 ) -> Converted:
     """Write the expert-major layout (docs/expert-layout.md) of a checkpoint in Hugging Face layout, or of a hub id.
 
+    Checkpoints that others quantised are read too (docs/checkpoints.md): by GPTQ, AWQ, compressed-tensors or FP8, and
+    a GGUF file with config.json and tokenizer of its model beside it.
     quantise: none, int8 or int4. quantise_embeddings: of embedding and head, none or int8; other dense tensors stay as
     they are. Memory holds one tensor or one expert at a time. An interrupted run leaves `OUT.partial` and is gone on
     with by the same call. Raises subclasses of ExpertShareError: a source that cannot be read, an OUT that is something
     else, a full disk.
     """
     check_embeddings(quantise_embeddings)
-    path, target = resolve_source(source), Path(out).expanduser()
+    path, target = _directory_of(source), Path(out).expanduser()
     if has_expert_layout(path):
         raise InputError(
             f"{path} is already in the expert layout: convert the original checkpoint, or use --to huggingface"
         )
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, find_gguf(source, path))
     form = slab_format(checkpoint.config, quantise, group_size=group_size, expert_dtype=checkpoint.expert_dtype)
     settings = settings_of("experts", form, quantise_embeddings, source_sha256=checkpoint.fingerprint)
     if is_complete(target, settings):
@@ -73,18 +76,46 @@ def convert(
         "sha256": checkpoint.fingerprint,
         "expert_dtype": checkpoint.expert_dtype,
         "merged": checkpoint.is_merged,
+        **({"quantised_by": checkpoint.quantised_by} if checkpoint.quantised_by else {}),
     }
+    files: dict[str, SmallFile] = dict(small_files(path))
+    if checkpoint.quantised_by is not None:
+        files["config.json"] = json_bytes(plain_config(path)[0])  # what is written is not quantised in their way
     with open_checkpoint(checkpoint) as reader, open_workspace(target, settings) as work:
         write_expert_layout(
             reader,
             work,
             form,
-            files=small_files(path),
+            files=files,
             provenance=provenance,
             embeddings=quantise_embeddings,
             on_progress=on_progress,
         )
     return Converted(target, fresh=True)
+
+
+def _directory_of(source: str | os.PathLike[str]) -> Path:
+    file = Path(source).expanduser()
+    return file.parent if file.suffix == GGUF_SUFFIX and file.is_file() else resolve_source(source)
+
+
+def find_gguf(source: str | os.PathLike[str], path: Path) -> Path | None:
+    """The GGUF file that is meant, named itself or as the only one of a directory without safetensors files.
+
+    Raises InputError where several could be, or where the model's own files are not beside it.
+    """
+    named = Path(source).expanduser()
+    found = [named] if named.is_file() else sorted(path.glob(f"*{GGUF_SUFFIX}"))
+    if not found or (named.is_dir() and any(path.glob("*.safetensors"))):
+        return None
+    if len(found) > 1:
+        raise InputError(f"{path} holds {len(found)} GGUF files: name one of them, such as {found[0]}")
+    if not (path / "config.json").is_file() or not (path / "tokenizer.json").is_file():
+        raise InputError(
+            f"expected config.json and tokenizer.json of the original model beside {found[0]}, which a GGUF file does "
+            "not hold as we read them: download both from the model's repository"
+        )
+    return found[0]
 
 
 def restore(

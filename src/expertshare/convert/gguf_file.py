@@ -17,7 +17,7 @@ from expertshare.models.checkpoint import StoredTensor
 if TYPE_CHECKING:
     from gguf import ReaderTensor
 
-SUFFIX = ".gguf"
+GGUF_SUFFIX = ".gguf"
 ARCHITECTURES = {
     "llada_moe": ("llada-moe",),
     "llada2_moe": ("bailingmoe2",),

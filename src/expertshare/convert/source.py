@@ -13,15 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from expertshare.config import ModelConfig
+from expertshare.convert.gguf_file import GGUF_SUFFIX, GgufFile
+from expertshare.convert.quantised_checkpoint import QuantisedWeight, unpack
 from expertshare.errors import CheckpointError
 from expertshare.experts.layout import DENSE, ExpertLayout, LayerFile, open_layers, read_exactly, read_header
 from expertshare.models.checkpoint import (
+    QUANTISATION,
     StoredTensor,
     check_names,
     check_tensors,
@@ -35,8 +38,17 @@ from expertshare.models.tokenizer import load_tokenizer, token_ids
 from expertshare.models.transformer import MoETransformer
 from expertshare.types import ExpertBank, QuantisedBank
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8}
-"""The dtypes of weights and codes, by the names that safetensors has for them."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+}
+"""The dtypes of weights, codes and what belongs to them, by the names that safetensors has for them."""
 SAMPLES, SAMPLE_BYTES = 64, 4096
 _AGAIN = "download it again"
 
@@ -82,7 +94,8 @@ class Checkpoint:
     """What the headers of a checkpoint say, checked against its config.json. expert_dtype: of all routed experts.
 
     files: of every tensor, by its name. parts: by (MoE layer, expert) and projection, "gate_up" or "down", what has to
-    be put one behind the other. fingerprint: see `fingerprint`.
+    be put one behind the other. weights: those that are computed from codes of others. gguf: what holds all tensors in
+    place of safetensors files. quantised_by: the method of `weights` or "gguf". fingerprint: see `fingerprint`.
     """
 
     config: ModelConfig
@@ -90,6 +103,9 @@ class Checkpoint:
     files: Mapping[str, Path]
     expert_dtype: str
     parts: Mapping[tuple[int, int], Mapping[str, Sequence[ExpertPart]]]
+    weights: Mapping[str, QuantisedWeight]
+    gguf: GgufFile | None
+    quantised_by: str | None
     fingerprint: str
 
     @property
@@ -98,18 +114,35 @@ class Checkpoint:
         return any(index is not None for expert in self.parts.values() for _, index in expert["down"])
 
 
+def plain_config(path: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """config.json without what it says of quantisation, and that. Raises CheckpointError."""
+    raw = read_json(path / "config.json")
+    return raw, raw.pop(QUANTISATION, None)
+
+
 def read_config(path: Path) -> tuple[Family, ModelConfig]:
     """The family that config.json names, and the model that it describes. Raises CheckpointError or ConfigError."""
-    raw = read_json(path / "config.json")
+    raw, _ = plain_config(path)
     family = family_of(raw)
     generation = read_optional_json(path / "generation_config.json")
     return family, family.parse_config(raw, generation, token_ids(load_tokenizer(path)))
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read headers and configuration. Raises CheckpointError or ConfigError for what cannot be converted."""
+def read_checkpoint(path: Path, gguf: Path | None = None) -> Checkpoint:
+    """Read headers and configuration. gguf: the file that holds the tensors, in place of safetensors. Raises
+    CheckpointError or ConfigError for what cannot be converted."""
     family, config = read_config(path)
-    stored = read_headers(path)
+    _, settings = plain_config(path)
+    weights: Mapping[str, QuantisedWeight] = {}
+    whole, method = None, None
+    if gguf is not None:
+        names = [target.name for target in family.targets(config)]
+        whole, method = GgufFile(gguf, family.name, names, config.num_layers), "gguf"
+        stored = in_files = whole.stored
+    else:
+        stored = in_files = read_headers(path)
+        if settings is not None:
+            (stored, weights), method = unpack(settings, stored), str(settings.get("quant_method"))
     places = choose_targets(family, config, stored)
     check_names(stored, places, path)
     with torch.device("meta"):
@@ -125,9 +158,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(
         config=config,
         dense=tuple(TensorEntry(name, tensor.dtype, tensor.shape) for name, tensor in dense),
-        files={name: tensor.file for name, tensor in stored.items()},
+        files={name: tensor.file for name, tensor in {**stored, **in_files}.items()},
         expert_dtype=dtypes[0],
         parts=_parts(experts, config),
+        weights=weights,
+        gguf=whole,
+        quantised_by=method,
         fingerprint=fingerprint(path, stored),
     )
 
@@ -164,7 +200,8 @@ def fingerprint(path: Path, stored: Mapping[str, StoredTensor]) -> str:
         size = file.stat().st_size
         with file.open("rb") as data:
             digest.update(f"{file.name}\0{size}\0".encode())
-            digest.update(read_header(data.fileno(), file, advice=_AGAIN)[0])
+            if file.suffix != GGUF_SUFFIX:
+                digest.update(read_header(data.fileno(), file, advice=_AGAIN)[0])
             for sample in range(SAMPLES):
                 data.seek(max(0, size - SAMPLE_BYTES) * sample // (SAMPLES - 1))
                 digest.update(data.read(SAMPLE_BYTES))
@@ -220,7 +257,14 @@ class CheckpointReader:
         self._checkpoint, self._files = checkpoint, files
 
     def tensor(self, name: str, index: int | None = None) -> Tensor:
-        """One dense tensor, in the checkpoint's own dtype."""
+        """One dense tensor, in the checkpoint's own dtype; computed in bfloat16 where the checkpoint holds codes."""
+        if self._checkpoint.gguf is not None:
+            return self._checkpoint.gguf.read(name)
+        if name in self._checkpoint.weights:
+            return self._checkpoint.weights[name].read(self._stored)
+        return self._stored(name, index)
+
+    def _stored(self, name: str, index: int | None = None) -> Tensor:
         return self._files[self._checkpoint.files[name]].read(name, index)
 
     def expert(self, moe_layer: int, expert: int) -> ExpertBank:
@@ -243,7 +287,8 @@ class CheckpointReader:
 def open_checkpoint(checkpoint: Checkpoint) -> Iterator[CheckpointReader]:
     """The checkpoint with all its files open."""
     with ExitStack() as stack:
-        files = {path: stack.enter_context(open_tensors(path)) for path in set(checkpoint.files.values())}
+        paths = set(checkpoint.files.values()) if checkpoint.gguf is None else ()
+        files = {path: stack.enter_context(open_tensors(path)) for path in paths}
         yield CheckpointReader(checkpoint, files)
 
 
