@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _MASK_SPELLINGS = ("<|mask|>", "<|MASK|>", "<|mdm_mask|>", "[MASK]", "<mask>")
 """How tokenizers of diffusion models spell a mask token that they do not declare as one."""
+_OPEN, _CLOSE = "\uf8f0", "\uf8f1"
+"""Private characters: between them a template carries the number of a content that is no control token."""
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
@@ -67,16 +70,29 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, chat: bool | No
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Ids of a conversation by the chat template, up to where the answer starts.
 
-    messages: role and content each. Raises InputError without a template, or where it refuses them.
+    messages: role and content each. Control tokens are the template's alone: what is spelled like one in a content is
+    encoded as ordinary text. Raises InputError without a template, or where it refuses them.
     """
     if tokenizer.chat_template is None:
         raise InputError("this model's tokenizer has no chat template: give the prompt as plain text")
+    control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    quoted: list[str] = []
     turns = [dict(message) for message in messages]
+    for turn in turns:
+        content = turn["content"].strip()
+        if any(spelling in content for spelling in (*control, _OPEN)):
+            turn["content"] = turn["content"].replace(content, f"{_OPEN}{len(quoted)}{_CLOSE}", 1)
+            quoted.append(content)
     try:
         rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         raise InputError(f"this model's chat template refuses the messages ({error}): change them") from error
-    return list(tokenizer(str(rendered), add_special_tokens=False)["input_ids"])
+    ids: list[int] = []
+    for number, part in enumerate(re.split(f"{_OPEN}([0-9]+){_CLOSE}", str(rendered)) if quoted else [str(rendered)]):
+        text = quoted[int(part)] if number % 2 else part
+        if text:
+            ids += tokenizer(text, add_special_tokens=False, split_special_tokens=bool(number % 2))["input_ids"]
+    return ids
 
 
 def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
