@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from expertshare import native
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.evaluation.prompts import PromptRecord
@@ -37,6 +38,7 @@ def load(
     """A model from a directory or hub id; one that is loaded is passed through. dtype: by default the checkpoint's.
     device: cpu (the default) or cuda; one that is loaded has to be there.
 
+    Torch's threads are lowered to the cores that a control group leaves, unless OMP_NUM_THREADS says their number.
     store: how its experts will be kept; a model that `expertshare convert` did not write is then refused. So is, before
     its weights are read, a model that does not fit into memory; experts in a store count if it is said which.
     """
@@ -47,6 +49,7 @@ def load(
                 "the device out, or load the model there"
             )
         return model
+    native.keep_to_quota()
     path = resolve_source(model)
     if store is not None and not has_expert_layout(path):
         raise _not_converted(model)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import torch
 import typer
 
 from expertshare import native
@@ -58,9 +57,9 @@ def set_threads(asked: int | None) -> None:
     if asked is not None and asked > MOST_THREADS:
         raise InputError(f"threads must be at most {MOST_THREADS}, got {asked}")
     if asked is not None:
-        torch.set_num_threads(asked)
+        native.choose_threads(asked)
     elif not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(native.usable_cores())
+        native.choose_threads(native.usable_cores())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -221,7 +221,8 @@ def _scaled(scale: str, block: tuple[int, int] | None) -> _Format:
 def _codes(packed: Tensor, bits: int) -> Tensor:
     """int32 words [rows, words] as codes [rows, words * 32 / bits], the lowest bits first."""
     shifts = torch.arange(0, _WORD_BITS, bits, dtype=torch.int32)
-    return (packed.unsqueeze(-1) >> shifts & 2**bits - 1).flatten(1)
+    codes: Tensor = packed.unsqueeze(-1) >> shifts & 2**bits - 1
+    return codes.flatten(1)
 
 
 def _weight(
@@ -250,5 +251,4 @@ def _weight(
             return values[:, groups_I.long()]
         return values.repeat_interleave(codes_OI.shape[1] // values.shape[1], 1)
 
-    weight_OI: Tensor = (codes_OI.float() - spread(zero)) * spread(scale)
-    return weight_OI
+    return (codes_OI.float() - spread(zero)) * spread(scale)

@@ -3,7 +3,9 @@
 from expertshare.native.loading import (
     ask_for_huge_pages,
     available,
+    choose_threads,
     instruction_set,
+    keep_to_quota,
     library,
     num_threads,
     set_num_threads,
@@ -16,7 +18,9 @@ from expertshare.native.loading import (
 __all__ = [
     "ask_for_huge_pages",
     "available",
+    "choose_threads",
     "instruction_set",
+    "keep_to_quota",
     "library",
     "num_threads",
     "set_num_threads",

@@ -31,6 +31,7 @@ ABI_VERSION = 9  # of the structures that cross: raise it when one changes. setu
 _MAX_THREADS = 1024
 _num_threads: int | None = None
 _use_torch_threads: bool | None = None
+_threads_chosen = False
 _MADV_HUGEPAGE = 14
 _LEAST_BYTES = 4 << 20  # of a tensor that huge pages make a difference to
 
@@ -155,16 +156,48 @@ def _gomp_parallel() -> int:
     return ctypes.cast(ctypes.CDLL(paths[0]).GOMP_parallel, ctypes.c_void_p).value or 0 if paths else 0
 
 
-def usable_cores(root: Path = Path("/sys")) -> int:
-    """Physical cores among the processors of this process, no more than the control group's quota; at least 1.
+def usable_cores(root: Path = Path("/sys"), membership: Path = Path("/proc/self/cgroup")) -> int:
+    """Physical cores among the processors of this process, no more than its control groups' quotas; at least 1.
 
     Two hardware threads of a core share its vector units and its way to memory, which is all that kernels wait for.
-    Where the system does not say what belongs to one core, every processor counts. root: where sysfs is mounted.
+    Where the system does not say what belongs to one core, every processor counts. Of a fraction of a processor nothing
+    is used: a thread that is stopped for the rest of a period keeps all others waiting. root: where sysfs is mounted;
+    membership: the groups of this process.
     """
-    processors = _processors()
-    cores = {_core_of(root, processor) for processor in processors}
-    quota = _quota(root / "fs/cgroup")
-    return max(1, len(cores) if quota is None else min(len(cores), math.ceil(quota)))
+    cores = {_core_of(root, processor) for processor in _processors()}
+    quotas = [quota for group in control_groups("cpu", root, membership) if (quota := _quota(group)) is not None]
+    return max(1, min(len(cores), *(math.floor(quota) for quota in quotas)) if quotas else len(cores))
+
+
+def choose_threads(count: int) -> None:
+    """Set torch's number of threads to what somebody asked for: `keep_to_quota` then leaves it."""
+    global _threads_chosen
+    torch.set_num_threads(count)
+    _threads_chosen = True
+
+
+def keep_to_quota() -> None:
+    """Lower torch's number of threads to `usable_cores`, unless OMP_NUM_THREADS or `choose_threads` has said it."""
+    if not (_threads_chosen or os.environ.get("OMP_NUM_THREADS")) and torch.get_num_threads() > usable_cores():
+        torch.set_num_threads(usable_cores())
+
+
+def control_groups(controller: str, root: Path, membership: Path) -> list[Path]:
+    """Directories of this process's group of a controller ("cpu", "memory") and of those above it, by version 1 or 2:
+    the tightest limit holds. Version 1 may mount several controllers as one, such as cpu,cpuacct."""
+    lines = membership.read_text().splitlines() if membership.is_file() else []
+    found: dict[bool, list[Path]] = {}
+    for line in lines:
+        _, names, path = [*line.split(":", 2), "", ""][:3]
+        if names and controller not in names.split(","):
+            continue
+        mounts = [root / "fs/cgroup" / name for name in (names, controller)] if names else [root / "fs/cgroup"]
+        for mount in mounts:
+            below = mount / path.strip("/")
+            if mount.is_dir():
+                found[bool(names)] = [below, *(group for group in below.parents if group.is_relative_to(mount))]
+                break
+    return found.get(True) or found.get(False) or [root / "fs/cgroup", root / "fs/cgroup" / controller]
 
 
 def _processors() -> list[int]:
@@ -179,12 +212,12 @@ def _core_of(root: Path, processor: int) -> str:
     return next((file.read_text().strip() for file in files if file.is_file()), f"processor {processor}")
 
 
-def _quota(cgroup: Path) -> float | None:
+def _quota(group: Path) -> float | None:
     """Processors' worth of time, by version 2 or 1 of control groups; None for no limit."""
-    if (cgroup / "cpu.max").is_file():
-        quota, period = (cgroup / "cpu.max").read_text().split()
-    elif (cgroup / "cpu/cpu.cfs_quota_us").is_file():
-        quota, period = ((cgroup / f"cpu/cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+    if (group / "cpu.max").is_file():
+        quota, period = (group / "cpu.max").read_text().split()
+    elif (group / "cpu.cfs_quota_us").is_file():
+        quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
     else:
         return None
     return None if quota == "max" or int(quota) < 0 else int(quota) / int(period)
