@@ -7,7 +7,7 @@ CommitRule and name it in `rule_of`. R rows, L positions of a block.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -34,11 +34,6 @@ class Proposals:
     old_RL: Tensor
     masked_RL: Tensor
     frozen_RL: Tensor
-
-    def of(self, rows: list[int]) -> Proposals:
-        """Those of some rows, by their places."""
-        parts = (self.tokens_RL, self.confidence_RL, self.old_RL, self.masked_RL, self.frozen_RL)
-        return Proposals(*(part[rows] for part in parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +159,8 @@ def choose(proposals: Proposals, rows: Sequence[Row]) -> Tensor:
     write_RL = torch.zeros_like(proposals.masked_RL)
     for rule in rules:
         at = [place for place, row in enumerate(rows) if row.rule == rule]
-        write_RL[at] = rule.choose(proposals.of(at), [rows[place] for place in at])
+        its_own = Proposals(*(getattr(proposals, field.name)[at] for field in fields(proposals)))
+        write_RL[at] = rule.choose(its_own, [rows[place] for place in at])
     return write_RL
 
 
@@ -181,9 +177,8 @@ def schedule(block_length: int, steps: int) -> tuple[int, ...]:
 def tokens_to_write(
     confidence_RL: Tensor, masked_RL: Tensor, least: Sequence[int] | Tensor, threshold: float | Tensor | None
 ) -> Tensor:
-    """Masked positions to fill: those with confidence strictly above `threshold`, or the `least[r]` most
-    confident ones where fewer pass (exactly those where there is no threshold); ties go to the lower
-    position.
+    """Masked positions to fill: those with confidence strictly above `threshold`, or the `least[r]` most confident ones
+    where fewer pass (exactly those where there is no threshold); ties go to the lower position.
 
     confidence_RL: float32, any value where not masked. least: one number for each row, or a tensor [R, 1]. threshold:
     one for all rows or a tensor [R, 1], infinity for a row without one. Returns bool [R, L], inside masked_RL; at least
@@ -214,8 +209,7 @@ def tokens_to_edit(
 
 
 def holds_eos(eos_RL: Tensor, masked_RL: Tensor, answer_RL: Tensor) -> Tensor:
-    """Rows whose answer surely ends in this block: an end-of-text token is decided and so is all before it:
-    bool [R].
+    """Rows whose answer surely ends in this block: an end-of-text token is decided and so is all before it: bool [R].
 
     eos_RL: where the tokens are end-of-text ids; those in the prompt or behind the answer do not count.
     """

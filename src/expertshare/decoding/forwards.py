@@ -68,8 +68,10 @@ class AccountedModel:
         Where a layer's policy reuses coresets, a row selects in steps 0, reuse, 2 * reuse, ... of each block, and in
         prefill and commit forwards; in the others it keeps what it used last.
         """
-        reuse_N = self._steps_per_coreset() if kind == "denoise" else [1]
-        reuses = max(reuse_N) > 1
+        policy, num_layers = self.runtime.policy, self.model.config.num_moe_layers
+        layers = range(num_layers if kind == "denoise" else 0)
+        reuse_N = [policy_at(policy, layer, num_layers).reuse or 1 for layer in layers]
+        reuses = max(reuse_N, default=1) > 1
         if reuses:
             groups = inputs.tokens_BS.shape[1] // inputs.block_length
             previous = tuple(_kept_coresets(rows, layer, reuse, groups) for layer, reuse in enumerate(reuse_N))
@@ -80,11 +82,6 @@ class AccountedModel:
         live_G = inputs.live_BS.reshape(-1, inputs.block_length).any(dim=1)
         self.account(kind, rows, output.routing, live_G)
         return output
-
-    def _steps_per_coreset(self) -> list[int]:
-        """By MoE layer."""
-        num_layers = self.model.config.num_moe_layers
-        return [policy_at(self.runtime.policy, layer, num_layers).reuse or 1 for layer in range(num_layers)]
 
     def account(self, kind: ForwardKind, rows: Sequence[Row], routing: RoutingTrace, live_G: Tensor) -> None:
         """Note a forward in which `rows` took part, wherever it was run. live_G: as in Ledger."""

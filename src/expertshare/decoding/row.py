@@ -33,18 +33,6 @@ class RowGeometry:
     block_length: int
     padding: int
 
-    @classmethod
-    def of(cls, prompt_length: int, options: DecodingOptions, config: ModelConfig) -> RowGeometry:
-        """The geometry of a row; `options` resolved."""
-        assert options.block_length is not None
-        padding = -prompt_length % options.block_length if config.attention == "full" else 0
-        return cls(
-            prompt_length=prompt_length,
-            gen_length=options.gen_length,
-            block_length=options.block_length,
-            padding=padding,
-        )
-
     @property
     def answer_start(self) -> int:
         """First canvas index of the answer."""
@@ -110,7 +98,13 @@ class Row:
         device: torch.device,
     ) -> Row:
         """A row before its first block: the prompt in place, masks behind it; `options` resolved."""
-        geometry = RowGeometry.of(len(prompt), options, config)
+        assert options.block_length is not None
+        geometry = RowGeometry(
+            prompt_length=len(prompt),
+            gen_length=options.gen_length,
+            block_length=options.block_length,
+            padding=-len(prompt) % options.block_length if config.attention == "full" else 0,
+        )
         tokens_C = torch.full((geometry.canvas_length,), config.mask_id)
         tokens_C[geometry.padding : geometry.answer_start] = torch.tensor(list(prompt))
         return cls(

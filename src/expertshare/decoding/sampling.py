@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -19,12 +20,14 @@ from expertshare.kernels.torch_backend import LOGIT_ROWS
 from expertshare.models.runtime import Runtime
 from expertshare.models.transformer import MoETransformer
 
+SAMPLING = attrgetter("temperature", "top_k", "top_p", "filtered_confidence")
+"""Of DecodingOptions: what has to be equal for rows to be sampled in one go."""
+
 
 def propose_blocks(
     model: MoETransformer, runtime: Runtime, rows: Sequence[Row], window: Window, hidden_RLD: Tensor
 ) -> Proposals:
-    """Proposals for each row's current block, by its own options. Raises NumericsError for logits that are not
-    finite."""
+    """Proposals for each row's current block, by its own options. Raises NumericsError where logits are not finite."""
     tokens_RL = window.tokens_RL.clone()
     confidence_RL = torch.full(tokens_RL.shape, float("-inf"), device=tokens_RL.device)
     open_RL = torch.where(_column([row.rule.edits for row in rows], window), ~window.frozen_RL, window.masked_RL)
@@ -69,7 +72,7 @@ def _sampled(
     _check_finite(rows, part_RL, logits_CV.isfinite().all(dim=1))
     proposed, first = [], 0
     by_row = zip(rows, part_RL.sum(dim=1).tolist(), strict=True)
-    for _, alike in groupby(by_row, key=lambda pair: _sampling(pair[0].options)):
+    for _, alike in groupby(by_row, key=lambda pair: SAMPLING(pair[0].options)):
         members = list(alike)
         options, counts = members[0][0].options, [count for _, count in members]
         last = first + sum(counts)
@@ -79,11 +82,6 @@ def _sampled(
         first = last
     tokens, confidences = zip(*proposed, strict=True)
     return torch.cat(tokens), torch.cat(confidences)
-
-
-def _sampling(options: DecodingOptions) -> tuple[object, ...]:
-    """What has to be equal for rows to be sampled in one go."""
-    return options.temperature, options.top_k, options.top_p, options.filtered_confidence
 
 
 def _check_finite(rows: Sequence[Row], part_RL: Tensor, finite_C: Tensor) -> None:
@@ -100,10 +98,10 @@ def propose(
 ) -> tuple[Tensor, Tensor]:
     """A token for each candidate, int64 [C], and its probability, float32 [C]. The mask id is never proposed.
 
-    uniform_CV: float64 in [0, 1), the randomness; None is argmax (ties to the lower id). Sampling adds Gumbel
-    noise in float64 to the tempered, restricted logits. The probability is that of the model's own
-    distribution without the mask (float32 softmax, no noise, temperature or restriction), because
-    restricting inflates it, unless the options ask for `filtered_confidence`.
+    uniform_CV: float64 in [0, 1), the randomness; None is argmax (ties to the lower id). Sampling adds Gumbel noise in
+    float64 to the tempered, restricted logits. The probability is that of the model's own distribution without the mask
+    (float32 softmax, no noise, temperature or restriction), because restricting inflates it, unless the options ask for
+    `filtered_confidence`.
     """
     slices = torch.split(logits_CV, LOGIT_ROWS)
     noises = [None] * len(slices) if uniform_CV is None else torch.split(uniform_CV, LOGIT_ROWS)
@@ -137,9 +135,8 @@ def temper(logits_CV: Tensor, temperature: float) -> Tensor:
 
 
 def restrict(logits_CV: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Set to -inf what sampling must not choose: all but the `top_k` best, then all but the fewest best of
-    those that hold `top_p` of their probability (the one that passes it included). Ties go to the lower
-    id."""
+    """Set to -inf what sampling must not choose: all but the `top_k` best, then all but the fewest best of those that
+    hold `top_p` of their probability (the one that passes it included). Ties go to the lower id."""
     if top_k is None and top_p is None:
         return logits_CV
     sorted_CV, order_CV = logits_CV.sort(dim=1, descending=True, stable=True)
@@ -154,14 +151,13 @@ def restrict(logits_CV: Tensor, top_k: int | None, top_p: float | None) -> Tenso
 
 
 def gumbel(uniform: Tensor) -> Tensor:
-    """Standard Gumbel noise from uniform numbers in [0, 1), float64: argmax(logits + noise) samples their
-    softmax."""
+    """Standard Gumbel noise from uniform numbers in [0, 1), float64: argmax(logits + noise) samples their softmax."""
     return -(-uniform.log()).log()
 
 
 def draw(generators: Sequence[torch.Generator], counts: Sequence[int], *size: int) -> Tensor:
-    """Uniform numbers in [0, 1), float64 [sum of counts, *size]: each row draws its own from its own
-    generator, so that they do not depend on the batch."""
+    """Uniform numbers in [0, 1), float64 [sum of counts, *size]: each row draws its own from its own generator, so that
+    they do not depend on the batch."""
     return torch.cat(
         [
             torch.rand(count, *size, generator=generator, dtype=torch.float64, device=generator.device)
