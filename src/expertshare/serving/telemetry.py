@@ -78,7 +78,7 @@ class RequestMetrics(Collector):
         self.seconds = self.histogram("request", "From the request to the last byte of the response.", ["path"])
 
     def histogram(self, of: str, text: str, labels: Iterable[str] = ()) -> Histogram:
-        """A new metric expertshare_OF_seconds."""
+        """A new metric expertshare_OF_seconds, in our buckets."""
         return Histogram(f"expertshare_{of}_seconds", text, labels, buckets=SECONDS, registry=self.registry)
 
     def exposition(self) -> bytes:
@@ -95,7 +95,7 @@ class ServerMetrics(RequestMetrics):
         self.first_block_seconds = self.histogram("first_block", "From the request to its first committed block.")
 
     def collect(self) -> Iterator[Metric]:
-        """The engine's own counts."""
+        """The engine's own counts, as they are now."""
         engine, counts, statistics = self._engine, self._engine.counts, self._engine.store_statistics()
         yield GaugeMetricFamily("expertshare_queue_length", "Answers that wait for a place.", engine.num_waiting)
         yield GaugeMetricFamily("expertshare_running", "Answers that are being decoded.", engine.num_running)
