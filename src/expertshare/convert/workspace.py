@@ -102,7 +102,12 @@ class Workspace:
             self._write_journal(JOURNAL)
         except OSError as error:
             if error.errno in _FULL:
-                raise self._full(name) from error
+                free = shutil.disk_usage(self.directory).free
+                raise CheckpointError(
+                    f"the disk is full ({free:,} bytes free, or a limit on file sizes) while {name} was written; "
+                    f"{len(self._files)} finished files are kept in {self.directory}. Free space and run the same "
+                    "command again: it goes on from there"
+                ) from error
             raise CheckpointError(
                 f"{path} cannot be written ({error.strerror}): see to the disk, then run the same command again"
             ) from error
@@ -115,14 +120,6 @@ class Workspace:
         _flush(self.directory)
         os.rename(self.directory, self.out)
         _flush(self.out.parent)
-
-    def _full(self, name: str) -> CheckpointError:
-        free = shutil.disk_usage(self.directory).free
-        kept = f"{len(self._files)} finished files are kept in {self.directory}"
-        return CheckpointError(
-            f"the disk is full ({free:,} bytes free, or a limit on file sizes) while {name} was written; {kept}. Free "
-            "space and run the same command again: it goes on from there"
-        )
 
     def _write_journal(self, name: str) -> None:
         files = {

@@ -124,7 +124,7 @@ class BudgetedStore(SlabStore):
             lease.slots = _NONE
 
     def close(self) -> None:
-        """See SlabStore."""
+        """See SlabStore. Waits for the reads that are under way."""
         if self._closed:
             return
         self._closed = True

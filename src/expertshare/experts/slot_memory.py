@@ -98,7 +98,7 @@ class HostSlots(SlotMemory):
         """Nothing has to be waited for."""
 
     def close(self) -> None:
-        """See SlotMemory."""
+        """Let the memory of all slots go."""
         del self.bank, self._memory
 
 
