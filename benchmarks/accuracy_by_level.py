@@ -16,7 +16,7 @@ from expertshare.api import generate, load
 from expertshare.evaluation.scoring import score_many
 from expertshare.evaluation.statistics import proportion
 from expertshare.lab.tasks.generation import TASKS, generate_items
-from expertshare.measure.environment import capture_environment
+from expertshare.measure.report import capture_environment
 
 
 def measure(model: str, count: int, seed: int) -> dict[str, Any]:

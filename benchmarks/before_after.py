@@ -20,8 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from expertshare.measure.environment import capture_environment
-from expertshare.measure.report import Report
+from expertshare.measure.report import Report, capture_environment
 
 Timings = Iterator[tuple[str, float]]
 BENCH = ["--backends", "cpu", "--json"]

@@ -22,7 +22,7 @@ from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.decoding.row import Row, Window
 from expertshare.lab.tasks.generation import TASKS, generate_items
 from expertshare.measure.cost import ForwardKind
-from expertshare.measure.environment import capture_environment
+from expertshare.measure.report import capture_environment
 from expertshare.models import LoadedModel, Runtime, encode_prompt, load_model
 from expertshare.models.runtime import RoutingTrace
 from expertshare.routing import parse_policy

@@ -23,7 +23,7 @@ from expertshare.evaluation.prompts import PromptRecord
 from expertshare.evaluation.runner import PolicyRun, Setup, answer_prompts, encode_prompts
 from expertshare.evaluation.scoring import judge
 from expertshare.evaluation.statistics import paired_difference, retained, task_accuracy
-from expertshare.measure.environment import capture_environment
+from expertshare.measure.report import capture_environment
 from expertshare.models import LoadedModel, load_model
 from expertshare.routing import RoutingPolicy, make_policy, parse_policies, policy_label
 

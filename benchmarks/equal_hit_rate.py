@@ -21,8 +21,7 @@ from own_process import generated
 from expertshare.convert.plan import most_at_once, replay
 from expertshare.experts import read_manifest
 from expertshare.experts.recording import RoutingRecord, read_record
-from expertshare.measure.environment import capture_environment
-from expertshare.measure.report import write_json
+from expertshare.measure.report import capture_environment, write_json
 
 GROWTH = 1.02
 """By how much the shared store grows from one try to the next."""

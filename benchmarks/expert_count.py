@@ -23,7 +23,7 @@ from expertshare.evaluation.runner import Setup, answer_prompts, encode_prompts
 from expertshare.evaluation.scoring import judge
 from expertshare.evaluation.statistics import proportion
 from expertshare.lab.tasks.tokenizer import TaskProblems
-from expertshare.measure.environment import capture_environment
+from expertshare.measure.report import capture_environment
 from expertshare.models import load_model
 from expertshare.routing import parse_policies, policy_label
 from expertshare.training.config import TrainingConfig

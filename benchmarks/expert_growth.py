@@ -22,8 +22,7 @@ from noisy_blocks import Bans, chosen_blocks, forward, read_options
 
 from expertshare.api import load
 from expertshare.config import RouterSpec
-from expertshare.measure.environment import capture_environment
-from expertshare.measure.report import Report
+from expertshare.measure.report import Report, capture_environment
 from expertshare.routing import make_policy
 from expertshare.types import RouterScores
 

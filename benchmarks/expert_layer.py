@@ -28,8 +28,7 @@ from expertshare.kernels import TorchBackend
 from expertshare.kernels.cpu_backend import CpuBackend
 from expertshare.kernels.quantise import QUANTISATIONS, quantise_bank
 from expertshare.kernels.weights import projections, tensors_of
-from expertshare.measure.environment import capture_environment
-from expertshare.measure.report import write_json
+from expertshare.measure.report import capture_environment, write_json
 from expertshare.types import Bank, ExpertBank, RoutingPlan
 
 TOKENS, TOP_K = 32, 8

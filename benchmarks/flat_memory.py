@@ -13,9 +13,8 @@ from pathlib import Path
 from expertshare.api import generate, load
 from expertshare.lab.plots.style import COLOURS, check_plot_path, frame, new_figure, save
 from expertshare.lab.tasks.generation import generate_items
-from expertshare.measure.environment import capture_environment
 from expertshare.measure.memory import anonymous_bytes
-from expertshare.measure.report import write_json
+from expertshare.measure.report import capture_environment, write_json
 
 
 class EnoughBlocks(Exception):

@@ -18,8 +18,7 @@ from typing import Any
 
 from own_process import generated
 
-from expertshare.measure.environment import capture_environment
-from expertshare.measure.report import write_json
+from expertshare.measure.report import capture_environment, write_json
 
 HEADER = "model            budget   policy               tok/s  x vanilla  anon GiB  unique   hit %  read GB  stall s"
 PROMPT = "Tom has 12 apples. He finds 7 more. How many apples does Tom have now?"

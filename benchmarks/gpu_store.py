@@ -24,9 +24,8 @@ from expertshare.decoding import DecodingOptions
 from expertshare.evaluation.runner import PolicyRun, Setup, answer_prompts, encode_prompts
 from expertshare.experts import ExpertMemory, StoreOptions
 from expertshare.lab.bench.machine import bus_bandwidth, gpu_device, gpu_facts
-from expertshare.measure.environment import capture_environment
 from expertshare.measure.memory import peak_memory_bytes
-from expertshare.measure.report import write_json
+from expertshare.measure.report import capture_environment, write_json
 from expertshare.models import LoadedModel, load_model
 from expertshare.routing import parse_policy
 

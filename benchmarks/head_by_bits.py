@@ -19,8 +19,7 @@ import torch
 from expertshare import native
 from expertshare.kernels.cpu_backend import CpuBackend
 from expertshare.kernels.quantise import quantise_table
-from expertshare.measure.environment import capture_environment
-from expertshare.measure.report import write_json
+from expertshare.measure.report import capture_environment, write_json
 from expertshare.types import QuantisedTable
 
 VOCABULARY, DEPTH = 157_184, 2048

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from expertshare.api import generate, load
 from expertshare.kernels.quantise import CLIPS, QUANTISATIONS, Scheme, dequantise, quantise
-from expertshare.measure.environment import capture_environment
-from expertshare.measure.report import write_json
+from expertshare.measure.report import capture_environment, write_json
 from expertshare.models.moe import MoE
 from expertshare.routing import POLICIES, route, router_scores
 from expertshare.types import ExpertBank, RoutingPlan

@@ -40,7 +40,7 @@ from expertshare.experts import ExpertMemory, StoreOptions, open_store
 from expertshare.kernels import AUTO, choose_backend
 from expertshare.lab.tasks.generation import TASKS, generate_items
 from expertshare.lab.tasks.types import TaskItem
-from expertshare.measure.environment import capture_environment
+from expertshare.measure.report import capture_environment
 from expertshare.models import LoadedModel, Runtime
 from expertshare.models.runtime import ForwardInput
 from expertshare.routing import parse_policy

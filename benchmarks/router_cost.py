@@ -30,7 +30,7 @@ from expertshare.kernels import choose_backend
 from expertshare.kernels.cpu_backend import CpuBackend
 from expertshare.lab.bench.cases import CASES
 from expertshare.lab.bench.weights import random_banks
-from expertshare.measure.environment import capture_environment
+from expertshare.measure.report import capture_environment
 from expertshare.models.moe import Router, lay_side_by_side, narrow
 from expertshare.routing import POLICIES, RoutingPolicy, count_load, parse_policy, router_scores
 from expertshare.types import ExpertBank, RoutingPlan

@@ -29,7 +29,7 @@ import httpx
 
 from expertshare import api
 from expertshare.lab.tasks.generation import generate_items
-from expertshare.measure.environment import capture_environment
+from expertshare.measure.report import capture_environment
 from expertshare.models import LoadedModel
 
 KINDS = ("arith", "math", "code", "choice")

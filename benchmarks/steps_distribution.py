@@ -19,8 +19,7 @@ from unseen_prompts import unseen_prompts
 
 from expertshare.api import compare, load
 from expertshare.evaluation.comparison import Outcome
-from expertshare.measure.environment import capture_environment
-from expertshare.measure.report import Report
+from expertshare.measure.report import Report, capture_environment
 
 
 def variation(values: np.ndarray) -> float:

@@ -30,7 +30,7 @@ from expertshare.evaluation.runner import PolicyRun, Setup, answer_prompts, enco
 from expertshare.evaluation.scoring import judge
 from expertshare.evaluation.statistics import paired_difference, retained, task_accuracy
 from expertshare.experts import ResidentExperts
-from expertshare.measure.environment import capture_environment
+from expertshare.measure.report import capture_environment
 from expertshare.models import LoadedModel, load_model
 from expertshare.routing import Layerwise, RoutingPolicy, parse_policies
 from expertshare.types import Loan

@@ -25,8 +25,7 @@ from noisy_blocks import Bans, NoisyBlock, chosen_blocks, forward, read_options
 from scipy.stats import pearsonr, spearmanr
 
 from expertshare.api import load
-from expertshare.measure.environment import capture_environment
-from expertshare.measure.report import Report
+from expertshare.measure.report import Report, capture_environment
 from expertshare.models import LoadedModel
 
 RESAMPLES, SHOWN = 2000, 400

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from expertshare.cli.generate import AnswerPrinter, TextStream
 from expertshare.decoding import BlockResult
-from expertshare.decoding.results import REPLACEMENT
+from expertshare.decoding.options import REPLACEMENT
 from expertshare.lab.tasks.tokenizer import build_tokenizer
 from expertshare.models import decode_answer
 

@@ -20,7 +20,7 @@ from expertshare.errors import EvaluationError, InputError
 from expertshare.evaluation.items import EvalItem
 from expertshare.evaluation.run_directory import ITEMS, RUN, model_sha256
 from expertshare.evaluation.workers import Job, RemoteSolver, Solved, SolverSetup, solve_with
-from expertshare.measure.environment import versions
+from expertshare.measure.report import versions
 from expertshare.routing import POLICIES
 
 REFERENCE = Path(__file__).parents[2] / "models" / "reference"

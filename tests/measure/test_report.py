@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from expertshare.errors import InputError
-from expertshare.measure.environment import capture_environment, checkout_commit
 from expertshare.measure.memory import peak_memory_bytes
-from expertshare.measure.report import Report, check_writable, write_json
+from expertshare.measure.report import Report, capture_environment, check_writable, checkout_commit, write_json
 
 
 def example(results: object = None) -> Report:

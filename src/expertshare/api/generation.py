@@ -16,9 +16,8 @@ from expertshare.experts import StoreOptions
 from expertshare.experts.recording import RoutingRecorder
 from expertshare.kernels import AUTO
 from expertshare.measure.cost import Cost
-from expertshare.measure.environment import capture_environment, versions
 from expertshare.measure.memory import MemoryWatch, peak_memory_bytes
-from expertshare.measure.report import Report
+from expertshare.measure.report import Report, capture_environment, versions
 from expertshare.models import LoadedModel
 from expertshare.routing import policy_label, policy_record
 

@@ -37,9 +37,8 @@ from expertshare.evaluation.runner import ProgressListener, Setup
 from expertshare.experts import StoreOptions
 from expertshare.kernels import AUTO
 from expertshare.lab.tasks.generation import generate_items
-from expertshare.measure.environment import capture_environment
 from expertshare.measure.memory import MemoryWatch
-from expertshare.measure.report import Report
+from expertshare.measure.report import Report, capture_environment
 from expertshare.ray_connection import require_ray
 from expertshare.routing import POLICIES
 from expertshare.tuning.options import TuningOptions

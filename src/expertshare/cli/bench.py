@@ -37,8 +37,7 @@ from expertshare.lab.bench.machine import (
 )
 from expertshare.lab.bench.stage import ExpertsSettings
 from expertshare.lab.plots.bench import plot_bench
-from expertshare.measure.environment import capture_environment
-from expertshare.measure.report import Report
+from expertshare.measure.report import Report, capture_environment
 from expertshare.routing import RoutingPolicy, parse_policies, policy_label
 
 DEFAULT_MODEL, DEFAULT_PROMPTS = "models/reference", Path("examples/prompts.jsonl")

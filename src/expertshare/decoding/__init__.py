@@ -2,8 +2,14 @@
 
 from expertshare.decoding.decoder import BlockDecoder, BlockSession, BlockStream, Joining, generate
 from expertshare.decoding.forwards import Watcher
-from expertshare.decoding.options import DecodingOptions
-from expertshare.decoding.results import BlockResult, FinishReason, Generation, RowResult, TextStream
+from expertshare.decoding.options import (
+    BlockResult,
+    DecodingOptions,
+    FinishReason,
+    Generation,
+    RowResult,
+    TextStream,
+)
 
 __all__ = [
     "BlockDecoder",

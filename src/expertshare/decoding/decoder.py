@@ -13,8 +13,7 @@ import torch
 from expertshare.decoding.captured import CapturedBlocks, CapturedSteps
 from expertshare.decoding.commit_rules import StepState, choose, holds_eos
 from expertshare.decoding.forwards import AccountedModel, BlockCausal, Forwards, FullAttention, Ledger, Watcher
-from expertshare.decoding.options import DecodingOptions
-from expertshare.decoding.results import BlockResult, FinishReason, Generation, join_blocks
+from expertshare.decoding.options import BlockResult, DecodingOptions, FinishReason, Generation, join_blocks
 from expertshare.decoding.row import Row, Window, check_prompts
 from expertshare.decoding.sampling import not_finite, propose_blocks
 from expertshare.errors import InputError
@@ -139,7 +138,7 @@ class BlockDecoder:
 
 class BlockStream(RowBatch, Iterator[BlockResult]):
     """One batch being decoded. Iterate it for blocks; `generation()` says what came of it so far. rows: all of its
-    rows, finished ones too."""
+    rows, finished ones too. elapsed_s: seconds of decoding so far, those between steps left out."""
 
     def __init__(
         self,
@@ -151,7 +150,7 @@ class BlockStream(RowBatch, Iterator[BlockResult]):
         model, config = decoder.model, decoder.model.config
         self._clock = decoder.runtime.clock or PartClock()
         self._seconds_before = dict(self._clock.seconds)
-        self._elapsed_s = 0.0
+        self.elapsed_s = 0.0
         runtime = replace(decoder.runtime, clock=self._clock)
         own_bytes = config.num_expert_parameters * model.dtype.itemsize
         self._ledger = CostLedger(config.num_moe_layers, runtime.bytes_per_expert or own_bytes)
@@ -191,7 +190,7 @@ class BlockStream(RowBatch, Iterator[BlockResult]):
             self._ready.extend(self.step())
             if self._captured is not None and not self._active:
                 self._steps.give_back(self._captured)
-        self._elapsed_s += time.perf_counter() - start
+        self.elapsed_s += time.perf_counter() - start
         return bool(self._ready)
 
     def _capture(self) -> None:
@@ -205,11 +204,6 @@ class BlockStream(RowBatch, Iterator[BlockResult]):
         lent.begin(self.rows, self._run)
         self._captured, self.forwards = lent, BlockCausal(self._run, lent.cache)
 
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds of decoding so far, those between steps left out."""
-        return self._elapsed_s
-
     def cost(self) -> Cost:
         """What the forwards so far asked of the experts."""
         return self._ledger.cost()
@@ -220,8 +214,8 @@ class BlockStream(RowBatch, Iterator[BlockResult]):
         return Generation(
             rows=tuple(join_blocks(blocks) for blocks in self._results),
             cost=self.cost(),
-            elapsed_s=self._elapsed_s,
-            seconds_by_part=PartClock(spent).shares(self._elapsed_s),
+            elapsed_s=self.elapsed_s,
+            seconds_by_part=PartClock(spent).shares(self.elapsed_s),
             uncaptured_because=self._uncaptured_because,
         )
 

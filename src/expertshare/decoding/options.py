@@ -1,15 +1,23 @@
-"""How to decode: lengths, the rule by which tokens are committed, sampling, editing."""
+"""What decoding is asked for and what it returns: options; a block as soon as it is committed, a row, a generation."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from expertshare.config import ModelConfig
 from expertshare.errors import InputError
+from expertshare.measure.cost import Cost
 
 Remasking = Literal["confidence", "random"]
+FinishReason = Literal["eos", "length"]
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""What a decoder writes for bytes that are no character (yet)."""
+_COUNTS = ("gen_length", "block_length", "steps_per_block", "minimal_top_k", "top_k", "max_post_steps", "seed")
+_LEAST = {"max_post_steps": 0, "seed": 0}
+"""Of these counts; of the others 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,75 +64,131 @@ class DecodingOptions:
         Raises InputError for a value that is out of range or that this model's kind of decoding does not
         have.
         """
-        self._check_counts()
-        self._check_shares()
-        self._check_for_model(config)
-        length = self.block_length or config.block_length
-        steps = min(self.steps_per_block or length, self.gen_length // self.minimal_top_k)
-        resolved = replace(self, block_length=length, steps_per_block=steps)
-        if config.attention == "full" and self.gen_length % length:
-            whole = math.ceil(self.gen_length / length) * length
-            raise InputError(
-                f"gen_length must be a multiple of the block length ({length}) for a full-attention model, "
-                f"got {self.gen_length}. Use {whole}, or another block_length."
-            )
-        return resolved
-
-    def _check_counts(self) -> None:
-        for name, least in (
-            ("gen_length", 1),
-            ("block_length", 1),
-            ("steps_per_block", 1),
-            ("minimal_top_k", 1),
-            ("top_k", 1),
-            ("max_post_steps", 0),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
+        for name in _COUNTS:
+            value, least = getattr(self, name), _LEAST.get(name, 1)
             if value is None and name in ("block_length", "steps_per_block", "top_k"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}. Change {name}.")
-        if self.minimal_top_k > self.gen_length:
-            raise InputError(
-                f"minimal_top_k must be at most gen_length ({self.gen_length}), got {self.minimal_top_k}. "
-                "Lower it, or generate more tokens."
-            )
-        if self.seed >= 2**63:
-            raise InputError(f"seed must lie in 0..2**63 - 1, got {self.seed}. Use a smaller one.")
+        for message, wrong in self._objections(config).items():
+            if wrong:
+                raise InputError(message)
+        length = self.block_length or config.block_length
+        steps = min(self.steps_per_block or length, self.gen_length // self.minimal_top_k)
+        return replace(self, block_length=length, steps_per_block=steps)
 
-    def _check_shares(self) -> None:
-        if self.threshold is not None and not 0.0 <= self.threshold < 1.0:
-            raise InputError(
-                f"threshold must lie in [0, 1), got {self.threshold}. "
-                "None commits a fixed number of tokens per step instead."
-            )
-        if self.editing_threshold is not None and not 0.0 <= self.editing_threshold < 1.0:
-            raise InputError(
-                f"editing_threshold must lie in [0, 1), got {self.editing_threshold}. "
-                "None turns editing off; 0.0 edits wherever the model prefers another token."
-            )
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise InputError(f"top_p must lie in (0, 1], got {self.top_p}. None samples from the whole vocabulary.")
-        if not 0.0 <= self.temperature < math.inf:
-            raise InputError(f"temperature must be a finite number of at least 0, got {self.temperature}. 0 is argmax.")
+    def _objections(self, config: ModelConfig) -> dict[str, bool]:
+        """What can be said against these options, and whether it holds."""
+        full, random = config.attention == "full", self.remasking == "random"
+        threshold, editing, top_p = self.threshold, self.editing_threshold, self.top_p
+        length = self.block_length or config.block_length
+        return {
+            f"minimal_top_k must be at most gen_length ({self.gen_length}), got {self.minimal_top_k}. "
+            "Lower it, or generate more tokens.": self.minimal_top_k > self.gen_length,
+            f"seed must lie in 0..2**63 - 1, got {self.seed}. Use a smaller one.": self.seed >= 2**63,
+            f"threshold must lie in [0, 1), got {threshold}. "
+            "None commits a fixed number of tokens per step instead.": threshold is not None and not 0 <= threshold < 1,
+            f"editing_threshold must lie in [0, 1), got {editing}. None turns editing off; "
+            "0.0 edits wherever the model prefers another token.": editing is not None and not 0 <= editing < 1,
+            f"top_p must lie in (0, 1], got {top_p}. None samples from the whole vocabulary.": (
+                top_p is not None and not 0 < top_p <= 1
+            ),
+            f"temperature must be a finite number of at least 0, got {self.temperature}. 0 is argmax.": (
+                not 0 <= self.temperature < math.inf
+            ),
+            f"remasking must be 'confidence' or 'random', got {self.remasking!r}. Choose one of them.": (
+                self.remasking not in get_args(Remasking)
+            ),
+            f"editing needs a block-causal model, got {config.family} with full attention. "
+            "Leave editing_threshold at None.": full and editing is not None,
+            f"random remasking needs a full-attention model, got {config.family} (block-causal). "
+            "Use remasking='confidence'.": random and not full,
+            "random remasking commits a fixed number of tokens per step, "
+            f"got threshold {threshold}. Set threshold to None.": random and threshold is not None,
+            f"gen_length must be a multiple of the block length ({length}) for a full-attention model, "
+            f"got {self.gen_length}. Use {math.ceil(self.gen_length / length) * length}, or another block_length.": (
+                full and self.gen_length % length != 0
+            ),
+        }
 
-    def _check_for_model(self, config: ModelConfig) -> None:
-        if self.remasking not in get_args(Remasking):
-            raise InputError(f"remasking must be 'confidence' or 'random', got {self.remasking!r}. Choose one of them.")
-        full = config.attention == "full"
-        if full and self.editing_threshold is not None:
-            raise InputError(
-                f"editing needs a block-causal model, got {config.family} with full attention. "
-                "Leave editing_threshold at None."
-            )
-        if self.remasking == "random" and not full:
-            raise InputError(
-                f"random remasking needs a full-attention model, got {config.family} (block-causal). "
-                "Use remasking='confidence'."
-            )
-        if self.remasking == "random" and self.threshold is not None:
-            raise InputError(
-                "random remasking commits a fixed number of tokens per step, "
-                f"got threshold {self.threshold}. Set threshold to None."
-            )
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockResult:
+    """A committed block. token_ids: what it adds to the answer: no prompt, nothing from the first end-of-text
+    token on.
+
+    row: index of the prompt. block: number among the row's decoded blocks, from 0. finish_reason: None unless
+    this is the row's last block. steps: denoising forwards; forwards: those, the commit forward, and the
+    prefill if this is the row's first block.
+    """
+
+    row: int
+    block: int
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    steps: int
+    forwards: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowResult:
+    """One prompt's answer and the forwards it took part in; `blocks` counts the decoded blocks.
+
+    finish_reason: None where decoding was not run to the end.
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    steps: int
+    forwards: int
+    blocks: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Generation:
+    """The answers of a batch, what they cost in experts, and the seconds spent, in all and by part of the
+    model.
+
+    uncaptured_because: why its steps were not replays of a captured one, None where they were; the time of replays is
+    no part's, and so counts as "other".
+    """
+
+    rows: tuple[RowResult, ...]
+    cost: Cost
+    elapsed_s: float
+    seconds_by_part: Mapping[str, float]
+    uncaptured_because: str | None = None
+
+
+def join_blocks(blocks: list[BlockResult]) -> RowResult:
+    """One row's result from its blocks, in order."""
+    return RowResult(
+        token_ids=tuple(token for block in blocks for token in block.token_ids),
+        finish_reason=blocks[-1].finish_reason if blocks else None,
+        steps=sum(block.steps for block in blocks),
+        forwards=sum(block.forwards for block in blocks),
+        blocks=len(blocks),
+    )
+
+
+@dataclass(slots=True)
+class TextStream:
+    """Turns tokens into text that never has to be taken back.
+
+    A byte-level token may end inside a character; such an end is held back until the rest has come. decode: token ids
+    to text; it is given all ids so far, because what a token reads as can depend on those before it.
+    """
+
+    decode: Callable[[Sequence[int]], str]
+    _token_ids: list[int] = field(default_factory=list)
+    _shown: str = ""
+
+    def feed(self, token_ids: Sequence[int], *, last: bool = False) -> str:
+        """The text that these tokens add. With `last`, also what was held back."""
+        self._token_ids.extend(token_ids)
+        text = self.decode(self._token_ids)
+        ready = text if last else text.rstrip(REPLACEMENT)
+        if not ready.startswith(self._shown):
+            return ""
+        fresh, self._shown = ready[len(self._shown) :], ready
+        return fresh

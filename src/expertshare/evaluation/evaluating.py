@@ -32,8 +32,7 @@ from expertshare.evaluation.workers import (
     solve_in_processes,
     solve_on_ray,
 )
-from expertshare.measure.environment import capture_environment, versions
-from expertshare.measure.report import Report
+from expertshare.measure.report import Report, capture_environment, versions
 from expertshare.models import LoadedModel
 from expertshare.routing import RoutingPolicy, policy_label, policy_record
 

@@ -31,7 +31,7 @@ from expertshare.evaluation.run_directory import model_sha256
 from expertshare.evaluation.runner import Setup, answer_prompts, encode_prompts
 from expertshare.experts import SlabStore, StoreOptions, open_store
 from expertshare.measure.cost import FORWARD_KINDS, ForwardKind
-from expertshare.measure.environment import versions
+from expertshare.measure.report import versions
 from expertshare.models import LoadedModel, load_model
 from expertshare.ray_connection import connected
 from expertshare.routing import RoutingPolicy

@@ -38,10 +38,6 @@ class ForwardCost:
     active_experts: tuple[int, ...]
     pairs: tuple[int, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers, by the names of the fields."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:

@@ -179,26 +179,24 @@ def family_of(raw: Mapping[str, Any]) -> Family:
     return family_named(name)
 
 
+def gated_targets(name: str, entry: str, inner: int, expert: int | None = None) -> list[Target]:
+    """A gated MLP of width `inner`: gate and up become one projection. name, entry: with {} where a projection's name
+    belongs. expert: as in Target."""
+    return [
+        Target(name.format("gate"), entry.format("gate_up"), expert, (0, inner)),
+        Target(name.format("up"), entry.format("gate_up"), expert, (inner, 2 * inner)),
+        Target(name.format("down"), entry.format("down"), expert),
+    ]
+
+
 def expert_targets(config: ModelConfig, prefix: str, moe: str) -> list[Target]:
     """One tensor per expert and projection: `{prefix}.experts.E.gate_proj.weight` and so on."""
-    inner = config.expert_hidden
-    targets = []
-    for expert in range(config.router.num_experts):
-        source = f"{prefix}.experts.{expert}"
-        targets += [
-            Target(f"{source}.gate_proj.weight", f"{moe}.experts.gate_up", expert, (0, inner)),
-            Target(f"{source}.up_proj.weight", f"{moe}.experts.gate_up", expert, (inner, 2 * inner)),
-            Target(f"{source}.down_proj.weight", f"{moe}.experts.down", expert),
-        ]
-    return targets
-
-
-def mlp_targets(prefix: str, target: str, inner: int) -> list[Target]:
-    """A dense gated MLP: gate and up become one projection."""
     return [
-        Target(f"{prefix}.gate_proj.weight", f"{target}.gate_up.weight", rows=(0, inner)),
-        Target(f"{prefix}.up_proj.weight", f"{target}.gate_up.weight", rows=(inner, 2 * inner)),
-        Target(f"{prefix}.down_proj.weight", f"{target}.down.weight"),
+        target
+        for e in range(config.router.num_experts)
+        for target in gated_targets(
+            f"{prefix}.experts.{e}.{{}}_proj.weight", f"{moe}.experts.{{}}", config.expert_hidden, e
+        )
     ]
 
 
@@ -209,10 +207,7 @@ def head_targets(config: ModelConfig) -> list[Target]:
 
 def qwen_targets(config: ModelConfig) -> list[Target]:
     """Names of OLMoE and Qwen3-MoE: separate query, key and value projections, experts in every layer."""
-    result = [
-        Target("model.embed_tokens.weight", "embed.weight"),
-        Target("model.norm.weight", "norm.weight"),
-    ]
+    result = [Target("model.embed_tokens.weight", "embed.weight"), Target("model.norm.weight", "norm.weight")]
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     for index in range(config.num_layers):
         source, target = f"model.layers.{index}", f"layers.{index}"

@@ -8,7 +8,7 @@ from typing import Any
 from expertshare.config import ModelConfig
 from expertshare.errors import ConfigError
 from expertshare.models.config_keys import ConfigKeys, refuse_sliding_window
-from expertshare.models.family import Family, Target, expert_targets, head_targets, mlp_targets
+from expertshare.models.family import Family, Target, expert_targets, gated_targets, head_targets
 
 
 def read_more(keys: ConfigKeys, config: ModelConfig) -> ModelConfig:
@@ -72,23 +72,16 @@ def targets(config: ModelConfig) -> list[Target]:
 
 def merged_targets(config: ModelConfig) -> list[Target]:
     """The layout of training: one tensor per projection, `mlp.experts.gate_proj` [E, F, D], without `.weight`."""
-    result, inner = _dense_targets(config), config.expert_hidden
+    result = _dense_targets(config)
     for index in range(config.num_dense_layers, config.num_layers):
-        source, target = f"model.layers.{index}.mlp.experts", f"layers.{index}.moe.experts"
-        result += [
-            Target(f"{source}.gate_proj", f"{target}.gate_up", rows=(0, inner)),
-            Target(f"{source}.up_proj", f"{target}.gate_up", rows=(inner, 2 * inner)),
-            Target(f"{source}.down_proj", f"{target}.down"),
-        ]
+        name, entry = f"model.layers.{index}.mlp.experts.{{}}_proj", f"layers.{index}.moe.experts.{{}}"
+        result += gated_targets(name, entry, config.expert_hidden)
     return result
 
 
 def _dense_targets(config: ModelConfig) -> list[Target]:
     """Everything but the experts."""
-    result = [
-        Target("model.word_embeddings.weight", "embed.weight"),
-        Target("model.norm.weight", "norm.weight"),
-    ]
+    result = [Target("model.word_embeddings.weight", "embed.weight"), Target("model.norm.weight", "norm.weight")]
     for index in range(config.num_layers):
         source, target = f"model.layers.{index}", f"layers.{index}"
         result += [
@@ -100,13 +93,14 @@ def _dense_targets(config: ModelConfig) -> list[Target]:
             Target(f"{source}.post_attention_layernorm.weight", f"{target}.mlp_norm.weight"),
         ]
         if index < config.num_dense_layers:
-            result += mlp_targets(f"{source}.mlp", f"{target}.mlp", config.dense_hidden)
+            result += gated_targets(f"{source}.mlp.{{}}_proj.weight", f"{target}.mlp.{{}}.weight", config.dense_hidden)
             continue
         result.append(Target(f"{source}.mlp.gate.weight", f"{target}.moe.router.weight"))
         if config.router.has_bias:
             result.append(Target(f"{source}.mlp.gate.expert_bias", f"{target}.moe.router.bias"))
         if config.shared_hidden:
-            result += mlp_targets(f"{source}.mlp.shared_experts", f"{target}.moe.shared", config.shared_hidden)
+            name, entry = f"{source}.mlp.shared_experts.{{}}_proj.weight", f"{target}.moe.shared.{{}}.weight"
+            result += gated_targets(name, entry, config.shared_hidden)
     return result + head_targets(config)
 
 

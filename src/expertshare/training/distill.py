@@ -21,7 +21,7 @@ import torch
 from expertshare.config import ModelConfig
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import TrainingError
-from expertshare.measure.environment import capture_environment
+from expertshare.measure.report import capture_environment
 from expertshare.models import LoadedModel, MoETransformer, load_model, save_model
 from expertshare.routing import knobs
 from expertshare.training.answers import AnswerListener, StoredAnswer, check_answerable, generate_answers, read_answers

@@ -9,7 +9,7 @@ from typing import Any
 
 from expertshare.evaluation.comparison import Outcome, PolicyRunner
 from expertshare.evaluation.statistics import UNNAMED_TASK, PairedCounts
-from expertshare.measure.environment import Environment
+from expertshare.measure.report import Environment
 from expertshare.routing import RoutingPolicy, policy_label
 from expertshare.tuning.certificate import POWER, least_solved, lower_bound, needed_prompts, p_value
 from expertshare.tuning.options import Judged, TuningOptions

@@ -10,7 +10,7 @@ from expertshare.evaluation.comparison import PolicyRunner
 from expertshare.evaluation.prompts import PromptRecord
 from expertshare.evaluation.runner import VANILLA, ProgressListener, Setup, encode_prompts
 from expertshare.evaluation.statistics import PairedCounts
-from expertshare.measure.environment import capture_environment
+from expertshare.measure.report import capture_environment
 from expertshare.models import LoadedModel
 from expertshare.routing import RoutingPolicy
 from expertshare.tuning.certificate import chance_to_pass, p_value

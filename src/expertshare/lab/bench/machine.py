@@ -20,8 +20,8 @@ from expertshare.errors import ConfigError, InputError
 from expertshare.experts.slot_memory import pinned
 from expertshare.kernels.triton import interpreted, unavailable_reason
 from expertshare.lab.bench.timing import Call, Walk, gpu_seconds, take_turns_on_gpu
-from expertshare.measure.environment import capture_environment
 from expertshare.measure.memory import available_memory_bytes
+from expertshare.measure.report import capture_environment
 
 CPU = torch.device("cpu")
 GPU_GEMM_SIZE = 8192
