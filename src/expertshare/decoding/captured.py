@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,7 @@ from expertshare.routing import policy_at, runs_on_torch
 _START, _LEAST, _ON, _PLACE = range(4)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BlockShape:
+class BlockShape(NamedTuple):
     """What one pair of graphs is made for."""
 
     num_rows: int
@@ -219,10 +219,9 @@ def capacity_for(positions: int) -> int:
 class CapturedSteps:
     """The captured steps of one model under one runtime and one set of options, lent to a batch at a time."""
 
-    def __init__(self, model: MoETransformer, runtime: Runtime, options: DecodingOptions) -> None:
+    def __init__(self, model: MoETransformer, runtime: Runtime, options: DecodingOptions, graphs: Graphs) -> None:
         """runtime: its policy bound; options: resolved."""
-        self._model, self._runtime, self._options = model, runtime, options
-        self._graphs = runtime.backend.graphs(model.device)
+        self._model, self._runtime, self._options, self._graphs = model, runtime, options, graphs
         self._free: list[CapturedBlocks] = []
         self._refused: dict[BlockShape, str] = {}
 
@@ -230,10 +229,6 @@ class CapturedSteps:
         """Why a batch cannot be decoded by replays, for people; None where it can, as far as is known before."""
         runtime, config = self._runtime, self._model.config
         policies = [policy_at(runtime.policy, layer, config.num_moe_layers) for layer in range(config.num_moe_layers)]
-        if not runtime.graphs:
-            return "graphs are switched off"
-        if isinstance(self._graphs, str):
-            return self._graphs
         reasons = {
             "full attention runs the whole canvas, which has no cache": config.attention == "full",
             "experts come and go in a store": runtime.store is not None and not runtime.store.resident,
@@ -248,7 +243,6 @@ class CapturedSteps:
     def lend(self, rows: Sequence[Row]) -> CapturedBlocks | str:
         """For a batch of these rows, until it is given back; captured first where none is free. Why not, where that
         fails: such a shape is not tried again. Only for batches that `why_not` has nothing against."""
-        assert not isinstance(self._graphs, str)
         shape = BlockShape(
             num_rows=len(rows),
             block_length=rows[0].geometry.block_length,

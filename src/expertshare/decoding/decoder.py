@@ -7,10 +7,10 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import TYPE_CHECKING
 
 import torch
 
-from expertshare.decoding.captured import CapturedBlocks, CapturedSteps
 from expertshare.decoding.commit_rules import StepState, choose, holds_eos
 from expertshare.decoding.forwards import AccountedModel, BlockCausal, Forwards, FullAttention, Ledger, Watcher
 from expertshare.decoding.options import BlockResult, DecodingOptions, FinishReason, Generation, join_blocks
@@ -20,6 +20,9 @@ from expertshare.errors import InputError
 from expertshare.measure.cost import Cost, CostLedger, PartClock
 from expertshare.models.runtime import Runtime
 from expertshare.models.transformer import MoETransformer
+
+if TYPE_CHECKING:
+    from expertshare.decoding.captured import CapturedBlocks, CapturedSteps
 
 
 class RowBatch:
@@ -106,6 +109,16 @@ class RowBatch:
         return result
 
 
+def captured_steps(model: MoETransformer, runtime: Runtime, options: DecodingOptions) -> CapturedSteps | str:
+    """Steps that are captured once and replayed; or, for people, why this model and runtime have none."""
+    graphs = runtime.backend.graphs(model.device) if runtime.graphs else "graphs are switched off"
+    if isinstance(graphs, str):
+        return graphs
+    from expertshare.decoding.captured import CapturedSteps
+
+    return CapturedSteps(model, runtime, options, graphs)
+
+
 class BlockDecoder:
     """Decodes prompts with one model, one runtime and one set of options; holds no state of its own but captured steps,
     which serve one batch after another."""
@@ -115,7 +128,7 @@ class BlockDecoder:
         self.model = model
         self.runtime = replace(runtime, policy=runtime.policy.bind(model.config.router))
         self.options = options.resolve(model.config)
-        self.captured = CapturedSteps(model, self.runtime, self.options)
+        self.captured = captured_steps(model, self.runtime, self.options)
 
     def blocks(
         self,
@@ -159,7 +172,9 @@ class BlockStream(RowBatch, Iterator[BlockResult]):
             Row.of(number, prompt, decoder.options, config, seed=seed, device=model.device)
             for number, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         )
-        self._steps, self._uncaptured_because = decoder.captured, decoder.captured.why_not(watched=watcher is not None)
+        steps = decoder.captured
+        self._uncaptured_because = steps if isinstance(steps, str) else steps.why_not(watched=watcher is not None)
+        self._steps = None if isinstance(steps, str) else steps
         self._started = False
         self._ready: deque[BlockResult] = deque()
         self._results: list[list[BlockResult]] = [[] for _ in prompts]
@@ -188,14 +203,14 @@ class BlockStream(RowBatch, Iterator[BlockResult]):
                 self._capture()
                 self.start(self.rows)
             self._ready.extend(self.step())
-            if self._captured is not None and not self._active:
+            if self._captured is not None and self._steps is not None and not self._active:
                 self._steps.give_back(self._captured)
         self.elapsed_s += time.perf_counter() - start
         return bool(self._ready)
 
     def _capture(self) -> None:
         """Take all steps to come by replays, where that is possible."""
-        if self._uncaptured_because is not None:
+        if self._steps is None or self._uncaptured_because is not None:
             return
         lent = self._steps.lend(self.rows)
         if isinstance(lent, str):

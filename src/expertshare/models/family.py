@@ -11,7 +11,14 @@ from torch import Tensor
 
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.errors import ConfigError, nearest
-from expertshare.models.config_keys import ConfigKeys, TokenIds, read_block_length, read_rope, read_special_ids
+from expertshare.models.config_keys import (
+    ConfigKeys,
+    TokenIds,
+    read_block_length,
+    read_rope,
+    read_special_ids,
+    refuse_sliding_window,
+)
 
 FAMILIES = ("llada2_moe", "llada_moe", "sdar_moe")
 """Each is a file of this folder with a FAMILY of this name."""
@@ -80,6 +87,7 @@ class Family:
         keys, default = ConfigKeys(raw), self.defaults.get
         for key, values in {**self.constants, **self.supported}.items():
             keys.expect(key, *values)
+        refuse_sliding_window(keys)
         hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
         head_dim = keys.integer("head_dim", hidden // heads)
         theta, rotary_dim = read_rope(keys, head_dim)

@@ -7,13 +7,12 @@ from typing import Any
 
 from expertshare.config import ModelConfig
 from expertshare.errors import ConfigError
-from expertshare.models.config_keys import ConfigKeys, refuse_sliding_window
+from expertshare.models.config_keys import ConfigKeys
 from expertshare.models.family import Family, Target, expert_targets, gated_targets, head_targets
 
 
 def read_more(keys: ConfigKeys, config: ModelConfig) -> ModelConfig:
     """With dense layers, shared experts, the trained capacity, and the router's groups, scaling and bias."""
-    refuse_sliding_window(keys)
     num_dense = keys.integer("first_k_dense_replace", 0, least=0)
     if num_dense >= config.num_layers:
         raise ConfigError(
@@ -52,7 +51,6 @@ def write_more(config: ModelConfig) -> dict[str, Any]:
         "intermediate_size": config.dense_hidden or None,
         "first_k_dense_replace": config.num_dense_layers,
         "rotary_dim": config.rotary_dim,
-        "use_sliding_window": False,
         "num_shared_experts": config.shared_hidden // config.expert_hidden,
         "routed_scaling_factor": config.router.scaling,
         "n_group": config.router.num_groups,
@@ -119,6 +117,7 @@ FAMILY = Family(
         "use_qk_norm": (True,),
         "use_rmsnorm": (True,),
         "norm_head": (False,),
+        "use_sliding_window": (False,),
         "score_function": ("sigmoid",),
         "router_dtype": ("fp32", "float32"),
     },

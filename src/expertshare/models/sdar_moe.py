@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from expertshare.config import ModelConfig
-from expertshare.models.config_keys import ConfigKeys, refuse_sliding_window
 from expertshare.models.family import Family, qwen_targets
-
-
-def read_more(keys: ConfigKeys, config: ModelConfig) -> ModelConfig:
-    """The same config. Raises ConfigError for sliding-window attention."""
-    refuse_sliding_window(keys)
-    return config
-
 
 FAMILY = Family(
     name="sdar_moe",
@@ -35,6 +26,5 @@ FAMILY = Family(
         "micro_forward",
         "skip_checkpoint",
     ),
-    read_more=read_more,
     targets=qwen_targets,
 )

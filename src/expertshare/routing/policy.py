@@ -193,7 +193,7 @@ def runs_on_torch(policy: RoutingPolicy) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layerwise(RoutingPolicy):
-    """`layers[n]` decides in MoE layer n (0-based among MoE layers). `Runtime.policy_for` looks the layer's one up.
+    """`layers[n]` decides in MoE layer n (0-based among MoE layers). `policy_at` looks the layer's one up.
 
     Not in the POLICIES table: it is made from a policy file or by the tuner, not from a name and knobs.
     """

@@ -15,7 +15,8 @@ import torch
 
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.decoding import BlockDecoder, BlockResult, BlockStream, DecodingOptions
-from expertshare.decoding.captured import CapturedSteps, capacity_for
+from expertshare.decoding.captured import capacity_for
+from expertshare.decoding.decoder import captured_steps
 from expertshare.errors import NumericsError
 from expertshare.experts.store import ResidentSlabs
 from expertshare.kernels.triton.backend import TritonBackend
@@ -217,6 +218,11 @@ REASONS = [
 ]
 
 
+def why_not(model: MoETransformer, runtime: Runtime, options: DecodingOptions, *, watched: bool = False) -> str | None:
+    steps = captured_steps(model, runtime, options)
+    return steps if isinstance(steps, str) else steps.why_not(watched=watched)
+
+
 @pytest.mark.parametrize(("runtime", "options", "watched", "reason"), REASONS)
 def test_why_a_batch_is_not_captured(
     runtime: dict[str, object], options: dict[str, object], watched: bool, reason: str | None
@@ -225,14 +231,14 @@ def test_why_a_batch_is_not_captured(
     chosen = Runtime(**{"policy": parse_policy("vanilla"), "backend": CapturableBackend(), **runtime})  # type: ignore[arg-type]
     chosen = replace(chosen, policy=chosen.policy.bind(config.router))
     wanted = replace(OPTIONS, **options).resolve(config)  # type: ignore[arg-type]
-    why = CapturedSteps(MoETransformer(config), chosen, wanted).why_not(watched=watched)
+    why = why_not(MoETransformer(config), chosen, wanted, watched=watched)
     assert why is None if reason is None else why is not None and reason in why
 
 
 def test_full_attention_is_not_captured() -> None:
     runtime = Runtime(policy=parse_policy("vanilla"), backend=CapturableBackend())
     model = MoETransformer(replace(TINY_LLADA_MOE, attention="full"))
-    why = CapturedSteps(model, runtime, OPTIONS).why_not(watched=False)
+    why = why_not(model, runtime, OPTIONS)
     assert why is not None
     assert "full attention" in why
 
