@@ -115,17 +115,15 @@ class CostLedger:
             return
         figures = torch.stack([figures_4N for _, _, figures_4N in self._pending]).tolist()
         for (kind, turns, _), (groups, unique, active, pairs) in zip(self._pending, figures, strict=True):
-            mean = tuple(total / max(1, groups[0]) for total in unique)
-            self._settled.append(
-                ForwardCost(
-                    kind=kind,
-                    turns=turns,
-                    groups=groups[0],
-                    unique_experts=mean,
-                    active_experts=tuple(active),
-                    pairs=tuple(pairs),
-                )
+            forward = ForwardCost(
+                kind=kind,
+                turns=turns,
+                groups=groups[0],
+                unique_experts=tuple(total / max(1, groups[0]) for total in unique),
+                active_experts=tuple(active),
+                pairs=tuple(pairs),
             )
+            self._settled.append(forward)
         self._pending.clear()
 
     def _mean_unique_by_layer(self, steps: Sequence[ForwardCost]) -> tuple[float, ...]:

@@ -241,7 +241,10 @@ def save_model(
     family = family_named(model.config.family)
     write_json(folder / "config.json", {**family.to_config(model.config), "dtype": _DTYPE_NAMES[dtype]})
     write_json(folder / "generation_config.json", generation_config(model.config))
-    _write_tensors(folder / WEIGHTS, _tensors(model, dtype), like=folder / "config.json")
+    partial = folder / f"{WEIGHTS}.partial"
+    save_file(_tensors(model, dtype), partial, metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", partial)  # safetensors makes files that only their owner can read
+    os.replace(partial, folder / WEIGHTS)
     return folder
 
 
@@ -269,10 +272,3 @@ def _tokenizer_files(directory: str | os.PathLike[str] | None) -> list[Path]:
     if not found or found[0].name != "tokenizer.json":
         raise CheckpointError(f"{directory} has no tokenizer.json: name the directory of a tokenizer")
     return found
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], *, like: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
-    shutil.copymode(like, partial)  # safetensors makes files that only their owner can read
-    os.replace(partial, path)

@@ -108,9 +108,7 @@ class ConfigKeys:
             )
 
     def _required(self, key: str, default: object) -> Any:
-        value = self.get(key)
-        if value is None:
-            value = default
+        value = default if (stated := self.get(key)) is None else stated
         if value is None:
             raise ConfigError(f"{self._where}: the key {key!r} is missing: check that the download is complete")
         return value
@@ -209,10 +207,8 @@ def read_block_length(keys: ConfigKeys, generation: Mapping[str, Any], family_de
 
     Several statements that disagree are a ConfigError.
     """
-    names = ("block_size", "block_length")
-    stated = {keys.integer(n) for n in names if keys.get(n) is not None}
-    also = ConfigKeys(generation, "generation_config.json")
-    stated |= {also.integer(n) for n in names if also.get(n) is not None}
+    files, names = (keys, ConfigKeys(generation, "generation_config.json")), ("block_size", "block_length")
+    stated = {file.integer(name) for file in files for name in names if file.get(name) is not None}
     if len(stated) > 1:
         raise ConfigError(
             f"block_size and block_length of config.json and generation_config.json disagree: got {sorted(stated)}, "
