@@ -47,7 +47,7 @@ from expertshare.tuning.results import Tuned
 from expertshare.tuning.tuner import tune as run_tuning
 
 if TYPE_CHECKING:
-    from expertshare.lab.report import WrittenReport
+    from expertshare.lab.report.page import WrittenReport
 
 DEFAULT_TITLE = "Expert sharing: what was measured"
 
@@ -202,6 +202,6 @@ def report(
     name ending in .html for the page alone, else a folder for the page (report.html) and its pictures as PNG. claims:
     whether what papers claim is a part of it. Raises InputError, naming the file, for anything that is no known result.
     """
-    from expertshare.lab.report import write_report  # brings matplotlib
+    from expertshare.lab.report.page import write_report  # brings matplotlib
 
     return write_report(runs, out, title=title, claims=claims)

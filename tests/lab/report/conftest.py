@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from expertshare.lab.report import WrittenReport, write_report
+from expertshare.lab.report.page import WrittenReport, write_report
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "benchmarks" / "results"

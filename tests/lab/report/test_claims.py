@@ -9,8 +9,7 @@ import pytest
 
 from expertshare.errors import InputError
 from expertshare.lab.report import claims as claims_module
-from expertshare.lab.report import stored_claims
-from expertshare.lab.report.claims import VERDICTS
+from expertshare.lab.report.claims import VERDICTS, stored_claims
 from lab.report.conftest import ROOT, content
 
 sys.path.append(str(ROOT / "benchmarks" / "figures"))

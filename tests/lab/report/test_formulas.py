@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from expertshare.lab.report import write_report
+from expertshare.lab.report.page import write_report
 
 
 def _rename(value: Any) -> Any:

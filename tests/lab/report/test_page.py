@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from expertshare.lab.report import WrittenReport, write_report
+from expertshare.lab.report.page import WrittenReport, write_report
 from lab.report.conftest import Elements, content, stored
 
 SECTIONS = (

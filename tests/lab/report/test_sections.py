@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from scipy.stats import binomtest
 
-from expertshare.lab.report import read_source, read_sources
 from expertshare.lab.report.comparisons import block_length_sweeps, comparison_of, p_sweep_of
 from expertshare.lab.report.page import draw_all, sections
+from expertshare.lab.report.sources import read_source, read_sources
 from lab.report.conftest import content, stored
 
 ALONE = [

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from expertshare.errors import InputError
-from expertshare.lab.report import KINDS, read_source, read_sources
+from expertshare.lab.report.kinds import KINDS
 from expertshare.lab.report.page import render, sections
+from expertshare.lab.report.sources import read_source, read_sources
 from lab.report.conftest import NAMES, content, stored
 
 

@@ -99,15 +99,10 @@ def _compared(sources: Sequence[Source]) -> list[tuple[Source, Values]]:
     ]
 
 
-@section(
-    "main",
-    "Main table",
-    "Unique experts: of one block in one layer, mean over denoising forwards. Retained: accuracy as a share of "
-    "vanilla's, mean over tasks; capped: no task counts for more than 100 %. Small figures are 95 % intervals.",
-    "expertshare compare MODEL --prompts FILE --json > out.json, or expertshare eval",
-)
+@section("Main table", "expertshare compare MODEL --prompts FILE --json > out.json, or expertshare eval")
 def main(sources: Sequence[Source]) -> list[Figure]:
-    """The main table of every comparison."""
+    """Unique experts: of one block in one layer, mean over denoising forwards. Retained: accuracy as a share of
+    vanilla's, mean over tasks; capped: no task counts for more than 100 %. Small figures are 95 % intervals."""
     return [
         Figure(
             title=f"{source.config['model']}, {comparison['num_prompts']:,} prompts",
@@ -163,14 +158,9 @@ def _kept_and_used(run: Values) -> tuple[str, ...]:
 KEPT_AND_USED = ("unique experts", "fewer, %", "accuracy, %", "capped, %")
 
 
-@section(
-    "p-sweep",
-    "Sweep of p",
-    "Block top-p keeps the experts that hold a share p of a block's votes.",
-    "expertshare compare with block-top-p at three or more values of top_p_experts",
-)
-def p_sweeps(sources: Sequence[Source]) -> list[Figure]:
-    """What is kept and used against p."""
+@section("Sweep of p", "expertshare compare with block-top-p at three or more values of top_p_experts")
+def p_sweep(sources: Sequence[Source]) -> list[Figure]:
+    """Block top-p keeps the experts that hold a share p of a block's votes."""
     found: list[Figure] = []
     for source, comparison in _compared(sources):
         runs = p_sweep_of(comparison)
@@ -192,15 +182,10 @@ def p_sweeps(sources: Sequence[Source]) -> list[Figure]:
     return found
 
 
-@section(
-    "block-lengths",
-    "Sweep of the block length",
-    "A block is what shares experts: longer blocks have larger unions, of which more can be saved. A model "
-    "loses accuracy at lengths that it was not trained at.",
-    "expertshare compare ... --block-length N --json > N.json, for two or more N",
-)
+@section("Sweep of the block length", "expertshare compare ... --block-length N --json > N.json, for two or more N")
 def block_lengths(sources: Sequence[Source]) -> list[Figure]:
-    """What is saved and kept against the block length."""
+    """A block is what shares experts: longer blocks have larger unions, of which more can be saved. A model loses
+    accuracy at lengths that it was not trained at."""
     found: list[Figure] = []
     for sweep in block_length_sweeps(sources):
         comparisons = {length: source.results for length, source in sweep.items()}
@@ -223,14 +208,9 @@ def block_lengths(sources: Sequence[Source]) -> list[Figure]:
     return found
 
 
-@section(
-    "quality",
-    "Quality against experts",
-    "Up and to the left is better.",
-    "expertshare compare or eval with several policies",
-)
+@section("Quality against experts", "expertshare compare or eval with several policies")
 def quality(sources: Sequence[Source]) -> list[Figure]:
-    """Quality against experts, all policies."""
+    """Up and to the left is better."""
     found: list[Figure] = []
     for source, comparison in _compared(sources):
         policies = {run["policy"] for run in comparison["runs"]} - {"vanilla"}

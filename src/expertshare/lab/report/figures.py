@@ -60,13 +60,14 @@ class Section:
 Maker = Callable[[Sequence[Source]], Section]
 
 
-def section(
-    slug: str, title: str, text: str, missing: str, *, kind: str = "", needs: str = ""
-) -> Callable[[Callable[..., Any]], Maker]:
-    """Make the decorated function, which gives the figures of some results, give their section. With a `kind` it draws
-    one result, and is given every one of that kind which holds any `needs`."""
+def section(title: str, missing: str, *, kind: str = "", needs: str = "") -> Callable[[Callable[..., Any]], Maker]:
+    """Make the decorated function, which gives the figures of some results, give their section: the page shows its
+    docstring above them. With a `kind` it draws one result, and is given every one of that kind which holds any
+    `needs`."""
 
     def wrap(draw: Callable[..., Any]) -> Maker:
+        slug, text = draw.__name__.replace("_", "-"), " ".join((draw.__doc__ or "").split())
+
         def make(sources: Sequence[Source]) -> Section:
             figures = each_of(kind, draw, sources, needs) if kind else draw(sources)
             found = tuple(replace(each, slug=f"{slug}-{n}") for n, each in enumerate(figures, 1))

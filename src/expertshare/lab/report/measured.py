@@ -23,14 +23,10 @@ from expertshare.lab.report.sources import Source
 
 
 @section(
-    "steps",
-    "Unique experts over steps",
-    "CV: coefficient of variation, standard deviation by mean.",
-    "python benchmarks/steps_distribution.py MODEL --json FILE",
-    kind="steps-distribution",
+    "Unique experts over steps", "python benchmarks/steps_distribution.py MODEL --json FILE", kind="steps-distribution"
 )
 def steps(source: Source) -> Figure:
-    """Distribution of unique experts over steps."""
+    """CV: coefficient of variation, standard deviation by mean."""
     runs = source.results["runs"]
     said = "; ".join(f"{r['label']} mean {number(r['unique_experts'])}, CV {percent(r['cv'])} %" for r in runs)
     table = table_of(
@@ -54,14 +50,12 @@ def steps(source: Source) -> Figure:
 
 
 @section(
-    "weights",
     "Router weight against loss increase",
-    "One expert at a time is taken out of one layer for one block.",
     "python benchmarks/weight_against_loss.py MODEL --json FILE",
     kind="weight-against-loss",
 )
 def weights(source: Source) -> Figure:
-    """Router weight against the loss that an expert's absence costs."""
+    """One expert at a time is taken out of one layer for one block."""
     names = {"sum": "sum over the block", "max": "largest of a token", "tokens": "tokens that use it"}
     rows = []
     for way in ("replaced", "dropped"):
@@ -81,15 +75,9 @@ def weights(source: Source) -> Figure:
     )
 
 
-@section(
-    "growth",
-    "Experts against tokens",
-    "What a block needs as it gets longer, and how much work each byte of weights then does.",
-    "python benchmarks/expert_growth.py MODEL --json FILE",
-    kind="expert-growth",
-)
+@section("Experts against tokens", "python benchmarks/expert_growth.py MODEL --json FILE", kind="expert-growth")
 def growth(source: Source) -> Figure:
-    """The union of experts against the tokens of a block."""
+    """What a block needs as it gets longer, and how much work each byte of weights then does."""
     results = source.results
     keys = ("unique_experts", "independent", "macs_per_byte", "dense_macs_per_byte")
     rows = [(f"{p['tokens']}", *(number(p[key]) for key in keys)) for p in results["points"]]
@@ -142,27 +130,17 @@ def _decoding(source: Source) -> Figure:
     )
 
 
-@section(
-    "parts",
-    "Latency by part",
-    "Sharing makes the experts' part smaller and leaves the others as they are.",
-    "expertshare bench forward --report FILE",
-)
+@section("Latency by part", "expertshare bench forward --report FILE")
 def parts(sources: Sequence[Source]) -> list[Figure]:
-    """Time by part of the model: of one forward, or else of comparisons, which ran beside other work."""
+    """Sharing makes the experts' part smaller and leaves the others as they are."""
     return each_of("bench forward", _forward, sources, "forwards") or each_of("compare", _decoding, sources, "runs")
 
 
 @section(
-    "latency",
-    "Latency against unique experts",
-    "One expert layer; the bound is what memory bandwidth and arithmetic allow.",
-    "expertshare bench experts --report FILE",
-    kind="bench experts",
-    needs="cases",
+    "Latency against unique experts", "expertshare bench experts --report FILE", kind="bench experts", needs="cases"
 )
 def latency(source: Source) -> Figure:
-    """One expert layer against unique experts."""
+    """One expert layer; the bound is what memory bandwidth and arithmetic allow."""
     fits = "; ".join(
         f"{fit['case']} {fit['backend']} {number(fit['us_per_expert'])} µs an expert, R² {fit['r_squared']:.3f}"
         for fit in source.results["fits"]
@@ -176,16 +154,9 @@ def latency(source: Source) -> Figure:
     )
 
 
-@section(
-    "answers",
-    "Whole answers",
-    "Tokens per second of complete generations.",
-    "expertshare bench generate --report FILE",
-    kind="bench generate",
-    needs="generations",
-)
+@section("Whole answers", "expertshare bench generate --report FILE", kind="bench generate", needs="generations")
 def answers(source: Source) -> Figure:
-    """Whole answers, by batch size."""
+    """Tokens per second of complete generations."""
     points = source.results["generations"]
     table = table_of(
         points,
@@ -205,15 +176,9 @@ def answers(source: Source) -> Figure:
     )
 
 
-@section(
-    "tuning",
-    "Tuning",
-    "What the tuner tried on its prompts, and what it certified on others.",
-    "expertshare tune MODEL --prompts FILE --out policy.json",
-    kind="tune",
-)
+@section("Tuning", "expertshare tune MODEL --prompts FILE --out policy.json", kind="tune")
 def tuning(source: Source) -> Figure:
-    """What a tuning run found."""
+    """What the tuner tried on its prompts, and what it certified on others."""
     tuned = source.results
     verdicts = {None: DASH, True: "yes", False: "no"}
     table = table_of(

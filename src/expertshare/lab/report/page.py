@@ -22,7 +22,7 @@ from expertshare.lab.report.sources import Source, read_sources
 
 PAGE = "report.html"
 ORDER = (
-    *(comparisons.main, comparisons.p_sweeps, comparisons.block_lengths, comparisons.quality),
+    *(comparisons.main, comparisons.p_sweep, comparisons.block_lengths, comparisons.quality),
     *(measured.steps, measured.weights, measured.growth),
     *(measured.parts, measured.latency, measured.answers, measured.tuning),
 )
