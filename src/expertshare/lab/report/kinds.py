@@ -174,21 +174,15 @@ GROWTH = {
 }
 
 
-def _no_fault(*_: Shape) -> None:
-    return None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of result. how: the command that writes one; config, results: their shapes.
-
-    fault: what does not fit together in them, None if all does.
-    """
+    """A kind of result. how: the command that writes one; results, config: their shapes. fault: what does not fit
+    together in them (config, results), None if all does."""
 
     how: str
     results: Shape
     config: Shape
-    fault: Callable[[Mapping[str, Any], Mapping[str, Any]], str | None] = _no_fault
+    fault: Callable[[Mapping[str, Any], Mapping[str, Any]], str | None] = lambda *_: None
 
 
 def _evaluation_fault(config: Mapping[str, Any], results: Mapping[str, Any]) -> str | None:
@@ -209,31 +203,22 @@ def _growth_fault(_: Mapping[str, Any], results: Mapping[str, Any]) -> str | Non
 
 
 def _bench(verb: str, results: Shape, config: Shape) -> Kind:
-    return Kind(how=f"expertshare bench {verb} ... --report FILE", results={**_LIMITS, **results}, config=config)
+    return Kind(f"expertshare bench {verb} ... --report FILE", {**_LIMITS, **results}, config)
 
 
-def _script(name: str, results: Shape, fault: Callable[..., str | None] = _no_fault) -> Kind:
-    how = f"python benchmarks/{name}.py ... --json FILE"
-    return Kind(how=how, results=results, config={"model": TEXT}, fault=fault)
+def _script(name: str, results: Shape, *fault: Callable[..., str | None]) -> Kind:
+    return Kind(f"python benchmarks/{name}.py ... --json FILE", results, {"model": TEXT}, *fault)
 
 
-_GENERATED = {**fields(TEXT, "name", "weights"), **numbers("num_layers", "num_prompts"), "policies": [TEXT]}
+_OF_FORWARD = {"case": TEXT, "policies": [TEXT], "num_layers": NUMBER}
+_OF_GENERATE = {**fields(TEXT, "name", "weights"), **numbers("num_layers", "num_prompts"), "policies": [TEXT]}
 KINDS: dict[str, Kind] = {
-    "eval": Kind(
-        how="expertshare eval ... --out RUN_DIR",
-        results=EVALUATION,
-        config=EVALUATION_CONFIG,
-        fault=_evaluation_fault,
-    ),
-    "compare": Kind(
-        how="expertshare compare ... --report FILE, or --json > FILE", results=COMPARISON, config=COMPARISON_CONFIG
-    ),
-    "tune": Kind(how="expertshare tune ... --out FILE, or --json > FILE", results=TUNING, config={}),
+    "eval": Kind("expertshare eval ... --out RUN_DIR", EVALUATION, EVALUATION_CONFIG, _evaluation_fault),
+    "compare": Kind("expertshare compare ... --report FILE, or --json > FILE", COMPARISON, COMPARISON_CONFIG),
+    "tune": Kind("expertshare tune ... --out FILE, or --json > FILE", TUNING, {}),
     "bench experts": _bench("experts", {"cases": [_CASE], "fits": [_FIT]}, {"cases": [TEXT]}),
-    "bench forward": _bench(
-        "forward", {"forwards": [_FORWARD]}, {"case": TEXT, "policies": [TEXT], "num_layers": NUMBER}
-    ),
-    "bench generate": _bench("generate", {"generations": [_GENERATION]}, _GENERATED),
+    "bench forward": _bench("forward", {"forwards": [_FORWARD]}, _OF_FORWARD),
+    "bench generate": _bench("generate", {"generations": [_GENERATION]}, _OF_GENERATE),
     "steps-distribution": _script("steps_distribution", {"runs": [_STEPS]}, _steps_fault),
     "weight-against-loss": _script("weight_against_loss", {"replaced": _KNOCKED_OUT, "dropped": _KNOCKED_OUT}),
     "expert-growth": _script("expert_growth", GROWTH, _growth_fault),

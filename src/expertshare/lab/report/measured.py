@@ -9,6 +9,7 @@ from expertshare.lab.plots.bench import plot_bench, plot_parts
 from expertshare.lab.plots.quality import plot_growth, plot_steps, plot_tuning, plot_weight_against_loss
 from expertshare.lab.report.figures import (
     DASH,
+    Columns,
     Figure,
     Table,
     Values,
@@ -29,22 +30,19 @@ def steps(source: Source) -> Figure:
     """CV: coefficient of variation, standard deviation by mean."""
     runs = source.results["runs"]
     said = "; ".join(f"{r['label']} mean {number(r['unique_experts'])}, CV {percent(r['cv'])} %" for r in runs)
-    table = table_of(
-        runs,
-        {
-            "policy": lambda run: run["label"],
-            "steps": lambda run: f"{run['steps']:,}",
-            "unique experts": lambda run: number(run["unique_experts"]),
-            "CV, %": lambda run: percent(run["cv"]),
-            "CV by layer, %": lambda run: ", ".join(percent(cv) for cv in run["cv_by_layer"]),
-            "CV of step means, %": lambda run: percent(run["cv_of_step_means"]),
-        },
-    )
+    columns: Columns = {
+        "policy": lambda run: run["label"],
+        "steps": lambda run: f"{run['steps']:,}",
+        "unique experts": lambda run: number(run["unique_experts"]),
+        "CV, %": lambda run: percent(run["cv"]),
+        "CV by layer, %": lambda run: ", ".join(percent(cv) for cv in run["cv_by_layer"]),
+        "CV of step means, %": lambda run: percent(run["cv_of_step_means"]),
+    }
     return Figure(
         title=f"{source.config['model']}: denoising steps, one block at a time",
         caption="Left: all steps and layers. Right: mean over layers by step of a block, with its deviation.",
         alt=f"Histogram of unique experts and their course over steps. {said}.",
-        table=table,
+        table=table_of(runs, columns),
         draw=partial(plot_steps, source.results),
     )
 
@@ -158,20 +156,17 @@ def latency(source: Source) -> Figure:
 def answers(source: Source) -> Figure:
     """Tokens per second of complete generations."""
     points = source.results["generations"]
-    table = table_of(
-        points,
-        {
-            "backend, policy": lambda point: f"{point['backend']}, {point['policy']}",
-            "batch size": lambda point: f"{point['batch_size']}",
-            "tokens/s": lambda point: number(point["tokens_per_s"]),
-            "unique experts": lambda point: number(point.get("unique_experts")),
-        },
-    )
+    columns: Columns = {
+        "backend, policy": lambda point: f"{point['backend']}, {point['policy']}",
+        "batch size": lambda point: f"{point['batch_size']}",
+        "tokens/s": lambda point: number(point["tokens_per_s"]),
+        "unique experts": lambda point: number(point.get("unique_experts")),
+    }
     return Figure(
         title=f"{points[0]['model']}: tokens per second",
         caption=f"{_bounds(source)} Bars: range over repetitions.",
         alt="Line chart of tokens per second against batch size; see the table.",
-        table=table,
+        table=table_of(points, columns),
         draw=partial(plot_bench, source.results),
     )
 
@@ -181,23 +176,20 @@ def tuning(source: Source) -> Figure:
     """What the tuner tried on its prompts, and what it certified on others."""
     tuned = source.results
     verdicts = {None: DASH, True: "yes", False: "no"}
-    table = table_of(
-        (tuned["vanilla"], *tuned["tested"]),
-        {
-            "policy": lambda run: run["label"],
-            "unique experts": lambda run: number(run["unique_experts"]),
-            "kept, %": lambda run: percent(run["retained"], 2),
-            f"{100 * tuned['options']['confidence']:g} % bound, %": lambda run: percent(run["lower_bound"], 2),
-            "lost": lambda run: f"{run['counts']['lost']}",
-            "gained": lambda run: f"{run['counts']['gained']}",
-            "certified": lambda run: verdicts[run.get("passed")],
-        },
-    )
+    columns: Columns = {
+        "policy": lambda run: run["label"],
+        "unique experts": lambda run: number(run["unique_experts"]),
+        "kept, %": lambda run: percent(run["retained"], 2),
+        f"{100 * tuned['options']['confidence']:g} % bound, %": lambda run: percent(run["lower_bound"], 2),
+        "lost": lambda run: f"{run['counts']['lost']}",
+        "gained": lambda run: f"{run['counts']['gained']}",
+        "certified": lambda run: verdicts[run.get("passed")],
+    }
     return Figure(
         title=f"Promise: keep {100 * tuned['options']['retain']:g} % of vanilla's {tuned['quality']}",
         caption=tuned["claim"],
         alt=f"Scatter chart of what policies keep against their cost. {tuned['claim']}",
-        table=table,
+        table=table_of((tuned["vanilla"], *tuned["tested"]), columns),
         draw=partial(plot_tuning, tuned),
     )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -57,10 +58,13 @@ def write_report(
     alone = target.suffix == ".html"
     with TemporaryDirectory() as folder:
         if not alone:
-            _make(target)
+            with _writing("a folder that can be made, or a name ending in .html", target):
+                target.mkdir(parents=True, exist_ok=True)
         drawn = draw_all(parts, Path(folder) if alone else target)
         page = target if alone else target / PAGE
-        _write(page, render(sources, parts, drawn, title=title, claims=resolved))
+        text = render(sources, parts, drawn, title=title, claims=resolved)
+        with _writing("a path that can be written", page):
+            page.write_text(text, encoding="utf-8")
     images = () if alone else tuple(drawn.values())
     return WrittenReport(page=page, images=images, missing=tuple(part.title for part in parts if not part.figures))
 
@@ -112,17 +116,9 @@ def _data_uri(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
 
 
-def _make(folder: Path) -> None:
+@contextmanager
+def _writing(what: str, path: Path) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise InputError(
-            f"expected a folder that can be made, or a name ending in .html, got {folder}: {error.strerror}"
-        ) from error
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"expected a path that can be written, got {path}: {error.strerror}") from error
+        raise InputError(f"expected {what}, got {path}: {error.strerror}") from error
