@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,13 @@ def _overview(runs: list[Run]) -> Table:
 
 
 def _accuracy_by_task(runs: list[Run]) -> Table:
-    def accuracy(task: str) -> Callable[[Run], str]:
-        return lambda run: percent_within(run["tasks"][task]["accuracy"], run["tasks"][task]["interval"])
+    def accuracy(task: str, run: Run) -> str:
+        return percent_within(run["tasks"][task]["accuracy"], run["tasks"][task]["interval"])
 
     tasks = sorted({task for run in runs for task in run["tasks"]})
     columns: dict[str, Callable[[Run], str]] = {
         "policy": lambda run: run["label"],
-        **{f"{task} ({runs[0]['tasks'][task]['count']})": accuracy(task) for task in tasks},
+        **{f"{task} ({runs[0]['tasks'][task]['count']})": partial(accuracy, task) for task in tasks},
         "retained": lambda run: percent(run["retained"]),
         "capped": lambda run: percent(run["retained_capped"]),
     }

@@ -6,13 +6,14 @@ import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from itertools import compress
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 import typer
 
 from expertshare import native
-from expertshare.cli.options import OptionGroup, keyword, option
+from expertshare.cli.options import OptionGroup, check_at_least_one, keyword, option
 from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError, PolicyError
 from expertshare.experts import ExpertMemory, StoreOptions
@@ -52,8 +53,7 @@ MOST_THREADS = 1024
 
 def set_threads(asked: int | None) -> None:
     """Torch's threads, in which our kernels compute too. Raises InputError for fewer than 1 or too many."""
-    if asked is not None and asked < 1:
-        raise InputError(f"threads must be at least 1, got {asked}")
+    check_at_least_one("threads", asked)
     if asked is not None and asked > MOST_THREADS:
         raise InputError(f"threads must be at most {MOST_THREADS}, got {asked}")
     if asked is not None:
@@ -119,14 +119,10 @@ class Decoding(OptionGroup):
 
     def given(self, context: typer.Context) -> dict[str, Any]:
         """The arguments that were on the command line; the others are left to presets and tasks."""
-        sources = {name: context.get_parameter_source(name) for name in (each.name for each in fields(self))}
+        sources = [context.get_parameter_source(each.name) for each in fields(self)]
         # by name: typer may bring a click of its own, whose values are not equal to those of the installed one
-        named = {name for name, source in sources.items() if source is not None and source.name != "DEFAULT"}
-        return {
-            argument: value
-            for each, (argument, value) in zip(fields(self), self.arguments().items(), strict=True)
-            if each.name in named
-        }
+        named = [source is not None and source.name != "DEFAULT" for source in sources]
+        return dict(compress(self.arguments().items(), named))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,19 +140,13 @@ class Knobs(OptionGroup):
             for knob in fields(kind):
                 texts.setdefault(knob.name, str(knob.metadata.get("help", "")))
                 owners.setdefault(knob.name, []).append(name)
-        return [
-            keyword(
-                knob,
-                str | None,
-                typer.Option(
-                    _flag(knob),
-                    help=f"{text[:1].upper()}{text[1:]}. For {', '.join(owners[knob])}.",
-                    rich_help_panel="Policy knobs",
-                    metavar="VALUE",
-                ),
-            )
-            for knob, text in texts.items()
-        ]
+
+        def parameter(knob: str, text: str) -> inspect.Parameter:
+            told = f"{text[:1].upper()}{text[1:]}. For {', '.join(owners[knob])}."
+            info = typer.Option(_flag(knob), help=told, rich_help_panel="Policy knobs", metavar="VALUE")
+            return keyword(knob, str | None, info)
+
+        return [parameter(knob, text) for knob, text in texts.items()]
 
     @classmethod
     def collect(cls, values: Mapping[str, Any]) -> Self:

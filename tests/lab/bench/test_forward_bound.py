@@ -8,7 +8,7 @@ import torch
 from expertshare.lab.bench.bound import forward_bound_ms, forward_work
 from expertshare.lab.bench.cases import find_case
 from expertshare.lab.bench.forward import ForwardSettings, bench_forward
-from expertshare.lab.bench.machine import CpuYardstick, Peaks
+from expertshare.lab.bench.machine import Peaks, Yardstick
 from expertshare.routing import parse_policy
 
 
@@ -43,7 +43,8 @@ def test_a_forward_of_llada2_mini_by_hand() -> None:
 
 def test_only_forwards_whose_experts_were_counted_have_a_bound() -> None:
     settings = ForwardSettings(num_layers=3, context=4, masked=3, unique=None, repeats=1, warmup=0)
-    yardstick = CpuYardstick(torch.bfloat16, buffer_bytes=1 << 20, gemm_shape=(32, 32, 32))
+    square = torch.ones(32, 32, dtype=torch.bfloat16)
+    yardstick = Yardstick(square, square, torch.ones(1 << 18), copies=False)
     policies = {"vanilla": parse_policy("vanilla")}
     backends = ["torch", "transformers-eager"]
     found = bench_forward("tiny", find_case("tiny"), policies, backends, settings, yardstick=yardstick)

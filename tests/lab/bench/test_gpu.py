@@ -13,7 +13,7 @@ from expertshare.cli.bench_tables import machine_line
 from expertshare.errors import ConfigError
 from expertshare.lab.bench import machine as machines
 from expertshare.lab.bench.contenders import contenders
-from expertshare.lab.bench.machine import CPU, GpuYardstick, Machine
+from expertshare.lab.bench.machine import CPU, Machine, Yardstick
 from expertshare.lab.bench.timing import take_turns_on_gpu
 
 CUDA = torch.device("cuda")
@@ -127,10 +127,10 @@ def test_the_card_is_named_in_results(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_yardstick_copies_back_and_forth() -> None:
-    yardstick = GpuYardstick(torch.float32, buffer_bytes=64, device=CPU, size=4)
-    yardstick._buffer.copy_(torch.arange(16.0))
+    square, buffer = torch.ones(4, 4), torch.arange(16.0)
+    yardstick = Yardstick(square, square, buffer, copies=True)
     yardstick.read(0)
-    assert yardstick._buffer.tolist() == [8.0, 9, 10, 11, 12, 13, 14, 15] * 2
+    assert buffer.tolist() == [8.0, 9, 10, 11, 12, 13, 14, 15] * 2
     yardstick.multiply(0)
     yardstick.note(dict(zip(yardstick.calls(), ([2.0, 1.0, 3.0], [1.0]), strict=True)))
     assert yardstick.peaks().bytes_per_s == 64 / 2.0  # 32 bytes read, 32 written

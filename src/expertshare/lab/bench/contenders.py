@@ -18,6 +18,7 @@ from expertshare.kernels import choose_backend
 from expertshare.kernels.triton import unavailable_reason as no_triton
 from expertshare.lab.bench.cases import Case
 from expertshare.lab.bench.machine import CPU
+from expertshare.lab.bench.peer_models import peer_config
 from expertshare.types import Bank, ExpertBank, RoutingPlan
 
 Run = Callable[[int, Tensor, RoutingPlan], Tensor]
@@ -103,17 +104,9 @@ def _transformers(implementation: str) -> Callable[[Sequence[ExpertBank], Case],
     """transformers' own experts module. It gets its weights in the tokens' dtype, as its own router gives them."""
 
     def build(banks: Sequence[ExpertBank], case: Case) -> Run:
-        from transformers import Qwen3MoeConfig
         from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-        config = Qwen3MoeConfig(
-            hidden_size=case.config.hidden_size,
-            moe_intermediate_size=case.config.expert_hidden,
-            num_experts=case.config.router.num_experts,
-            num_experts_per_tok=case.config.router.top_k,
-            hidden_act="silu",
-        )
-        config._experts_implementation = implementation
+        config = peer_config(case.config, "qwen3_moe", implementation)
         modules: list[nn.Module] = []
         for bank in banks:
             with torch.device("meta"):

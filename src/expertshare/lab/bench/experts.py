@@ -24,7 +24,7 @@ from expertshare.lab.bench.stage import (
     relative_error,
     stage_of,
 )
-from expertshare.lab.bench.timing import MOST_TURNS, spread, timed
+from expertshare.lab.bench.timing import MOST_TURNS, first_line, spread, timed
 from expertshare.lab.bench.weights import expert_bytes
 from expertshare.types import Bank
 
@@ -61,7 +61,7 @@ def bench_experts(
                 try:  # an installed library need not fit this torch
                     runs[backend] = entrant.build(banks[entrant.quantisation], case)
                 except (ImportError, OSError, RuntimeError, AttributeError) as error:
-                    reason = f"cannot be set up: {_first_line(error)}"
+                    reason = f"cannot be set up: {first_line(error)}"
                     left_out.append({"case": name, "unique": None, "backend": backend, "reason": reason})
             layer = _Layer(name, case, banks, present, runs, yardstick, machine, settings)
             for tokens in settings.tokens or (case.tokens,):
@@ -74,10 +74,6 @@ def bench_experts(
     limits = yardstick.peaks() if points else machine.peaks(settings.dtype)
     fits = _fits(points, cases, present, settings.dtype)
     return {**limits.to_json(), "cases": points, "fits": fits, "left_out": left_out}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +187,7 @@ class _Checker:
         try:
             worst = max(relative_error(run(0, x_TD, plans[index]), self._expected[form][index]) for index in (0, 1, 0))
         except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-            self.reasons[backend] = f"failed: {_first_line(error)}"
+            self.reasons[backend] = f"failed: {first_line(error)}"
             return
         self.errors[backend] = max(worst, self.errors.get(backend, 0.0))
         if worst > tolerance:

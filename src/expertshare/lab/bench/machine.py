@@ -4,7 +4,6 @@ memory, or the GPU."""
 from __future__ import annotations
 
 import statistics
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -158,23 +157,28 @@ def check_memory(needed: int, limit: int, what: str, advice: str) -> None:
         )
 
 
-class Yardstick(ABC):
+class Yardstick:
     """One pass over memory and one matrix product, to be timed between the calls that they are compared with.
 
     On a shared machine bandwidth changes within seconds: a limit from the beginning of a run says little about its end.
     """
 
-    def __init__(self, left: Tensor, right: Tensor, *, buffer: Tensor, passes: int) -> None:
-        """left [m, k], right [k, n]: what is multiplied. buffer: float32, half of which is moved so many times."""
-        self._left, self._right = left, right
+    def __init__(self, left: Tensor, right: Tensor, buffer: Tensor, *, copies: bool) -> None:
+        """left [m, k], right [k, n]: what is multiplied. buffer: float32; a pass reads half of it, or, on a GPU, copies
+        it onto the other half, and bytes read and written both count."""
+        self._left, self._right, self._copies = left, right, copies
         self._out = torch.empty(len(left), right.shape[1], dtype=left.dtype, device=left.device)
-        self._buffer, self._half = buffer, max(1, len(buffer) // 2)
-        self._pass_bytes = passes * 4 * self._half
+        half = max(1, len(buffer) // 2)
+        self._halves = buffer[:half], buffer[half : 2 * half]
+        self._pass_bytes = (2 if copies else 1) * 4 * half
         self._seconds: dict[str, list[float]] = {_READ: [], _MULTIPLY: []}
 
-    @abstractmethod
     def read(self, turn: int) -> None:
-        """One pass; `turn` decides over what."""
+        """One pass over the first half in even turns, else over the second; a copy goes to the one named."""
+        if self._copies:
+            self._halves[turn % 2].copy_(self._halves[1 - turn % 2])
+        else:
+            self._halves[turn % 2].sum()
 
     def multiply(self, turn: int) -> None:
         """One large matrix product, the same every turn."""
@@ -203,42 +207,14 @@ class Yardstick(ABC):
         )
 
 
-class CpuYardstick(Yardstick):
-    """A pass reads half of a buffer."""
-
-    def __init__(
-        self, dtype: torch.dtype, *, buffer_bytes: int, gemm_shape: tuple[int, int, int] = GEMM_SHAPES[0]
-    ) -> None:
-        m, k, n = gemm_shape
-        left, right = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype).T
-        super().__init__(left, right, buffer=ones(buffer_bytes // 4), passes=1)
-
-    def read(self, turn: int) -> None:
-        """The first half in even turns, else the second."""
-        self._buffer[turn % 2 * self._half :][: self._half].sum()
-
-
-class GpuYardstick(Yardstick):
-    """A pass copies half of a buffer within the card's memory: bytes read and written both count."""
-
-    def __init__(
-        self, dtype: torch.dtype, *, buffer_bytes: int, device: torch.device, size: int = GPU_GEMM_SIZE
-    ) -> None:
-        left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        super().__init__(left, right, buffer=torch.ones(buffer_bytes // 4, device=device), passes=2)
-
-    def read(self, turn: int) -> None:
-        """One half onto the other, the other way round than the turn before."""
-        halves = self._buffer[: self._half], self._buffer[self._half : 2 * self._half]
-        halves[turn % 2].copy_(halves[1 - turn % 2])
-
-
 def yardstick_for(dtype: torch.dtype, cache_bytes: int, device: torch.device) -> Yardstick:
     """The device's, with a buffer that is large beside its cache."""
-    size = 2 * CACHE_FACTOR * cache_bytes
+    length = 2 * CACHE_FACTOR * cache_bytes // 4
     if device.type == "cuda":
-        return GpuYardstick(dtype, buffer_bytes=size, device=device)
-    return CpuYardstick(dtype, buffer_bytes=size)
+        left, right = (torch.randn(GPU_GEMM_SIZE, GPU_GEMM_SIZE, device=device, dtype=dtype) for _ in range(2))
+        return Yardstick(left, right, torch.ones(length, device=device), copies=True)
+    m, k, n = GEMM_SHAPES[0]
+    return Yardstick(torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype).T, ones(length), copies=False)
 
 
 def bus_bandwidth(

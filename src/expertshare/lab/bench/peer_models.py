@@ -26,7 +26,7 @@ def build_peer(model: MoETransformer, peer: PeerClass, implementation: str) -> P
     from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeForCausalLM, Glm4MoeRotaryEmbedding
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeForCausalLM, Qwen3MoeRotaryEmbedding
 
-    config = _config(model.config, peer, implementation)
+    config = peer_config(model.config, peer, implementation)
     rotary: torch.nn.Module
     with torch.device("meta"):
         built: Any = Glm4MoeForCausalLM(config) if peer == "glm4_moe" else Qwen3MoeForCausalLM(config)
@@ -64,7 +64,8 @@ def peer_cache(peer: PreTrainedModel, past: Sequence[LayerKeyValues]) -> Dynamic
     return cache
 
 
-def _config(config: ModelConfig, peer: PeerClass, implementation: str) -> Any:
+def peer_config(config: ModelConfig, peer: PeerClass, implementation: str) -> Any:
+    """transformers' configuration of the same architecture, with their experts so implemented."""
     from transformers import Glm4MoeConfig, Qwen3MoeConfig
 
     router = config.router
@@ -104,10 +105,19 @@ def _config(config: ModelConfig, peer: PeerClass, implementation: str) -> Any:
     )
 
 
+_RENAMED = {
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "attention.out": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
+}
+
+
 def _state(model: MoETransformer, *, keep_router_dtype: bool) -> dict[str, Tensor]:
     """Our tensors under transformers' names: views, where one of ours is several of theirs."""
     own, config = dict(model.state_dict()), model.config
-    sizes = [config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim]
+    sizes = [config.num_heads * config.head_dim, *[config.num_kv_heads * config.head_dim] * 2]
     state = {
         "model.embed_tokens.weight": own["embed.weight"],
         "model.norm.weight": own["norm.weight"],
@@ -115,15 +125,9 @@ def _state(model: MoETransformer, *, keep_router_dtype: bool) -> dict[str, Tenso
     }
     for index in range(config.num_layers):
         mine, theirs = f"layers.{index}.", f"model.layers.{index}."
-        qkv = own[f"{mine}attention.qkv.weight"].split([sizes[0], sizes[1], sizes[1]])
+        state |= {f"{theirs}{name}.weight": own[f"{mine}{ours}.weight"] for ours, name in _RENAMED.items()}
+        qkv = own[f"{mine}attention.qkv.weight"].split(sizes)
         state |= {f"{theirs}self_attn.{name}_proj.weight": part for name, part in zip("qkv", qkv, strict=True)}
-        state |= {
-            f"{theirs}input_layernorm.weight": own[f"{mine}attention_norm.weight"],
-            f"{theirs}post_attention_layernorm.weight": own[f"{mine}mlp_norm.weight"],
-            f"{theirs}self_attn.o_proj.weight": own[f"{mine}attention.out.weight"],
-            f"{theirs}self_attn.q_norm.weight": own[f"{mine}attention.q_norm.weight"],
-            f"{theirs}self_attn.k_norm.weight": own[f"{mine}attention.k_norm.weight"],
-        }
         if index < config.num_dense_layers:
             state |= _mlp(own, f"{mine}mlp", f"{theirs}mlp")
             continue
@@ -131,20 +135,17 @@ def _state(model: MoETransformer, *, keep_router_dtype: bool) -> dict[str, Tenso
         state[f"{theirs}mlp.gate.weight"] = router if keep_router_dtype else router.to(model.dtype)
         if f"{mine}moe.router.bias" in own:
             state[f"{theirs}mlp.gate.e_score_correction_bias"] = own[f"{mine}moe.router.bias"]
-        state[f"{theirs}mlp.experts.gate_up_proj"] = own[f"{mine}moe.experts.gate_up"]
-        state[f"{theirs}mlp.experts.down_proj"] = own[f"{mine}moe.experts.down"]
+        for name in ("gate_up", "down"):
+            state[f"{theirs}mlp.experts.{name}_proj"] = own[f"{mine}moe.experts.{name}"]
         if config.shared_hidden:
             state |= _mlp(own, f"{mine}moe.shared", f"{theirs}mlp.shared_experts")
     return state
 
 
 def _mlp(own: dict[str, Tensor], mine: str, theirs: str) -> dict[str, Tensor]:
-    gate, up = own[f"{mine}.gate_up.weight"].chunk(2)
-    return {
-        f"{theirs}.gate_proj.weight": gate,
-        f"{theirs}.up_proj.weight": up,
-        f"{theirs}.down_proj.weight": own[f"{mine}.down.weight"],
-    }
+    parts = dict(zip(("gate", "up"), own[f"{mine}.gate_up.weight"].chunk(2), strict=True))
+    parts["down"] = own[f"{mine}.down.weight"]
+    return {f"{theirs}.{name}_proj.weight": part for name, part in parts.items()}
 
 
 def decode_with_peer(

@@ -129,13 +129,18 @@ def take_turns_on_gpu(
         try:
             walks[name] = capture(walk)
         except RuntimeError as error:
-            reasons[name] = f"cannot be captured: {str(error).splitlines()[0] if str(error) else repr(error)}"
+            reasons[name] = f"cannot be captured: {first_line(error)}"
     seconds: dict[Any, list[float]] = {name: [] for name in walks}
     for name, counts in _in_turns(list(walks), repeats=repeats, warmup=warmup):
         spent = seconds_of(walks[name]) / turns
         if counts:
             seconds[name].append(spent)
     return GpuTimes(seconds, {name: name not in reasons for name in walks}, reasons)
+
+
+def first_line(error: Exception) -> str:
+    """Of an error's message, for a reason that is told in one line."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def _walk(call: Call, turns: int) -> None:
