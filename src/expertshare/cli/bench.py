@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,14 +53,12 @@ def _list_cases(wanted: bool) -> None:
         raise typer.Exit
 
 
-@dataclass(frozen=True, kw_only=True)
 class ListOption(OptionGroup):
     """What prints the registry and leaves; its callback does everything."""
 
     list_cases: bool = option("Print the cases and leave.", False, "--list", callback=_list_cases, is_eager=True)
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchOptions(ListOption):
     """How to measure, and where the outcome goes."""
 
@@ -140,14 +137,12 @@ class BenchOptions(ListOption):
             print_json(results)
 
 
-@dataclass(frozen=True, kw_only=True)
 class ForwardBenchOptions(BenchOptions):
     """As for the others, with fewer repeats by default."""
 
     repeats: int = option(_REPEATS, 10)
 
 
-@dataclass(frozen=True, kw_only=True)
 class AnswerBenchOptions(BenchOptions):
     """As for the others, with the fewest repeats by default."""
 

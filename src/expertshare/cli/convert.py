@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +23,6 @@ LAYOUTS = ("experts", "huggingface")
 SHARD_SIZE = "5GB"
 
 
-@dataclass(frozen=True, kw_only=True)
 class QuantisationOptions(OptionGroup):
     """In how many bits weights are stored."""
 

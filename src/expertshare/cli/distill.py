@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 
@@ -26,7 +26,6 @@ EXAMPLE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
 class DistillOptions(OptionGroup):
     """How to train; `arguments` are fields of DistillConfig."""
 
@@ -50,7 +49,6 @@ class DistillOptions(OptionGroup):
     elastic_sets: str = option(flags.ELASTIC_SETS)
 
 
-@dataclass(frozen=True, kw_only=True)
 class OwnAnswerOptions(OptionGroup):
     """How the model answers what it is trained on; `arguments` are fields of DecodingOptions."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from itertools import compress
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -62,7 +62,6 @@ def set_threads(asked: int | None) -> None:
         native.choose_threads(native.usable_cores())
 
 
-@dataclass(frozen=True, kw_only=True)
 class Compute(OptionGroup):
     """In which numbers and by what a model computes."""
 
@@ -70,14 +69,12 @@ class Compute(OptionGroup):
     backend: str = option("Expert computation: auto, cpu, torch or triton.", "auto")
 
 
-@dataclass(frozen=True, kw_only=True)
 class Device(Compute):
     """Where a model computes, too."""
 
     device: str = option("Where the model runs: cpu or cuda.", "cpu")
 
 
-@dataclass(frozen=True, kw_only=True)
 class Answering(Compute):
     """How prompts are given to it, too."""
 
@@ -93,7 +90,6 @@ def _threshold(text: str) -> float | str:
         raise typer.BadParameter(f"expected a number or none, got {text!r}") from error
 
 
-@dataclass(frozen=True, kw_only=True)
 class Decoding(OptionGroup):
     """How to decode; `arguments` are fields of DecodingOptions."""
 
@@ -125,7 +121,6 @@ class Decoding(OptionGroup):
         return dict(compress(self.arguments().items(), named))
 
 
-@dataclass(frozen=True, kw_only=True)
 class Knobs(OptionGroup):
     """The knobs of all policies, from the declarations in POLICIES; `given` holds those that were used."""
 
@@ -175,7 +170,6 @@ def _flag(knob: str) -> str:
     return f"--{knob.replace('_', '-')}"
 
 
-@dataclass(frozen=True, kw_only=True)
 class Storage(OptionGroup):
     """How the experts of a converted model are kept."""
 
@@ -209,7 +203,6 @@ class Storage(OptionGroup):
         )
 
 
-@dataclass(frozen=True, kw_only=True)
 class Ray(OptionGroup):
     """Whether and where to use Ray."""
 

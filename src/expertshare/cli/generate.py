@@ -31,7 +31,6 @@ EXAMPLE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
 class GenerationOptions(flags.Answering, flags.Device):
     """Options of `generate`: what is decoded, and how it is computed."""
 

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import wraps
-from typing import Annotated, Any, ClassVar, Self, get_type_hints
+from typing import Annotated, Any, ClassVar, Self, dataclass_transform, get_type_hints
 
 import typer
 
@@ -35,19 +35,22 @@ def option(
     return field(default=default, metadata=metadata)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 class OptionGroup:
-    """Several options as one value. panel: the heading under which help shows them. defaults: the API's own, a
-    dataclass, for options that name none."""
+    """Several options as one value; every group becomes a dataclass. panel: the heading under which help shows
+    them. defaults: the API's own, a dataclass, for options that name none."""
 
     panel: ClassVar[str | None] = None
     defaults: ClassVar[Any] = None
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
 
     @classmethod
     def parameters(cls) -> list[inspect.Parameter]:
         """The options, as keyword-only parameters with typer annotations."""
         hints = get_type_hints(cls)
-        return [_parameter(each.name, hints[each.name], each, cls) for each in fields(cls)]
+        return [_parameter(each.name, hints[each.name], each, cls) for each in fields(cls)]  # type: ignore[arg-type]
 
     @classmethod
     def collect(cls, values: Mapping[str, Any]) -> Self:
@@ -57,7 +60,7 @@ class OptionGroup:
     def arguments(self) -> dict[str, Any]:
         """The API's keyword arguments. Raises what `read` of an option raises."""
         found = {}
-        for each in fields(self):
+        for each in fields(self):  # type: ignore[arg-type]
             value, read = getattr(self, each.name), each.metadata["read"]
             found[each.metadata["argument"] or each.name] = value if read is None or value is None else read(value)
         return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import signal
 import sys
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,6 @@ from expertshare.errors import ConfigError, InputError
 EXAMPLE = "Example: expertshare serve path/to/model --policy des-vote --budget 16 --port 8000"
 
 
-@dataclass(frozen=True, kw_only=True)
 class ListenOptions(OptionGroup):
     """Where to listen, and how to end."""
 
@@ -30,7 +28,6 @@ class ListenOptions(OptionGroup):
     drain_timeout: float = option("Seconds to finish what runs after SIGTERM.", 30.0)
 
 
-@dataclass(frozen=True, kw_only=True)
 class ServerOptions(OptionGroup):
     """What clients meet; `arguments` are fields of ServerSettings."""
 
@@ -40,7 +37,6 @@ class ServerOptions(OptionGroup):
     log_prompts: bool = option("Put prompts and answers into the log.", False, "--log-prompts")
 
 
-@dataclass(frozen=True, kw_only=True)
 class RequestLimitOptions(OptionGroup):
     """What a request may be; `arguments` are fields of ServerSettings."""
 
@@ -52,7 +48,6 @@ class RequestLimitOptions(OptionGroup):
     max_choices: int = option("Answers of one request (n times prompts).", 8)
 
 
-@dataclass(frozen=True, kw_only=True)
 class EngineLimitOptions(OptionGroup):
     """What one engine may take on; `arguments` are fields of EngineLimits."""
 
@@ -63,7 +58,6 @@ class EngineLimitOptions(OptionGroup):
     max_context: int | None = option("Tokens of prompt and answer; default: as the model has.", None)
 
 
-@dataclass(frozen=True, kw_only=True)
 class ReplicaOptions(flags.Ray):
     """How many processes; `arguments` are fields of ReplicaScale."""
 

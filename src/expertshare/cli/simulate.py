@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ EXAMPLE = (
 Json = Mapping[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
 class CardOptions(OptionGroup):
     """A GPU by name, and what is given in the place of its figures."""
 
@@ -60,7 +59,6 @@ class CardOptions(OptionGroup):
         return replace(card, name=f"{self.card}, changed", source=source, **changes)
 
 
-@dataclass(frozen=True, kw_only=True)
 class ClusterOptions(OptionGroup):
     """How GPUs are used; `arguments` are fields of Cluster."""
 
@@ -73,7 +71,6 @@ class ClusterOptions(OptionGroup):
     quantise: str = option("How experts are stored: none, int8 or int4.", "none", argument="scheme")
 
 
-@dataclass(frozen=True, kw_only=True)
 class SweepOptions(OptionGroup):
     """Which numbers of GPUs, and of GPUs of a replica."""
 
@@ -98,7 +95,6 @@ class SweepOptions(OptionGroup):
         return simulation.degrees(min(max(self.counts()), self.max_expert_parallel))
 
 
-@dataclass(frozen=True, kw_only=True)
 class DemandOptions(OptionGroup):
     """What is asked; `arguments` are fields of Demand."""
 

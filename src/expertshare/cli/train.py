@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +20,6 @@ from expertshare.training.trainer import StepResult
 EXAMPLE = "Example: expertshare train runs/small --steps 2000 --seed 1   (and the same with --resume to go on)"
 
 
-@dataclass(frozen=True, kw_only=True)
 class TrainingOptions(OptionGroup):
     """How to train; `arguments` are fields of TrainingConfig."""
 
@@ -38,7 +36,6 @@ class TrainingOptions(OptionGroup):
     elastic_sets: str = option(flags.ELASTIC_SETS)
 
 
-@dataclass(frozen=True, kw_only=True)
 class ShapeOptions(OptionGroup):
     """Size and kind of the model to train."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ EXAMPLE = (
 NOT_CERTIFIED = 1
 
 
-@dataclass(frozen=True, kw_only=True)
 class TuningFlags(OptionGroup):
     """The promise and the work to spend on it; `arguments` are fields of TuningOptions."""
 
