@@ -19,7 +19,7 @@ from typing import Any
 from writing import ROOT, line
 
 from expertshare.errors import InputError
-from expertshare.lab.report.claims import CLAIMS, VERDICTS, Claim
+from expertshare.lab.report.sources import CLAIMS, VERDICTS, Claim
 
 BLOCKS = ("claim_counts", "claims")
 SOURCE = "benchmarks/claims.toml"

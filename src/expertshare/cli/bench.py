@@ -117,12 +117,7 @@ class BenchOptions(ListOption):
         for entry in found["left_out"]:
             where = f" at {entry['unique']} unique experts of {entry['case']}" if entry.get("unique") else ""
             console.print(f"not timed: {entry['backend']}{where}: {entry['reason']}", soft_wrap=True)
-        results = {
-            "machine": machine.to_json(),
-            "bandwidth_gb_per_s": machine.bytes_per_s / 1e9,
-            "peak_gmac_per_s": machine.macs_per_s[numbers] / 1e9,
-            **found,
-        }
+        results = {"machine": machine.to_json(), **machine.peaks(dtype).to_json(), **found}
         if self.report is not None:
             Report(
                 command=command,

@@ -129,7 +129,7 @@ def test_codes_count_as_memory(machine: Machine) -> None:
 
 
 def _entrant(build: Callable[[Sequence[ExpertBank], Case], Run]) -> Contender:
-    return Contender(build=build, about="made up")
+    return Contender(build=build)
 
 
 def test_wrong_forgetful_failing_and_missing_contenders_are_named_not_timed(machine: Machine) -> None:
@@ -163,7 +163,7 @@ def test_wrong_forgetful_failing_and_missing_contenders_are_named_not_timed(mach
         "halved": _entrant(halved),
         "stale": _entrant(stale),
         "broken": _entrant(broken),
-        "absent": Contender(build=halved, missing=lambda: "not installed", about="made up"),
+        "absent": Contender(build=halved, missing=lambda: "not installed"),
     }
     found = bench_experts(TINY, entrants, machine, ExpertsSettings(unique=(9,), repeats=1, memory_bytes=10**8))
     assert [point["backend"] for point in found["cases"]] == ["torch"]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from expertshare.errors import ConfigError, InputError
 from expertshare.lab.bench.cases import find_case
-from expertshare.lab.bench.generate import Subject, bench_generate, random_subject, same_tokens
+from expertshare.lab.bench.generate import Subject, answer_with, bench_generate, random_subject, same_tokens
 from expertshare.lab.bench.peer_models import decode_with_peer
 from expertshare.routing import parse_policy
 
@@ -67,18 +68,19 @@ def test_repetitions_that_differ_are_told() -> None:
     from expertshare.lab.bench import generate
 
     subject = _subject()
-    decoding = generate.Decoding(_decoder(subject), subject.prompts, 2)
+    decoding = generate.Decoding(_answer(subject), subject.prompts, 2)
     decoding()
     decoding.tokens.append([(1,), (2,)])
     point = generate._point("tiny", ("torch", "vanilla", 2), decoding, [1.0], {})
     assert not point["equal_across_repeats"]
 
 
-def _decoder(subject: Subject):  # type: ignore[no-untyped-def]
+def _answer(subject: Subject):  # type: ignore[no-untyped-def]
     from expertshare.decoding import BlockDecoder
     from expertshare.models import Runtime
 
-    return BlockDecoder(subject.model, Runtime(policy=parse_policy("vanilla")), subject.options)
+    decoder = BlockDecoder(subject.model, Runtime(policy=parse_policy("vanilla")), subject.options)
+    return partial(answer_with, decoder)
 
 
 def test_on_a_gpu_replays_run_beside_launches_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from expertshare.errors import InputError
-from expertshare.lab.report import claims as claims_module
-from expertshare.lab.report.claims import VERDICTS, stored_claims
+from expertshare.lab.report import sources
+from expertshare.lab.report.sources import VERDICTS, stored_claims
 from lab.report.conftest import ROOT, content
 
 sys.path.append(str(ROOT / "benchmarks" / "figures"))
@@ -50,7 +50,7 @@ def test_claims_are_found_in_a_clone_only(tmp_path: Path, monkeypatch: pytest.Mo
     assert stored_claims() == resolve_claims(ROOT), "run: make figures"
     monkeypatch.chdir(tmp_path)
     assert stored_claims()  # the package is of a clone
-    monkeypatch.setattr(claims_module, "__file__", str(tmp_path / "site-packages" / "claims.py"))
+    monkeypatch.setattr(sources, "__file__", str(tmp_path / "site-packages" / "claims.py"))
     with pytest.raises(InputError, match=r"expected a clone .* \(--no-claims\)"):
         stored_claims()
 

@@ -39,7 +39,6 @@ class Contender:
     quantisation: str | None = None
     only_on: str | None = None
     host_bound: bool = False
-    about: str
 
     def absent(self, device: torch.device) -> str | None:
         """Why it cannot take part on this device, or None."""
@@ -68,7 +67,7 @@ def _ours(backend: str) -> Callable[[Sequence[Bank], Case], Run]:
 
 
 def _torch_loop(banks: Sequence[ExpertBank], _case: Case) -> Run:
-    """What one writes first: for every expert in use, two matrix products over its tokens."""
+    """What one writes first in plain torch: for every expert in use, two matrix products over its tokens."""
 
     def run(layer: int, x_TD: Tensor, plan: RoutingPlan) -> Tensor:
         bank, y_TD = banks[layer], torch.zeros_like(x_TD, dtype=torch.float32)
@@ -144,34 +143,23 @@ def _zentorch_missing() -> str | None:
     return None
 
 
-def _our_kernels(backend: str, device: str, missing: Callable[[], str | None], about: str) -> dict[str, Contender]:
+def _our_kernels(backend: str, device: str, missing: Callable[[], str | None]) -> dict[str, Contender]:
     """One backend with floats and with each form of codes."""
-    forms = {"": (None, ""), "-int8": ("int8", ", int8"), "-int4": ("int4", ", 4 bits")}
     return {
-        f"{backend}{ending}": Contender(
-            build=_ours(backend), missing=missing, quantisation=form, only_on=device, about=f"{about}{told}"
+        backend if form is None else f"{backend}-{form}": Contender(
+            build=_ours(backend), missing=missing, quantisation=form, only_on=device
         )
-        for ending, (form, told) in forms.items()
+        for form in (None, "int8", "int4")
     }
 
 
 CONTENDERS: dict[str, Contender] = {
-    **_our_kernels("cpu", "cpu", native.unavailable_reason, "our kernel"),
-    **_our_kernels("triton", "cuda", no_triton, "our GPU kernels"),
-    "torch": Contender(build=_ours("torch"), about="our torch backend, which works everywhere"),
-    "torch-loop": Contender(build=_torch_loop, host_bound=True, about="a loop over experts in plain torch"),
-    "torch-grouped-mm": Contender(build=_torch_grouped_mm, about="F.grouped_mm with the least around it"),
-    "transformers-eager": Contender(
-        build=_transformers("eager"), host_bound=True, about="transformers' experts, its eager loop"
-    ),
-    "transformers-grouped-mm": Contender(
-        build=_transformers("grouped_mm"), about="transformers' experts over grouped_mm, its default"
-    ),
-    "zentorch": Contender(
-        build=_zentorch,
-        missing=_zentorch_missing,
-        copies_weights=True,
-        only_on="cpu",
-        about="AMD's fused layer, where installed",
-    ),
+    **_our_kernels("cpu", "cpu", native.unavailable_reason),
+    **_our_kernels("triton", "cuda", no_triton),
+    "torch": Contender(build=_ours("torch")),
+    "torch-loop": Contender(build=_torch_loop, host_bound=True),
+    "torch-grouped-mm": Contender(build=_torch_grouped_mm),
+    "transformers-eager": Contender(build=_transformers("eager"), host_bound=True),
+    "transformers-grouped-mm": Contender(build=_transformers("grouped_mm")),  # its default
+    "zentorch": Contender(build=_zentorch, missing=_zentorch_missing, copies_weights=True, only_on="cpu"),
 }

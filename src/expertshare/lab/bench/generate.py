@@ -41,9 +41,10 @@ class Subject:
 
 @dataclass(slots=True)
 class Decoding:
-    """One policy, backend and batch size; remembers the tokens and costs of every call."""
+    """One policy, backend and batch size, or a peer; remembers the tokens of every call and the costs of the last.
+    answer: the tokens of some prompts; our decoder also tells what they cost."""
 
-    decoder: BlockDecoder
+    answer: Callable[[Sequence[Sequence[int]]], tuple[Tokens, Generation | None]]
     prompts: Sequence[Sequence[int]]
     batch_size: int
     tokens: list[Tokens] = field(default_factory=list)
@@ -52,16 +53,16 @@ class Decoding:
     def __call__(self, turn: int = 0) -> None:
         """Answer all prompts, a batch at a time."""
         del turn
-        self.last = []
-        for start in range(0, len(self.prompts), self.batch_size):
-            stream = self.decoder.blocks(self.prompts[start : start + self.batch_size])
-            for _ in stream:
-                pass
-            self.last.append(stream.generation())
-        self.tokens.append([row.token_ids for part in self.last for row in part.rows])
+        batches = [self.prompts[at : at + self.batch_size] for at in range(0, len(self.prompts), self.batch_size)]
+        answers = [self.answer(batch) for batch in batches]
+        self.tokens.append([row for rows, _ in answers for row in rows])
+        self.last = [generation for _, generation in answers if generation is not None]
 
     def to_json(self) -> dict[str, Any]:
-        """Cost of the last call. Unique experts: mean over blocks and layers, so that batches do not change it."""
+        """Cost of the last call; nothing of a peer, whose loop keeps no account. Unique experts: mean over blocks and
+        layers, so that batches do not change it."""
+        if not self.last:
+            return {}
         forwards = [step for part in self.last for step in part.cost.steps if step.kind == "denoise"]
         blocks = sum(step.groups for step in forwards)
         unique = sum(step.groups * statistics.fmean(step.unique_experts) for step in forwards)
@@ -78,22 +79,19 @@ class Decoding:
         }
 
 
-@dataclass(slots=True)
-class PeerDecoding:
-    """The plain loop over transformers, one prompt after another."""
+def answer_with(decoder: BlockDecoder, prompts: Sequence[Sequence[int]]) -> tuple[Tokens, Generation]:
+    """Tokens and costs of one batch, decoded together."""
+    stream = decoder.blocks(prompts)
+    for _ in stream:
+        pass
+    generation = stream.generation()
+    return [row.token_ids for row in generation.rows], generation
 
-    answer: Callable[[Sequence[int]], list[int]]
-    prompts: Sequence[Sequence[int]]
-    tokens: list[Tokens] = field(default_factory=list)
 
-    def __call__(self, turn: int = 0) -> None:
-        """Answer all prompts."""
-        del turn
-        self.tokens.append([tuple(self.answer(prompt)) for prompt in self.prompts])
-
-    def to_json(self) -> dict[str, Any]:
-        """Nothing: the loop keeps no account of its costs."""
-        return {}
+def _one_by_one(
+    answer: Callable[[Sequence[int]], list[int]], prompts: Sequence[Sequence[int]]
+) -> tuple[Tokens, Generation | None]:
+    return [tuple(answer(prompt)) for prompt in prompts], None
 
 
 def random_subject(
@@ -157,7 +155,7 @@ def bench_generate(
     config, case = subject.model.config, subject.case
     check_prompts(subject.prompts, subject.options.resolve(config), config)
     peers_join = case is not None and config.attention == "block_causal"
-    calls: dict[tuple[str, str, int], Decoding | PeerDecoding] = {}
+    calls: dict[tuple[str, str, int], Decoding] = {}
     with torch.no_grad():
         for backend in generate_backends(backends, subject.model.device):
             if backend not in IMPLEMENTATIONS:
@@ -165,14 +163,14 @@ def bench_generate(
                     runtime = _runtime(backend, policy, subject.model.device)
                     decoder = BlockDecoder(subject.model, runtime, subject.options)
                     for size in batch_sizes:
-                        calls[backend, label, size] = Decoding(decoder, subject.prompts, size)
+                        calls[backend, label, size] = Decoding(partial(answer_with, decoder), subject.prompts, size)
             elif peers_join:
                 assert case is not None
                 assert case.peer is not None  # stack() refused it
                 peer = build_peer(subject.model, case.peer, IMPLEMENTATIONS[backend])
                 options = subject.options
                 assert options.threshold is not None
-                answer = partial(
+                of_peer = partial(
                     decode_with_peer,
                     peer,
                     config,
@@ -180,7 +178,7 @@ def bench_generate(
                     block_length=options.block_length or config.block_length,
                     threshold=options.threshold,
                 )
-                calls[backend, "vanilla", 1] = PeerDecoding(answer, subject.prompts)
+                calls[backend, "vanilla", 1] = Decoding(partial(_one_by_one, of_peer), subject.prompts, 1)
         on_progress(f"{subject.name}: {len(calls)} contenders, {warmup + repeats} rounds")
         seconds = interleave(calls, repeats=repeats, warmup=warmup)
     points = [_point(subject.name, key, call, seconds[key], calls) for key, call in calls.items()]
@@ -201,9 +199,9 @@ def bench_generate(
 def _point(
     name: str,
     key: tuple[str, str, int],
-    call: Decoding | PeerDecoding,
+    call: Decoding,
     seconds: list[float],
-    calls: Mapping[tuple[str, str, int], Decoding | PeerDecoding],
+    calls: Mapping[tuple[str, str, int], Decoding],
 ) -> dict[str, Any]:
     backend, label, batch_size = key
     answers = call.tokens[-1]

@@ -17,9 +17,8 @@ from markupsafe import Markup
 import expertshare
 from expertshare.errors import InputError
 from expertshare.lab.report import comparisons, measured
-from expertshare.lab.report.claims import VERDICTS, Claim, stored_claims
 from expertshare.lab.report.figures import Section
-from expertshare.lab.report.sources import Source, read_sources
+from expertshare.lab.report.sources import VERDICTS, Claim, Source, read_sources, stored_claims
 
 PAGE = "report.html"
 ORDER = (
