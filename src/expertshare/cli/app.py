@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -41,20 +42,24 @@ VERBS = {
     "report": "Draw stored results as one HTML page that loads nothing, and as PNG files. Nothing is measured.",
     "bench": "Speed: a layer's experts, a forward, whole answers, each beside what people would use instead.",
 }
-"""Verb: its line in the program's help. Its module is expertshare.cli.<verb>, but for `eval`."""
+"""Verb: its line in the program's help. Its module is expertshare.cli.<verb>, but for `eval` and those of _BESIDE."""
+_BESIDE = {"info": "plan", "make-checkpoint": "convert"}
 
 
 def load_verb(name: str) -> Any:
     """The command of a verb, with its options; imports its module and what that needs.
 
-    A module holds EXAMPLE and a function of the module's own name, or `app` where the verb has verbs of its own.
+    A module holds a function called as the verb is, whose docstring is its help and ends with an example, or `app`
+    where the verb has verbs of its own.
     """
-    module_name = "evaluate" if name == "eval" else name.replace("-", "_")
-    module = import_module(f"expertshare.cli.{module_name}")
-    program = getattr(module, "app", None)
-    if program is None:
-        program = typer.Typer(add_completion=False)
-        program.command(name, epilog=module.EXAMPLE)(expanded(getattr(module, module_name)))
+    function_name = "evaluate" if name == "eval" else name.replace("-", "_")
+    module = import_module(f"expertshare.cli.{_BESIDE.get(name, function_name)}")
+    if hasattr(module, "app"):
+        return typer.main.get_command(module.app)
+    function = getattr(module, function_name)
+    told, _, example = inspect.cleandoc(function.__doc__).partition("\n\nExample: ")
+    program = typer.Typer(add_completion=False)
+    program.command(name, help=told, epilog=f"Example: {example}".replace("\n", " "))(expanded(function))
     return typer.main.get_command(program)
 
 

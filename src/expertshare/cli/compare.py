@@ -19,10 +19,6 @@ from expertshare.measure.memory import MemoryWatch
 from expertshare.routing import RoutingPolicy, parse_policies
 from expertshare.tuning.policy_file import PolicyFile, read_policy_file
 
-EXAMPLE = (
-    "Example: expertshare compare path/to/model --prompts prompts.jsonl "
-    "--policies 'vanilla,des-vote:budget=16,des-vote:budget=0.4,block-top-p:top_p_experts=0.6' --plot quality.png"
-)
 Run = Mapping[str, Any]
 
 
@@ -46,6 +42,9 @@ def compare(
     """Answer the same prompts under several policies: experts, bytes, speed, agreement with vanilla, accuracy.
 
     Vanilla is always run, as what the others are compared with. Intervals are at the 95 % level.
+
+    Example: expertshare compare path/to/model --prompts prompts.jsonl --policies
+    'vanilla,des-vote:budget=16,des-vote:budget=0.4,block-top-p:top_p_experts=0.6' --plot quality.png
     """
     check_outputs(report, plot=plot)
     check_at_least_one("limit", limit)

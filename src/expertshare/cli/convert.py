@@ -1,9 +1,10 @@
-"""`expertshare convert`: a checkpoint into the layout whose experts can be read one at a time, and back."""
+"""`expertshare convert`: a checkpoint into the layout whose experts can be read one at a time, and back. `expertshare
+make-checkpoint`: a random model of a released one's shapes, for measuring memory and speed."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,13 +13,10 @@ from expertshare.cli.console import bytes_progress, megabytes, people, print_jso
 from expertshare.cli.options import OptionGroup, option
 from expertshare.convert import convert as convert_model
 from expertshare.convert import restore, verify
+from expertshare.convert.sizes import VANILLA_UNIQUE, default_unique, likeness
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.experts import parse_size
 
-EXAMPLE = (
-    "Example: expertshare convert path/to/model path/to/converted --quantise int4 --verify   "
-    "(and back: expertshare convert path/to/converted path/to/model --to huggingface)"
-)
 LAYOUTS = ("experts", "huggingface")
 SHARD_SIZE = "5GB"
 
@@ -40,7 +38,11 @@ def convert(
     check: bool = option("Read everything back and compare checksums.", False, "--verify"),
     as_json: flags.Json = False,
 ) -> None:
-    """Rewrite a checkpoint expert by expert, for --expert-memory. Run again, an interrupted conversion goes on."""
+    """Rewrite a checkpoint expert by expert, for --expert-memory. Run again, an interrupted conversion goes on.
+
+    Example: expertshare convert path/to/model path/to/converted --quantise int4 --verify   (and back: expertshare
+    convert path/to/converted path/to/model --to huggingface)
+    """
     if to not in LAYOUTS:
         raise ConfigError(f"unknown layout {to!r}. {nearest(to, LAYOUTS)}")
     if to == "huggingface" and stored != QuantisationOptions():
@@ -56,19 +58,51 @@ def convert(
         else:
             done = restore(source, out, max_shard_bytes=parse_size(shard_size or SHARD_SIZE), on_progress=on_progress)
         verified = verify(out, on_progress) if check else None
-    size = sum(path.stat().st_size for path in done.path.iterdir())
-    state = "is written" if done.fresh else "was there already, made from the same source in the same way"
     checked = "" if verified is None else f" All {megabytes(verified)} MB were read back and are right."
-    people(as_json=as_json).print(f"{done.path} {state}: {megabytes(size)} MB.{checked}", soft_wrap=True)
+    state = "is written" if done.fresh else "was there already, made from the same source in the same way"
+    more = {"fresh": done.fresh, "verified_bytes": verified}
+    _tell(done.path, to, stored, state, checked, as_json, **more)
+
+
+def _tell(
+    path: Path, layout: str, stored: QuantisationOptions, state: str, told: str, as_json: bool, **more: Any
+) -> None:
+    """Say in which state a checkpoint is. told, more: what else there is to say of it to people, and in JSON."""
+    size = sum(file.stat().st_size for file in path.iterdir())
+    people(as_json=as_json).print(f"{path} {state}: {megabytes(size)} MB.{told}", soft_wrap=True)
     if as_json:
-        print_json(
-            {
-                "path": str(done.path),
-                "layout": to,
-                "quantise": stored.quantise,
-                "quantise_embeddings": stored.quantise_embeddings,
-                "bytes": size,
-                "fresh": done.fresh,
-                "verified_bytes": verified,
-            }
-        )
+        quantised = {"quantise": stored.quantise, "quantise_embeddings": stored.quantise_embeddings}
+        print_json({"path": str(path), "layout": layout, **quantised, "bytes": size, **more})
+
+
+def make_checkpoint(
+    *,
+    like: str = option(f"Whose shapes: {', '.join(VANILLA_UNIQUE)}."),
+    out: Path = option("Directory to make. Until it is complete it is called OUT.partial."),
+    stored: QuantisationOptions,
+    layers: int | None = option("Layers, leading dense ones included. Default: all.", None),
+    experts: int | None = option("Experts per layer instead of the model's number.", None),
+    unique: int | None = option("Experts that a block uses in a layer without sharing. Default: as published.", None),
+    seed: int = option("Seed of all weights.", 0),
+    layout: str = option("Layout to write: experts or huggingface.", "experts"),
+    as_json: flags.Json = False,
+) -> None:
+    """Write a random checkpoint for benchmarks: real shapes, routers that agree as trained ones do, no knowledge.
+
+    Example: expertshare make-checkpoint --like llada2.0-mini --layers 4 --quantise int4 --out checkpoints/mini
+    """
+    from expertshare.lab.random_checkpoint.make_checkpoint import make_checkpoint as make  # of the laboratory
+
+    config = likeness(like, layers=layers, experts=experts)
+    wanted = default_unique(like, config) if unique is None else unique
+    with bytes_progress() as on_progress:
+        made = make(config, out, unique=wanted, layout=layout, seed=seed, on_progress=on_progress, **stored.arguments())
+    told = (
+        f"\nUnique experts per block and layer on the calibration blocks: {made.unique:.1f}, asked for {wanted} "
+        f"(lowest layer {min(made.unique_by_layer):.1f}, highest {max(made.unique_by_layer):.1f}).\n"
+        f"Try: expertshare generate {made.path} --prompt 'Hello' --gen-length {config.block_length}"
+    )
+    found = {"unique_experts": made.unique, "unique_experts_by_layer": list(made.unique_by_layer)}
+    state = "is written" if made.fresh else "was there already, made in the same way"
+    more = {"fresh": made.fresh, "like": like, "unique_requested": wanted, **found, "seed": seed}
+    _tell(made.path, layout, stored, state, told, as_json, **more)

@@ -19,12 +19,6 @@ from expertshare.training.distill import distill as run_distillation
 from expertshare.training.processes import connect, disconnect
 from expertshare.training.trainer import StepResult
 
-EXAMPLE = (
-    "Example: expertshare distill models/reference --tasks arith,math,code,code_pro,choice --count 2000 "
-    "--policy block-top-p:top_p_experts=0.6 --out runs/distilled   (over two processes: torchrun --nproc-per-node 2 "
-    "-m expertshare distill ..., and every command again with --resume to go on)"
-)
-
 
 class DistillOptions(OptionGroup):
     """How to train; `arguments` are fields of DistillConfig."""
@@ -80,6 +74,10 @@ def distill(
 
     With --elastic every block draws its number of experts instead, so that the model serves any policy and budget.
     Answers that do not end within --gen-length are left out. Finished models are used with the same --policy.
+
+    Example: expertshare distill models/reference --tasks arith,math,code,code_pro,choice --count 2000 --policy
+    block-top-p:top_p_experts=0.6 --out runs/distilled   (over two processes: torchrun --nproc-per-node 2 -m expertshare
+    distill ..., and every command again with --resume to go on)
     """
     if threads is not None:
         flags.set_threads(threads)

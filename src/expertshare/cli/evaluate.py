@@ -15,10 +15,6 @@ from expertshare.cli.console import Bars, figure, people, percent, percent_withi
 from expertshare.cli.options import option, split_names
 from expertshare.evaluation.presets import PRESETS
 
-EXAMPLE = (
-    "Example: expertshare eval models/reference --tasks arith,code --policies vanilla,des-vote:budget=28 "
-    "--limit 100 --allow-code --out runs/vote"
-)
 LABEL_WIDTH = 18
 Row = Mapping[str, Any]
 
@@ -49,6 +45,9 @@ def evaluate(
     """Ask every item of the tasks under every policy; say what is right, what that costs, and how sure it is.
 
     RUN_DIR gets run.json, items.jsonl (a line per answer) and report.json. --seed is of items, examples and sampling.
+
+    Example: expertshare eval models/reference --tasks arith,code --policies vanilla,des-vote:budget=28 --limit 100
+    --allow-code --out runs/vote
     """
     with Bars() as bars:
         evaluation = api.evaluate(

@@ -25,11 +25,6 @@ from expertshare.measure.memory import MemoryWatch
 from expertshare.models import LoadedModel, decode_answer
 from expertshare.routing import policy_label
 
-EXAMPLE = (
-    "Example: expertshare generate path/to/model --prompt 'What is 7 plus 8?' --policy des-vote --budget 16   "
-    "(a prompt from stdin: expertshare generate path/to/model - < prompt.txt)"
-)
-
 
 class GenerationOptions(flags.Answering, flags.Device):
     """Options of `generate`: what is decoded, and how it is computed."""
@@ -57,7 +52,11 @@ def generate(
     knobs: flags.Knobs,
     storage: flags.Storage,
 ) -> None:
-    """Answer a prompt, a file of prompts, or stdin with a diffusion model, block by block."""
+    """Answer a prompt, a file of prompts, or stdin with a diffusion model, block by block.
+
+    Example: expertshare generate path/to/model --prompt 'What is 7 plus 8?' --policy des-vote --budget 16   (a prompt
+    from stdin: expertshare generate path/to/model - < prompt.txt)
+    """
     check_outputs(report, record_routing)
     flags.set_threads(threads)
     texts = _read_texts(source, prompt, prompts)

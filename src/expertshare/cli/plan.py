@@ -1,16 +1,19 @@
-"""`expertshare plan`: what fits into memory, before anything is loaded."""
+"""`expertshare plan`: what fits into memory, before anything is loaded. `expertshare info`: what a user wants to know
+of a model before choosing a policy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
+from expertshare import api
 from expertshare.cli import flags
-from expertshare.cli.console import people, print_json, table
+from expertshare.cli.console import megabytes, people, print_json, table
 from expertshare.cli.options import option
 from expertshare.convert.plan import Figure, Plan, Workload, make_plan
 from expertshare.convert.rates import measure_rates
@@ -19,13 +22,8 @@ from expertshare.errors import InputError
 from expertshare.experts import format_size, parse_size
 from expertshare.experts.recording import read_record
 from expertshare.measure.memory import usable_memory_bytes
+from expertshare.models import ModelFacts
 from expertshare.routing import native_policy, parse_policy
-
-EXAMPLE = (
-    "Example: expertshare plan path/to/converted --memory 8GiB --policy des-vote:budget=16 --trace routing.jsonl   "
-    "(the trace: expertshare generate path/to/converted --prompt Hello --record-routing routing.jsonl)"
-)
-
 
 SizedModel = Annotated[
     str | None, typer.Argument(help="Directory of a model in Hugging Face or expert layout, or a hub id.")
@@ -55,7 +53,11 @@ def plan(
     tokens_per_step: float = option("Tokens that a denoising step commits.", 1.0),
     as_json: flags.Json = False,
 ) -> None:
-    """Say what fits: dense bytes, bytes per expert, smallest budget, recommended store, expected speed."""
+    """Say what fits: dense bytes, bytes per expert, smallest budget, recommended store, expected speed.
+
+    Example: expertshare plan path/to/converted --memory 8GiB --policy des-vote:budget=16 --trace routing.jsonl   (the
+    trace: expertshare generate path/to/converted --prompt Hello --record-routing routing.jsonl)
+    """
     sizes = sizes_from(model, like, layers)
     workload = Workload(
         prompt_length=prompt_length, gen_length=gen_length, batch_size=batch_size, tokens_per_step=tokens_per_step
@@ -93,3 +95,37 @@ def _shown(figure: Figure) -> str:
         return f"{100 * figure.value:.1f} %"
     speeds = {"bytes/s": f"{figure.value / 1e9:.2f} GB/s", "MAC/s": f"{figure.value / 1e9:.0f} GMAC/s"}
     return speeds.get(figure.unit, f"{figure.value:.4g} {figure.unit}")
+
+
+def info(model: flags.Model, as_json: bool = option("One JSON line instead of a table.", False, "--json")) -> None:
+    """Show architecture, router rule, bytes per expert and the smallest coreset of a model.
+
+    Example: expertshare info path/to/model --json
+    """
+    facts = api.info(model)
+    if as_json:
+        print_json({"model": model, **asdict(facts)})
+    else:
+        people(as_json=False).print(_facts_table(facts))
+
+
+def _facts_table(facts: ModelFacts) -> Table:
+    capacity = "none" if facts.expert_capacity is None else f"{facts.expert_capacity} experts"
+    coresets = f"{facts.min_coreset_inside} experts, {facts.min_coreset_ignore} where the group limit is ignored"
+    lines = {
+        "family": facts.family,
+        "architecture": facts.architecture,
+        "router rule": facts.router_rule,
+        "parameters": f"{facts.num_parameters:,} in {facts.dtype}, {megabytes(facts.total_bytes)} MB",
+        "experts": f"{megabytes(facts.experts_bytes)} MB, {100 * facts.experts_share:.0f} % of the model",
+        "bytes per expert": f"{facts.bytes_per_expert:,}",
+        "minimum coreset": coresets,
+        "default budget": f"{facts.default_budget} experts",
+        "trained coreset": capacity,
+        "distilled for": facts.distilled_policy or "no policy",
+        "block length": f"{facts.block_length} tokens",
+        "longest sequence": f"{facts.max_positions} tokens",
+    }
+    made = table(None, {"": lambda line: line[0], "value": lambda line: line[1]}, lines.items(), words=2)
+    made.show_header, made.columns[0].style = False, "bold"
+    return made

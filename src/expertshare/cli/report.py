@@ -12,8 +12,6 @@ from expertshare.cli import flags
 from expertshare.cli.console import print_json
 from expertshare.cli.options import option
 
-EXAMPLE = "Example: expertshare report runs/first compare.json benchmarks/results/experts-mini-3.json --out report/"
-
 
 def report(
     runs: Annotated[
@@ -30,6 +28,8 @@ def report(
     """Draw stored results as one HTML page that loads nothing, and as PNG files. Nothing is measured.
 
     A file that is no known result is refused by name. Captions hold file and command of every figure.
+
+    Example: expertshare report runs/first compare.json benchmarks/results/experts-mini-3.json --out report/
     """
     written = api.report(runs, out, title=title, claims=claims)
     if as_json:

@@ -12,8 +12,6 @@ from expertshare.cli import flags
 from expertshare.cli.options import OptionGroup, option
 from expertshare.errors import ConfigError, InputError
 
-EXAMPLE = "Example: expertshare serve path/to/model --policy des-vote --budget 16 --port 8000"
-
 
 class ListenOptions(OptionGroup):
     """Where to listen, and how to end."""
@@ -87,6 +85,8 @@ def serve(
     """Serve a model over HTTP, as OpenAI's API does, batching requests continuously.
 
     Decoding flags are the defaults of requests.
+
+    Example: expertshare serve path/to/model --policy des-vote --budget 16 --port 8000
     """
     # not above: help works without the extra
     from expertshare.api.serving import opened_engine, opened_proxy

@@ -22,10 +22,6 @@ from expertshare.lab.simulate.capacity import GPU_COUNTS, Simulation
 from expertshare.lab.simulate.deployment import ASSUMPTIONS, CARDS, Card, Cluster, Demand, find_card
 from expertshare.lab.simulate.placement import PLACEMENTS, cut_into_blocks
 
-EXAMPLE = (
-    "Example: expertshare simulate --like llada2.0-flash --card h100 --rate 100 --steps-per-block 8 "
-    "--trace examples/routing/mini-3-layers-vanilla.jsonl --trace examples/routing/mini-3-layers-des-vote.jsonl"
-)
 Json = Mapping[str, Any]
 
 
@@ -127,7 +123,11 @@ def simulate(
     plot: Path | None = option("Draw the sweep to a .png, .svg or .pdf.", None),
     as_json: flags.Json = False,
 ) -> None:
-    """Say what a cluster can serve with and without sharing: traffic, balance, memory, tokens/s, GPUs for a rate."""
+    """Say what a cluster can serve with and without sharing: traffic, balance, memory, tokens/s, GPUs for a rate.
+
+    Example: expertshare simulate --like llada2.0-flash --card h100 --rate 100 --steps-per-block 8 --trace
+    examples/routing/mini-3-layers-vanilla.jsonl --trace examples/routing/mini-3-layers-des-vote.jsonl
+    """
     sizes = sizes_from(model, like)
     check_outputs(plot=plot)
     if not trace:

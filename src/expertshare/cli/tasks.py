@@ -12,7 +12,6 @@ from expertshare.cli.options import check_at_least_one, option
 from expertshare.evaluation.prompts import write_prompts
 from expertshare.lab.tasks.generation import TASKS, generate_items
 
-EXAMPLE = "Example: expertshare tasks prompts.jsonl --task arith --task code --count 100 --seed 1"
 KNOWN = ", ".join(TASKS)
 
 
@@ -23,7 +22,10 @@ def tasks(
     seed: int = option("Seed of the draw.", 0),
     split: str = option("test (never trained on) or train.", "test"),
 ) -> None:
-    """Write prompts of the generated tasks as JSONL, for `expertshare compare` and `generate`."""
+    """Write prompts of the generated tasks as JSONL, for `expertshare compare` and `generate`.
+
+    Example: expertshare tasks prompts.jsonl --task arith --task code --count 100 --seed 1
+    """
     check_at_least_one("count", count)
     check_outputs(out)
     names = list(dict.fromkeys(task or TASKS))

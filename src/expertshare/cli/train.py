@@ -17,8 +17,6 @@ from expertshare.training.config import TrainingConfig
 from expertshare.training.scratch import prepare, run, run_folder
 from expertshare.training.trainer import StepResult
 
-EXAMPLE = "Example: expertshare train runs/small --steps 2000 --seed 1   (and the same with --resume to go on)"
-
 
 class TrainingOptions(OptionGroup):
     """How to train; `arguments` are fields of TrainingConfig."""
@@ -58,6 +56,8 @@ def train(
     """Train a small model (8 experts per token) on the generated tasks, from recorded seeds.
 
     With --elastic every block draws its number of experts, so that the model serves any policy and any budget.
+
+    Example: expertshare train runs/small --steps 2000 --seed 1   (and the same with --resume to go on)
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"expected a folder, or the name of one to be made, got the file {folder}: choose another")

@@ -18,10 +18,6 @@ from expertshare.evaluation.prompts import PromptRecord, read_prompts
 from expertshare.tuning.options import TuningOptions
 from expertshare.tuning.search import check_optuna
 
-EXAMPLE = (
-    "Example: expertshare tune path/to/model --prompts prompts.jsonl --retain 0.99 --out policy.json, "
-    "then: expertshare generate path/to/model --prompt 'What is 7 plus 8?' --policy-file policy.json"
-)
 NOT_CERTIFIED = 1
 
 
@@ -61,6 +57,9 @@ def tune(
 
     Needs the extra expertshare[tune]. It never claims more than the prompts support: where they are too few it says how
     many would do. --seed also decides which prompts the search sees, and the search itself.
+
+    Example: expertshare tune path/to/model --prompts prompts.jsonl --retain 0.99 --out policy.json, then: expertshare
+    generate path/to/model --prompt 'What is 7 plus 8?' --policy-file policy.json
     """
     check_optuna()
     check_outputs(out, plot=plot)
