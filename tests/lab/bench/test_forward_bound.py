@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from expertshare.lab.bench.bound import forward_bound_ms, forward_work
-from expertshare.lab.bench.cases import find_case
+from expertshare.lab.bench.cases import find_case, forward_bound_ms, forward_work
 from expertshare.lab.bench.forward import ForwardSettings, bench_forward
 from expertshare.lab.bench.machine import Peaks, Yardstick
 from expertshare.routing import parse_policy

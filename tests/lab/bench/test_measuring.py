@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from expertshare.convert.rates import ASSUMED_CACHE_BYTES, last_level_cache_bytes
-from expertshare.lab.bench.bound import expert_work, fit_latency
+from expertshare.lab.bench.cases import expert_work, fit_latency
 from expertshare.lab.bench.machine import (
     Machine,
     Peaks,

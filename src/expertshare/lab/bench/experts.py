@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from expertshare.convert.rates import CACHE_FACTOR
-from expertshare.lab.bench.bound import Work, expert_work, fit_latency
-from expertshare.lab.bench.cases import Case
+from expertshare.lab.bench.cases import Case, Work, expert_work, fit_latency
 from expertshare.lab.bench.contenders import Contender, Run
 from expertshare.lab.bench.machine import Machine, Yardstick, dtype_name, yardstick_for
 from expertshare.lab.bench.stage import (
@@ -93,10 +93,23 @@ class _Layer:
         """A point for each contender that is right, and the reason for each other one."""
         settings, router = self.settings, self.case.config.router
         stage = stage_of(self.case, self.banks, settings, tokens, unique)
-        checker = _Checker(stage, self.entrants)
-        for backend, run in self.runs.items():
-            checker.judge(backend, run)
-        right = {backend: run for backend, run in self.runs.items() if backend not in checker.reasons}
+        expected = {
+            form: [expected_output(stage.x_TD, plan, banks[0]) for plan in stage.plans[:2]]
+            for form, banks in self.banks.items()
+        }
+        errors: dict[str, float] = {}
+        reasons: dict[str, str] = {}
+
+        def judge(runs: Mapping[str, Run]) -> dict[str, Run]:
+            for backend, run in runs.items():
+                form = self.entrants[backend].quantisation
+                worst, reason = _judge(run, stage, form, expected[form])
+                errors[backend] = max(worst, errors.get(backend, 0.0))
+                if reason is not None:
+                    reasons[backend] = reason
+            return {backend: run for backend, run in runs.items() if backend not in reasons}
+
+        right = judge(self.runs)
         seconds, captured = timed(
             self.yardstick.calls() | {backend: partial(stage.call, run) for backend, run in right.items()},
             settings.device,
@@ -105,8 +118,7 @@ class _Layer:
             warmup=settings.warmup,
             host_bound=[name for name, entrant in self.entrants.items() if entrant.host_bound],
         )
-        for backend, run in right.items():  # once more: some kernels remember the routing of earlier calls
-            checker.judge(backend, run)
+        right = judge(right)  # once more: some kernels remember the routing of earlier calls
         shared = {
             "case": self.name,
             "num_experts": router.num_experts,
@@ -117,7 +129,7 @@ class _Layer:
             "seed": settings.seed,
         }
         limits, best = self.yardstick.note(seconds), self.machine.peaks(settings.dtype)
-        spreads = {backend: spread(seconds[backend]) for backend in right if backend not in checker.reasons}
+        spreads = {backend: spread(seconds[backend]) for backend in right}
         points = []
         for backend, taken in spreads.items():
             entrant, ms = self.entrants[backend], taken["ms"]
@@ -132,7 +144,7 @@ class _Layer:
                     "quantisation": entrant.quantisation,
                     **limits.to_json(),
                     **self._kept(entrant),
-                    "error": checker.errors[backend],
+                    "error": errors[backend],
                     **({"captured": captured[backend]} if backend in captured else {}),
                     **taken,
                     "gb_per_s": work.num_bytes / ms / 1e6,
@@ -145,7 +157,7 @@ class _Layer:
                     "share_of_bound": bound_ms / ms,
                 }
             )
-        return points, [{**shared, "backend": name, "reason": reason} for name, reason in checker.reasons.items()]
+        return points, [{**shared, "backend": name, "reason": reason} for name, reason in reasons.items()]
 
     def _kept(self, entrant: Contender) -> Point:
         """Bytes of all layers that a contender walks through, and whether a cache could hold much of them."""
@@ -166,32 +178,16 @@ class _Layer:
         )
 
 
-class _Checker:
-    """Holds what is right for two different plans; a contender must meet one, the other, and the first again.
-
-    errors: the worst of each contender. reasons: why some are wrong or fail."""
-
-    def __init__(self, stage: Stage, entrants: Mapping[str, Contender]) -> None:
-        self._stage, self._entrants = stage, entrants
-        self.errors: dict[str, float] = {}
-        self.reasons: dict[str, str] = {}
-        self._expected = {
-            form: [expected_output(stage.x_TD, plan, banks[0]) for plan in stage.plans[:2]]
-            for form, banks in stage.banks.items()
-        }
-
-    def judge(self, backend: str, run: Run) -> None:
-        """Note the worst error, and the reason where the contender is wrong or fails."""
-        form, x_TD, plans = self._entrants[backend].quantisation, self._stage.x_TD, self._stage.plans
-        tolerance = TOLERANCES[x_TD.dtype] if form is None else QUANTISED_TOLERANCE
-        try:
-            worst = max(relative_error(run(0, x_TD, plans[index]), self._expected[form][index]) for index in (0, 1, 0))
-        except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-            self.reasons[backend] = f"failed: {first_line(error)}"
-            return
-        self.errors[backend] = max(worst, self.errors.get(backend, 0.0))
-        if worst > tolerance:
-            self.reasons[backend] = f"wrong: relative error {worst:.2g}, allowed {tolerance:g}; not timed"
+def _judge(run: Run, stage: Stage, form: str | None, expected: Sequence[Tensor]) -> tuple[float, str | None]:
+    """The worst error over two different plans, one, the other, and the first again, which a contender must meet; the
+    reason where it is wrong or fails. expected: what is right for both."""
+    tolerance = TOLERANCES[stage.x_TD.dtype] if form is None else QUANTISED_TOLERANCE
+    try:
+        worst = max(relative_error(run(0, stage.x_TD, stage.plans[n]), expected[n]) for n in (0, 1, 0))
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        return 0.0, f"failed: {first_line(error)}"
+    wrong = worst > tolerance
+    return worst, f"wrong: relative error {worst:.2g}, allowed {tolerance:g}; not timed" if wrong else None
 
 
 def _fits(

@@ -16,8 +16,7 @@ from expertshare.config import ModelConfig
 from expertshare.decoding.cache import CacheView, KeyValueCache
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.kernels import BACKENDS, Backend, TorchBackend, choose_backend
-from expertshare.lab.bench.bound import forward_bound_ms, forward_work
-from expertshare.lab.bench.cases import Case
+from expertshare.lab.bench.cases import Case, forward_bound_ms, forward_work
 from expertshare.lab.bench.machine import CPU, Yardstick, check_memory, dtype_name
 from expertshare.lab.bench.peer_models import IMPLEMENTATIONS, build_peer, peer_cache, peer_logits
 from expertshare.lab.bench.timing import spread, timed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +65,10 @@ def _plot_experts(results: Mapping[str, Any], path: str | Path) -> None:
 
 def _draw_latency(axes: Axes, points: Sequence[Point], looks: Mapping[str, Look]) -> None:
     for backend, (colour, marker) in looks.items():
-        mine = sorted((point for point in points if point["backend"] == backend), key=lambda point: point["unique"])
-        if not mine:
-            continue
-        x, y = [point["unique"] for point in mine], [point["ms"] for point in mine]
-        look: dict[str, Any] = {"marker": marker, "markersize": 4, "linewidth": 1.2, "color": colour}
-        with_range(axes, x, y, [point["ms_quartiles"] for point in mine], capsize=2, label=backend, **look)
+        mine = [point for point in points if point["backend"] == backend]
+        if mine:
+            look: dict[str, Any] = {"marker": marker, "markersize": 4, "color": colour, "label": backend}
+            _line(axes, mine, ("unique", "ms", "ms_quartiles"), **look)
     forms = sorted({point.get("quantisation") or "" for point in points})
     for index, form in enumerate(forms):
         mine = [point for point in points if (point.get("quantisation") or "") == form]
@@ -78,12 +77,19 @@ def _draw_latency(axes: Axes, points: Sequence[Point], looks: Mapping[str, Look]
         axes.plot([x for x, _ in bound], [y for _, y in bound], style, color=INK, linewidth=1.2, label=label)
 
 
+def _line(axes: Axes, points: Sequence[Point], keys: tuple[str, str, str], **look: Any) -> None:
+    """Points joined from left to right; keys: of what stands on both axes, and of its range."""
+    x, y, ranges = zip(
+        *([point[key] for key in keys] for point in sorted(points, key=itemgetter(keys[0]))), strict=True
+    )
+    with_range(axes, x, y, ranges, capsize=2, linewidth=1.2, **look)
+
+
 def _draw_roofline(
     axes: Axes, points: Sequence[Point], looks: Mapping[str, Look], bandwidth: float, peak: float
 ) -> None:
-    intensity = [point["macs"] / point["bytes"] for point in points]
-    edges = [min(intensity) / 2, max(*intensity, peak / bandwidth) * 2]
-    corner = peak / bandwidth
+    intensity, corner = [point["macs"] / point["bytes"] for point in points], peak / bandwidth
+    edges = [min(intensity) / 2, max(*intensity, corner) * 2]
     axes.plot([edges[0], corner, edges[1]], [edges[0] * bandwidth, peak, peak], "--", color=INK, linewidth=1.2)
     for backend, (colour, marker) in looks.items():
         mine = [point for point in points if point["backend"] == backend]
@@ -123,11 +129,8 @@ def _plot_generations(points: Sequence[Point], path: str | Path) -> None:
     lines = list(dict.fromkeys((point["backend"], point["policy"]) for point in points))
     for index, (backend, policy) in enumerate(lines):
         mine = [point for point in points if (point["backend"], point["policy"]) == (backend, policy)]
-        mine.sort(key=lambda point: point["batch_size"])
-        x, y = [point["batch_size"] for point in mine], [point["tokens_per_s"] for point in mine]
-        ranges = [point["tokens_per_s_range"] for point in mine]
-        look: dict[str, Any] = {"marker": "o", "linewidth": 1.2, "color": COLOURS[index % len(COLOURS)]}
-        with_range(axes, x, y, ranges, capsize=2, label=f"{backend}, {policy}", **look)
+        look = {"marker": "o", "color": COLOURS[index % len(COLOURS)], "label": f"{backend}, {policy}"}
+        _line(axes, mine, ("batch_size", "tokens_per_s", "tokens_per_s_range"), **look)
     frame(axes, title=f"{points[0]['model']}: whole answers", x="batch size", y="tokens/s (bars: range)")
     axes.set_xticks(sorted({point["batch_size"] for point in points}))
     axes.set_ylim(bottom=0)
@@ -146,27 +149,22 @@ def plot_scaling(simulated: Mapping[str, Any], path: str | Path) -> None:
 
     simulated: what `expertshare simulate --json` prints.
     """
-    figure, (left, right) = new_figure(path, 11, 4.4, 2)
-    _draw_sweep(left, simulated)
-    _draw_step_parts(right, simulated)
-    save(figure, path)
-
-
-def _draw_sweep(axes: Axes, simulated: Mapping[str, Any]) -> None:
+    figure, (sweep, parts) = new_figure(path, 11, 4.4, 2)
     for trace, colour, marker in zip(simulated["traces"], COLOURS, "osD^vPX", strict=False):
         points = [point for point in trace["sweep"] if point["tokens_per_s"] > 0]
         x, y = [point["gpus"] for point in points], [point["tokens_per_s"] for point in points]
-        axes.plot(x, y, marker=marker, markersize=4, color=colour, label=trace["label"])
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+        sweep.plot(x, y, marker=marker, markersize=4, color=colour, label=trace["label"])
+    sweep.set_xscale("log")
+    sweep.set_yscale("log")
     card = simulated["cluster"]["card"]["name"]
-    frame(axes, title=f"{simulated['model']} on {card}", x="GPUs", y="tokens per second")
-    axes.legend(**SMALL)
+    frame(sweep, title=f"{simulated['model']} on {card}", x="GPUs", y="tokens per second")
+    sweep.legend(**SMALL)
+    _draw_step_parts(parts, simulated["traces"])
+    save(figure, path)
 
 
-def _draw_step_parts(axes: Axes, simulated: Mapping[str, Any]) -> None:
+def _draw_step_parts(axes: Axes, traces: Sequence[Mapping[str, Any]]) -> None:
     """Bars side by side: one for each trace at each degree."""
-    traces = simulated["traces"]
     degrees = [each["replica"]["num_gpus"] for each in traces[0]["degrees"]]
     width = 0.8 / len(traces)
     for turn, trace in enumerate(traces):
