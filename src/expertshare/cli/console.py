@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -93,34 +93,21 @@ def check_outputs(*paths: Path | None, plot: Path | None = None) -> None:
             check_writable(path)
 
 
-class Bars(AbstractContextManager["Bars"]):
+class Bars(Progress):
     """A progress bar for each stage, e.g. a policy, on stderr, on a terminal only."""
 
     def __init__(self, *columns: ProgressColumn, shown: bool = True) -> None:
         console = Console(stderr=True)
-        columns = columns or (progress.MofNCompleteColumn(),)
-        self._progress = Progress(
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            *columns,
-            progress.TimeRemainingColumn(),
-            console=console,
-            disable=not (shown and console.is_terminal),
-        )
+        first, last = (progress.TextColumn("{task.description}"), progress.BarColumn()), progress.TimeRemainingColumn()
+        columns = (*first, *(columns or (progress.MofNCompleteColumn(),)), last)
+        super().__init__(*columns, console=console, disable=not (shown and console.is_terminal))
         self._bars: dict[str, TaskID] = {}
-
-    def __enter__(self) -> Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
 
     def hear(self, label: str, done: int, total: int, **shown: Any) -> None:
         """So much of a stage is done. shown: fields of this bar's further columns."""
         if label not in self._bars:
-            self._bars[label] = self._progress.add_task(label, total=total, **shown)
-        self._progress.update(self._bars[label], completed=done, **shown)
+            self._bars[label] = self.add_task(label, total=total, **shown)
+        self.update(self._bars[label], completed=done, **shown)
 
 
 def told_bars(*, shown: bool = True) -> Bars:
@@ -134,11 +121,8 @@ def bytes_progress() -> Iterator[Callable[[str, int, int], None]]:
     """For gigabytes to be written: what to call with the file, bytes done and bytes in all."""
     console = Console(stderr=True)
     columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
+        *(progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn()),
+        *(progress.TransferSpeedColumn(), progress.TimeRemainingColumn()),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as shown:
         bar = shown.add_task("", total=None)

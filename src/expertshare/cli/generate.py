@@ -164,9 +164,8 @@ def _table(result: api.Generated) -> Table:
         "unique experts per block and layer": lambda kind: f"{cost.unique_experts[kind]:.1f}",
         "expert weights read, MB": lambda kind: megabytes(cost.expert_bytes[kind]),
     }
-    lines = [(name, *(cell(kind) for kind in FORWARD_KINDS)) for name, cell in rows.items()]
-    columns = {heading: itemgetter(position) for position, heading in enumerate(("", *FORWARD_KINDS))}
-    return table(policy_label(result.run.policy), columns, lines)
+    lines = [{"": name, **{kind: cell(kind) for kind in FORWARD_KINDS}} for name, cell in rows.items()]
+    return table(policy_label(result.run.policy), {heading: itemgetter(heading) for heading in lines[0]}, lines)
 
 
 def _summary(result: api.Generated) -> str:
