@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -12,9 +13,8 @@ from expertshare.evaluation.statistics import PairedCounts
 from expertshare.routing import Layerwise, make_policy
 from expertshare.tuning.certificate import chance_to_pass
 from expertshare.tuning.options import TuningOptions, resolve_quality, split_prompts
-from expertshare.tuning.replay import LayerOption, Replayed, Sensitivity
+from expertshare.tuning.replay import LayerOption, Point, Sensitivity
 from expertshare.tuning.search import (
-    Point,
     around,
     best_chain,
     dials,
@@ -33,8 +33,8 @@ def option(budget: int, divergence: float) -> LayerOption:
 
 
 def point(experts: float, divergence: float) -> Point:
-    seen = Replayed(divergence=divergence, flips=0.0, unique_experts=experts, by_layer=(experts,))
-    return Point(policy=make_policy("des-vote", {"budget": int(experts)}), replayed=seen)
+    policy = make_policy("des-vote", {"budget": int(experts)})
+    return Point(policy=policy, unique_experts=experts, divergence=divergence, flips=0.0, by_layer=(experts,))
 
 
 def budgets(policy: object) -> list[object]:
@@ -65,19 +65,19 @@ def test_prices_reach_from_no_change_to_the_last_one() -> None:
 
 def test_the_front_holds_what_nothing_beats() -> None:
     points = [point(30, 0.1), point(20, 0.2), point(25, 0.3), point(20, 0.4), point(10, 0.5), point(35, 0.1)]
-    assert [p.replayed.unique_experts for p in pareto_front(points)] == [30, 20, 10]
+    assert [p.unique_experts for p in pareto_front(points)] == [30, 20, 10]
 
 
 def test_neighbours_on_the_front_are_worth_a_test_each() -> None:
     kept = thin_front([point(100, 0.0), point(99, 0.1), point(97, 0.2), point(90, 0.3)])
-    assert [p.replayed.unique_experts for p in kept] == [100, 97, 90]
+    assert [p.unique_experts for p in kept] == [100, 97, 90]
 
 
 CHANCES = {50: 0.99, 45: 0.9, 40: 0.6, 35: 0.3, 30: 0.01}
 
 
 def chance_of(p: Point) -> float:
-    return CHANCES[int(p.replayed.unique_experts)]
+    return CHANCES[int(p.unique_experts)]
 
 
 def test_the_edge_is_the_cheapest_point_that_is_likely_to_pass() -> None:
@@ -97,9 +97,8 @@ def test_the_chain_leaves_out_what_is_hopeless_and_what_a_cheaper_one_beats() ->
 
 
 def test_each_policy_of_the_front_has_a_front_of_its_own() -> None:
-    seen = Replayed(divergence=0.2, flips=0.0, unique_experts=20.0, by_layer=(20.0,))
-    other = Point(policy=make_policy("des-seq"), replayed=seen)
-    mixed = Point(policy=Layerwise(layers=(other.policy, make_policy("vanilla"))), replayed=seen)
+    other = replace(point(20.0, 0.2), policy=make_policy("des-seq"))
+    mixed = replace(other, policy=Layerwise(layers=(other.policy, make_policy("vanilla"))))
     points = [point(30, 0.1), point(25, 0.3), other]
     assert fronts_by_policy(points, [points[0]]) == [points[:2]]
     assert fronts_by_policy(points, [mixed]) == [[other]]

@@ -30,8 +30,7 @@ from expertshare.evaluation.evaluating import (
     harness_version,
     make_sources,
 )
-from expertshare.evaluation.items import SourceOptions
-from expertshare.evaluation.presets import find_preset
+from expertshare.evaluation.items import SourceOptions, find_preset
 from expertshare.evaluation.prompts import PromptRecord
 from expertshare.evaluation.runner import ProgressListener, Setup
 from expertshare.experts import StoreOptions

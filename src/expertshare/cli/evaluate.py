@@ -13,7 +13,7 @@ from expertshare import api
 from expertshare.cli import flags
 from expertshare.cli.console import Bars, figure, people, percent, percent_within, print_json, table
 from expertshare.cli.options import option, split_names
-from expertshare.evaluation.presets import PRESETS
+from expertshare.evaluation.items import PRESETS
 
 LABEL_WIDTH = 18
 Row = Mapping[str, Any]

@@ -182,8 +182,8 @@ class PolicyRunner:
 
         def count(block: BlockResult) -> None:
             nonlocal done
-            done += block.finish_reason is not None
             if self._on_progress is not None and block.finish_reason is not None:
+                done += 1
                 self._on_progress(label, done, len(self.prompts))
 
         return answer_prompts(self.loaded, self.prompts, policy, self.options, setup=self.setup, on_block=count)

@@ -19,7 +19,7 @@ from expertshare.evaluation.harness.benchmarks import BENCHMARKS
 from expertshare.evaluation.harness.source import HarnessSource
 from expertshare.evaluation.items import EvalItem, GeneratedSource, SourceOptions, TaskSource
 from expertshare.evaluation.prompts import PromptRecord
-from expertshare.evaluation.run_directory import ITEMS, REPORT, RunDirectory, check_known, model_sha256
+from expertshare.evaluation.run_directory import ITEMS, REPORT, check_known, model_sha256, open_run
 from expertshare.evaluation.runner import VANILLA, ProgressListener, Setup
 from expertshare.evaluation.scoring import ANSWER_RULES
 from expertshare.evaluation.summary import summarise
@@ -116,9 +116,8 @@ def evaluate_sources(
     plan = [(source, Job(item=item, policy=number)) for source, item in questions for number in range(len(bound))]
     keys = [(job.item.task, job.item.id, labels[job.policy]) for _, job in plan]
     counts = Counter(task for task, _, _ in keys)
-    run = _describe(loaded, questions, bound, settings)
-    with RunDirectory(out) as directory:
-        opened = directory.open(run)
+    run = _describe(loaded, [item for _, item in questions], bound, settings)
+    with open_run(out, run) as opened:
         done = check_known(opened.lines, keys, out)
         if on_notice is not None and opened.dropped_bytes:
             on_notice(
@@ -132,10 +131,10 @@ def evaluate_sources(
                 on_progress(task, told[task], counts[task])
         remaining = [entry for entry, key in zip(plan, keys, strict=True) if key not in done]
         lines = list(opened.lines)
-        answers = _answers(solver, [job for _, job in remaining], settings)
+        answers = _answers(solver, [job for _, job in remaining], settings, run["identity"]["model_sha256"])
         for (source, job), solved in zip(remaining, answers, strict=True):
             line = _line(source, job, solved, labels[job.policy])
-            directory.append(line)
+            opened.append(line)
             lines.append(line)
             told[job.item.task] += 1
             if on_progress is not None:
@@ -156,10 +155,9 @@ def bind_policies(policies: Sequence[RoutingPolicy], loaded: LoadedModel) -> tup
     return tuple(dict.fromkeys(policy.bind(loaded.config.router) for policy in (VANILLA, *policies)))
 
 
-def _answers(solver: Solver, jobs: Sequence[Job], settings: EvaluationSettings) -> Iterator[Solved]:
+def _answers(solver: Solver, jobs: Sequence[Job], settings: EvaluationSettings, sha256: str) -> Iterator[Solved]:
     processes = min(settings.processes, len(jobs))
     if settings.ray is not None and jobs:
-        sha256 = model_sha256(solver.setup.model)
         return solve_on_ray(solver.setup, jobs, processes, sha256=sha256, address=settings.ray or None)
     if processes <= 1:
         return solve_here(solver, jobs)
@@ -182,23 +180,18 @@ def _line(source: TaskSource, job: Job, solved: Solved, label: str) -> dict[str,
 
 
 def _describe(
-    loaded: LoadedModel,
-    questions: Sequence[tuple[TaskSource, EvalItem]],
-    policies: Sequence[RoutingPolicy],
-    settings: EvaluationSettings,
+    loaded: LoadedModel, items: Sequence[EvalItem], policies: Sequence[RoutingPolicy], settings: EvaluationSettings
 ) -> dict[str, Any]:
-    asked = hashlib.sha256("\n".join(f"{i.task} {i.id} {i.content} {i.gen_length}" for _, i in questions).encode())
-    counts = dict(Counter(item.task for _, item in questions))
-    decoding = asdict(settings.options)
+    asked = "\n".join(f"{item.task} {item.id} {item.content} {item.gen_length}" for item in items)
     resolved = settings.setup.to_json(loaded, settings.options)
     return {
         "schema_version": SCHEMA_VERSION,
         "identity": {
             "model_sha256": model_sha256(loaded.path),
-            "items": counts,
-            "items_sha256": asked.hexdigest(),
+            "items": dict(Counter(item.task for item in items)),
+            "items_sha256": hashlib.sha256(asked.encode()).hexdigest(),
             "policies": [policy_label(policy) for policy in policies],
-            "decoding": decoding,
+            "decoding": asdict(settings.options),
             "backend": resolved["backend"],
             "chat": resolved["chat"],
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
@@ -227,7 +220,7 @@ def check_task_names(names: Sequence[str]) -> tuple[str, ...]:
 def harness_version(names: Sequence[str]) -> str | None:
     """Version of lm-evaluation-harness where one of these tasks is asked through it; else nothing depends on it."""
     with suppress(PackageNotFoundError):
-        return version("lm_eval") if any(name in BENCHMARKS for name in names) else None
+        return None if BENCHMARKS.keys().isdisjoint(names) else version("lm_eval")
     return None
 
 

@@ -1,17 +1,19 @@
-"""What an evaluation asks, and how an answer is judged: the values between task sources and the runner."""
+"""What an evaluation asks, how an answer is judged, and under which settings papers did (PRESETS): the values between
+task sources and the runner."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from expertshare.errors import InputError
+from expertshare.errors import InputError, nearest
 from expertshare.evaluation.prompts import PromptRecord
-from expertshare.evaluation.sandbox import run_programs
+from expertshare.evaluation.sandbox import Verdict, run_programs
 from expertshare.evaluation.scoring import find_rule, program, score
 
 DEFAULT_COUNT = 100
@@ -75,9 +77,15 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def failure(reason: str) -> str:
-    """The kind of a program's failure. Messages stay out: they may hold addresses, which no second run repeats."""
-    return reason.partition(":")[0]
+def judge_code(run: Callable[[], Verdict], *, allowed: bool) -> Judgement:
+    """What running an answer's code says, if that is allowed.
+
+    Of a failure the kind alone is kept: messages may hold addresses, which no second run repeats.
+    """
+    if not allowed:
+        return Judgement(correct=None, reason=CODE_NOT_ALLOWED)
+    verdict = run()
+    return Judgement(correct=verdict.passed, reason=None if verdict.passed else verdict.reason.partition(":")[0])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,12 +105,10 @@ class SourceOptions:
     allow_code: bool = False
 
     def __post_init__(self) -> None:
-        if self.limit is not None and (isinstance(self.limit, bool) or self.limit < 1):
-            raise InputError(f"limit must be at least 1, got {self.limit!r}")
-        if self.shots is not None and (isinstance(self.shots, bool) or self.shots < 0):
-            raise InputError(f"shots must be at least 0, got {self.shots!r}")
-        if self.gen_length is not None and self.gen_length < 1:
-            raise InputError(f"gen_length must be at least 1, got {self.gen_length!r}")
+        for name, least in (("limit", 1), ("shots", 0), ("gen_length", 1)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or value < least):
+                raise InputError(f"{name} must be at least {least}, got {value!r}")
         if self.data is not None and not self.data.is_dir():
             raise InputError(f"expected a folder of benchmark files, got {self.data}: check the path")
 
@@ -115,13 +121,13 @@ class GeneratedSource:
     task: str
     options: SourceOptions
     draw: Callable[..., Sequence[PromptRecord]]
-    _drawn: list[PromptRecord] = field(default_factory=list)
+
+    @cached_property
+    def _drawn(self) -> Sequence[PromptRecord]:
+        return self.draw(self.task, count=self.options.limit or DEFAULT_COUNT, seed=self.options.seed)
 
     def items(self) -> Sequence[EvalItem]:
         """As many as the limit says; fewer items of the same seed are the first of more."""
-        if not self._drawn:
-            count = self.options.limit or DEFAULT_COUNT
-            self._drawn.extend(self.draw(self.task, count=count, seed=self.options.seed))
         return [
             EvalItem(
                 task=self.task,
@@ -139,7 +145,68 @@ class GeneratedSource:
         record = self._drawn[int(item.id)]
         if find_rule(self.task) != "program":
             return Judgement(correct=score(record, answer))
-        if not self.options.allow_code:
-            return Judgement(correct=None, reason=CODE_NOT_ALLOWED)
-        [verdict] = run_programs([program(record, answer)])
-        return Judgement(correct=verdict.passed, reason=None if verdict.passed else failure(verdict.reason))
+        return judge_code(lambda: run_programs([program(record, answer)])[0], allowed=self.options.allow_code)
+
+
+DecodingValue = int | float | str | bool | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preset:
+    """decoding: fields of DecodingOptions. shots: examples before a benchmark's question (None: the harness's number).
+
+    source: where these were read. unknown: what was not found, and what stands in for it here.
+    """
+
+    name: str
+    source: str
+    decoding: Mapping[str, DecodingValue]
+    shots: int | None
+    chat: bool | None
+    unknown: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        """The settings as plain values for JSON."""
+        return {**asdict(self), "unknown": list(self.unknown)}
+
+
+_BLOCKS_OF_32 = {"block_length": 32, "steps_per_block": 32, "threshold": 0.95, "temperature": 0.0}
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            name="dmoe",
+            source="github.com/fscdc/dMoE at a5b7679, evaluations/scripts_moe (length, block, steps, temperature), "
+            "generate() of its model (threshold), evaluations/evaluation/*/prompt.py (no examples, chat template)",
+            decoding={"gen_length": 2048, **_BLOCKS_OF_32},
+            shots=0,
+            chat=None,
+            unknown=(
+                "its prompts are its own (step by step, answer in \\boxed{}); here they are the harness's, and ARC-C "
+                "and MMLU answer with a letter at once",
+                "its MMLU is high_school_mathematics only: task mmlu_hs_math",
+            ),
+        ),
+        Preset(
+            name="des",
+            source="arXiv 2602.00879 as summarised in this project's notes: LLaDA2.0-mini and LLaDA-MoE, blocks of 32; "
+            "threshold, steps and temperature are those that LLaDA2.0 was released with",
+            decoding={"gen_length": 512, **_BLOCKS_OF_32},
+            shots=None,
+            chat=None,
+            unknown=(
+                "its answer length was not found; 512 is ours",
+                "its number of examples was not found; the harness's own number is used",
+                "its threshold, steps and prompts were not found",
+            ),
+        ),
+    )
+}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset called `name`; InputError with the nearest known name."""
+    if name not in PRESETS:
+        raise InputError(f"expected the name of a preset, got {name!r}. {nearest(name, PRESETS)}")
+    return PRESETS[name]

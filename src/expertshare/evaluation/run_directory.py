@@ -9,12 +9,11 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from expertshare.errors import EvaluationError, InputError
 from expertshare.measure.report import write_json
@@ -26,92 +25,77 @@ DOCUMENTS = frozenset({".md", ".jsonl", ".png"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Opened:
-    """What a run directory holds already. dropped_bytes: length of a cut last line that was removed."""
+class OpenRun:
+    """The answers that a directory holds already, and the file for more. dropped_bytes: length of a cut last line that
+    was removed."""
 
     lines: tuple[dict[str, Any], ...]
     dropped_bytes: int
-
-
-class RunDirectory:
-    """The directory while one process evaluates into it; a second one is refused."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._descriptor: int | None = None
-
-    def open(self, run: Mapping[str, Any]) -> Opened:
-        """Start or take up the evaluation that run["identity"] describes.
-
-        Raises EvaluationError if the directory holds another evaluation, something else, or is in use.
-        """
-        self._make()
-        stored = self._stored_run()
-        if stored is not None:
-            _check_same(stored["identity"], run["identity"], self.path)
-        else:
-            write_json(self.path / RUN, run)
-        self._descriptor = os.open(self.path / ITEMS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise EvaluationError(f"{self.path} is in use by another process: wait, or choose another") from error
-        return self._read()
+    path: Path
+    descriptor: int
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add one answer to the run's file."""
-        assert self._descriptor is not None
         data = (json.dumps(line, ensure_ascii=True, allow_nan=False) + "\n").encode("ascii")
-        written = os.write(self._descriptor, data)
-        if written != len(data):
-            raise EvaluationError(f"{self.path / ITEMS} could not be written whole: is the disk full?")
+        if os.write(self.descriptor, data) != len(data):
+            raise EvaluationError(f"{self.path} could not be written whole: is the disk full?")
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if self._descriptor is not None:
-            with suppress(OSError):  # a file system that cannot sync; what was written is there all the same
-                os.fsync(self._descriptor)
-            os.close(self._descriptor)
-            self._descriptor = None
+@contextmanager
+def open_run(path: Path, run: Mapping[str, Any]) -> Iterator[OpenRun]:
+    """Start or take up the evaluation that run["identity"] describes, as the only process that does.
 
-    def _make(self) -> None:
+    Raises EvaluationError if the directory holds another evaluation, something else, or is in use.
+    """
+    _make(path)
+    stored = _stored_run(path / RUN)
+    if stored is not None:
+        _check_same(stored["identity"], run["identity"], path)
+    else:
+        write_json(path / RUN, run)
+    items = path / ITEMS
+    descriptor = os.open(items, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            names = [name for name in os.listdir(self.path) if not name.startswith(".")]
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise InputError(
-                f"expected a directory that can be made or written, got {self.path}: {error.strerror}; choose another"
-            ) from error
-        if names and RUN not in names:
-            raise EvaluationError(
-                f"expected an empty directory or one with a {RUN}, got {self.path} with {sorted(names)[0]}: "
-                "choose another"
-            )
-
-    def _stored_run(self) -> dict[str, Any] | None:
-        path = self.path / RUN
-        if not path.exists():
-            return None
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise EvaluationError(f"{path} cannot be read ({error}): choose another directory") from error
-        if not isinstance(value, dict) or "identity" not in value:
-            raise EvaluationError(f"{path} is not an evaluation's: choose another directory")
-        return value
-
-    def _read(self) -> Opened:
-        assert self._descriptor is not None
-        data = (self.path / ITEMS).read_bytes()
+            raise EvaluationError(f"{path} is in use by another process: wait, or choose another") from error
+        data = items.read_bytes()
         kept = data.rfind(b"\n") + 1
         if kept < len(data):
-            os.ftruncate(self._descriptor, kept)
-        return Opened(
-            lines=tuple(parse_lines(data[:kept], self.path / ITEMS)),
-            dropped_bytes=len(data) - kept,
+            os.ftruncate(descriptor, kept)
+        lines = tuple(parse_lines(data[:kept], items))
+        yield OpenRun(lines=lines, dropped_bytes=len(data) - kept, path=items, descriptor=descriptor)
+    finally:
+        with suppress(OSError):  # a file system that cannot sync; what was written is there all the same
+            os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        names = [name for name in os.listdir(path) if not name.startswith(".")]
+    except OSError as error:
+        raise InputError(
+            f"expected a directory that can be made or written, got {path}: {error.strerror}; choose another"
+        ) from error
+    if names and RUN not in names:
+        raise EvaluationError(
+            f"expected an empty directory or one with a {RUN}, got {path} with {sorted(names)[0]}: choose another"
         )
+
+
+def _stored_run(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"{path} cannot be read ({error}): choose another directory") from error
+    if not isinstance(value, dict) or "identity" not in value:
+        raise EvaluationError(f"{path} is not an evaluation's: choose another directory")
+    return value
 
 
 def parse_lines(data: bytes, path: Path) -> list[dict[str, Any]]:

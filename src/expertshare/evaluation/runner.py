@@ -183,13 +183,11 @@ def answer_prompts(
         setup.store.reset()
     read_before = storage_bytes_read()
     parts: list[Generation] = []
-    starts: list[int] = []
     for start, stream in decode_batches(decoder, prompts, setup.batch_size):
         for block in stream:
             if on_block is not None:
                 on_block(replace(block, row=block.row + start))
         parts.append(stream.generation())
-        starts.append(start)
     read_after = storage_bytes_read()
     return PolicyRun(
         policy=decoder.runtime.policy,
@@ -205,7 +203,7 @@ def answer_prompts(
             for part in parts
             for row in part.rows
         ),
-        cost=_join_costs([part.cost for part in parts], starts),
+        cost=_join_costs([part.cost for part in parts], setup.batch_size),
         elapsed_s=sum(part.elapsed_s for part in parts),
         seconds_by_part={name: sum(p.seconds_by_part[name] for p in parts) for name in parts[0].seconds_by_part},
         expert_store=setup.store.statistics() if setup.store is not None else None,
@@ -214,12 +212,11 @@ def answer_prompts(
     )
 
 
-def _join_costs(costs: Sequence[Cost], first_rows: Sequence[int]) -> Cost:
-    """Totals over batches, at least one; means are weighted as in a single cost. first_rows: number of each batch's
-    first row among all rows, by which its turns are renumbered."""
+def _join_costs(costs: Sequence[Cost], batch_size: int) -> Cost:
+    """Totals over batches, at least one, whose rows are numbered on; means are weighted as in a single cost."""
     steps = [
-        replace(step, turns=tuple(replace(turn, row=turn.row + first) for turn in step.turns))
-        for cost, first in zip(costs, first_rows, strict=True)
+        replace(step, turns=tuple(replace(turn, row=turn.row + number * batch_size) for turn in step.turns))
+        for number, cost in enumerate(costs)
         for step in cost.steps
     ]
     by_layer: dict[ForwardKind, tuple[float, ...]] = {}

@@ -95,10 +95,12 @@ class Solver:
     store: SlabStore | None = None
 
     @classmethod
-    def load(cls, setup: SolverSetup) -> Solver:
-        """Load the model that `setup` names, with a store that lasts as long as the process."""
-        loaded = load_model(setup.model, dtype=setup.dtype)
-        return cls(loaded=loaded, setup=setup, store=store_of(loaded, setup.store))
+    def of(cls, loaded: LoadedModel, setup: SolverSetup) -> Solver:
+        """With the experts of a converted model, by default all in memory, open as long as the process lasts."""
+        layout, kept = loaded.layout, setup.store or StoreOptions()
+        return cls(
+            loaded=loaded, setup=setup, store=open_store(loaded.path, layout, kept) if layout is not None else None
+        )
 
     def solve(self, job: Job) -> Solved:
         """Answer one job. Raises InputError or NumericsError."""
@@ -128,13 +130,6 @@ class Solver:
             check_prompts(prompts, options_for(item, self.setup.options, self.loaded.config), self.loaded.config)
         except InputError as error:
             raise InputError(f"task {item.task}, item {item.id}: {error}") from error
-
-
-def store_of(loaded: LoadedModel, options: StoreOptions | None) -> SlabStore | None:
-    """The experts of a converted model, by default all in memory; None for a model that has its own."""
-    if loaded.layout is None:
-        return None
-    return open_store(loaded.path, loaded.layout, options or StoreOptions())
 
 
 def options_for(item: EvalItem, options: DecodingOptions, config: ModelConfig) -> DecodingOptions:
@@ -232,7 +227,7 @@ class RemoteSolver:
         try:
             if self._solver is None:
                 self._check()
-                self._solver = Solver.load(self._setup)
+                self._solver = Solver.of(load_model(self._setup.model, dtype=self._setup.dtype), self._setup)
             return self._solver.solve(job)
         except ExpertShareError as error:
             return error

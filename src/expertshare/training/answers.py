@@ -72,10 +72,7 @@ def read_answers(path: Path, prompts: Sequence[str]) -> list[StoredAnswer]:
 def _parse(line: bytes, source: str) -> StoredAnswer:
     try:
         values: dict[str, Any] = json.loads(line)
-        lists = {name: tuple(values[name]) for name in ("prompt_ids", "answer_ids")}
-        return StoredAnswer(
-            prompt=values["prompt"], text=values["text"], finish_reason=values["finish_reason"], **lists
-        )
+        return StoredAnswer(**{**values, **{name: tuple(values[name]) for name in ("prompt_ids", "answer_ids")}})
     except (ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{source}: expected a stored answer, got {line[:60]!r}: use another folder") from error
 

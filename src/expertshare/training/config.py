@@ -239,17 +239,10 @@ def reference_architecture(
     if family not in FAMILIES:
         raise ConfigError(f"expected a family that can be trained ({', '.join(FAMILIES)}), got {family!r}")
     full = family == "llada_moe"
-    grouped = RouterSpec(
-        num_experts=num_experts,
-        top_k=8,
-        activation="sigmoid",
-        renormalise=True,
-        scaling=2.5,
-        num_groups=8,
-        kept_groups=4,
-        has_bias=True,
-    )
     plain = RouterSpec(num_experts=num_experts, top_k=8, activation="softmax", renormalise=False)
+    grouped = replace(
+        plain, activation="sigmoid", renormalise=True, scaling=2.5, num_groups=8, kept_groups=4, has_bias=True
+    )
     return ModelConfig(
         family=family,
         vocab_size=vocab_size,

@@ -27,7 +27,7 @@ from expertshare.routing import knobs
 from expertshare.training.answers import AnswerListener, StoredAnswer, check_answerable, generate_answers, read_answers
 from expertshare.training.batches import Sample
 from expertshare.training.config import Curriculum, DistillConfig, make_curriculum
-from expertshare.training.objective import Objective, check_elastic
+from expertshare.training.objective import check_elastic
 from expertshare.training.optimisers import adamw, choose_trained, muon_and_adamw
 from expertshare.training.processes import Processes
 from expertshare.training.run_folder import RunFolder, write_whole
@@ -130,22 +130,13 @@ def make_trainer(
     return Trainer(
         model,
         config,
-        Objective(
-            draw=lambda step: [samples[index] for index in draw_indices(len(samples), config, step)],
-            policy=curriculum.policy,
-            model=model.config,
-            config=config,
-            processes=processes,
-        ),
         partial(adamw, lr=config.peak_lr, weight_decay=decay)
         if config.optimiser == "adamw"
         else partial(
-            muon_and_adamw,
-            lr=config.peak_lr,
-            scalar_lr=config.peak_scalar_lr,
-            weight_decay=decay,
-            scalar_decay=decay,
+            muon_and_adamw, lr=config.peak_lr, scalar_lr=config.peak_scalar_lr, weight_decay=decay, scalar_decay=decay
         ),
+        draw=lambda step: [samples[index] for index in draw_indices(len(samples), config, step)],
+        policy=curriculum.policy,
         processes=processes,
     )
 
@@ -177,11 +168,7 @@ def _settings(
 
 
 def _record(
-    trainer: Trainer,
-    config: DistillConfig,
-    curriculum: Curriculum,
-    base: LoadedModel,
-    answers: Sequence[StoredAnswer],
+    trainer: Trainer, config: DistillConfig, curriculum: Curriculum, base: LoadedModel, answers: Sequence[StoredAnswer]
 ) -> dict[str, Any]:
     """The content of distillation.json; `expertshare info` shows its policy."""
     environment = capture_environment(trainer.model.device)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -17,9 +17,7 @@ from expertshare.models.transformer import MoETransformer, initialise
 from expertshare.routing import make_policy
 from expertshare.training.batches import Sample
 from expertshare.training.config import TrainingConfig, reference_architecture
-from expertshare.training.objective import Objective
 from expertshare.training.optimisers import muon_and_adamw
-from expertshare.training.processes import Processes
 from expertshare.training.run_folder import RunFolder
 from expertshare.training.trainer import LoadBalance, StepResult, Trainer, train
 
@@ -55,31 +53,24 @@ def prepare(
     problems: Problems,
     *,
     start: LoadedModel | None = None,
-    family: str = "llada2_moe",
-    hidden: int = 128,
-    layers: int = 4,
-    expert_hidden: int = 32,
-    num_experts: int = 64,
     resume: bool,
+    **shape: Any,
 ) -> Trainer:
     """Build model and trainer; record the configuration. A resumed run must ask for the same one.
 
-    start: a model whose training goes on, of its own shape; None: random weights of the shape that is given. Raises
-    TrainingError if the folder holds another run or the model another vocabulary, ConfigError for an unknown family.
+    start: a model whose training goes on, of its own shape; None: random weights. shape: family and sizes, as
+    reference_architecture takes them. Raises TrainingError if the folder holds another run or the model another
+    vocabulary, ConfigError for an unknown family.
     """
     if start is not None:
         architecture = _with_vocabulary(start, problems)
     else:
         architecture = reference_architecture(
-            family=family,
             vocab_size=-(-len(problems.vocabulary) // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE,
             mask_id=problems.mask_id,
             eos_id=problems.eos_id,
             pad_id=problems.pad_id,
-            hidden=hidden,
-            layers=layers,
-            expert_hidden=expert_hidden,
-            num_experts=num_experts,
+            **shape,
         )
     started = {"start": start.path.name} if start is not None else {}
     folder.record({"training": asdict(config), "model": asdict(architecture), **started}, resume=resume)
@@ -89,17 +80,9 @@ def prepare(
         model = MoETransformer(architecture)
         initialise(model, seed=config.seed)
     vanilla = make_policy("vanilla").bind(architecture.router)
-    processes = Processes()
     return Trainer(
         model,
         config,
-        Objective(
-            draw=partial(problems.draw, config),
-            policy=lambda _: vanilla,
-            model=architecture,
-            config=config,
-            processes=processes,
-        ),
         partial(
             muon_and_adamw,
             lr=config.matrix_lr,
@@ -107,8 +90,9 @@ def prepare(
             weight_decay=config.weight_decay,
             scalar_decay=0.0,
         ),
+        draw=partial(problems.draw, config),
+        policy=lambda _: vanilla,
         balance=LoadBalance(model, rate=config.balance_rate, weight=config.balance_loss),
-        processes=processes,
     )
 
 

@@ -20,7 +20,8 @@ from expertshare.errors import TrainingError
 from expertshare.models.moe import MoE
 from expertshare.models.runtime import Runtime
 from expertshare.models.transformer import MoETransformer
-from expertshare.training.batches import TrainingBatch
+from expertshare.routing import RoutingPolicy
+from expertshare.training.batches import Sample, TrainingBatch
 from expertshare.training.config import RunConfig
 from expertshare.training.objective import Objective, check_elastic
 from expertshare.training.processes import Processes
@@ -109,16 +110,21 @@ class Trainer:
         self,
         model: MoETransformer,
         config: RunConfig,
-        objective: Objective,
         make_optimisers: Callable[[MoETransformer], Sequence[torch.optim.Optimizer]],
         *,
+        draw: Callable[[int], Sequence[Sample]],
+        policy: Callable[[int], RoutingPolicy],
         balance: LoadBalance | None = None,
         processes: Processes | None = None,
     ) -> None:
-        """make_optimisers: called once the model is sharded; the rates of their groups are taken as peaks."""
+        """make_optimisers: called once the model is sharded; the rates of their groups are taken as peaks. draw,
+        policy: of the objective."""
         check_elastic(config, model.config.router)
-        self.model, self.config, self.objective = model.train(), config, objective
+        self.model, self.config = model.train(), config
         self.balance, self.processes = balance, processes or Processes()
+        self.objective = Objective(
+            draw=draw, policy=policy, model=model.config, config=config, processes=self.processes
+        )
         self.module = BatchLoss(model)
         self.processes.shard(self.module, model.layers)
         self.optimisers = make_optimisers(model)

@@ -40,25 +40,14 @@ class TuningOptions:
 
     def __post_init__(self) -> None:
         """Raises InputError for a value that is out of range."""
-        for name, value, low in (
-            ("retain", self.retain, 0.0),
-            ("confidence", self.confidence, 0.5),
-            ("search_share", self.search_share, 0.0),
-        ):
-            if not low < value < 1.0:
-                raise InputError(f"{name} must lie between {low:g} and 1, both left out, got {value}")
-        for name, count, least in (
-            ("trials", self.trials, 0),
-            ("recorded_prompts", self.recorded_prompts, 1),
-            ("seed", self.seed, 0),
-        ):
-            if count < least:
+        for name, low in (("retain", 0.0), ("confidence", 0.5), ("search_share", 0.0)):
+            if not low < (share := getattr(self, name)) < 1.0:
+                raise InputError(f"{name} must lie between {low:g} and 1, both left out, got {share}")
+        for name, least in (("trials", 0), ("recorded_prompts", 1), ("seed", 0)):
+            if (count := getattr(self, name)) < least:
                 raise InputError(f"{name} must be at least {least}, got {count}")
-        for name, word, known in (
-            ("cost", self.cost, get_args(CostKind)),
-            ("quality", self.quality, get_args(Quality)),
-        ):
-            if word not in known:
+        for name, known in (("cost", get_args(CostKind)), ("quality", get_args(Quality))):
+            if (word := getattr(self, name)) not in known:
                 raise InputError(f"{name} must be one of {', '.join(known)}, got {word!r}")
 
 

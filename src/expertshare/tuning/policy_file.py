@@ -95,11 +95,7 @@ def read_policy_file(path: str | Path) -> PolicyFile:
     except PolicyError as error:
         raise PolicyError(f"{path}: {error}") from error
     return PolicyFile(
-        policy=policy,
-        certified=content["certified"],
-        model=content["model"],
-        evidence=content["evidence"],
-        path=str(path),
+        policy=policy, path=str(path), **{name: content[name] for name in ("certified", "model", "evidence")}
     )
 
 

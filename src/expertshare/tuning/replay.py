@@ -21,14 +21,15 @@ _TOP_TOKENS = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Replayed:
-    """One policy on the recorded steps.
+class Point:
+    """A policy and what it does on the recorded steps.
 
     unique_experts: per block and layer, mean over steps; by_layer: the same. divergence: KL(vanilla || policy) in nats,
     mean over the decisions that vanilla took, over vanilla's 32 likeliest tokens and the rest as one (never more than
     the full divergence). flips: share of those decisions where the policy's most probable token is another one.
     """
 
+    policy: RoutingPolicy
     unique_experts: float
     divergence: float
     flips: float
@@ -43,7 +44,7 @@ class Replay:
     runtime: Runtime
     packs: Sequence[Pack]
     _reference: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _known: dict[RoutingPolicy, Replayed] = field(default_factory=dict)
+    _known: dict[RoutingPolicy, Point] = field(default_factory=dict)
 
     @classmethod
     def of(cls, loaded: LoadedModel, trajectories: Sequence[Trajectory], *, runtime: Runtime) -> Replay:
@@ -55,14 +56,14 @@ class Replay:
             replay._reference.append((top.indices, top.values))
         return replay
 
-    def measure(self, policy: RoutingPolicy) -> Replayed:
+    def measure(self, policy: RoutingPolicy) -> Point:
         """Run `policy`; PolicyError if the model cannot work with it."""
         bound = policy.bind(self.loaded.config.router)
         if bound not in self._known:
             self._known[bound] = self._measure(bound)
-        return self._known[bound]
+        return replace(self._known[bound], policy=policy)
 
-    def _measure(self, policy: RoutingPolicy) -> Replayed:
+    def _measure(self, policy: RoutingPolicy) -> Point:
         divergence, flips, decisions = 0.0, 0, 0
         unique_N = torch.zeros(self.loaded.config.num_moe_layers, dtype=torch.float64)
         groups = 0
@@ -74,7 +75,8 @@ class Replay:
             unique_N += experts_NG.sum(dim=1).double().cpu()
             groups += experts_NG.shape[1]
         by_layer = tuple((unique_N / groups).tolist())
-        return Replayed(
+        return Point(
+            policy=policy,
             divergence=divergence / decisions,
             flips=flips / decisions,
             unique_experts=sum(by_layer) / len(by_layer),
@@ -140,9 +142,7 @@ class Sensitivity:
 
 
 def measure_sensitivity(
-    replay: Replay,
-    settings: Sequence[RoutingPolicy],
-    on_progress: ProgressListener | None = None,
+    replay: Replay, settings: Sequence[RoutingPolicy], on_progress: ProgressListener | None = None
 ) -> Sensitivity:
     """Restrict one layer at a time, to each of `settings`."""
     num_layers = replay.loaded.config.num_moe_layers

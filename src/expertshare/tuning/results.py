@@ -14,7 +14,7 @@ from expertshare.routing import RoutingPolicy, policy_label
 from expertshare.tuning.certificate import POWER, least_solved, lower_bound, needed_prompts, p_value
 from expertshare.tuning.options import Judged, TuningOptions
 from expertshare.tuning.policy_file import PolicyFile, policy_json
-from expertshare.tuning.search import Point
+from expertshare.tuning.replay import Point
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +110,16 @@ class Tuned:
                 for place, verified in enumerate(self.tested)
             ],
             "tried": [verified.to_json(**stated) for verified in self.tried],
-            "front": [{"label": policy_label(point.policy), **asdict(point.replayed)} for point in self.front],
+            "front": [
+                {
+                    "label": policy_label(point.policy),
+                    "unique_experts": point.unique_experts,
+                    "divergence": point.divergence,
+                    "flips": point.flips,
+                    "by_layer": list(point.by_layer),
+                }
+                for point in self.front
+            ],
             "num_points": self.num_points,
             "num_prompts": {"search": self.num_search, "certify": self.num_certify},
             "needed_prompts": self.needed_prompts,

@@ -13,7 +13,7 @@ from expertshare.config import RouterSpec
 from expertshare.errors import InputError, PolicyError, nearest
 from expertshare.evaluation.runner import ProgressListener
 from expertshare.routing import POLICIES, Layerwise, RoutingPolicy, make_policy
-from expertshare.tuning.replay import Replay, Replayed, Sensitivity, counted, measure_sensitivity
+from expertshare.tuning.replay import Point, Replay, Sensitivity, counted, measure_sensitivity
 
 if TYPE_CHECKING:
     import optuna
@@ -73,14 +73,6 @@ def _tuned_knobs(policy: type[RoutingPolicy]) -> list[Field[Any]]:
     return [knob for knob in fields(policy) if knob.metadata.get("tuned")]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Point:
-    """A policy and what it does on the recorded steps."""
-
-    policy: RoutingPolicy
-    replayed: Replayed
-
-
 def check_optuna() -> None:
     """Raise InputError where optuna is not installed."""
     if importlib.util.find_spec("optuna") is None:
@@ -93,9 +85,7 @@ def search(
     """All policies that were tried: every dial at a few settings, then `trials` more that optuna's multi-objective
     TPE proposes (few experts, little divergence), per-layer allocations among them."""
     policies = [dial.at(value) for dial in dials for value in dial.settings(SETTINGS_PER_DIAL)]
-    uniform = [
-        Point(policy=policy, replayed=replay.measure(policy)) for policy in counted(policies, "policies", on_progress)
-    ]
+    uniform = [replay.measure(policy) for policy in counted(policies, "policies", on_progress)]
     near = [point.policy for point in _near_front(uniform)]
     sensitivity = measure_sensitivity(replay, near, on_progress)
     return uniform + _propose(replay, dials, sensitivity, trials=trials, seed=seed, on_progress=on_progress)
@@ -104,8 +94,8 @@ def search(
 def pareto_front(points: Sequence[Point]) -> list[Point]:
     """Points that no other beats in both experts and divergence, from many experts to few."""
     front: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.replayed.unique_experts, p.replayed.divergence)):
-        if not front or point.replayed.divergence < front[-1].replayed.divergence:
+    for point in sorted(points, key=lambda p: (p.unique_experts, p.divergence)):
+        if not front or point.divergence < front[-1].divergence:
             front.append(point)
     return front[::-1]
 
@@ -129,8 +119,8 @@ def _near_front(points: Sequence[Point]) -> list[Point]:
     front = pareto_front(points)
 
     def is_near(point: Point) -> bool:
-        rivals = [p for p in front if p.replayed.unique_experts <= point.replayed.unique_experts]
-        return point.replayed.divergence <= _NEAR_THE_FRONT * min(p.replayed.divergence for p in rivals)
+        rivals = [p for p in front if p.unique_experts <= point.unique_experts]
+        return point.divergence <= _NEAR_THE_FRONT * min(p.divergence for p in rivals)
 
     return [point for point in points if is_near(point)]
 
@@ -150,11 +140,11 @@ def _propose(
     points: list[Point] = []
 
     def objective(trial: optuna.Trial) -> tuple[float, float]:
-        point = Point(policy=(policy := _suggest(trial, dials, sensitivity)), replayed=replay.measure(policy))
+        point = replay.measure(_suggest(trial, dials, sensitivity))
         points.append(point)
         if on_progress is not None:
             on_progress("search", len(points), trials)
-        return point.replayed.unique_experts, point.replayed.divergence
+        return point.unique_experts, point.divergence
 
     study = optuna.create_study(
         directions=["minimize", "minimize"], sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
@@ -197,7 +187,7 @@ def thin_front(front: Sequence[Point]) -> list[Point]:
     """Points that save something worth a test of its own, from many experts to few."""
     kept: list[Point] = []
     for point in front:
-        if not kept or point.replayed.unique_experts <= (1.0 - _LEAST_SAVING) * kept[-1].replayed.unique_experts:
+        if not kept or point.unique_experts <= (1.0 - _LEAST_SAVING) * kept[-1].unique_experts:
             kept.append(point)
     return kept
 
@@ -223,7 +213,7 @@ def best_chain(points: Sequence[Point], chance: Callable[[Point], float]) -> lis
     """Points that stand a chance, and a better one than every cheaper point, the dearest first; where none stands
     one, the likeliest alone."""
     chain: list[Point] = []
-    for point in sorted(points, key=lambda p: (p.replayed.unique_experts, -chance(p))):
+    for point in sorted(points, key=lambda p: (p.unique_experts, -chance(p))):
         if chance(point) >= _WORTH_A_TEST and (not chain or chance(point) > chance(chain[-1])):
             chain.append(point)
     return chain[::-1] or [max(points, key=chance)]

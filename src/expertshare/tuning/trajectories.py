@@ -118,7 +118,7 @@ class _Piece:
 
     block: int
     tokens_L: Tensor
-    snapshot: Snapshot | None
+    snapshot: Snapshot | None = None
     is_ahead: bool = False
 
 
@@ -129,7 +129,7 @@ def pack(trajectories: Sequence[Trajectory], config: ModelConfig) -> list[Pack]:
     prefill and the commit forwards, and a snapshot sees the final blocks before it and itself, as in decoding with a
     cache. Full attention: a row is the whole canvas of one snapshot.
     """
-    rows = [row for t in trajectories for row in (_full_rows(t, config) if _is_full(config) else [_causal_row(t)])]
+    rows = [(pieces, t.geometry.padding) for t in trajectories for pieces in _rows(t, config)]
     packs: list[Pack] = []
     batch: list[tuple[list[_Piece], int]] = []
     for row in sorted(rows, key=lambda row: len(row[0])):
@@ -137,33 +137,18 @@ def pack(trajectories: Sequence[Trajectory], config: ModelConfig) -> list[Pack]:
             packs.append(_stack(batch, config))
             batch = []
         batch.append(row)
-    if batch:
-        packs.append(_stack(batch, config))
-    return packs
+    return [*packs, _stack(batch, config)] if batch else packs
 
 
-def _is_full(config: ModelConfig) -> bool:
-    return config.attention == "full"
-
-
-def _causal_row(trajectory: Trajectory) -> tuple[list[_Piece], int]:
-    length = trajectory.geometry.block_length
-    blocks = trajectory.final_C.view(-1, length)
-    finals = [_Piece(b, blocks[b], None) for b in range(max(s.block for s in trajectory.snapshots))]
-    return finals + [_Piece(s.block, s.tokens_L, s) for s in trajectory.snapshots], trajectory.geometry.padding
-
-
-def _full_rows(trajectory: Trajectory, config: ModelConfig) -> list[tuple[list[_Piece], int]]:
-    length = trajectory.geometry.block_length
-    blocks = trajectory.final_C.view(-1, length)
-    masks_L = torch.full((length,), config.mask_id, device=blocks.device)
-    rows: list[tuple[list[_Piece], int]] = []
-    for snapshot in trajectory.snapshots:
-        before = [_Piece(b, blocks[b], None) for b in range(snapshot.block)]
-        after = [_Piece(b, masks_L, None, is_ahead=True) for b in range(snapshot.block + 1, len(blocks))]
-        own = _Piece(snapshot.block, snapshot.tokens_L, snapshot)
-        rows.append(([*before, own, *after], trajectory.geometry.padding))
-    return rows
+def _rows(trajectory: Trajectory, config: ModelConfig) -> list[list[_Piece]]:
+    """The pieces of each row: one row for all snapshots, or under full attention one for each."""
+    blocks = trajectory.final_C.view(-1, trajectory.geometry.block_length)
+    finals = [_Piece(number, tokens_L) for number, tokens_L in enumerate(blocks)]
+    own = [_Piece(s.block, s.tokens_L, s) for s in trajectory.snapshots]
+    if config.attention != "full":
+        return [finals[: max(piece.block for piece in own)] + own]
+    ahead = [replace(piece, tokens_L=torch.full_like(blocks[0], config.mask_id), is_ahead=True) for piece in finals]
+    return [[*finals[: piece.block], piece, *ahead[piece.block + 1 :]] for piece in own]
 
 
 def _stack(batch: Sequence[tuple[list[_Piece], int]], config: ModelConfig) -> Pack:
@@ -186,7 +171,7 @@ def _stack(batch: Sequence[tuple[list[_Piece], int]], config: ModelConfig) -> Pa
     canvas = block.unsqueeze(2) * length + torch.arange(length, device=device)
     live_BS = (live.unsqueeze(2) & (canvas >= padding)).flatten(1)
     sees = live.unsqueeze(1).expand(-1, most, -1)
-    if not _is_full(config):
+    if config.attention != "full":
         own = torch.eye(most, dtype=torch.bool, device=device)
         sees = own | (sees & ~is_snapshot.unsqueeze(1) & (block.unsqueeze(1) < block.unsqueeze(2)))
     mask_BSS = sees.repeat_interleave(length, 1).repeat_interleave(length, 2) & live_BS.unsqueeze(1)
@@ -201,5 +186,5 @@ def _stack(batch: Sequence[tuple[list[_Piece], int]], config: ModelConfig) -> Pa
             masked_BS=masked.flatten(1),
         ),
         scored_BS=scored.flatten(1),
-        groups_G=(live if _is_full(config) else is_snapshot).flatten(),
+        groups_G=(live if config.attention == "full" else is_snapshot).flatten(),
     )

@@ -16,10 +16,9 @@ from expertshare.routing import RoutingPolicy
 from expertshare.tuning.certificate import chance_to_pass, p_value
 from expertshare.tuning.options import Judged, TuningOptions, resolve_quality, split_prompts
 from expertshare.tuning.policy_file import model_facts, prompts_fingerprint
-from expertshare.tuning.replay import Replay
+from expertshare.tuning.replay import Point, Replay
 from expertshare.tuning.results import Tuned, Verified, verify, with_latency
 from expertshare.tuning.search import (
-    Point,
     around,
     best_chain,
     check_optuna,
@@ -115,8 +114,8 @@ def _record(runner: PolicyRunner, num_prompts: int) -> Replay:
 
 def _worth_it(front: Sequence[Point], replay: Replay) -> list[Point]:
     """Points that save something, with some divergence: what equals vanilla needs no certificate."""
-    vanilla = max(point.replayed.unique_experts for point in front)
-    found = [p for p in front if p.replayed.divergence > 0 and p.replayed.unique_experts < vanilla]
+    vanilla = max(point.unique_experts for point in front)
+    found = [p for p in front if p.divergence > 0 and p.unique_experts < vanilla]
     if not found:
         raise InputError(
             f"expected policies that use fewer experts than vanilla ({vanilla:.1f} per block and layer on "

@@ -27,7 +27,7 @@ from expertshare.evaluation.harness.source import (
     stops,
 )
 from expertshare.evaluation.items import EvalItem, sha256_text
-from expertshare.evaluation.workers import Job, Solver, SolverSetup, store_of
+from expertshare.evaluation.workers import Job, Solver, SolverSetup
 from expertshare.kernels import AUTO
 from expertshare.models import load_model
 from expertshare.routing import native_policy, parse_policy
@@ -90,7 +90,7 @@ class ExpertShareLM(LM):  # type: ignore[misc]
             backend=backend,
             threads=1,
         )
-        self.solver = Solver(loaded=loaded, setup=setup, store=store_of(loaded, None))
+        self.solver = Solver.of(loaded, setup)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """One answer each, cut at the task's stop texts."""

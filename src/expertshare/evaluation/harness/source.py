@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 
 from expertshare.errors import InputError
 from expertshare.evaluation.harness.benchmarks import Benchmark, verdict
-from expertshare.evaluation.items import CODE_NOT_ALLOWED, EvalItem, Judgement, SourceOptions, failure, sha256_text
+from expertshare.evaluation.items import EvalItem, Judgement, SourceOptions, judge_code, sha256_text
 from expertshare.evaluation.scoring import last_number
 
 if TYPE_CHECKING:
@@ -53,10 +53,7 @@ class HarnessSource:
 
     @classmethod
     def load(
-        cls,
-        benchmark: Benchmark,
-        options: SourceOptions,
-        tokenizer: PreTrainedTokenizerBase | None,
+        cls, benchmark: Benchmark, options: SourceOptions, tokenizer: PreTrainedTokenizerBase | None
     ) -> HarnessSource:
         """Read the records and build every prompt. options.limit: items in all, taken from the parts in turn.
 
@@ -65,7 +62,13 @@ class HarnessSource:
         limit = options.limit
         parts = list(benchmark.parts)[:limit]
         each = None if limit is None else -(-limit // len(parts))
-        render = _renderer(tokenizer, options.chat)
+        render: Render | None = None
+        if (
+            tokenizer is not None
+            and options.chat is not False
+            and (options.chat or tokenizer.chat_template is not None)
+        ):
+            render = partial(render_chat, tokenizer)
         with TemporaryDirectory(prefix="expertshare-data-") as cache:
             by_part = [
                 _questions(task, benchmark.name, part, each, options, render)
@@ -84,10 +87,8 @@ class HarnessSource:
         question = self.questions[item.id]
         text = cut(answer, stops(question.instance))
         if self.benchmark.metric is None:
-            if not self.allow_code:
-                return Judgement(correct=None, reason=CODE_NOT_ALLOWED)
-            found = verdict(self.benchmark.name, question.instance.doc, text)
-            return Judgement(correct=found.passed, reason=None if found.passed else failure(found.reason))
+            run = partial(verdict, self.benchmark.name, question.instance.doc, text)
+            return judge_code(run, allowed=self.allow_code)
         wanted, metric = self.benchmark.metric
         instance = question.instance
         instance.resps, instance.filtered_resps = [text], {}
@@ -115,12 +116,6 @@ def cut(answer: str, until: Sequence[str]) -> str:
 
 
 Render = Callable[..., str]
-
-
-def _renderer(tokenizer: PreTrainedTokenizerBase | None, chat: bool | None) -> Render | None:
-    if chat is False or tokenizer is None or (chat is None and tokenizer.chat_template is None):
-        return None
-    return partial(render_chat, tokenizer)
 
 
 def render_chat(
@@ -204,10 +199,11 @@ def load_task(benchmark: Benchmark, part: str, data: Path | None, cache: Path) -
     check_installed()
     with _quiet():
         from datasets.exceptions import DatasetsError
-        from lm_eval.tasks import TaskManager
+        from lm_eval import tasks
 
         name = benchmark.parts[part]
-        manager = TaskManager(include_defaults=False, include_path=_folders(benchmark))
+        folders = [str(Path(tasks.__file__).parent / folder) for folder in benchmark.folders]
+        manager = tasks.TaskManager(include_defaults=False, include_path=folders or [str(OUR_TASKS)])
         # A task by itself ignores what is to be changed about it; as a member of a group it does not.
         changes: dict[str, Any] = {"task": name, **(_local(benchmark, part, data, cache) if data else {})}
         try:
@@ -222,14 +218,6 @@ def load_task(benchmark: Benchmark, part: str, data: Path | None, cache: Path) -
     if task.OUTPUT_TYPE != "generate_until":
         raise InputError(f"task {name} asks for {task.OUTPUT_TYPE}: {NO_LIKELIHOOD}")
     return task
-
-
-def _folders(benchmark: Benchmark) -> list[str]:
-    if not benchmark.folders:
-        return [str(OUR_TASKS)]
-    import lm_eval.tasks
-
-    return [str(Path(lm_eval.tasks.__file__).parent / folder) for folder in benchmark.folders]
 
 
 def _local(benchmark: Benchmark, part: str, data: Path, cache: Path) -> dict[str, Any]:
