@@ -30,11 +30,8 @@ class PromptRecord:
 
 def write_prompts(path: str | Path, items: Iterable[PromptRecord]) -> None:
     """One line per item, in a form that read_prompts takes back; keys without a value are left out."""
-    lines = []
-    for item in items:
-        values = {key: getattr(item, key) for key in KEYS}
-        present = {key: value for key, value in values.items() if value not in (None, ())}
-        lines.append(json.dumps(present, ensure_ascii=False) + "\n")
+    present = ({key: value for key in KEYS if (value := getattr(item, key)) not in (None, ())} for item in items)
+    lines = (json.dumps(values, ensure_ascii=False) + "\n" for values in present)
     Path(path).write_text("".join(lines), encoding="utf-8", newline="\n")
 
 

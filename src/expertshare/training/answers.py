@@ -98,7 +98,6 @@ def generate_answers(
     path: Path,
     *,
     batch_size: int,
-    backend: str = AUTO,
     on_progress: AnswerListener | None = None,
 ) -> list[StoredAnswer]:
     """Answer `prompts` under the model's own routing, a batch at a time, each appended to `path` as it is done.
@@ -110,7 +109,7 @@ def generate_answers(
     prompt_ids = check_answerable(loaded, prompts, options.resolve(loaded.config), batch_size=batch_size)
     assert loaded.tokenizer is not None  # the check refused a model without one
     answers = read_answers(path, prompts)
-    runtime = Runtime(policy=native_policy(loaded.config), backend=choose_backend(backend, loaded.model.device))
+    runtime = Runtime(policy=native_policy(loaded.config), backend=choose_backend(AUTO, loaded.model.device))
     decoder = BlockDecoder(loaded.model, runtime, options)
     path.parent.mkdir(parents=True, exist_ok=True)
     while len(answers) < len(prompts):
