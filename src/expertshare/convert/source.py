@@ -320,7 +320,5 @@ def open_expert_layout(path: Path, layout: ExpertLayout) -> Iterator[LayoutReade
     _, config = read_config(path)
     with ExitStack() as stack:
         dense = stack.enter_context(open_tensors(path / DENSE))
-        layers = open_layers(path, layout)
-        for layer in layers:
-            stack.callback(layer.close)
+        layers = tuple(stack.enter_context(layer) for layer in open_layers(path, layout))
         yield LayoutReader(config, layout, dense, layers)

@@ -14,6 +14,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -286,19 +287,15 @@ class LayerFile:
 def open_layers(directory: Path, layout: ExpertLayout, *, direct: bool = False) -> tuple[LayerFile, ...]:
     """The expert files, open for reading, each checked against the manifest. The caller closes them."""
     files: list[LayerFile] = []
-    try:
+    with ExitStack() as stack:  # closes them where one cannot be opened
         for moe_layer, record in enumerate(layout.expert_files):
-            files.append(LayerFile(directory / record.name, direct=direct))
+            files.append(file := stack.enter_context(LayerFile(directory / record.name, direct=direct)))
             expected = LayerHeader(moe_layer=moe_layer, num_experts=layout.num_experts, format=layout.format)
-            if files[-1].header != expected:
+            if file.header != expected:
                 raise CheckpointError(
-                    f"{files[-1].path} holds {files[-1].header}, expected {expected} by {MANIFEST}: convert the model "
-                    "again"
+                    f"{file.path} holds {file.header}, expected {expected} by {MANIFEST}: convert the model again"
                 )
-    except BaseException:
-        for file in files:
-            file.close()
-        raise
+        stack.pop_all()
     return tuple(files)
 
 

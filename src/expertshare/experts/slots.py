@@ -79,11 +79,6 @@ class SlotTable:
         self.ahead_S: Bools = np.zeros(num_slots, dtype=np.bool_)
         """Fetched ahead, and not borrowed since."""
 
-    @property
-    def num_slots(self) -> int:
-        """Slots in all, free or not."""
-        return len(self.layer_S)
-
     def place(self, slot: int, layer: int, expert: int, *, ahead: bool) -> None:
         """Give a slot to an expert whose bytes are not there yet, in the place of the one before."""
         self.clear(slot)
@@ -109,7 +104,7 @@ class SlotTable:
 def needed_last(table: SlotTable, forecast: ReuseForecast, layer: int, kept: Ints) -> Ints:
     """All slots but `kept`, in the order in which they are given up while `layer` runs: free ones first, then those
     whose expert is expected to be needed last."""
-    open_S = np.ones(table.num_slots, dtype=np.bool_)
+    open_S = np.ones(len(table.layer_S), dtype=np.bool_)
     open_S[kept] = False
     free = np.flatnonzero(open_S & (table.layer_S < 0))
     taken = np.flatnonzero(open_S & (table.layer_S >= 0))

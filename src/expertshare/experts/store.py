@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -194,12 +194,9 @@ class ResidentSlabs(_WholeStore):
     def __init__(
         self, directory: Path, layout: ExpertLayout, *, direct: bool = False, device: torch.device = _CPU
     ) -> None:
-        files = open_layers(directory, layout, direct=direct)
-        try:
+        with ExitStack() as stack:
+            files = [stack.enter_context(file) for file in open_layers(directory, layout, direct=direct)]
             super().__init__(layout, [layout.format.bank(_moved(_read_all(file), device)) for file in files], device)
-        finally:
-            for file in files:
-                file.close()
         for count in self._counts:
             count.reads = layout.num_experts
             count.copies = 0 if device.type == "cpu" else layout.num_experts
@@ -215,14 +212,11 @@ class MappedStore(_WholeStore):
     kind = "mmap"
 
     def __init__(self, directory: Path, layout: ExpertLayout) -> None:
-        files = open_layers(directory, layout)
-        try:
+        with ExitStack() as stack:
+            files = [stack.enter_context(file) for file in open_layers(directory, layout)]
             self._maps = [mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) for file in files]
             self._starts = [file.data_start for file in files]
             banks = [layout.format.bank(_mapped(file, pages)) for file, pages in zip(files, self._maps, strict=True)]
-        finally:
-            for file in files:
-                file.close()
         self._last_NE = torch.zeros(layout.num_layers, layout.num_experts, dtype=torch.bool)
         super().__init__(layout, banks)
 
