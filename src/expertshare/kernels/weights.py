@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from expertshare import native
 from expertshare.errors import ConfigError
 from expertshare.kernels.quantise import check_panels, table_shapes
 from expertshare.types import PANEL_ROWS, Bank, ExpertBank, QuantisedTable, QuantisedWeight
@@ -89,3 +92,21 @@ def check_table(table: QuantisedTable) -> None:
         )
     if not (codes.is_contiguous() and scales.is_contiguous()) or scales.data_ptr() % 4 or codes.data_ptr() % 4:
         raise ConfigError("expected codes and scales of head contiguous and aligned to 4 bytes: clone them.")
+
+
+def side_by_side(weights: Sequence[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
+    """Memory for equal matrices, uninitialised: on the CPU one piece for all, in huge pages; elsewhere the weights.
+
+    One alone is too small for these, and reading it, once a layer, would wait for an address every 4 KiB.
+    """
+    if not weights or not weights[0].is_cpu:
+        return weights
+    together = torch.empty((len(weights), *weights[0].shape), dtype=dtype)
+    native.ask_for_huge_pages(together)
+    return together.unbind()
+
+
+def readable_in_bfloat16(weights: Sequence[Tensor]) -> bool:
+    """Whether float32 weights of routers can be read as bfloat16: they lose nothing, and the native library has them,
+    which does so on the CPU."""
+    return native.available() and all(w.is_cpu and torch.equal(w.bfloat16().float(), w) for w in weights)

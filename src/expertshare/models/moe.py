@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from expertshare import native
 from expertshare.config import ModelConfig
 from expertshare.errors import ConfigError
 from expertshare.experts import ResidentExperts
+from expertshare.kernels.weights import readable_in_bfloat16, side_by_side
 from expertshare.models.layers import SwiGLU
 from expertshare.models.runtime import Runtime
 from expertshare.routing import policy_at
@@ -55,34 +55,24 @@ class Router(nn.Module):
 
 
 def lay_side_by_side(routers: Sequence[Router], dtype: torch.dtype = torch.float32) -> None:
-    """Give routers on the CPU one piece of memory for all their weights, uninitialised, in huge pages.
-
-    A router alone is too small for these, and reading it, once a layer, would wait for an address every 4 KiB.
-    """
-    if not routers or not routers[0].weight.is_cpu:
-        return
-    weights_NED = torch.empty((len(routers), *routers[0].weight.shape), dtype=dtype)
-    native.ask_for_huge_pages(weights_NED)
-    for router, weight_ED in zip(routers, weights_NED, strict=True):
+    """Give routers new memory for their weights, uninitialised, where a backend reads them faster side by side."""
+    weights = side_by_side([router.weight.detach() for router in routers], dtype)
+    for router, weight_ED in zip(routers, weights, strict=True):
         router.weight = nn.Parameter(weight_ED, requires_grad=router.weight.requires_grad)
 
 
 def narrow(routers: Sequence[Router]) -> None:
     """Keep weights in bfloat16 where all of them are bfloat16 numbers, as in most checkpoints: half as much to read.
 
-    For inference: products and sums stay those of float32. Only on the CPU, where the native library takes them so.
+    For inference: products and sums stay those of float32. Only where a backend takes them so.
     """
     weights = [router.weight.detach() for router in routers]
-    if not native.available() or not all(weight.is_cpu and _is_bfloat16(weight) for weight in weights):
+    if not readable_in_bfloat16(weights):
         return
     lay_side_by_side(routers, torch.bfloat16)
     with torch.no_grad():
         for router, weight in zip(routers, weights, strict=True):
             router.weight.copy_(weight)
-
-
-def _is_bfloat16(weight: Tensor) -> bool:
-    return torch.equal(weight.bfloat16().float(), weight)
 
 
 class AbsentExperts(nn.Module):
