@@ -57,9 +57,10 @@ def load_verb(name: str) -> Any:
     if hasattr(module, "app"):
         return typer.main.get_command(module.app)
     function = getattr(module, function_name)
-    told, _, example = inspect.cleandoc(function.__doc__).partition("\n\nExample: ")
+    told, _, example = inspect.cleandoc(function.__doc__ or "").partition("\n\nExample: ")
     program = typer.Typer(add_completion=False)
-    program.command(name, help=told, epilog=f"Example: {example}".replace("\n", " "))(expanded(function))
+    epilog = f"Example: {example}".replace("\n", " ") if example else None
+    program.command(name, help=told, epilog=epilog)(expanded(function))
     return typer.main.get_command(program)
 
 
