@@ -38,11 +38,7 @@ def slab_format(
     if scheme is None:
         return SlabFormat(scheme="none", dtype=FLOAT_NAMES[expert_dtype], hidden=hidden, inner=inner)
     return SlabFormat(
-        scheme=quantise,
-        hidden=hidden,
-        inner=inner,
-        group_size=scheme.group_size or 0,
-        has_minima=not scheme.symmetric,
+        scheme=quantise, hidden=hidden, inner=inner, group_size=scheme.group_size or 0, has_minima=not scheme.symmetric
     )
 
 
