@@ -116,6 +116,12 @@ class ModelConfig:
             raise ConfigError(f"block length must be at least 1, got {self.block_length}")
 
     @property
+    def shortens_steps(self) -> bool:
+        """Whether an answer of few tokens has fewer steps a block, as in LLaDA2's own `generate`. In other families a
+        step writes its share of the block whatever the length."""
+        return self.family == "llada2_moe"
+
+    @property
     def num_moe_layers(self) -> int:
         """Layers that route to experts."""
         return self.num_layers - self.num_dense_layers

@@ -96,6 +96,7 @@ SDAR_CONFIG: dict[str, Any] = {
     **_SHARED_KEYS,
     "architectures": ["SDARMoeForCausalLM"],
     "model_type": "sdar_moe",
+    "block_size": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -154,6 +155,16 @@ def qwen3_pair(directory: Path, config: dict[str, Any], *, renormalise: bool) ->
     )
     write_checkpoint(directory, config, _saved_tensors(_randomised(oracle), directory))
     return Pair(oracle, directory)
+
+
+def fused_pair(directory: Path, config: dict[str, Any], *, renormalise: bool) -> Pair:
+    """`qwen3_pair` with a layer's experts in two tensors, as transformers 5 has them, and its name for their number."""
+    pair = qwen3_pair(directory, config, renormalise=renormalise)
+    tensors = {name: tensor.contiguous() for name, tensor in pair.oracle.state_dict().items()}
+    assert any(name.endswith("mlp.experts.gate_up_proj") for name in tensors)
+    renamed = {"num_local_experts" if key == "num_experts" else key: value for key, value in config.items()}
+    write_checkpoint(directory, renamed, tensors)
+    return pair
 
 
 def olmoe_pair(directory: Path) -> Pair:

@@ -110,6 +110,12 @@ def test_llada_moe_and_sdar_router_rules() -> None:
     assert (llada.router.activation, llada.router.renormalise, llada.attention) == ("softmax", False, "full")
     assert (sdar.router.activation, sdar.router.renormalise, sdar.attention) == ("softmax", True, "block_causal")
     assert (llada.block_length, sdar.block_length) == (32, 4)
+    with pytest.raises(ConfigError, match='add "block_size"'):
+        parse(without(SDAR_CONFIG, "block_size"))
+    for stated, renormalises in ((True, True), (False, False)):
+        assert parse({**SDAR_CONFIG, "norm_topk_prob": stated}).router.renormalise is renormalises
+        assert parse({**LLADA_MOE_CONFIG, "norm_topk_prob": stated}).router.renormalise is False
+        assert parse({**LLADA2_CONFIG, "norm_topk_prob": stated}).router.renormalise is True
     assert not llada.router.has_bias
     assert not sdar.router.has_bias
 
@@ -141,7 +147,7 @@ UNSUPPORTED: list[tuple[str, str, object]] = [
     ("llada2", "use_sliding_window", True),
     ("llada2", "norm_head", True),
     ("llada2", "use_rmsnorm", False),
-    ("llada2", "num_nextn_predict_layers", 1),
+    ("llada2", "num_nextn_predict_layers", -1),
     ("llada2", "rotary_dim", 4),
     ("llada2", "first_k_dense_replace", 3),
     ("llada2", "n_group", 5),
@@ -226,6 +232,47 @@ def test_the_dense_llada_is_told_apart() -> None:
         family_of(without(LLADA_MOE_CONFIG, "num_experts"))
 
 
+def test_a_missing_share_of_rotated_features_is_the_class_s_own() -> None:
+    llada2 = without(LLADA2_CONFIG, "partial_rotary_factor", "rotary_dim")
+    assert parse(llada2).rotary_dim * 2 == parse(llada2).head_dim
+    others = without(SDAR_CONFIG, "partial_rotary_factor", "rotary_dim")
+    assert parse(others).rotary_dim == parse(others).head_dim
+
+
+def test_rope_scaling_of_type_default_scales_nothing() -> None:
+    for key in ("type", "rope_type"):
+        assert parse({**SDAR_CONFIG, "rope_scaling": {key: "default"}}) == parse(SDAR_CONFIG)
+        with pytest.raises(ConfigError, match="yarn"):
+            parse({**SDAR_CONFIG, "rope_scaling": {key: "yarn", "factor": 4.0}})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "key",
+    ["_moe_implementation", "core_threshold", "mode", "attn_implementation", "use_deepep", "block_causal_prompt"],
+)
+def test_switches_of_other_software_change_nothing(name: str, key: str) -> None:
+    assert parse({**CONFIGS[name], key: "anything"}) == parse(CONFIGS[name])
+
+
+def test_experts_may_be_counted_as_transformers_5_does() -> None:
+    renamed = {**without(SDAR_CONFIG, "num_experts"), "num_local_experts": SDAR_CONFIG["num_experts"]}
+    assert parse(renamed) == parse(SDAR_CONFIG)
+
+
+@pytest.mark.parametrize(("model_type", "like"), [("lladamoe", LLADA_MOE_CONFIG), ("llada21_moe", LLADA2_CONFIG)])
+def test_other_spellings_of_a_family(model_type: str, like: dict[str, Any]) -> None:
+    assert parse({**like, "model_type": model_type}) == parse(like)
+
+
+def test_with_a_capacity_there_is_one_group_whatever_the_file_still_says() -> None:
+    """LLaDA2.2: n_group 8 and topk_group 4 are in its config.json, and its gate looks at neither."""
+    config = parse({**LLADA2_MINI, "expert_capacity": 48}, ids=LLADA2_IDS)
+    assert (config.router.num_groups, config.router.kept_groups) == (1, 1)
+    assert config.router.min_coreset_size("inside") == config.router.top_k == 8
+    assert parse(LLADA2_MINI, ids=LLADA2_IDS).router.num_groups == 8
+
+
 def test_ids_come_from_the_files_in_order() -> None:
     bare = without(LLADA2_CONFIG, "mask_token_id", "eos_token_id", "pad_token_id")
     tokenizer = TokenIds(mask=1, eos=(2,), pad=3)
@@ -233,9 +280,9 @@ def test_ids_come_from_the_files_in_order() -> None:
     assert (from_tokenizer.mask_id, from_tokenizer.eos_ids, from_tokenizer.pad_id) == (1, (2,), 3)
     generation = {"mask_token_id": 4, "eos_token_id": [5, 6], "pad_token_id": 7}
     from_generation = parse(bare, generation, tokenizer)
-    assert (from_generation.mask_id, from_generation.eos_ids, from_generation.pad_id) == (4, (5, 6), 7)
-    from_config = parse({**bare, "mask_id": 8, "pad_token_id": 9}, generation, tokenizer)
-    assert (from_config.mask_id, from_config.eos_ids, from_config.pad_id) == (8, (5, 6), 9)
+    assert (from_generation.mask_id, from_generation.eos_ids, from_generation.pad_id) == (4, (5, 6, 2), 7)
+    from_config = parse({**bare, "mask_id": 8, "pad_token_id": 9, "eos_token_id": 6}, generation, tokenizer)
+    assert (from_config.mask_id, from_config.eos_ids, from_config.pad_id) == (8, (5, 6, 2), 9)
 
 
 def test_missing_ids_say_where_they_were_looked_for() -> None:
@@ -266,7 +313,7 @@ def test_a_mask_that_ends_the_text_is_an_error() -> None:
 
 
 def test_block_length_from_either_file() -> None:
-    assert parse(SDAR_CONFIG, {"block_length": 16}).block_length == 16
+    assert parse(without(SDAR_CONFIG, "block_size"), {"block_length": 16}).block_length == 16
     assert parse({**SDAR_CONFIG, "block_size": 8}, {"block_length": 8}).block_length == 8
     with pytest.raises(ConfigError, match=r"block_size.*\[8, 16\]"):
         parse({**SDAR_CONFIG, "block_size": 8}, {"block_length": 16})

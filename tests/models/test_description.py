@@ -11,7 +11,7 @@ import torch
 from expertshare.models import describe, load_model, save_model
 from expertshare.models.description import router_rule
 
-from .test_saving import LLADA2, SOFTMAX, random_model
+from .test_saving import LLADA2, LLADA22, SOFTMAX, random_model
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.bfloat16, 2)])
@@ -40,7 +40,9 @@ def test_coresets(tmp_path: Path) -> None:
     facts = describe(load_model(save_model(random_model(LLADA2), tmp_path)))
     assert (facts.min_coreset_inside, facts.min_coreset_ignore) == (4, 2)
     assert facts.default_budget == 6
-    assert facts.expert_capacity == 6
+    assert facts.expert_capacity is None
+    newer = describe(load_model(save_model(random_model(LLADA22), tmp_path / "newer")))
+    assert (newer.min_coreset_inside, newer.expert_capacity) == (2, 6)
 
 
 def test_the_rule_in_words() -> None:

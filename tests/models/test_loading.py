@@ -228,6 +228,39 @@ def test_an_index_without_a_map_is_an_error(broken: Path) -> None:
         load_model(broken)
 
 
+def test_one_file_may_have_an_index_that_names_it(original: Path, broken: Path) -> None:
+    write_index(broken, dict.fromkeys(read_checkpoint(broken), "model.safetensors"))
+    assert_same_state(state(broken), state(original))
+
+
+def test_what_follows_from_the_config_is_left_out(original: Path, broken: Path) -> None:
+    tensors = read_checkpoint(broken)
+    frequencies = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(4) for n in range(2)}
+    write_checkpoint(broken, LLADA2_CONFIG, tensors | frequencies)
+    assert_same_state(state(broken), state(original))
+
+
+def test_layers_that_predict_further_tokens_are_left_out_and_told(
+    original: Path, broken: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = read_checkpoint(broken)
+    further = {f"model.layers.{LLADA2_CONFIG['num_hidden_layers']}.eh_proj.weight": torch.ones(4, 4)}
+    write_checkpoint(broken, {**LLADA2_CONFIG, "num_nextn_predict_layers": 1}, tensors | further)
+    assert_same_state(state(broken), state(original))
+    assert "left out 1 tensors of layers that predict further tokens" in caplog.text
+    write_checkpoint(broken, LLADA2_CONFIG, tensors | further)
+    with pytest.raises(CheckpointError, match=r"eh_proj\.weight"):
+        load_model(broken)
+
+
+def test_a_stored_head_of_tied_weights_is_left_out(original: Path, broken: Path) -> None:
+    tensors = read_checkpoint(broken)
+    write_checkpoint(broken, {**LLADA2_CONFIG, "tie_word_embeddings": True}, tensors)
+    tied = load_model(broken).model
+    assert torch.equal(tied.embed.weight, load_model(original).model.embed.weight)
+    assert not any(name.startswith("head.") and "embed" not in name for name in dict(tied.named_parameters()))
+
+
 def test_two_layouts_at_once_are_ambiguous(broken: Path) -> None:
     write_index(broken, {EXPERT: "model.safetensors"})
     with pytest.raises(CheckpointError, match="both"):

@@ -15,7 +15,7 @@ from expertshare.kernels.cpu_backend import CpuBackend
 from expertshare.models import ForwardInput, LayerKeyValues, MoETransformer, Runtime, load_model
 from expertshare.routing import make_policy
 
-from .layouts import LLADA_MOE_CONFIG, MASK, SDAR_CONFIG, VOCAB, Pair, glm4_pair, olmoe_pair, qwen3_pair
+from .layouts import LLADA_MOE_CONFIG, MASK, SDAR_CONFIG, VOCAB, Pair, fused_pair, glm4_pair, olmoe_pair, qwen3_pair
 
 BATCH, LENGTH = 2, 24
 TOLERANCE = 1e-5
@@ -25,6 +25,8 @@ CASES: dict[str, tuple[Callable[[Path], Pair], BlockCausal, int]] = {
     "llada2-as-glm4": (glm4_pair, True, 8),
     "llada-as-qwen3": (lambda path: qwen3_pair(path, LLADA_MOE_CONFIG, renormalise=False), False, 8),
     "llada-as-olmoe": (olmoe_pair, False, 8),
+    "sdar, experts fused": (lambda path: fused_pair(path, SDAR_CONFIG, renormalise=True), True, 4),
+    "llada, experts fused": (lambda path: fused_pair(path, LLADA_MOE_CONFIG, renormalise=False), False, 8),
     "sdar-as-qwen3": (lambda path: qwen3_pair(path, SDAR_CONFIG, renormalise=True), True, 4),
 }
 

@@ -47,12 +47,13 @@ LLADA2 = ModelConfig(
     mask_id=39,
     eos_ids=(38, 37),
     pad_id=36,
-    expert_capacity=6,
 )
+LLADA22 = replace(LLADA2, expert_capacity=6, router=replace(LLADA2.router, num_groups=1, kept_groups=1))
 SOFTMAX = RouterSpec(num_experts=8, top_k=2, activation="softmax", renormalise=True)
-_WITHOUT_DENSE = {"num_dense_layers": 0, "dense_hidden": 0, "shared_hidden": 0, "expert_capacity": None}
+_WITHOUT_DENSE = {"num_dense_layers": 0, "dense_hidden": 0, "shared_hidden": 0}
 CONFIGS = {
     "llada2_moe": LLADA2,
+    "llada2_moe with a capacity": LLADA22,
     "llada2_moe, tied, no bias, no dense layer": replace(
         LLADA2,
         tie_embeddings=True,

@@ -25,7 +25,7 @@ class DecodingOptions:
     """Knobs of decoding; `resolve` fills in the model's own values and refuses what cannot work.
 
     gen_length: tokens to generate for each prompt, at most. block_length: tokens decoded together (None: the
-    model's). steps_per_block: denoising steps that a block is spread over (None: its length), never more than
+    model's). steps_per_block: denoising steps that a block is spread over (None: its length), in LLaDA2 never more than
     gen_length // minimal_top_k. threshold: commit every token whose confidence is strictly greater, and at
     least the step's share (None: exactly the step's share). temperature: 0 is argmax. top_k, top_p: restrict
     sampling to the best tokens. filtered_confidence: take confidence from the restricted, tempered
@@ -74,7 +74,9 @@ class DecodingOptions:
             if wrong:
                 raise InputError(message)
         length = self.block_length or config.block_length
-        steps = min(self.steps_per_block or length, self.gen_length // self.minimal_top_k)
+        steps = self.steps_per_block or length
+        if config.shortens_steps:
+            steps = min(steps, self.gen_length // self.minimal_top_k)
         return replace(self, block_length=length, steps_per_block=steps)
 
     def _objections(self, config: ModelConfig) -> dict[str, bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -26,6 +27,7 @@ from expertshare.types import QuantisedTable
 if TYPE_CHECKING:
     from expertshare.models.transformer import MoETransformer
 
+_log = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 QUANTISATION = "quantization_config"
@@ -54,6 +56,9 @@ def read_headers(directory: Path, weights: str = WEIGHTS) -> dict[str, StoredTen
     """
     single, index = directory / weights, directory / f"{weights}.index.json"
     if single.exists() and index.exists():
+        listed = read_json(index).get("weight_map")
+        if isinstance(listed, dict) and set(listed.values()) == {weights}:
+            return _read_shards(directory, index)
         raise CheckpointError(f"{directory} holds both {weights} and {index.name}: remove the one that is out of date")
     if single.exists():
         return _read_file(single)
@@ -99,6 +104,27 @@ def loaded_bytes(tensors: Iterable[StoredTensor], dtype: torch.dtype | None = No
         * (1 if tensor.dtype == "I8" else dtype.itemsize if dtype is not None else 2 if tensor.dtype == "BF16" else 4)
         for tensor in tensors
     )
+
+
+def leave_out(
+    stored: Mapping[str, StoredTensor], raw: Mapping[str, Any], config: ModelConfig
+) -> dict[str, StoredTensor]:
+    """The tensors that our computation has a use for. raw: config.json.
+
+    Left out: rotary frequencies, which follow from config.json; a stored head where it is the embedding; and layers
+    that predict further tokens, behind the others, where config.json announces them, which is logged.
+    """
+    kept = {name: tensor for name, tensor in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_embeddings:
+        kept.pop("lm_head.weight", None)
+    if raw.get("num_nextn_predict_layers"):
+        layer = re.compile(r"model\.layers\.(\d+)\.")
+        further = [name for name in kept if (m := layer.match(name)) and int(m[1]) >= config.num_layers]
+        further += [name for name in kept if name.startswith(("mtp.", "model.mtp."))]
+        if further:
+            _log.warning("left out %d tensors of layers that predict further tokens (MTP)", len(further))
+        kept = {name: tensor for name, tensor in kept.items() if name not in set(further)}
+    return kept
 
 
 def choose_targets(family: Family, config: ModelConfig, names: Iterable[str]) -> Sequence[Target]:

@@ -11,23 +11,30 @@ from expertshare.errors import ConfigError, nearest
 
 NO_EFFECT = frozenset(
     {
+        "_attn_implementation",
+        "_moe_implementation",
         "_name_or_path",
         "architectures",
         "attention_dropout",
+        "attn_implementation",
         "auto_map",
+        "block_causal_prompt",
         "bos_token_id",
+        "core_threshold",
         "dtype",
         "embedding_dropout",
         "id2label",
         "initializer_range",
         "label2id",
         "max_window_layers",
+        "mode",
         "output_dropout",
         "output_router_logits",
         "router_aux_loss_coef",
         "torch_dtype",
         "transformers_version",
         "use_cache",
+        "use_deepep",
     }
 )
 """Keys about training, bookkeeping or other software: inference does not depend on them, in any family."""
@@ -114,23 +121,28 @@ class ConfigKeys:
         return value
 
 
-def read_rope(keys: ConfigKeys, head_dim: int) -> tuple[float, int]:
+def read_rope(keys: ConfigKeys, head_dim: int, family_factor: float) -> tuple[float, int]:
     """Base of the rotary embedding and the number of rotated features per head.
 
-    Knows the flat keys and the nested `rope_parameters` of transformers 5. Any scaling of the rotary embedding, and
-    `rotary_dim` that disagrees with `partial_rotary_factor`, is a ConfigError.
+    Knows the flat keys, and the nested `rope_parameters` and `rope_scaling` of transformers 5 and 4. Any scaling of the
+    rotary embedding, and `rotary_dim` that disagrees with `partial_rotary_factor`, is a ConfigError. family_factor:
+    the share of a head that is rotated, where the file does not say it.
     """
-    stated = keys.get("rope_parameters")
-    if stated is not None and not isinstance(stated, Mapping):
-        raise ConfigError(f"config.json: rope_parameters must be an object with rope_theta, got {stated!r}")
-    nested = ConfigKeys(stated or {}, "rope_parameters in config.json")
-    nested.expect("rope_type", "default")
-    keys.expect("rope_scaling")
-    theta = nested.number("rope_theta", _absent_or_number(keys, "rope_theta"))
-    factor = nested.number("partial_rotary_factor", _absent_or_number(keys, "partial_rotary_factor") or 1.0)
-    nested.refuse_unread()
+    theta, factor = _absent_or_number(keys, "rope_theta"), _absent_or_number(keys, "partial_rotary_factor")
+    for name in ("rope_parameters", "rope_scaling"):
+        stated = keys.get(name)
+        if stated is not None and not isinstance(stated, Mapping):
+            raise ConfigError(f"config.json: {name} must be an object with rope_theta, got {stated!r}")
+        nested = ConfigKeys(stated or {}, f"{name} in config.json")
+        nested.expect("rope_type", "default")
+        nested.expect("type", "default")
+        theta = _absent_or_number(nested, "rope_theta") or theta
+        factor = _absent_or_number(nested, "partial_rotary_factor") or factor
+        nested.refuse_unread()
+    if theta is None:
+        raise ConfigError("config.json: the key 'rope_theta' is missing: check that the download is complete")
+    factor_is_stated, factor = factor is not None, factor or family_factor
     rotary_dim = int(head_dim * factor + 1e-6)  # a factor that is a rounded quotient must not lose a feature
-    factor_is_stated = keys.get("partial_rotary_factor") or nested.get("partial_rotary_factor")
     if keys.get("rotary_dim") is None:
         return theta, rotary_dim
     size = keys.integer("rotary_dim")
@@ -169,9 +181,9 @@ class TokenIds:
 def read_special_ids(keys: ConfigKeys, generation: Mapping[str, Any], tokenizer: TokenIds) -> dict[str, Any]:
     """mask_id, eos_ids and pad_id of a ModelConfig: config.json first, then generation_config.json, then the tokenizer.
 
-    For the end of text generation_config.json goes first, as in transformers. Where nothing names a padding token, the
-    first end token pads: padding is masked out everywhere, so its id is never seen. Raises ConfigError that lists where
-    it looked if there is no mask id or no end id.
+    Whatever any of the three calls an end of text ends an answer; those of generation_config.json come first. Where
+    nothing names a padding token, the first end token pads: padding is masked out everywhere, so its id is never seen.
+    Raises ConfigError that lists where it looked if there is no mask id or no end id.
     """
     config = {key: keys.get(key) for key in (*_MASK_KEYS, "eos_token_id", "pad_token_id")}
     mask = _first([config[key] for key in _MASK_KEYS] + [generation.get(key) for key in _MASK_KEYS] + [tokenizer.mask])
@@ -180,15 +192,14 @@ def read_special_ids(keys: ConfigKeys, generation: Mapping[str, Any], tokenizer:
             f"found no mask token: looked at {' and '.join(_MASK_KEYS)} in config.json and generation_config.json, and "
             "for a mask token in the tokenizer's special tokens. Add mask_token_id to config.json"
         )
-    eos = _first([generation.get("eos_token_id"), config["eos_token_id"], list(tokenizer.eos) or None])
-    if eos is None:
+    stated = [e for e in (generation.get("eos_token_id"), config["eos_token_id"], list(tokenizer.eos)) if e is not None]
+    listed = [e for each in stated for e in (each if isinstance(each, list) else [each])]
+    if not listed:
         raise ConfigError(
             "found no end-of-text token: looked at eos_token_id in generation_config.json and config.json, and for an "
             "eos token in the tokenizer. Add eos_token_id to config.json"
         )
-    ends = tuple(_token_id("eos_token_id", e) for e in (eos if isinstance(eos, list) else [eos]))
-    if not ends:
-        raise ConfigError("eos_token_id must name at least one token, got an empty list")
+    ends = tuple(dict.fromkeys(_token_id("eos_token_id", e) for e in listed))
     if mask in ends:
         raise ConfigError(
             f"mask_token_id is {mask}, which is an eos_token_id too: a mask is never written, so that no answer would "
@@ -202,10 +213,10 @@ def read_special_ids(keys: ConfigKeys, generation: Mapping[str, Any], tokenizer:
     }
 
 
-def read_block_length(keys: ConfigKeys, generation: Mapping[str, Any], family_default: int) -> int:
+def read_block_length(keys: ConfigKeys, generation: Mapping[str, Any], family_default: int | None) -> int:
     """Positions of one block: `block_size` or `block_length` of either file, else what the family was trained with.
 
-    Several statements that disagree are a ConfigError.
+    Several statements that disagree are a ConfigError, and none where the family has no default.
     """
     files, names = (keys, ConfigKeys(generation, "generation_config.json")), ("block_size", "block_length")
     stated = {file.integer(name) for file in files for name in names if file.get(name) is not None}
@@ -214,7 +225,14 @@ def read_block_length(keys: ConfigKeys, generation: Mapping[str, Any], family_de
             f"block_size and block_length of config.json and generation_config.json disagree: got {sorted(stated)}, "
             "expected one value"
         )
-    return stated.pop() if stated else family_default
+    length = stated.pop() if stated else family_default
+    if length is None:
+        raise ConfigError(
+            "config.json: found no block_size or block_length there or in generation_config.json, and models of this "
+            'family were trained with blocks of 4 to 64: add "block_size" to config.json, as the model\'s name or card '
+            "says it (4 for SDAR-30B-A3B-Chat)"
+        )
+    return length
 
 
 def _first(candidates: list[Any]) -> Any:

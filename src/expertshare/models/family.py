@@ -25,6 +25,8 @@ FAMILIES = ("llada2_moe", "llada_moe", "sdar_moe")
 
 ALIASES = {
     "llada2_moe_veomni": "llada2_moe",  # written by the training code of LLaDA2
+    "llada21_moe": "llada2_moe",  # copies of LLaDA2.1 by others
+    "lladamoe": "llada_moe",  # copies of LLaDA-MoE by others
     "llada": "llada_moe",  # what LLaDA-MoE's released config.json says, as the dense LLaDA does
 }
 """Other values of model_type in config.json."""
@@ -55,7 +57,10 @@ class Family:
     """One checkpoint layout of Hugging Face: the keys that every config.json has are read and written here, by these.
 
     name: as in FAMILIES, and ModelConfig.family. architecture, model_type: as config.json says them. block_length:
-    where the files do not say it. expert_width: the key of it. defaults: of keys that may be missing.
+    where the files do not say it; None: then they must. rotary_factor: share of a head's features that are rotated,
+    where the files do not say it. renormalises: whether the released class divides a token's weights by their sum,
+    whatever norm_topk_prob says; None: that key decides. expert_width: the key of it. defaults: of keys that may be
+    missing.
     constants: keys that the model supports at these values only; the first is written. supported: likewise, but not
     written. without_effect: keys that change nothing here. read_more: completes the config from keys of this family
     alone; write_more is its inverse. targets: where each tensor goes. merged_targets: the same for a layout in which a
@@ -67,7 +72,9 @@ class Family:
     model_type: str
     attention: Literal["block_causal", "full"]
     activation: Literal["softmax", "sigmoid"]
-    block_length: int
+    block_length: int | None
+    rotary_factor: float = 1.0
+    renormalises: bool | None = None
     expert_width: str = "moe_intermediate_size"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     constants: Mapping[str, tuple[Any, ...]]
@@ -90,7 +97,8 @@ class Family:
         refuse_sliding_window(keys)
         hidden, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
         head_dim = keys.integer("head_dim", hidden // heads)
-        theta, rotary_dim = read_rope(keys, head_dim)
+        theta, rotary_dim = read_rope(keys, head_dim, self.rotary_factor)
+        renormalise = keys.flag("norm_topk_prob", default("norm_topk_prob", self.renormalises))
         config = ModelConfig(
             family=self.name,
             vocab_size=keys.integer("vocab_size"),
@@ -107,10 +115,10 @@ class Family:
             expert_hidden=keys.integer(self.expert_width),
             shared_hidden=0,
             router=RouterSpec(
-                num_experts=keys.integer("num_experts"),
+                num_experts=keys.integer("num_experts", keys.get("num_local_experts")),
                 top_k=keys.integer("num_experts_per_tok"),
                 activation=self.activation,
-                renormalise=keys.flag("norm_topk_prob", default("norm_topk_prob")),
+                renormalise=renormalise if self.renormalises is None else self.renormalises,
             ),
             attention=self.attention,
             block_length=read_block_length(keys, generation, self.block_length),
@@ -173,7 +181,7 @@ def family_of(raw: Mapping[str, Any]) -> Family:
         raise ConfigError(
             f"config.json: model_type must name a family, got {model_type!r}. Known: {', '.join(sorted(FAMILIES))}"
         )
-    if model_type == "llada" and raw.get("num_experts") is None:
+    if model_type == "llada" and raw.get("num_experts", raw.get("num_local_experts")) is None:
         raise ConfigError(
             "config.json: model_type 'llada' without num_experts is the dense LLaDA, which has no experts to share: "
             "use a mixture-of-experts checkpoint such as LLaDA-MoE"
@@ -213,7 +221,9 @@ def head_targets(config: ModelConfig) -> list[Target]:
     return [] if config.tie_embeddings else [Target("lm_head.weight", "head.weight")]
 
 
-def qwen_targets(config: ModelConfig) -> list[Target]:
+def qwen_targets(
+    config: ModelConfig, experts: Callable[[ModelConfig, str, str], list[Target]] = expert_targets
+) -> list[Target]:
     """Names of OLMoE and Qwen3-MoE: separate query, key and value projections, experts in every layer."""
     result = [Target("model.embed_tokens.weight", "embed.weight"), Target("model.norm.weight", "norm.weight")]
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -230,9 +240,21 @@ def qwen_targets(config: ModelConfig) -> list[Target]:
             Target(f"{attention}.k_norm.weight", f"{target}.attention.k_norm.weight"),
             Target(f"{source}.post_attention_layernorm.weight", f"{target}.mlp_norm.weight"),
             Target(f"{source}.mlp.gate.weight", f"{target}.moe.router.weight"),
-            *expert_targets(config, f"{source}.mlp", f"{target}.moe"),
+            *experts(config, f"{source}.mlp", f"{target}.moe"),
         ]
     return result + head_targets(config)
+
+
+def fused_targets(config: ModelConfig) -> list[Target]:
+    """The same as transformers 5 holds it: a layer's experts in two tensors, gate_up_proj [E, 2F, D] and down_proj
+    [E, D, F]."""
+
+    def experts(config: ModelConfig, prefix: str, moe: str) -> list[Target]:
+        del config
+        names = {"gate_up_proj": "gate_up", "down_proj": "down"}
+        return [Target(f"{prefix}.experts.{name}", f"{moe}.experts.{entry}") for name, entry in names.items()]
+
+    return qwen_targets(config, experts)
 
 
 PARTS = {"codes": "I8", "scales": "F32"}

@@ -13,6 +13,7 @@ from expertshare.models.family import Family, Target, expert_targets, gated_targ
 
 def read_more(keys: ConfigKeys, config: ModelConfig) -> ModelConfig:
     """With dense layers, shared experts, the trained capacity, and the router's groups, scaling and bias."""
+    keys.integer("num_nextn_predict_layers", 0, least=0)  # layers that are left out where there are any
     num_dense = keys.integer("first_k_dense_replace", 0, least=0)
     if num_dense >= config.num_layers:
         raise ConfigError(
@@ -20,14 +21,17 @@ def read_more(keys: ConfigKeys, config: ModelConfig) -> ModelConfig:
             f"num_hidden_layers={config.num_layers}"
         )
     capacity = None if keys.get("expert_capacity") is None else keys.integer("expert_capacity")
-    # LLaDA2.2 routes without groups and may leave the keys out; in 2.0 and 2.1 a missing group count is an error,
-    # because routing without the limit would be silently wrong.
+    # In 2.0 and 2.1 a missing group count is an error, because routing without the limit would be silently wrong. 2.2
+    # still states the counts, and its gate ignores them: with a capacity there is one group.
     num_groups = keys.integer("n_group", 1 if capacity is not None or keys.states("n_group") else None)
+    kept_groups = keys.integer("topk_group", 1 if num_groups == 1 or capacity is not None else None)
+    if capacity is not None:
+        num_groups = kept_groups = 1
     router = replace(
         config.router,
         scaling=keys.number("routed_scaling_factor"),
         num_groups=num_groups,
-        kept_groups=keys.integer("topk_group", 1 if num_groups == 1 else None),
+        kept_groups=kept_groups,
         has_bias=keys.flag("moe_router_enable_expert_bias", True),
     )
     return replace(
@@ -109,7 +113,8 @@ FAMILY = Family(
     attention="block_causal",
     activation="sigmoid",
     block_length=32,  # what 2.0 and 2.1 were trained with; their config.json does not say (2.2 has block_size)
-    defaults={"norm_topk_prob": True},
+    rotary_factor=0.5,  # the class's own default
+    renormalises=True,  # its class always does
     constants={
         "hidden_act": ("silu",),
         "use_bias": (False,),
@@ -124,7 +129,6 @@ FAMILY = Family(
     supported={
         "attention_bias": (False,),
         "using_split_qkv_in_self_attention": (False,),
-        "num_nextn_predict_layers": (0,),
     },
     without_effect=(
         "intermediate_size",  # without a dense layer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from expertshare.config import ModelConfig
 from expertshare.errors import ConfigError
 from expertshare.models.config_keys import ConfigKeys
-from expertshare.models.family import Family, qwen_targets
+from expertshare.models.family import Family, fused_targets, qwen_targets
 
 
 def read_more(keys: ConfigKeys, config: ModelConfig) -> ModelConfig:
@@ -27,7 +27,8 @@ FAMILY = Family(
     activation="softmax",
     block_length=32,  # of decoding where the checkpoint has none: with full attention no block is part of the model
     expert_width="expert_intermediate_size",
-    defaults={"norm_topk_prob": False, "num_key_value_heads": 0},
+    renormalises=False,  # its class never does
+    defaults={"num_key_value_heads": 0},
     constants={
         "hidden_act": ("silu",),
         "attention_bias": (False,),
@@ -46,4 +47,6 @@ FAMILY = Family(
     read_more=read_more,
     write_more=lambda config: {"moe_layer_freq": [1] * config.num_layers},
     targets=qwen_targets,
+    merged_targets=fused_targets,
+    merged_marker=".mlp.experts.gate_up_proj",
 )

@@ -25,6 +25,7 @@ from expertshare.models.checkpoint import (
     check_names,
     check_tensors,
     choose_targets,
+    leave_out,
     loaded_bytes,
     read_headers,
     read_json,
@@ -97,6 +98,7 @@ def load_model(
         )
     layout = read_manifest(path) if has_expert_layout(path) else None
     stored = read_headers(path) if layout is None else read_headers(path, DENSE)
+    stored = leave_out(stored, raw, config)
     check_fits(path, expert_memory, dtype=dtype, device=device, stored=stored)
     targets = choose_targets(family, config, stored)
     with torch.device("meta"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from expertshare.models.family import Family, qwen_targets
+from expertshare.models.family import Family, fused_targets, qwen_targets
 
 FAMILY = Family(
     name="sdar_moe",
@@ -10,7 +10,7 @@ FAMILY = Family(
     model_type="sdar_moe",
     attention="block_causal",
     activation="softmax",
-    block_length=4,  # what SDAR-30B-A3B was trained with; variants with 8 to 64 say so in block_size or block_length
+    block_length=None,  # variants were trained with 4 to 64, so that no number is right where the files have none
     defaults={"num_key_value_heads": 0},
     constants={
         "hidden_act": ("silu",),
@@ -27,4 +27,6 @@ FAMILY = Family(
         "skip_checkpoint",
     ),
     targets=qwen_targets,
+    merged_targets=fused_targets,
+    merged_marker=".mlp.experts.gate_up_proj",
 )
