@@ -74,6 +74,13 @@ def test_resolve_fills_in_the_model(config: ModelConfig) -> None:
     assert (own.block_length, own.steps_per_block) == (4, 2)
 
 
+def test_only_llada2_shortens_steps_for_few_tokens(config: ModelConfig) -> None:
+    """SDAR writes one token a step by default, whatever the length of the answer."""
+    few = DecodingOptions(gen_length=2)
+    assert few.resolve(config).steps_per_block == 2
+    assert few.resolve(replace(config, family="sdar_moe")).steps_per_block == config.block_length
+
+
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [

@@ -16,7 +16,14 @@ from expertshare.convert.storage import QUANTISED_OR_NOT, slab_format
 from expertshare.errors import ConfigError, InputError, nearest
 from expertshare.experts.layout import DENSE, has_expert_layout, read_manifest
 from expertshare.experts.slab import SlabFormat
-from expertshare.models.checkpoint import check_names, choose_targets, read_headers, resolve_source
+from expertshare.models.checkpoint import (
+    check_names,
+    choose_targets,
+    leave_out,
+    read_headers,
+    read_json,
+    resolve_source,
+)
 from expertshare.models.family import family_named, quantised_targets
 from expertshare.models.loading import own_dtype
 from expertshare.models.transformer import MoETransformer
@@ -56,7 +63,7 @@ def sizes_of(model: str | os.PathLike[str]) -> ModelSizes:
         stored, every = read_headers(path, DENSE), family.targets(config)
         form, probe = layout.format, path / layout.expert_files[0].name
     else:
-        stored = read_headers(path)
+        stored = leave_out(read_headers(path), read_json(path / "config.json"), config)
         every = choose_targets(family, config, stored)
         form, probe = None, max((tensor.file for tensor in stored.values()), key=lambda file: file.stat().st_size)
     experts = {target.name for target in every if is_expert(target)}

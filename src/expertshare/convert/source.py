@@ -29,6 +29,7 @@ from expertshare.models.checkpoint import (
     check_names,
     check_tensors,
     choose_targets,
+    leave_out,
     read_headers,
     read_json,
     read_optional_json,
@@ -132,7 +133,7 @@ def read_checkpoint(path: Path, gguf: Path | None = None) -> Checkpoint:
     """Read headers and configuration. gguf: the file that holds the tensors, in place of safetensors. Raises
     CheckpointError or ConfigError for what cannot be converted."""
     family, config = read_config(path)
-    _, settings = plain_config(path)
+    raw, settings = plain_config(path)
     weights: Mapping[str, QuantisedWeight] = {}
     whole, method = None, None
     if gguf is not None:
@@ -143,6 +144,7 @@ def read_checkpoint(path: Path, gguf: Path | None = None) -> Checkpoint:
         stored = in_files = read_headers(path)
         if settings is not None:
             (stored, weights), method = unpack(settings, stored), str(settings.get("quant_method"))
+        stored = leave_out(stored, raw, config)
     places = choose_targets(family, config, stored)
     check_names(stored, places, path)
     with torch.device("meta"):
