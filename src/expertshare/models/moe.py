@@ -79,7 +79,7 @@ class AbsentExperts(nn.Module):
     """In the place of experts that are in files of their own: the runtime must have a store."""
 
     def borrow(self, *_: object, **__: object) -> AbstractContextManager[Loan]:
-        """Lends nothing: raises ConfigError."""
+        """Lends nothing: raises ConfigError that says how to open a store."""
         raise ConfigError(
             "expected a runtime with a store, because this model's experts are in files of their own, got none: open "
             "one with expertshare.experts.open_store and pass it as Runtime(store=...)"

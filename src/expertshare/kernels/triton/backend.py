@@ -41,7 +41,7 @@ class TritonBackend(TorchBackend):
     route = staticmethod(route_layer_triton)
 
     def graphs(self, device: torch.device) -> Graphs | str:
-        """CUDA's, on a GPU."""
+        """Graphs of CUDA where the device is a GPU; None elsewhere."""
         return Graphs() if device.type == "cuda" else super().graphs(device)
 
     def moe_ffn(self, x_TD: Tensor, plan: RoutingPlan, bank: Bank, arrivals: Arrivals | None = None) -> Tensor:
