@@ -41,7 +41,7 @@ class TritonBackend(TorchBackend):
     route = staticmethod(route_layer_triton)
 
     def graphs(self, device: torch.device) -> Graphs | str:
-        """Graphs of CUDA where the device is a GPU; None elsewhere."""
+        """Graphs of CUDA where the device is a GPU, else why there are none."""
         return Graphs() if device.type == "cuda" else super().graphs(device)
 
     def moe_ffn(self, x_TD: Tensor, plan: RoutingPlan, bank: Bank, arrivals: Arrivals | None = None) -> Tensor:
