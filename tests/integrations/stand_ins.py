@@ -128,6 +128,8 @@ class Model(nn.Module):
     def __init__(self, block: Any, model_type: str) -> None:
         super().__init__()
         self.config = SimpleNamespace(model_type=model_type)
+        if model_type == "sdar_moe":
+            self.config.block_size = 4
         self.embed = nn.Embedding(VOCAB, HIDDEN)
         self.layers = nn.ModuleList(Layer(block()) for _ in range(2))
         self.lm_head = nn.Linear(HIDDEN, VOCAB, bias=False)

@@ -99,7 +99,7 @@ def test_experts_that_cannot_be_chosen(implementation: str) -> None:
 
 
 def test_block_length_comes_from_the_argument_or_the_config() -> None:
-    def length(name: str, given: int | None = None, **config: int) -> int | None:
+    def length(name: str, given: int | None = None, **config: int | None) -> int | None:
         model = build(name)
         for key, value in config.items():
             setattr(model.config, key, value)
@@ -114,6 +114,8 @@ def test_block_length_comes_from_the_argument_or_the_config() -> None:
     assert length("llada2") == 32
     assert length("llada_moe") == 32
     assert length("sdar") == 4
+    with pytest.raises(ConfigError, match="give block_length"):
+        length("sdar", block_size=None)
     assert length("sdar", block_size=16) == 16
     assert length("llada2", block_length=8) == 8
     with pytest.raises(ConfigError, match="expected one block length in the config"):

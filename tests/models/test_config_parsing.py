@@ -239,6 +239,16 @@ def test_a_missing_share_of_rotated_features_is_the_class_s_own() -> None:
     assert parse(others).rotary_dim == parse(others).head_dim
 
 
+def test_key_value_heads_that_are_left_out() -> None:
+    for raw in (LLADA_MOE_CONFIG, SDAR_CONFIG):
+        assert parse(without(raw, "num_key_value_heads")).num_kv_heads == raw["num_attention_heads"]
+        with pytest.raises(ConfigError, match="num_key_value_heads must be a whole number of at least 1"):
+            parse({**raw, "num_key_value_heads": 0})
+    assert parse({**LLADA2_CONFIG, "num_key_value_heads": 0}).num_kv_heads == LLADA2_CONFIG["num_attention_heads"]
+    with pytest.raises(ConfigError, match="'num_key_value_heads' is missing"):
+        parse(without(LLADA2_CONFIG, "num_key_value_heads"))
+
+
 def test_rope_scaling_of_type_default_scales_nothing() -> None:
     for key in ("type", "rope_type"):
         assert parse({**SDAR_CONFIG, "rope_scaling": {key: "default"}}) == parse(SDAR_CONFIG)

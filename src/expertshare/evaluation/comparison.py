@@ -10,7 +10,7 @@ from typing import Any
 from expertshare.decoding import BlockResult, DecodingOptions
 from expertshare.errors import PolicyError
 from expertshare.evaluation.prompts import PromptRecord
-from expertshare.evaluation.runner import VANILLA, PolicyRun, ProgressListener, Setup, answer_prompts, encode_prompts
+from expertshare.evaluation.runner import PolicyRun, ProgressListener, Setup, answer_prompts, encode_prompts, own_policy
 from expertshare.evaluation.scoring import check_scorable, judge
 from expertshare.evaluation.statistics import (
     PairedDifference,
@@ -166,13 +166,14 @@ class PolicyRunner:
 
     @cached_property
     def vanilla(self) -> Outcome:
-        """The model as it is."""
-        return Outcome(label=VANILLA.name, records=self.records, run=self.answer(VANILLA))
+        """The model as it is, under its own routing."""
+        policy = own_policy(self.loaded)
+        return Outcome(label=policy_label(policy), records=self.records, run=self.answer(policy))
 
     def run(self, policy: RoutingPolicy) -> Outcome:
         """Answer all prompts under `policy`, and vanilla before. Raises PolicyError, InputError or NumericsError."""
         vanilla = self.vanilla
-        if policy.bind(self.loaded.config.router) == VANILLA:
+        if policy.bind(self.loaded.config.router) == own_policy(self.loaded):
             return vanilla
         return Outcome(label=policy_label(policy), records=self.records, run=self.answer(policy), against=vanilla)
 
@@ -199,12 +200,13 @@ class PolicyRunner:
         """Decode one block that counts nowhere, so that the first policy does not pay for what happens only once."""
         resolved = self.options.resolve(self.loaded.config)
         one_block = replace(self.options, gen_length=min(resolved.gen_length, resolved.block_length or 1))
-        answer_prompts(self.loaded, self.prompts[:1], VANILLA, one_block, setup=self.setup)
+        answer_prompts(self.loaded, self.prompts[:1], own_policy(self.loaded), one_block, setup=self.setup)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """The runs that were asked for, in that order. reference: vanilla's run, whether or not it was asked for.
+    """The runs that were asked for, in that order. reference: the run under the model's own routing (`own_policy`),
+    which is called vanilla's here, whether or not it was asked for.
 
     config: the resolved configuration. peak_memory_bytes: of the process, over all runs together;
     peak_anonymous_bytes: without pages of files, None where the system does not say.
@@ -221,6 +223,7 @@ class Comparison:
         """Plain values under "runs"; `answers` adds every answer to its run."""
         return {
             "runs": [run.to_json(answers=answers) for run in self.runs],
+            "baseline": self.reference.label,
             "reference": self.reference.to_json(),
             "num_prompts": len(self.records),
             "peak_memory_bytes": self.peak_memory_bytes,

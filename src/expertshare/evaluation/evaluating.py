@@ -20,7 +20,7 @@ from expertshare.evaluation.harness.source import HarnessSource
 from expertshare.evaluation.items import EvalItem, GeneratedSource, SourceOptions, TaskSource
 from expertshare.evaluation.prompts import PromptRecord
 from expertshare.evaluation.run_directory import ITEMS, REPORT, check_known, model_sha256, open_run
-from expertshare.evaluation.runner import VANILLA, ProgressListener, Setup
+from expertshare.evaluation.runner import VANILLA, ProgressListener, Setup, own_policy
 from expertshare.evaluation.scoring import ANSWER_RULES
 from expertshare.evaluation.summary import summarise
 from expertshare.evaluation.workers import (
@@ -144,15 +144,18 @@ def evaluate_sources(
             environment=capture_environment(loaded.model.device),
             seeds={"decoding": settings.options.seed},
             config=run,
-            results=summarise(lines, tasks=[source.task for source in sources], policies=labels),
+            results=summarise(lines, tasks=[source.task for source in sources], policies=labels, baseline=labels[0]),
         )
         report.write(out / REPORT)
     return Evaluation(path=out, lines=tuple(lines), report=report)
 
 
 def bind_policies(policies: Sequence[RoutingPolicy], loaded: LoadedModel) -> tuple[RoutingPolicy, ...]:
-    """Vanilla first, then the others with every knob concrete, each once. Raises PolicyError."""
-    return tuple(dict.fromkeys(policy.bind(loaded.config.router) for policy in (VANILLA, *policies)))
+    """The model's own policy first, then vanilla where that is another, then the others; every knob concrete, each
+    policy once. Raises PolicyError."""
+    return tuple(
+        dict.fromkeys(policy.bind(loaded.config.router) for policy in (own_policy(loaded), VANILLA, *policies))
+    )
 
 
 def _answers(solver: Solver, jobs: Sequence[Job], settings: EvaluationSettings, sha256: str) -> Iterator[Solved]:

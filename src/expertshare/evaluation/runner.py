@@ -16,7 +16,7 @@ from expertshare.kernels import AUTO, choose_backend
 from expertshare.measure.cost import FORWARD_KINDS, Cost, ForwardKind
 from expertshare.measure.memory import storage_bytes_read
 from expertshare.models import LoadedModel, Runtime, decode_answer, describe, encode_prompt
-from expertshare.routing import POLICIES, RoutingPolicy
+from expertshare.routing import POLICIES, RoutingPolicy, native_policy
 
 VANILLA = POLICIES["vanilla"]()
 BlockListener = Callable[[BlockResult], None]
@@ -68,6 +68,12 @@ class Setup:
             "chat": has_template if self.chat is None else self.chat,
             "expert_store": self.store_options.to_json() if self.store_options else None,
         }
+
+
+def own_policy(loaded: LoadedModel) -> RoutingPolicy:
+    """What others are held against: the routing that the model was trained with, bound. Vanilla, but for LLaDA2.2,
+    which shares experts by itself."""
+    return native_policy(loaded.config).bind(loaded.config.router)
 
 
 def encode_prompts(loaded: LoadedModel, texts: Sequence[str], chat: bool | None) -> list[list[int]]:

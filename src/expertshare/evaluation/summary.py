@@ -17,22 +17,29 @@ from expertshare.evaluation.statistics import (
 from expertshare.measure.cost import FORWARD_KINDS
 
 Line = Mapping[str, Any]
-VANILLA = "vanilla"
 
 
-def summarise(lines: Sequence[Line], *, tasks: Sequence[str], policies: Sequence[str]) -> dict[str, Any]:
+def summarise(
+    lines: Sequence[Line], *, tasks: Sequence[str], policies: Sequence[str], baseline: str = "vanilla"
+) -> dict[str, Any]:
     """Plain values: "rows" by task and policy, "summary" by policy. Intervals are [low, high] at the 95 % level.
 
-    The lines hold every item of every task under every policy, vanilla among them; their order does not matter.
+    The lines hold every item of every task under every policy; their order does not matter. baseline: the one that
+    others are held against, the model's own routing.
     """
     cells = {(task, policy): _cell(lines, task, policy) for task in tasks for policy in policies}
-    rows = [_row(task, policy, cells[task, policy], cells[task, VANILLA]) for task in tasks for policy in policies]
+    rows = [
+        _row(task, policy, cells[task, policy], cells[task, baseline], policy == baseline)
+        for task in tasks
+        for policy in policies
+    ]
     return {
         "tasks": list(tasks),
         "policies": list(policies),
+        "baseline": baseline,
         "num_answers": len(lines),
         "rows": rows,
-        "summary": [_summary(policy, tasks, cells) for policy in policies],
+        "summary": [_summary(policy, baseline, tasks, cells) for policy in policies],
     }
 
 
@@ -52,12 +59,12 @@ def _paired(cell: Sequence[Line], base: Sequence[Line]) -> tuple[list[bool], lis
     return [mine[key] for key in both], [theirs[key] for key in both]
 
 
-def _row(task: str, policy: str, cell: Sequence[Line], base: Sequence[Line]) -> dict[str, Any]:
+def _row(task: str, policy: str, cell: Sequence[Line], base: Sequence[Line], is_baseline: bool) -> dict[str, Any]:
     judged = list(_outcomes(cell).values())
     share = proportion(judged) if judged else None
     by_harness = [line["harness_correct"] for line in cell if line.get("harness_correct") is not None]
     mine, theirs = _paired(cell, base)
-    difference = paired_difference(mine, theirs) if mine and policy != VANILLA else None
+    difference = paired_difference(mine, theirs) if mine and not is_baseline else None
     ratio = sum(mine) / sum(theirs) if any(theirs) else None
     return {
         "task": task,
@@ -96,12 +103,14 @@ def _unique(cell: Sequence[Line], kind: str) -> float:
     return total / blocks if blocks else 0.0
 
 
-def _summary(policy: str, tasks: Sequence[str], cells: Mapping[tuple[str, str], Sequence[Line]]) -> dict[str, Any]:
+def _summary(
+    policy: str, baseline: str, tasks: Sequence[str], cells: Mapping[tuple[str, str], Sequence[Line]]
+) -> dict[str, Any]:
     accuracy: dict[str, Proportion] = {}
     base_accuracy: dict[str, Proportion] = {}
     pairs: dict[str, PairedCounts] = {}
     for task in tasks:
-        mine, theirs = _paired(cells[task, policy], cells[task, VANILLA])
+        mine, theirs = _paired(cells[task, policy], cells[task, baseline])
         if mine:
             accuracy[task], base_accuracy[task] = proportion(mine), proportion(theirs)
             pairs[task] = PairedCounts.of(mine, theirs)
@@ -109,7 +118,7 @@ def _summary(policy: str, tasks: Sequence[str], cells: Mapping[tuple[str, str], 
     counted = list(kept.by_task)
     low_high = capped_mean_interval([pairs[task] for task in counted]) if counted else None
     everything = [line for task in tasks for line in cells[task, policy]]
-    base = [line for task in tasks for line in cells[task, VANILLA]]
+    base = [line for task in tasks for line in cells[task, baseline]]
     return {
         "policy": policy,
         "tasks_counted": counted,

@@ -72,7 +72,7 @@ class ConfigKeys:
         self._read.add(key)
         return self._raw.get(key)
 
-    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
         """A whole number of at least `least`; ConfigError if it is missing and there is no default."""
         value = self._required(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:

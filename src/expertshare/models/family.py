@@ -59,8 +59,9 @@ class Family:
     name: as in FAMILIES, and ModelConfig.family. architecture, model_type: as config.json says them. block_length:
     where the files do not say it; None: then they must. rotary_factor: share of a head's features that are rotated,
     where the files do not say it. renormalises: whether the released class divides a token's weights by their sum,
-    whatever norm_topk_prob says; None: that key decides. expert_width: the key of it. defaults: of keys that may be
-    missing.
+    whatever norm_topk_prob says; None: that key decides. zero_kv_heads: whether num_key_value_heads must be there and 0
+    means one for each query head, as elsewhere where the key is missing. expert_width: the key of it. defaults: of keys
+    that may be missing.
     constants: keys that the model supports at these values only; the first is written. supported: likewise, but not
     written. without_effect: keys that change nothing here. read_more: completes the config from keys of this family
     alone; write_more is its inverse. targets: where each tensor goes. merged_targets: the same for a layout in which a
@@ -75,6 +76,7 @@ class Family:
     block_length: int | None
     rotary_factor: float = 1.0
     renormalises: bool | None = None
+    zero_kv_heads: bool = False
     expert_width: str = "moe_intermediate_size"
     defaults: Mapping[str, Any] = field(default_factory=dict)
     constants: Mapping[str, tuple[Any, ...]]
@@ -105,7 +107,8 @@ class Family:
             hidden_size=hidden,
             num_layers=keys.integer("num_hidden_layers"),
             num_heads=heads,
-            num_kv_heads=keys.integer("num_key_value_heads", default("num_key_value_heads"), least=0) or heads,
+            num_kv_heads=keys.integer("num_key_value_heads", *((None, 0) if self.zero_kv_heads else (heads, 1)))
+            or heads,
             head_dim=head_dim,
             rotary_dim=rotary_dim,
             rope_theta=theta,

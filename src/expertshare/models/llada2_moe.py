@@ -113,6 +113,7 @@ FAMILY = Family(
     attention="block_causal",
     activation="sigmoid",
     block_length=32,  # what 2.0 and 2.1 were trained with; their config.json does not say (2.2 has block_size)
+    zero_kv_heads=True,
     rotary_factor=0.5,  # the class's own default
     renormalises=True,  # its class always does
     constants={

@@ -28,7 +28,6 @@ FAMILY = Family(
     block_length=32,  # of decoding where the checkpoint has none: with full attention no block is part of the model
     expert_width="expert_intermediate_size",
     renormalises=False,  # its class never does
-    defaults={"num_key_value_heads": 0},
     constants={
         "hidden_act": ("silu",),
         "attention_bias": (False,),

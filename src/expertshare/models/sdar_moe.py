@@ -11,7 +11,6 @@ FAMILY = Family(
     attention="block_causal",
     activation="softmax",
     block_length=None,  # variants were trained with 4 to 64, so that no number is right where the files have none
-    defaults={"num_key_value_heads": 0},
     constants={
         "hidden_act": ("silu",),
         "attention_bias": (False,),

@@ -10,10 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from expertshare.evaluation.runner import ProgressListener
+from expertshare.evaluation.runner import ProgressListener, own_policy
 from expertshare.models import LoadedModel, Runtime
 from expertshare.models.transformer import MoETransformer
-from expertshare.routing import Layerwise, RoutingPolicy, make_policy
+from expertshare.routing import Layerwise, RoutingPolicy
 from expertshare.tuning.trajectories import Pack, Trajectory, pack
 
 # Tokens that are told apart in a divergence: vanilla's likeliest ones; all others count as one.
@@ -51,7 +51,7 @@ class Replay:
         """Pack the steps and run vanilla on them."""
         replay = cls(loaded, runtime, pack(trajectories, loaded.config))
         for item in replay.packs:
-            log_share_CV, _ = replay._run(item, make_policy("vanilla"))
+            log_share_CV, _ = replay._run(item, own_policy(loaded))
             top = log_share_CV.topk(min(_TOP_TOKENS, log_share_CV.shape[1]), dim=1)
             replay._reference.append((top.indices, top.values))
         return replay
@@ -146,7 +146,7 @@ def measure_sensitivity(
 ) -> Sensitivity:
     """Restrict one layer at a time, to each of `settings`."""
     num_layers = replay.loaded.config.num_moe_layers
-    vanilla = make_policy("vanilla")
+    vanilla = own_policy(replay.loaded)
     base = replay.measure(vanilla)
     layers = [
         [LayerOption(policy=vanilla, unique_experts=base.by_layer[layer], divergence=0.0)]

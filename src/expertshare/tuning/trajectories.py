@@ -13,7 +13,7 @@ from expertshare.config import ModelConfig
 from expertshare.decoding import BlockDecoder, DecodingOptions
 from expertshare.decoding.forwards import Forwards
 from expertshare.decoding.row import Row, RowGeometry, Window
-from expertshare.evaluation.runner import VANILLA, Setup, decode_batches
+from expertshare.evaluation.runner import Setup, decode_batches, own_policy
 from expertshare.models import LoadedModel
 from expertshare.models.runtime import ForwardInput
 
@@ -64,7 +64,7 @@ def record_trajectories(
     loaded: LoadedModel, prompts: Sequence[Sequence[int]], options: DecodingOptions, *, setup: Setup
 ) -> list[Trajectory]:
     """Decode `prompts` under vanilla and keep every step. Raises NumericsError."""
-    decoder = BlockDecoder(loaded.model, setup.runtime(loaded, VANILLA), options)
+    decoder = BlockDecoder(loaded.model, setup.runtime(loaded, own_policy(loaded)), options)
     found: list[Trajectory] = []
     for _, stream in decode_batches(decoder, prompts, setup.batch_size):
         recorder = _Recorder(stream.forwards)

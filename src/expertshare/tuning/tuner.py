@@ -8,7 +8,7 @@ from expertshare.decoding import DecodingOptions
 from expertshare.errors import InputError
 from expertshare.evaluation.comparison import PolicyRunner
 from expertshare.evaluation.prompts import PromptRecord
-from expertshare.evaluation.runner import VANILLA, ProgressListener, Setup, encode_prompts
+from expertshare.evaluation.runner import ProgressListener, Setup, encode_prompts, own_policy
 from expertshare.evaluation.statistics import PairedCounts
 from expertshare.measure.report import capture_environment
 from expertshare.models import LoadedModel
@@ -77,7 +77,7 @@ def tune(
     fronts = [front, *(thin_front(own) for own in fronts_by_policy(points, front))]
     chain = best_chain([point for own in fronts for point in around(own, find_edge(own, chance))], chance)
     tested, passed = _certify(certified, chain, options, quality)
-    vanilla = verify(certified, VANILLA, quality)
+    vanilla = verify(certified, own_policy(loaded), quality)
     if options.cost == "latency":
         vanilla, *tested = with_latency(certified, [vanilla, *tested])
     return Tuned(
@@ -109,7 +109,7 @@ def _record(runner: PolicyRunner, num_prompts: int) -> Replay:
     loaded, setup = runner.loaded, runner.setup
     found = record_trajectories(loaded, runner.prompts[:num_prompts], runner.options, setup=setup)
     thinned = [thin_out(trajectory, _STEPS_PER_PROMPT) for trajectory in found]
-    return Replay.of(loaded, thinned, runtime=setup.runtime(loaded, VANILLA))
+    return Replay.of(loaded, thinned, runtime=setup.runtime(loaded, own_policy(loaded)))
 
 
 def _worth_it(front: Sequence[Point], replay: Replay) -> list[Point]:

@@ -35,7 +35,14 @@ def block_length_of(model: nn.Module, given: int | None) -> int | None:
     # what the family was trained with: the configs of the first checkpoints do not say
     model_type = str(getattr(config, "model_type", None))
     name = ALIASES.get(model_type, model_type)
-    return family_named(name).block_length if name in FAMILIES else None
+    if name not in FAMILIES:
+        return None
+    if (length := family_named(name).block_length) is None:
+        raise ConfigError(
+            f"expected block_length, block_size or canvas_length in the config of a {name} model, whose variants were "
+            "trained with blocks of 4 to 64: give block_length"
+        )
+    return length
 
 
 def _checked(length: object, what: str) -> int:
