@@ -15,8 +15,8 @@ from code_map import ENGINE, files_of, lines_of, parts
 NATIVE = ("native/csrc",)
 
 # The aim is 10,000 lines in 80 files for the engine and 30,000 for the package: these limits only go down.
-MOST_LINES = {"engine": 12_000, "package": 35_500, "native": 4_500}
-MOST_FILES_OF_THE_ENGINE = 97
+MOST_LINES = {"engine": 10_850, "package": 33_100, "native": 4_500}
+MOST_FILES_OF_THE_ENGINE = 70
 
 
 @pytest.mark.parametrize(

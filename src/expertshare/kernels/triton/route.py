@@ -78,23 +78,57 @@ def select_and_assign(
     kept_GE = live if previous is None else previous.member_GE.contiguous()
     scratch = new((groups, lanes)), new((groups, length * (rule.ranking == "coverage"), lanes + 1), torch.float64)
     coreset_kernel[(groups,)](
-        *given, voters_GL, kept_GE, member_GE, *scratch, used_GE, unique_G, plan.active_E, load_E,
-        length, rule.size, _bits(rule.prefix_share or 0.0), _bits(rule.saturation or 0.0),
-        NUM_EXPERTS=num_experts, TOP_K=spec.top_k, RANKING=RANKINGS.index(rule.ranking),
-        FRONT=min(rule.protected, spec.top_k), WHOLE_FRONT=rule.keep_protected, HAS_SHARE=rule.prefix_share is not None,
-        ONLY_MASKED=masked_GL is not None, HAS_PREVIOUS=previous is not None, KEYS_AT_A_TIME=min(16, lanes),
-        **sizes, num_warps=8,
-    )  # fmt: skip
+        *given,
+        voters_GL,
+        kept_GE,
+        member_GE,
+        *scratch,
+        used_GE,
+        unique_G,
+        plan.active_E,
+        load_E,
+        length,
+        rule.size,
+        _bits(rule.prefix_share or 0.0),
+        _bits(rule.saturation or 0.0),
+        NUM_EXPERTS=num_experts,
+        TOP_K=spec.top_k,
+        RANKING=RANKINGS.index(rule.ranking),
+        FRONT=min(rule.protected, spec.top_k),
+        WHOLE_FRONT=rule.keep_protected,
+        HAS_SHARE=rule.prefix_share is not None,
+        ONLY_MASKED=masked_GL is not None,
+        HAS_PREVIOUS=previous is not None,
+        KEYS_AT_A_TIME=min(16, lanes),
+        **sizes,
+        num_warps=8,
+    )
     sizes = _lanes(num_experts, expert_groups(spec, rule.group_limit == "inside"), length, most_tokens=4)
     scale_E = affinity if expert_scale_E is None else expert_scale_E.float().contiguous()
     kept_slots = spec.top_k if rule.experts_per_token is None else rule.experts_per_token
     plan_kernel[(groups, -(-length // sizes["TOKENS"]))](
-        *given, member_GE, scale_E, plan.expert_ids_TK, plan.weights_TK, plan.active_E, load_E, used_GE, unique_G,
-        length, kept_slots, _bits(rule.drop_share or 0.0), float(spec.scaling),
-        NUM_EXPERTS=num_experts, TOP_K=spec.top_k, TOP_KP=power_of_two(spec.top_k),
-        HAS_DROP=rule.drop_share is not None, RENORMALISE=spec.renormalise,
-        HAS_EXPERT_SCALE=expert_scale_E is not None, **sizes, num_warps=4,
-    )  # fmt: skip
+        *given,
+        member_GE,
+        scale_E,
+        plan.expert_ids_TK,
+        plan.weights_TK,
+        plan.active_E,
+        load_E,
+        used_GE,
+        unique_G,
+        length,
+        kept_slots,
+        _bits(rule.drop_share or 0.0),
+        float(spec.scaling),
+        NUM_EXPERTS=num_experts,
+        TOP_K=spec.top_k,
+        TOP_KP=power_of_two(spec.top_k),
+        HAS_DROP=rule.drop_share is not None,
+        RENORMALISE=spec.renormalise,
+        HAS_EXPERT_SCALE=expert_scale_E is not None,
+        **sizes,
+        num_warps=4,
+    )
     return found
 
 

@@ -23,9 +23,16 @@ def _block(masked_ptr, frozen_ptr, control_ptr, edited_ptr, row, place, capacity
 
 @triton.jit
 def finite_kernel(
-    masked_ptr, frozen_ptr, control_ptr, edited_ptr, sure_ptr, report_ptr, capacity, LENGTH: tl.constexpr,
+    masked_ptr,
+    frozen_ptr,
+    control_ptr,
+    edited_ptr,
+    sure_ptr,
+    report_ptr,
+    capacity,
+    LENGTH: tl.constexpr,
     LP: tl.constexpr,
-):  # fmt: skip
+):
     """One program per row: whether all probabilities that the step asked for are finite, into the row's report."""
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, LP)
@@ -38,10 +45,25 @@ def finite_kernel(
 
 @triton.jit
 def commit_kernel(
-    tokens_ptr, masked_ptr, frozen_ptr, answer_ptr, control_ptr, thresholds_ptr, edited_ptr, proposed_ptr, sure_ptr,
-    eos_ptr, report_ptr, capacity, num_rows, NUM_EOS: tl.constexpr, LENGTH: tl.constexpr, LP: tl.constexpr,
-    RP: tl.constexpr, AT_A_TIME: tl.constexpr,
-):  # fmt: skip
+    tokens_ptr,
+    masked_ptr,
+    frozen_ptr,
+    answer_ptr,
+    control_ptr,
+    thresholds_ptr,
+    edited_ptr,
+    proposed_ptr,
+    sure_ptr,
+    eos_ptr,
+    report_ptr,
+    capacity,
+    num_rows,
+    NUM_EOS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    LP: tl.constexpr,
+    RP: tl.constexpr,
+    AT_A_TIME: tl.constexpr,
+):
     """One program per row, after finite_kernel: writes tokens and masks of the row's block where the rule says so, and
     the rest of its report. Nothing is written in any row if a probability of any row is not finite.
 

@@ -34,12 +34,30 @@ def schedule_kernel(ids_ptr, order_ptr, first_ptr, count_ptr, num_pairs, PAIRS: 
 
 @triton.jit
 def project_kernel(
-    x_ptr, y_ptr, order_ptr, first_ptr, count_ptr,
-    codes_ptr, scales_ptr, minima_ptr, codes_stride, scales_stride, minima_stride,
-    NUM_EXPERTS: tl.constexpr, EXPERTSP: tl.constexpr, TOP_K: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
-    GATED: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMA: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    y_ptr,
+    order_ptr,
+    first_ptr,
+    count_ptr,
+    codes_ptr,
+    scales_ptr,
+    minima_ptr,
+    codes_stride,
+    scales_stride,
+    minima_stride,
+    NUM_EXPERTS: tl.constexpr,
+    EXPERTSP: tl.constexpr,
+    TOP_K: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GATED: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_MINIMA: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """One projection of the scheduled pairs, from DEPTH features to WIDTH.
 
     GATED: y [P, WIDTH] = silu(gate x) * up x in its own dtype, x by token, y by place in the schedule. A tile has BN
@@ -58,10 +76,22 @@ def project_kernel(
         feature = tile % COLUMNS * BN + turn // PARTS
         x_row = pair // TOP_K if GATED else place
         y = product(
-            x_ptr, x_row.to(tl.int64) * DEPTH, exists,
-            codes_ptr + expert * codes_stride, scales_ptr + expert * scales_stride, minima_ptr + expert * minima_stride,
-            feature + turn % PARTS * WIDTH, feature < WIDTH, DEPTH, BITS, GROUP, HAS_MINIMA, BM, PARTS * BN, BK,
-        )  # fmt: skip
+            x_ptr,
+            x_row.to(tl.int64) * DEPTH,
+            exists,
+            codes_ptr + expert * codes_stride,
+            scales_ptr + expert * scales_stride,
+            minima_ptr + expert * minima_stride,
+            feature + turn % PARTS * WIDTH,
+            feature < WIDTH,
+            DEPTH,
+            BITS,
+            GROUP,
+            HAS_MINIMA,
+            BM,
+            PARTS * BN,
+            BK,
+        )
         y_row = pair
         if GATED:
             gate, up = tl.split(tl.reshape(y, (BM, BN, 2)))
@@ -109,10 +139,22 @@ def _rows_of_tile(number, lane, tiles, ends, first_ptr, count_ptr, BM: tl.conste
 
 @triton.jit
 def product(
-    x_ptr, x_at, x_exists, codes_ptr, scales_ptr, minima_ptr, row, row_exists,
-    DEPTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, HAS_MINIMA: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    x_at,
+    x_exists,
+    codes_ptr,
+    scales_ptr,
+    minima_ptr,
+    row,
+    row_exists,
+    DEPTH: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_MINIMA: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """float32 [BM, BN]: tokens, DEPTH features from x_ptr + x_at [BM] on, times the weights of rows `row` [BN].
 
     codes_ptr: of one matrix. BITS 0: weights in the dtype of x, row by row. Otherwise codes in panels

@@ -12,10 +12,22 @@ NO_TOKEN = tl.constexpr(2147483647)
 
 @triton.jit
 def head_kernel(
-    x_ptr, codes_ptr, scales_ptr, excluded_ptr, best_ptr, token_ptr, total_ptr, num_rows,
-    VOCABULARY: tl.constexpr, DEPTH: tl.constexpr, BITS: tl.constexpr, NUM_EXCLUDED: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    codes_ptr,
+    scales_ptr,
+    excluded_ptr,
+    best_ptr,
+    token_ptr,
+    total_ptr,
+    num_rows,
+    VOCABULARY: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BITS: tl.constexpr,
+    NUM_EXCLUDED: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
     """Of BN ids of the vocabulary, for BM rows: the largest logit (float32 [tiles, R]), the lowest id that has it, and
     the sum of exp(logit - largest), NaN where a logit is not finite. Logits are rounded to the dtype of x first."""
     row = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -23,9 +35,22 @@ def head_kernel(
     token = tl.program_id(0) * BN + tl.arange(0, BN)
     inside = token < VOCABULARY
     logit = product(
-        x_ptr, row.to(tl.int64) * DEPTH, exists, codes_ptr, scales_ptr, scales_ptr, token.to(tl.int64), inside,
-        DEPTH, BITS, 0, False, BM, BN, BK,
-    )  # fmt: skip
+        x_ptr,
+        row.to(tl.int64) * DEPTH,
+        exists,
+        codes_ptr,
+        scales_ptr,
+        scales_ptr,
+        token.to(tl.int64),
+        inside,
+        DEPTH,
+        BITS,
+        0,
+        False,
+        BM,
+        BN,
+        BK,
+    )
     logit = logit.to(x_ptr.dtype.element_ty).to(tl.float32)
     allowed = inside
     for number in tl.static_range(NUM_EXCLUDED):

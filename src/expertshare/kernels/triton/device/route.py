@@ -63,14 +63,37 @@ def within_reach(
 
 @triton.jit(do_not_specialize=["size", "share_bits", "saturation_bits"])
 def coreset_kernel(
-    choice_ptr, affinity_ptr, live_ptr, masked_ptr, previous_ptr,
-    member_ptr, keys_ptr, mass_ptr, used_ptr, unique_ptr, active_ptr, load_ptr,
-    length, size, share_bits, saturation_bits,
-    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, RANKING: tl.constexpr, FRONT: tl.constexpr,
-    WHOLE_FRONT: tl.constexpr, HAS_SHARE: tl.constexpr, ONLY_MASKED: tl.constexpr, HAS_PREVIOUS: tl.constexpr,
-    NUM_GROUPS: tl.constexpr, KEPT: tl.constexpr, NGP: tl.constexpr, GSP: tl.constexpr, TOKENS: tl.constexpr,
+    choice_ptr,
+    affinity_ptr,
+    live_ptr,
+    masked_ptr,
+    previous_ptr,
+    member_ptr,
+    keys_ptr,
+    mass_ptr,
+    used_ptr,
+    unique_ptr,
+    active_ptr,
+    load_ptr,
+    length,
+    size,
+    share_bits,
+    saturation_bits,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    RANKING: tl.constexpr,
+    FRONT: tl.constexpr,
+    WHOLE_FRONT: tl.constexpr,
+    HAS_SHARE: tl.constexpr,
+    ONLY_MASKED: tl.constexpr,
+    HAS_PREVIOUS: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    NGP: tl.constexpr,
+    GSP: tl.constexpr,
+    TOKENS: tl.constexpr,
     KEYS_AT_A_TIME: tl.constexpr,
-):  # fmt: skip
+):
     """Writes member [G, E], and zeros into what plan_kernel adds to: used [G, E], unique [G], active [E] and load [E].
 
     The fields of routing.rule.SharingRule. RANKING 0: all, 1: votes, 2: highest, 3: coverage. masked [G, L] with
@@ -234,13 +257,33 @@ def _mass(score):
 
 @triton.jit(do_not_specialize=["slots", "drop_bits"])
 def plan_kernel(
-    choice_ptr, affinity_ptr, live_ptr, member_ptr, expert_scale_ptr,
-    ids_ptr, weights_ptr, active_ptr, load_ptr, used_ptr, unique_ptr,
-    length, slots, drop_bits, scaling,
-    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, TOP_KP: tl.constexpr,
-    HAS_DROP: tl.constexpr, RENORMALISE: tl.constexpr, HAS_EXPERT_SCALE: tl.constexpr,
-    NUM_GROUPS: tl.constexpr, KEPT: tl.constexpr, NGP: tl.constexpr, GSP: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
+    choice_ptr,
+    affinity_ptr,
+    live_ptr,
+    member_ptr,
+    expert_scale_ptr,
+    ids_ptr,
+    weights_ptr,
+    active_ptr,
+    load_ptr,
+    used_ptr,
+    unique_ptr,
+    length,
+    slots,
+    drop_bits,
+    scaling,
+    NUM_EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    TOP_KP: tl.constexpr,
+    HAS_DROP: tl.constexpr,
+    RENORMALISE: tl.constexpr,
+    HAS_EXPERT_SCALE: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    KEPT: tl.constexpr,
+    NGP: tl.constexpr,
+    GSP: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
     """Writes ids [T, K] and weights [T, K]; adds to active [E], load [E], used [G, E] and unique [G], which
     coreset_kernel has cleared. Additions are of integers: their order leaves no trace.
 
