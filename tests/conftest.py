@@ -18,6 +18,10 @@ if not torch.cuda.is_available():
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
 
+# Processes that share the cores share them out: threads of torch spin while they wait, for as long as others would work.
+if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+
 SERVING_LOGS = ("expertshare.serving", "uvicorn")
 
 

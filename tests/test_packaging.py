@@ -89,7 +89,7 @@ def test_pins_are_exact_and_not_local() -> None:
 def test_make_test_runs_every_check_and_ends_with_pytest() -> None:
     tools = [Path(line.split()[0]).name for line in make_recipe("test")][-4:]
     assert tools[:3] == ["ruff", "mypy", "lint-imports"]
-    assert make_recipe("test")[-1].endswith("-m pytest -q")
+    assert make_recipe("test")[-1].endswith("-m pytest -q -n auto --maxprocesses 4 --dist loadfile")
 
 
 def test_ci_runs_make_test_and_nothing_else() -> None:
