@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
 
-# Processes that share the cores share them out: threads of torch spin while they wait, for as long as others would work.
+# Processes that share the cores divide them: threads of torch spin while they wait, and others would work meanwhile.
 if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, torch.get_num_threads() // processes))
 

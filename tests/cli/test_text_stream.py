@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from expertshare.cli.generate import AnswerPrinter, TextStream
@@ -12,6 +15,7 @@ from expertshare.decoding import BlockResult
 from expertshare.decoding.options import REPLACEMENT
 from expertshare.lab.tasks.tokenizer import build_tokenizer
 from expertshare.models import decode_answer
+from expertshare.models.tokenizer import byte_ids
 
 TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=build_tokenizer(0))
 
@@ -70,3 +74,38 @@ def test_answers_come_in_the_order_of_their_prompts(order: tuple[int, ...]) -> N
         printer.hear(block(row, "y", last=True))
     long = "d" * 69 + "…"
     assert "".join(written) == f"[1/3] a\nx0y\n\n[2/3] c\nx1y\n\n[3/3] {long}\nx2y\n"
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """As SentencePiece's: words it knows, and one token for every byte of what it does not."""
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a", "▁", "The", "▁answer", "▁is", "▁42", "."]
+    model = models.BPE({word: number for number, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "pieces"),
+    [
+        # é is complete, and what follows makes the run of its bytes unreadable
+        (["a ▁ C3 A9", "F0 The ▁answer", "▁is ▁42 ."], ["a ", "\ufffd\ufffd\ufffdThe answer", " is 42."]),
+        (["a ▁ C3", "A9 The", "▁answer"], ["a ", "éThe", " answer"]),
+        (["a 0A", "0A The"], ["a", "\n\nThe"]),
+        (["F0 9F", "98 80"], ["", "😀"]),
+        (["F0", "The", "F0"], ["", "\ufffdThe", "\ufffd"]),
+    ],
+)
+def test_runs_of_single_bytes_wait_for_their_end(blocks: list[str], pieces: list[str]) -> None:
+    tokenizer = byte_fallback()
+    names = [
+        [f"<0x{word}>" if len(word) == 2 and word.isupper() | word.isdigit() else word for word in block.split()]
+        for block in blocks
+    ]
+    ids = [tokenizer.convert_tokens_to_ids(block) for block in names]
+    stream = TextStream(partial(decode_answer, tokenizer), byte_ids(tokenizer))
+    assert len(stream.byte_ids) == 256
+    assert not byte_ids(TOKENIZER)
+    found = [stream.feed(block, last=block is ids[-1]) for block in ids]
+    assert found == pieces
+    assert "".join(found) == decode_answer(tokenizer, [i for block in ids for i in block])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -179,7 +181,11 @@ def test_weights_beyond_float16_scales() -> None:
 @pytest.mark.parametrize(
     ("message", "make"),
     [
-        ("groups of 32: .*int8", lambda: quantise(torch.ones(16, 48), SCHEMES["int4"])),
+        (r"groups of 32: use int8\.", lambda: quantise(torch.ones(16, 80), SCHEMES["int4"])),
+        (
+            r"groups of 64: use groups of 32 or int8\.",
+            lambda: quantise(torch.ones(16, 96), replace(SCHEMES["int4"], group_size=64)),
+        ),
         ("rows of 48 weights", lambda: quantise(torch.ones(16, 48), SCHEMES["64"])),
         ("multiples of 16, got 8 rows of 64", lambda: quantise(torch.ones(8, 64), SCHEMES["int4"])),
         ("multiples of 16, got 16 rows of 40", lambda: quantise(torch.ones(16, 40), SCHEMES["int8"])),

@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from expertshare.models import LoadedModel
+from expertshare.models import LoadedModel, decode_answer
 
 from .server import PROMPTS, Serve, Served, alone
 
@@ -120,10 +120,15 @@ def test_stop_strings(served: Served, reference: LoadedModel, stop: str | list[s
 
 
 def test_a_short_limit_ends_with_length(served: Served, reference: LoadedModel) -> None:
-    reply = served.openai().chat.completions.create(**ASK, max_tokens=5)
-    assert reply.choices[0].finish_reason == "length"
-    assert reply.usage.completion_tokens == 5
-    assert reply.choices[0].message.content == alone(reference, PROMPTS[0], gen_length=5).answers[0].text
+    """A limit below the block's length only cuts: the tokens are those of an answer that may be long."""
+    for prompt in PROMPTS:
+        whole = alone(reference, prompt, gen_length=64).answers[0].token_ids
+        for limit in (1, 5, 20):
+            asked = {"model": "reference", "messages": [{"role": "user", "content": prompt}], "temperature": 0}
+            reply = served.openai().chat.completions.create(**asked, max_tokens=limit)
+            assert reply.usage.completion_tokens == min(limit, len(whole))
+            assert reply.choices[0].finish_reason == ("length" if limit < len(whole) else "stop")
+            assert reply.choices[0].message.content == decode_answer(reference.tokenizer, whole[:limit])
 
 
 def test_models(served: Served) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,7 @@ from expertshare.experts import StoreStatistics
 from expertshare.measure.cost import FORWARD_KINDS, ForwardKind
 from expertshare.measure.memory import MemoryWatch
 from expertshare.models import LoadedModel, decode_answer
+from expertshare.models.tokenizer import byte_ids
 from expertshare.routing import policy_label
 
 
@@ -94,6 +96,7 @@ class AnswerPrinter:
     prompts: Sequence[str]
     decode: Callable[[Sequence[int]], str]
     write: Callable[[str], None]
+    byte_ids: frozenset[int] = frozenset()
     _streams: dict[int, TextStream] = field(default_factory=dict)
     _waiting: dict[int, list[str]] = field(default_factory=dict)
     _finished: set[int] = field(default_factory=set)
@@ -102,7 +105,7 @@ class AnswerPrinter:
     def hear(self, block: BlockResult) -> None:
         """Take the next block of any answer."""
         last = block.finish_reason is not None
-        stream = self._streams.setdefault(block.row, TextStream(self.decode))
+        stream = self._streams.setdefault(block.row, TextStream(self.decode, self.byte_ids))
         text = stream.feed(block.token_ids, last=last)
         self._waiting.setdefault(block.row, []).append(text)
         if last:
@@ -147,14 +150,13 @@ def _read_texts(source: str | None, prompt: str | None, prompts: str | None) -> 
 
 
 def _printer(loaded: LoadedModel, texts: list[str], *, as_json: bool) -> AnswerPrinter:
-    def decode(token_ids: Sequence[int]) -> str:
-        assert loaded.tokenizer is not None
-        return decode_answer(loaded.tokenizer, token_ids)
+    tokenizer = loaded.tokenizer
+    assert tokenizer is not None
 
     def write(text: str) -> None:
         print(text, end="", file=sys.stderr if as_json else sys.stdout, flush=True)
 
-    return AnswerPrinter(prompts=texts, decode=decode, write=write)
+    return AnswerPrinter(texts, partial(decode_answer, tokenizer), write, byte_ids(tokenizer))
 
 
 def _table(result: api.Generated) -> Table:

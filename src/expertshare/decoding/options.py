@@ -177,18 +177,24 @@ def join_blocks(blocks: list[BlockResult]) -> RowResult:
 class TextStream:
     """Turns tokens into text that never has to be taken back.
 
-    A byte-level token may end inside a character; such an end is held back until the rest has come. decode: token ids
-    to text; it is given all ids so far, because what a token reads as can depend on those before it.
+    A byte-level token may end inside a character; such an end is held back until the rest has come. So is a run of
+    tokens that stand for one byte each, until another kind of token follows: one byte that fits nowhere makes the whole
+    run unreadable. decode: token ids to text; it is given all ids so far, because what a token reads as can depend on
+    those before it. byte_ids: the tokens of single bytes (`models.tokenizer.byte_ids`).
     """
 
     decode: Callable[[Sequence[int]], str]
+    byte_ids: frozenset[int] = frozenset()
     _token_ids: list[int] = field(default_factory=list)
     _shown: str = ""
 
     def feed(self, token_ids: Sequence[int], *, last: bool = False) -> str:
         """The text that these tokens add. With `last`, also what was held back."""
         self._token_ids.extend(token_ids)
-        text = self.decode(self._token_ids)
+        settled = len(self._token_ids)
+        while not last and settled and self._token_ids[settled - 1] in self.byte_ids:
+            settled -= 1
+        text = self.decode(self._token_ids[:settled])
         ready = text if last else text.rstrip(REPLACEMENT)
         if not ready.startswith(self._shown):
             return ""

@@ -24,6 +24,8 @@ from torch import Tensor
 from expertshare.errors import ConfigError, NumericsError, nearest
 from expertshare.types import PANEL_ROWS, ExpertBank, QuantisedBank, QuantisedTable, QuantisedWeight, RoutingPlan
 
+GROUP_SIZES = (32, 64)
+"""Weights that share a scale of 4 bits."""
 # What the largest code stands for, over the largest weight of its group: the candidates for a scale. These take 4 % off
 # the error of an expert layer with Gaussian weights and 3 % off that of the reference model. With 0.9 among them the
 # weights' own error falls as far, but layers of the reference model err 17 % more (benchmarks/quantisation_error.py).
@@ -43,7 +45,7 @@ class Scheme:
 
     def __post_init__(self) -> None:
         rows_of_8 = (self.bits, self.group_size, self.symmetric) == (8, None, True)
-        if not rows_of_8 and (self.bits != 4 or self.group_size not in (32, 64)):
+        if not rows_of_8 and (self.bits != 4 or self.group_size not in GROUP_SIZES):
             raise ConfigError(
                 "expected 8 bits, symmetric, without groups, or 4 bits in groups of 32 or 64, got "
                 f"bits={self.bits}, group_size={self.group_size}, symmetric={self.symmetric}."
@@ -56,9 +58,10 @@ class Scheme:
         """
         group = self.group_size or max(1, depth)
         if depth < 1 or depth % group:
+            fitting = [f"groups of {size}" for size in GROUP_SIZES if depth > 0 and depth % size == 0]
             raise ConfigError(
                 f"rows of {depth} weights cannot be divided into groups of {self.group_size or depth}: "
-                "use another group_size, or int8."
+                f"use {' or '.join([*fitting, 'int8'])}."
             )
         per_group = (rows, depth // group), torch.float32 if self.bits == 8 else torch.float16
         codes = (rows, depth * self.bits // 8), torch.int8 if self.bits == 8 else torch.uint8

@@ -95,6 +95,12 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[s
     return ids
 
 
+def byte_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that stand for one byte each (byte fallback, as in SentencePiece's models); empty for other tokenizers."""
+    found = (tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in range(256))
+    return frozenset(n for n in found if isinstance(n, int) and n != tokenizer.unk_token_id)
+
+
 def decode_answer(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Text of generated ids, without special tokens."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True))

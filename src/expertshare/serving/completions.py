@@ -30,7 +30,7 @@ class Completions:
     def __init__(self, engine: Engine, settings: ServerSettings, metrics: ServerMetrics) -> None:
         self.model_name = settings.model_name or engine.loaded.path.resolve().name
         self._settings, self._metrics, self._codec = settings, metrics, Codec(engine.loaded)
-        self._generator = Generator(engine, settings, self._codec.decode)
+        self._generator = Generator(engine, settings, self._codec)
 
     async def answer(self, asked: ChatRequest | CompletionRequest, request: Request) -> Response:
         """Answer a request, whole or as server-sent events. Raises Refusal."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from expertshare.serving.engine import Engine
 from expertshare.serving.responses import Refusal, refusal_of, refusal_of_failure
 from expertshare.serving.scheduling import Event, Failure, Listener, Order, Progress, RowUsage
 from expertshare.serving.settings import ServerSettings
-from expertshare.serving.text import AnswerText
+from expertshare.serving.text import AnswerText, Codec
 
 LARGEST_SEED = 2**63
 
@@ -123,11 +123,11 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Generator:
-    """Begins to answer requests within the bounds of the settings. decode: ids to text."""
+    """Begins to answer requests within the bounds of the settings."""
 
     engine: Engine
     settings: ServerSettings
-    decode: Callable[[Sequence[int]], str]
+    codec: Codec
 
     @property
     def max_choices(self) -> int:
@@ -147,7 +147,7 @@ class Generator:
             for number in range(asked.count):
                 seeded = replace(options, seed=(options.seed + number) % LARGEST_SEED)
                 order = Order(prompt=tuple(prompt), options=seeded, policy=policy)
-                text = AnswerText(self.decode, asked.stops)
+                text = AnswerText(self.codec.decode, asked.stops, self.codec.byte_ids)
                 choices.append(Choice(order=order, text=text, most=asked.max_tokens))
         try:
             return Generation(self.engine, choices)
@@ -182,11 +182,13 @@ class Generator:
         return replace(defaults, gen_length=length, **given)
 
     def _gen_length(self, asked: int | None, prompt_tokens: int) -> int:
-        """As asked; else the default, or what the context leaves. Full attention decodes whole blocks: then more are
-        decoded than are returned."""
+        """As asked; else the default, or what the context leaves. More are decoded than are returned where a model with
+        full attention decodes whole blocks, and where fewer would shorten the steps: what is asked for only cuts."""
         config, defaults = self.engine.loaded.config, self.engine.options
         block = (defaults.block_length or config.block_length) if config.attention == "full" else 1
-        if asked is not None:
-            return -(-asked // block) * block
         left = (self.engine.max_context - prompt_tokens) // block * block
+        if asked is not None:
+            whole, steps = -(-asked // block) * block, defaults.steps_per_block or config.block_length
+            enough = steps * defaults.minimal_top_k if config.shortens_steps else 0
+            return max(whole, min(enough, left))
         return min(defaults.gen_length, max(left, block))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, cast
 from expertshare.decoding import TextStream
 from expertshare.errors import InputError
 from expertshare.models import LoadedModel, decode_answer, encode_chat, encode_prompt
+from expertshare.models.tokenizer import byte_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,7 @@ class Codec:
         if loaded.tokenizer is None:
             raise InputError(f"{loaded.path} has no tokenizer: put the model's tokenizer.json there")
         self._tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
+        self.byte_ids = byte_ids(loaded.tokenizer)
         self._lock = threading.Lock()
 
     async def encode(self, prompt: Prompt) -> list[int]:
@@ -67,12 +69,13 @@ class AnswerText:
 
     decode: Callable[[Sequence[int]], str]
     stops: tuple[str, ...] = ()
+    byte_ids: frozenset[int] = frozenset()
     stopped: bool = False
     _stream: TextStream = field(init=False)
     _held: str = ""
 
     def __post_init__(self) -> None:
-        self._stream = TextStream(self.decode)
+        self._stream = TextStream(self.decode, self.byte_ids)
 
     def feed(self, token_ids: Sequence[int], *, last: bool = False) -> str:
         """The text that these tokens add. With `last`, also what was held back."""
