@@ -30,7 +30,7 @@ import httpx
 from expertshare import api
 from expertshare.lab.tasks.generation import generate_items
 from expertshare.measure.report import capture_environment
-from expertshare.models import LoadedModel
+from expertshare.models import LoadedModel, decode_answer
 
 KINDS = ("arith", "math", "code", "choice")
 
@@ -118,11 +118,12 @@ def _requests(options: argparse.Namespace) -> list[Request]:
 
 
 def _alone(loaded: LoadedModel, requests: Sequence[Request]) -> dict[Request, str]:
-    """By `generate`, one prompt at a time."""
+    """By `generate`, one prompt at a time; a limit below the block's length only cuts."""
     found = {}
     for request in requests:
-        made = api.generate(loaded, request.prompt, policy=request.policy, gen_length=request.max_tokens)
-        found[request] = made.answers[0].text
+        length = max(request.max_tokens, loaded.config.block_length)
+        made = api.generate(loaded, request.prompt, policy=request.policy, gen_length=length)
+        found[request] = decode_answer(loaded.tokenizer, made.answers[0].token_ids[: request.max_tokens])
     return found
 
 

@@ -15,7 +15,7 @@ import torch
 
 from expertshare.config import ModelConfig, RouterSpec
 from expertshare.decoding import DecodingOptions, generate
-from expertshare.models import LoadedModel, MoETransformer, Runtime, initialise
+from expertshare.models import LoadedModel, MoETransformer, Runtime, decode_answer, initialise
 from expertshare.routing import parse_policy
 from expertshare.serving import Engine, EngineLimits
 from expertshare.serving.scheduling import Event, Failure, Order, Progress
@@ -56,9 +56,10 @@ def test_sixteen_concurrent_streams_of_which_a_fifth_leaves(serve: Serve, refere
     asked = requests(16, seed=3)
     expected = []
     for one in asked:
-        options = {**one.options, "gen_length": one.options["max_tokens"]}
-        del options["max_tokens"]
-        expected.append(alone(reference, one.prompt, policy=one.policy, **options).answers[0].text)
+        options = {**one.options, "gen_length": max(one.options["max_tokens"], reference.config.block_length)}
+        limit = options.pop("max_tokens")
+        answer = alone(reference, one.prompt, policy=one.policy, **options).answers[0]
+        expected.append(decode_answer(reference.tokenizer, answer.token_ids[:limit]))
 
     async def ask(client: openai.AsyncOpenAI, one: Asked) -> str:
         stream = await client.chat.completions.create(

@@ -38,7 +38,7 @@ class DistillOptions(OptionGroup):
     full_mask_share: float = option("Share of answers masked wholly, as decoding starts.")
     dtype: str = option("Arithmetic: bfloat16 (autocast) or float32.")
     checkpoint_every: int = option("Steps between checkpoints.")
-    elastic: int | None = option(f"In place of a policy: {flags.ELASTIC}")
+    elastic: int | None = option(f"In place of a policy. {flags.ELASTIC}")
     elastic_free: float = option(flags.ELASTIC_FREE)
     elastic_sets: str = option(flags.ELASTIC_SETS)
 

@@ -45,7 +45,7 @@ Threads = Annotated[
     int | None,
     typer.Option(help="Threads of one operation. Default: OMP_NUM_THREADS if set, else one for each physical core."),
 ]
-ELASTIC = "every block draws its number of experts, at least this many, so that any budget serves."
+ELASTIC = "Every block draws its number of experts, at least this many, so that any budget serves."
 ELASTIC_FREE = "Share of blocks that use all experts, with --elastic."
 ELASTIC_SETS = "How --elastic draws experts: random, or votes (likelier those that the block votes for)."
 MOST_THREADS = 1024

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
@@ -150,13 +149,16 @@ def _read_texts(source: str | None, prompt: str | None, prompts: str | None) -> 
 
 
 def _printer(loaded: LoadedModel, texts: list[str], *, as_json: bool) -> AnswerPrinter:
-    tokenizer = loaded.tokenizer
-    assert tokenizer is not None
+    tokenizer = loaded.tokenizer  # a model without one is refused before the first block
+
+    def decode(token_ids: Sequence[int]) -> str:
+        assert tokenizer is not None
+        return decode_answer(tokenizer, token_ids)
 
     def write(text: str) -> None:
         print(text, end="", file=sys.stderr if as_json else sys.stdout, flush=True)
 
-    return AnswerPrinter(texts, partial(decode_answer, tokenizer), write, byte_ids(tokenizer))
+    return AnswerPrinter(texts, decode, write, byte_ids(tokenizer) if tokenizer else frozenset())
 
 
 def _table(result: api.Generated) -> Table:
