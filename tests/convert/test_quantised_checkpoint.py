@@ -187,6 +187,20 @@ def test_what_is_not_read_is_refused_by_name(settings: dict[str, Any], named: st
         unpack(settings, headers({"x.weight": torch.ones(2, 2)}))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "gptq",
+        {"quant_method": ["gptq"]},
+        {"quant_method": "compressed-tensors", "config_groups": None},
+        {"quant_method": "compressed-tensors", "config_groups": {"a": 3}},
+    ],
+)
+def test_settings_that_are_none_are_refused_in_words(settings: Any) -> None:
+    with pytest.raises(CheckpointError, match="quantization_config cannot be read"):
+        unpack(settings, headers({"x.weight": torch.ones(2, 2)}))
+
+
 def test_parts_that_do_not_fit_are_named() -> None:
     tensors = {
         "x.qweight": words(random_codes(IN, OUT).T).T,

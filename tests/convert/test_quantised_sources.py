@@ -18,6 +18,8 @@ from torch import Tensor
 from convert.models import CONFIGS, save_random
 from convert.test_quantised_checkpoint import words
 from expertshare.convert import convert
+from expertshare.convert.sizes import sizes_of
+from expertshare.convert.source import read_checkpoint
 from expertshare.errors import CheckpointError, InputError
 from expertshare.models import load_model
 
@@ -117,8 +119,26 @@ def test_slabs_are_those_of_the_plain_weights(family: str, method: str, tmp_path
         assert layers(tmp_path / f"a-{scheme}") == layers(tmp_path / f"b-{scheme}")
     assert "quantization_config" not in json.loads((tmp_path / "b-none" / "config.json").read_text())
     assert load_model(tmp_path / "b-none").config == CONFIGS[family]
-    with pytest.raises(CheckpointError, match="expertshare convert"):
-        load_model(quantised)
+    for read in (load_model, sizes_of):
+        with pytest.raises(CheckpointError, match="expertshare convert"):
+            read(quantised)
+
+
+def test_a_part_in_a_file_of_its_own_counts_in_the_fingerprint_and_an_unknown_dtype_is_named(tmp_path: Path) -> None:
+    _, quantised = two_checkpoints("llada_moe", "gptq", tmp_path)
+    whole = load_file(quantised / "model.safetensors")
+    scales = {name: tensor for name, tensor in whole.items() if name.endswith(".scales")}
+    save_file(scales, quantised / "model-2.safetensors")
+    save_file({name: tensor for name, tensor in whole.items() if name not in scales}, quantised / "model-1.safetensors")
+    (quantised / "model.safetensors").unlink()
+    placed = {name: f"model-{1 + (name in scales)}.safetensors" for name in whole}
+    (quantised / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    before = read_checkpoint(quantised).fingerprint
+    save_file({name: tensor * 2 for name, tensor in scales.items()}, quantised / "model-2.safetensors")
+    assert read_checkpoint(quantised).fingerprint != before
+    save_file({name: tensor.byte() for name, tensor in scales.items()}, quantised / "model-2.safetensors")
+    with pytest.raises(CheckpointError, match="has dtype U8"):
+        convert(quantised, tmp_path / "out")
 
 
 NAMES = {

@@ -268,6 +268,8 @@ def test_switches_of_other_software_change_nothing(name: str, key: str) -> None:
 def test_experts_may_be_counted_as_transformers_5_does() -> None:
     renamed = {**without(SDAR_CONFIG, "num_experts"), "num_local_experts": SDAR_CONFIG["num_experts"]}
     assert parse(renamed) == parse(SDAR_CONFIG)
+    with pytest.raises(ConfigError, match="one value of num_experts and num_local_experts"):
+        parse({**SDAR_CONFIG, "num_local_experts": SDAR_CONFIG["num_experts"] + 1})
 
 
 @pytest.mark.parametrize(("model_type", "like"), [("lladamoe", LLADA_MOE_CONFIG), ("llada21_moe", LLADA2_CONFIG)])

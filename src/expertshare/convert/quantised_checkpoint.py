@@ -45,7 +45,7 @@ class QuantisedWeight:
             weight_OI = self.decode(parts)
             if tuple(weight_OI.shape) == self.stored.shape:
                 return weight_OI.bfloat16()
-        except (RuntimeError, IndexError):
+        except (RuntimeError, IndexError, TypeError, ZeroDivisionError):
             pass
         shapes = ", ".join(f"{self.parts[part]} {list(tensor.shape)}" for part, tensor in parts.items())
         raise CheckpointError(f"expected tensors that make one weight, got {shapes}: download the checkpoint again")
@@ -70,7 +70,13 @@ def unpack(
     settings: `quantization_config` of config.json. Tensors about activations are left out: we compute in bfloat16.
     Raises CheckpointError for a method or a setting that is not read.
     """
-    layout = _format(settings)
+    try:
+        layout = _format(settings)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"config.json: quantization_config cannot be read ({error}), expected an object as its method writes it: "
+            "download it again"
+        ) from error
     plain = {name: tensor for name, tensor in stored.items() if not name.endswith(_OF_ACTIVATIONS)}
     weights: dict[str, QuantisedWeight] = {}
     marker = layout.required[-1]
@@ -81,6 +87,8 @@ def unpack(
         codes = stored[parts[layout.codes]]
         for name in parts.values():
             del plain[name]
+        if len(codes.shape) != 2:
+            raise CheckpointError(f"{parts[layout.codes]} has shape {list(codes.shape)}, expected a matrix of codes")
         whole = StoredTensor(codes.file, layout.shape(codes.shape), "BF16")
         plain[f"{stem}weight"] = whole
         weights[f"{stem}weight"] = QuantisedWeight(stored=whole, parts=parts, decode=layout.decode)
@@ -139,9 +147,8 @@ def _awq(settings: Mapping[str, Any]) -> _Format:
     _expect(settings, "version", "gemm", default="gemm")
 
     def decode(parts: Parts) -> Tensor:
-        zeros = parts.get("qzeros")
-        middle = torch.tensor([[2 ** (bits - 1)]])
-        return _weight(_in_order(parts["qweight"]), parts["scales"].T, middle if zeros is None else _in_order(zeros))
+        zeros_OG = _in_order(parts["qzeros"]) if "qzeros" in parts else 2 ** (bits - 1)
+        return _weight(_in_order(parts["qweight"]), parts["scales"].T, zeros_OG)
 
     def _in_order(packed: Tensor) -> Tensor:
         codes = _codes(packed, bits)
@@ -154,11 +161,6 @@ def _awq(settings: Mapping[str, Any]) -> _Format:
         shape=lambda packed: (packed[1] * _WORD_BITS // bits, packed[0]),
         decode=decode,
     )
-
-
-def _fp8(settings: Mapping[str, Any]) -> _Format:
-    block = settings.get("weight_block_size")
-    return _scaled("weight_scale" if block is None else "weight_scale_inv", block)
 
 
 def _compressed_tensors(settings: Mapping[str, Any]) -> _Format:
@@ -179,15 +181,9 @@ def _compressed_tensors(settings: Mapping[str, Any]) -> _Format:
     bits = int(_expect({"num_bits": bits}, "num_bits", 4, 8))
 
     def decode(parts: Parts) -> Tensor:
-        codes_OI = _codes(parts["weight_packed"], bits)
-        zeros = parts.get("weight_zero_point")
-        middle = torch.tensor([[2 ** (bits - 1)]])
-        return _weight(
-            codes_OI,
-            parts["weight_scale"],
-            middle if zeros is None else _codes(zeros.T, bits).T,
-            parts.get("weight_g_idx"),
-        )
+        zero = parts.get("weight_zero_point")
+        zeros_OG = 2 ** (bits - 1) if zero is None else _codes(zero.T, bits).T
+        return _weight(_codes(parts["weight_packed"], bits), parts["weight_scale"], zeros_OG, parts.get("weight_g_idx"))
 
     return _Format(
         codes="weight_packed",
@@ -202,7 +198,9 @@ _FORMATS: dict[Any, Callable[[Mapping[str, Any]], _Format]] = {
     "gptq": _gptq,
     "awq": _awq,
     "compressed-tensors": _compressed_tensors,
-    "fp8": _fp8,
+    "fp8": lambda settings: _scaled(
+        "weight_scale_inv" if settings.get("weight_block_size") else "weight_scale", settings.get("weight_block_size")
+    ),
 }
 
 
@@ -210,7 +208,7 @@ def _scaled(scale: str, block: tuple[int, int] | None) -> _Format:
     """Weights of eight bits under their own name, integers or float8."""
 
     def decode(parts: Parts) -> Tensor:
-        zero = parts.get("weight_zero_point", torch.tensor([[0]]))
+        zero = parts.get("weight_zero_point", 0)
         return _weight(parts["weight"], parts[scale], zero, parts.get("weight_g_idx"), block)
 
     return _Format(
@@ -228,7 +226,7 @@ def _codes(packed: Tensor, bits: int) -> Tensor:
 def _weight(
     codes_OI: Tensor,
     scale: Tensor,
-    zero: Tensor,
+    zero: Tensor | int,
     groups_I: Tensor | None = None,
     block: tuple[int, int] | None = None,
 ) -> Tensor:
@@ -238,8 +236,8 @@ def _weight(
     (None: groups of neighbours); with a block of so many rows and columns, [row blocks, column blocks].
     """
 
-    def spread(values: Tensor) -> Tensor:
-        values = values.float()
+    def spread(values: Tensor | int) -> Tensor:
+        values = torch.as_tensor(values).float()
         if values.numel() == 1:
             return values.reshape(1, 1)
         if values.dim() == 1:

@@ -22,6 +22,7 @@ from expertshare.models.checkpoint import (
     leave_out,
     read_headers,
     read_json,
+    refuse_quantised,
     resolve_source,
 )
 from expertshare.models.family import family_named, quantised_targets
@@ -63,7 +64,8 @@ def sizes_of(model: str | os.PathLike[str]) -> ModelSizes:
         stored, every = read_headers(path, DENSE), family.targets(config)
         form, probe = layout.format, path / layout.expert_files[0].name
     else:
-        stored = leave_out(read_headers(path), read_json(path / "config.json"), config)
+        refuse_quantised(raw := read_json(path / "config.json"), path)
+        stored = leave_out(read_headers(path), raw, config)
         every = choose_targets(family, config, stored)
         form, probe = None, max((tensor.file for tensor in stored.values()), key=lambda file: file.stat().st_size)
     experts = {target.name for target in every if is_expert(target)}

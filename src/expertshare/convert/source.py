@@ -166,7 +166,7 @@ def read_checkpoint(path: Path, gguf: Path | None = None) -> Checkpoint:
         weights=weights,
         gguf=whole,
         quantised_by=method,
-        fingerprint=fingerprint(path, stored),
+        fingerprint=fingerprint(path, in_files),
     )
 
 
@@ -231,6 +231,11 @@ class TensorFile:
         if name not in self.entries:
             raise CheckpointError(f"{self.path} has no tensor {name}: download or convert it again")
         entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{name} in {self.path} has dtype {entry.dtype}, expected one of {', '.join(DTYPES)}: use the original "
+                "checkpoint"
+            )
         tensor = torch.empty(entry.shape if index is None else entry.shape[1:], dtype=DTYPES[entry.dtype])
         start = self._data_start + entry.start + (index or 0) * tensor.nbytes
         memory = tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -106,6 +106,15 @@ def loaded_bytes(tensors: Iterable[StoredTensor], dtype: torch.dtype | None = No
     )
 
 
+def refuse_quantised(raw: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError for weights that others quantised, which are converted first. raw: config.json."""
+    if QUANTISATION in raw:
+        raise CheckpointError(
+            f"expected plain weights in {path}, got some that config.json says are quantised: convert them once, by "
+            f"expertshare convert {path} OUT --quantise int4 (or int8, or none for bfloat16)"
+        )
+
+
 def leave_out(
     stored: Mapping[str, StoredTensor], raw: Mapping[str, Any], config: ModelConfig
 ) -> dict[str, StoredTensor]:
@@ -119,11 +128,11 @@ def leave_out(
         kept.pop("lm_head.weight", None)
     if raw.get("num_nextn_predict_layers"):
         layer = re.compile(r"model\.layers\.(\d+)\.")
-        further = [name for name in kept if (m := layer.match(name)) and int(m[1]) >= config.num_layers]
-        further += [name for name in kept if name.startswith(("mtp.", "model.mtp."))]
+        further = {name for name in kept if (m := layer.match(name)) and int(m[1]) >= config.num_layers}
+        further |= {name for name in kept if name.startswith(("mtp.", "model.mtp."))}
         if further:
             _log.warning("left out %d tensors of layers that predict further tokens (MTP)", len(further))
-        kept = {name: tensor for name, tensor in kept.items() if name not in set(further)}
+        kept = {name: kept[name] for name in kept if name not in further}
     return kept
 
 

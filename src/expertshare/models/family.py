@@ -118,7 +118,7 @@ class Family:
             expert_hidden=keys.integer(self.expert_width),
             shared_hidden=0,
             router=RouterSpec(
-                num_experts=keys.integer("num_experts", keys.get("num_local_experts")),
+                num_experts=keys.integer(one_name(keys, "num_experts", "num_local_experts")),
                 top_k=keys.integer("num_experts_per_tok"),
                 activation=self.activation,
                 renormalise=renormalise if self.renormalises is None else self.renormalises,
@@ -159,6 +159,16 @@ class Family:
             "block_size": config.block_length,
             **special_ids(config),
         }
+
+
+def one_name(keys: ConfigKeys, *names: str) -> str:
+    """That of several names of one number which config.json uses, the first if none; ConfigError where two differ."""
+    stated = {name: value for name in names if (value := keys.get(name)) is not None}
+    if len(set(map(repr, stated.values()))) > 1:
+        raise ConfigError(
+            f"config.json: expected one value of {' and '.join(names)}, got {stated}: correct one of them"
+        )
+    return next(iter(stated), names[0])
 
 
 def special_ids(config: ModelConfig) -> dict[str, Any]:

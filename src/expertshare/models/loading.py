@@ -19,7 +19,6 @@ from expertshare.experts.opening import StoreOptions, num_kept
 from expertshare.experts.slab import format_size
 from expertshare.measure.memory import free_memory_bytes, usable_memory_bytes
 from expertshare.models.checkpoint import (
-    QUANTISATION,
     WEIGHTS,
     StoredTensor,
     check_names,
@@ -31,6 +30,7 @@ from expertshare.models.checkpoint import (
     read_json,
     read_optional_json,
     read_tensors,
+    refuse_quantised,
     resolve_source,
 )
 from expertshare.models.family import Target, family_of, quantised_targets
@@ -82,11 +82,7 @@ def load_model(
     device = usable_device(device)
     path = resolve_source(source)
     raw = read_json(path / "config.json")
-    if QUANTISATION in raw:
-        raise CheckpointError(
-            f"expected plain weights in {path}, got some that config.json says are quantised: convert them once, by "
-            f"expertshare convert {path} OUT --quantise int4 (or int8, or none for bfloat16)"
-        )
+    refuse_quantised(raw, path)
     family = family_of(raw)
     tokenizer = load_tokenizer(path)
     generation = read_optional_json(path / "generation_config.json")
