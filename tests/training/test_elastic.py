@@ -199,5 +199,7 @@ def test_wrong_settings_are_refused(tmp_path: Path) -> None:
         replace(ELASTIC, elastic_free=1.5)
     with pytest.raises(ConfigError, match="random or votes"):
         replace(ELASTIC, elastic_sets="best")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="to mean anything"):
+        replace(ELASTIC, elastic=None, elastic_free=0.5)
     with pytest.raises(ConfigError, match="left out of elastic training"):
         DistillConfig(policy="des-vote", elastic=16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from expertshare.cli import flags
@@ -63,13 +64,17 @@ def train(
         raise InputError(f"expected a folder, or the name of one to be made, got the file {folder}: choose another")
     if shape.hidden < 1 or shape.hidden % 64:
         raise InputError(f"hidden must be a multiple of 64, got {shape.hidden}")
+    if start is not None and shape != ShapeOptions():
+        raise InputError(
+            "expected either --from, whose model has its shape, or flags of a shape, got both: leave one out"
+        )
     flags.set_threads(threads)
     paths, problems = run_folder(folder), TaskProblems(training.seed)
     trainer = prepare(
         paths,
         TrainingConfig(**training.arguments()),
         problems,
-        start=load_model(start) if start is not None else None,
+        start=load_model(start, torch.float32) if start is not None else None,
         resume=resume,
         **shape.arguments(),
     )

@@ -58,6 +58,8 @@ class RunConfig:
         self.check("weight_decay", 0.0 <= self.weight_decay < math.inf, "be a number of at least 0")
         for name in ("full_mask_share", "fill_weight", "elastic_free"):
             self.check(name, 0.0 <= getattr(self, name) <= 1.0, "lie in [0, 1]")
+        unread = self.elastic is None and (self.elastic_free, self.elastic_sets) != (0.25, "random")
+        self.check("elastic", not unread, "be given for elastic_free and elastic_sets to mean anything")
         self.check("elastic_sets", self.elastic_sets in get_args(ElasticSets), "be random or votes")
         self.check("dtype", self.dtype in ("bfloat16", "float32"), "be bfloat16 or float32")
 

@@ -57,9 +57,7 @@ class Objective:
 
     def routing(self, step: int, batch: TrainingBatch) -> RoutingPolicy:
         """The policy of one forward: the step's, or under elastic training sets that are drawn for its groups."""
-        if self.config.elastic is None:
-            return self.policy(step)
-        return draw_coresets(batch, self.model, self.config)
+        return self.policy(step) if self.config.elastic is None else draw_coresets(batch, self.model, self.config)
 
 
 def check_elastic(config: RunConfig, spec: RouterSpec) -> None:
@@ -86,14 +84,14 @@ class DrawnCoresets(CoresetPolicy):
 
     def select(self, scores: RouterScores, spec: RouterSpec, previous: Coreset | None = None) -> Coreset:
         """The sets that were drawn."""
-        key_GE = self.noise_GE.to(scores.choice_GLE.device)
+        key_GE = self.noise_GE
         if self.sets == "votes":
             votes_GE = tally(scores, ballots(scores, spec, spec.top_k, "ungrouped"))
             smallest = torch.finfo(torch.float32).tiny
             gumbel_GE = -(-key_GE.clamp_min(smallest).log()).clamp_min(smallest).log()
             key_GE = votes_GE.clamp_min(smallest).log() + gumbel_GE
         order_GE = top_k_ids(key_GE, spec.num_experts)
-        taken_GE = torch.arange(spec.num_experts, device=key_GE.device) < self.size_G.to(key_GE.device).unsqueeze(1)
+        taken_GE = torch.arange(spec.num_experts, device=key_GE.device) < self.size_G.unsqueeze(1)
         return Coreset(torch.empty_like(taken_GE).scatter_(1, order_GE, taken_GE))
 
 
@@ -112,11 +110,8 @@ def draw_coresets(batch: TrainingBatch, model: ModelConfig, config: RunConfig) -
                 torch.rand(blocks.shape, generator=generator, out=blocks)
     least, most = math.log(config.elastic), math.log(experts)
     size = (least + (most - least) * toss[..., 0]).exp().round().long()
+    toss, size = toss.to(batch.targets_BS.device), size.to(batch.targets_BS.device)
     size = torch.where(toss[..., 1] < config.elastic_free, experts, size).flatten(1)
     noise = toss[..., 2:].flatten(1, 2)
-    return Layerwise(
-        layers=tuple(
-            DrawnCoresets(size_G=size[layer], noise_GE=noise[layer], sets=config.elastic_sets)
-            for layer in range(model.num_moe_layers)
-        )
-    )
+    drawn = zip(size, noise, strict=True)
+    return Layerwise(layers=tuple(DrawnCoresets(size_G=s, noise_GE=n, sets=config.elastic_sets) for s, n in drawn))

@@ -12,7 +12,7 @@ import torch
 
 from expertshare.config import ModelConfig
 from expertshare.errors import TrainingError
-from expertshare.models import LoadedModel, load_model, save_model
+from expertshare.models import LoadedModel, save_model
 from expertshare.models.transformer import MoETransformer, initialise
 from expertshare.routing import make_policy
 from expertshare.training.batches import Sample
@@ -58,7 +58,7 @@ def prepare(
 ) -> Trainer:
     """Build model and trainer; record the configuration. A resumed run must ask for the same one.
 
-    start: a model whose training goes on, of its own shape; None: random weights. shape: family and sizes, as
+    start: a model that is trained on, in place and in its own shape; None: random weights. shape: family and sizes, as
     reference_architecture takes them. Raises TrainingError if the folder holds another run or the model another
     vocabulary, ConfigError for an unknown family.
     """
@@ -75,7 +75,7 @@ def prepare(
     started = {"start": start.path.name} if start is not None else {}
     folder.record({"training": asdict(config), "model": asdict(architecture), **started}, resume=resume)
     if start is not None:
-        model = load_model(start.path, dtype=torch.float32).model
+        model = start.model.float()
     else:
         model = MoETransformer(architecture)
         initialise(model, seed=config.seed)

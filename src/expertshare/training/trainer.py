@@ -146,7 +146,8 @@ class Trainer:
         weight = weight or 1.0  # where the masks hit nothing that is learnt: such a step has a loss of 0
         loss_sum, experts_sum, load_NE = 0.0, 0.0, torch.zeros((), device=device)
         for batch in batches:
-            batch, runtime = batch.to(device), Runtime(policy=self.objective.routing(step, batch))
+            batch = batch.to(device)
+            runtime = Runtime(policy=self.objective.routing(step, batch))
             with torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16"):
                 loss, unique, load = self.module(batch, runtime)
                 # Sharding averages gradients over the processes; the sum is wanted.
