@@ -148,10 +148,15 @@ def generation(settings: Mapping[str, Any], options: DecodingOptions) -> tuple[D
     Raises InputError for settings that contradict each other, or that decoding does not have.
     """
     left = {name: value for name, value in settings.items() if name != "until" and value is not None}
-    lengths = {int(left.pop(name)) for name in LENGTHS if name in left}
+    stated = [left.pop(name) for name in LENGTHS if name in left]
+    if not all(isinstance(length, int) and length >= 1 for length in stated):
+        raise InputError(f"expected a length of at least 1 in gen_kwargs, got {stated}: correct it")
+    lengths = set(stated)
     if len(lengths) > 1:
         raise InputError(f"expected one length of answers in gen_kwargs, got {sorted(lengths)}: leave out the others")
     sampled, temperature = left.pop("do_sample", None), left.pop("temperature", options.temperature)
+    if sampled and settings.get("temperature") == 0:
+        raise InputError("do_sample=True in gen_kwargs contradicts temperature=0: leave one of them out")
     if sampled is not None:
         temperature = (temperature or 1.0) if sampled else 0.0
     changes = {
